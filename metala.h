@@ -1,0 +1,346 @@
+// metala.h - MetaLA, the unified optimal linear approximation to softmax attention, in portable C99.
+//
+// A language model whose attention is a recurrence with a state of fixed size. One layer's mixer, per head:
+//
+//     u = silu(conv(n))        q = W_q u    z = W_α u    v = W_v u    g = W_g u + β
+//     α = σ(z)^(1/τ)           k = 1 - α
+//     S_t = diag(α_t) S_{t-1} + k_t v_tᵀ          o_t = K^(-1/2) S_tᵀ q_t                  the decay scan
+//     y_t = W_o ( silu(g_t) ⊙ norm(o_t + σ((q_t⊙k_t)·b v_t)) )                             augmentation, norm, gate
+//
+// Source: "MetaLA: Unified Optimal Linear Approximation to Softmax Attention Map", NeurIPS 2024.
+//
+// A complete program (cc -O3 example.c metala.c -lm):
+//
+//     #include <stdio.h>
+//     #include <stdlib.h>
+//     #include "metala.h"
+//
+//     int main(int argc, char **argv) {
+//         metala_context *ctx = metala_open(NULL, 0);                            // the CPU, all cores
+//         metala_model *model = metala_model_load(ctx, argc > 1 ? argv[1] : "model.safetensors");
+//         metala_state *state = model ? metala_state_create(ctx, model, 1) : NULL;  // one sequence
+//         if (!state) { fprintf(stderr, "%s\n", metala_error(ctx)); return 1; }
+//         int vocab = metala_model_config(model)->vocab_size, token = '\n';
+//         metala_real *logits = malloc(sizeof *logits * (size_t)vocab);
+//         for (int t = 0; logits && t < 500; t++) {                              // 500 bytes, greedily
+//             if (metala_step(ctx, state, &token, logits)) { fprintf(stderr, "%s\n", metala_error(ctx)); return 1; }
+//             for (int i = token = 0; i < vocab; i++) if (logits[i] > logits[token]) token = i;
+//             putchar(token);
+//         }
+//         free(logits); metala_state_free(state); metala_model_free(model); metala_close(ctx);
+//         return 0;
+//     }
+//
+// Conventions
+//   Letters   B batch, T time, D width, H heads, K = D/2/H query and decay channels of a head, V = D/H value
+//             channels of a head, L layers, F GLU width, N vocabulary size.
+//   Tensors   row-major, last index contiguous. Linear weights are [out,in], y = x Wᵀ + b.
+//   Errors    A function that can fail returns 0 for success and -1 for failure (or NULL for a pointer); then
+//             metala_error(ctx) is one line that says what, where, what was expected and what to do. Nothing here
+//             prints or exits, and a call that failed leaves its objects usable.
+//   Threads   There are no writable globals. A context is used by one thread at a time. A model that nobody trains
+//             may be shared by any number of threads, each with a context and states of its own.
+//   Precision metala_real is float; compiled with -DMETALA_FLOAT64 (all files alike) it is double.
+//   Bits      Same seed, same input, same build: the same bits, for any number of threads.
+
+#ifndef METALA_H
+#define METALA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifdef METALA_FLOAT64
+typedef double metala_real;
+#else
+typedef float metala_real;
+#endif
+
+#define METALA_VERSION "0.1"
+#define METALA_CONV 4              // taps of the short convolution, the last one multiplies the current token
+#define METALA_CHUNK 64            // the scan keeps the state at every METALA_CHUNK-th token for its backward
+#define METALA_IGNORE (-100)       // a target with this value has no loss
+
+// ------------------------------------------------------------------------------------------------ context, errors
+
+typedef struct metala_backend metala_backend;   // the kernels of one kind of device, at the end of this file
+typedef struct metala_context metala_context;   // where things run: backend, threads, scratch memory, last error
+
+// Open a context. backend: NULL or metala_cpu() for the CPU. threads: 0 = one per processor; without OpenMP always
+// one. NULL when there is no memory.
+metala_context *metala_open(const metala_backend *backend, int threads);
+void metala_close(metala_context *ctx);
+
+// The last failure in this context, one line without newline; "out of memory" when ctx is NULL.
+const char *metala_error(const metala_context *ctx);
+const metala_backend *metala_context_backend(const metala_context *ctx);
+int metala_context_threads(const metala_context *ctx);
+
+// ------------------------------------------------------------------------------------------------ configuration
+
+typedef struct {
+    int vocab_size;            // N
+    int width;                 // D  `decoder_embed_dim`, even
+    int layers;                // L  `decoder_layers`
+    int heads;                 // H  `decoder_attention_heads`, divides D and D/2
+    int glu_dim;               // F  `glu_dim`; -1 in a file means D
+    int glu_bias;              // biases in the three GLU layers (`bias`)
+    int tie_word_embeddings;   // the output layer is the embedding
+    int scale_embedding;       // embeddings times sqrt(D) (`no_scale_embedding` is its negation)
+    int pad_token_id;          // its embedding lookup passes no gradient; -1 for none
+    int bos_token_id;          // -1 for none
+    int eos_token_id;          // -1 for none
+    double norm_eps;           // RMS norm, 1e-6
+    double head_norm_eps;      // head norm (`group_norm_eps`), 1e-5
+    double tau;                // decay temperature τ, 16
+    // The paper's ablations; all 0 is MetaLA.
+    int no_conv;               // u = n: no short convolution and no SiLU behind it
+    int no_augment;            // no self-augmentation
+    int key_linear;            // k = W_k u (`k_proj.weight`) in place of k = 1 - α
+    int fixed_decay;           // z is a learned constant per channel (`decay_logit`), the same for every token
+} metala_config;
+
+// N256 D256 L6 H4 F704, untied, the authors' epsilons and τ, no special tokens.
+metala_config metala_config_default(void);
+// 0 when the model can be built; otherwise -1 and the field that is wrong.
+int metala_config_check(metala_context *ctx, const metala_config *config);
+
+// ------------------------------------------------------------------------------------------------ model
+
+typedef struct metala_model metala_model;   // configuration and parameters
+
+typedef enum { METALA_F64, METALA_F32, METALA_F16, METALA_BF16, METALA_I64, METALA_I32, METALA_U32, METALA_I16,
+               METALA_U16, METALA_I8, METALA_U8, METALA_BOOL } metala_dtype;
+
+typedef struct {               // a tensor as a file or a model lists it
+    char name[128];
+    metala_dtype dtype;
+    int ndim;
+    size_t shape[8];
+    size_t count;              // product of shape
+    size_t offset;             // in elements into the parameters (model), in bytes into the data (file)
+    int decay;                 // a model's: 1 when weight decay applies to it
+} metala_tensor;
+
+// A model with all parameters zero. The configuration is checked.
+metala_model *metala_model_create(metala_context *ctx, const metala_config *config);
+// Initialise: linear weights and embedding N(0, std²), `conv1d` U(-1/2,1/2), biases and `aug_balance` 0, the row of
+// the padding token 0; std <= 0 means 0.02, the authors' value. residual_scale multiplies `out_proj` and `l3` after
+// that: 1 is the authors' choice, 1/sqrt(2L) keeps the residual stream's size independent of depth.
+int metala_model_init(metala_context *ctx, metala_model *model, uint64_t seed, double std, double residual_scale);
+// Load a safetensors file with the authors' tensor names (F64, F32, F16 or BF16). The configuration is read from the
+// file's metadata, or else from config.json in the same folder. Checkpoints load as well.
+metala_model *metala_model_load(metala_context *ctx, const char *path);
+int metala_model_save(metala_context *ctx, const metala_model *model, const char *path);
+void metala_model_free(metala_model *model);
+
+const metala_config *metala_model_config(const metala_model *model);
+size_t metala_model_size(const metala_model *model);                         // number of parameters
+int metala_model_tensors(const metala_model *model);                         // number of tensors
+const metala_tensor *metala_model_tensor(const metala_model *model, int i);  // i-th tensor, in the file's order
+// Copy one parameter tensor out or in, by name.
+int metala_model_get(metala_context *ctx, const metala_model *model, const char *name, metala_real *out);
+int metala_model_set(metala_context *ctx, metala_model *model, const char *name, const metala_real *in);
+
+// The scan's three computations of the same numbers (MetaLA section 3, general form):
+typedef enum {
+    METALA_CHUNKWISE,          // blocks of tokens: matrix products inside, the recurrence between; the fastest
+    METALA_RECURRENT,          // token by token, state of fixed size
+    METALA_PARALLEL            // the T×T attention map, written out; O(T²), for reading and testing
+} metala_form;
+
+// ------------------------------------------------------------------------------------------------ inference
+
+typedef struct metala_state metala_state;   // what B sequences have read so far, in a size that does not grow
+
+// States of B sequences at position 0. The model must outlive it. All memory that steps need is taken here.
+metala_state *metala_state_create(metala_context *ctx, const metala_model *model, int B);
+void metala_state_free(metala_state *state);
+int metala_state_reset(metala_context *ctx, metala_state *state);                          // back to position 0
+int metala_state_copy(metala_context *ctx, metala_state *to, const metala_state *from);    // fork; same model and B
+int metala_state_save(metala_context *ctx, const metala_state *state, const char *path);
+int metala_state_load(metala_context *ctx, metala_state *state, const char *path);         // same sizes required
+uint64_t metala_state_position(const metala_state *state);                                 // tokens read
+size_t metala_state_bytes(const metala_config *config);                                    // of one sequence
+// Copy out "state.<layer>" (B,H,K,V), or "conv_state.<layer>" (B,D,4): the last 4 normalised masked mixer inputs,
+// oldest first.
+int metala_state_get(metala_context *ctx, const metala_state *state, const char *name, metala_real *out);
+
+// Read T more tokens of each sequence. tokens, mask (B,T); mask NULL or 1 token, 0 padding: as in the authors' code
+// a masked token adds nothing to the state but still decays it, so padding belongs to the left.
+// All three accept any T >= 1 and continue exactly where the state stands, in memory that does not depend on T.
+//   forward  logits (B,T,N) of every position, or NULL to only advance the state
+//   prefill  logits (B,N) of the last position; the chunkwise form
+//   score    adds the cross-entropy in nats over targets (B,T) that are not METALA_IGNORE to *nats, their number
+//            to *counted
+int metala_forward(metala_context *ctx, metala_state *state, metala_form form, const int *tokens, const uint8_t *mask,
+                   size_t T, metala_real *logits);
+int metala_prefill(metala_context *ctx, metala_state *state, const int *tokens, const uint8_t *mask, size_t T,
+                   metala_real *logits);
+int metala_score(metala_context *ctx, metala_state *state, metala_form form, const int *tokens, const int *targets,
+                 const uint8_t *mask, size_t T, double *nats, size_t *counted);
+// One token of each sequence: tokens (B), logits (B,N). Constant time and memory.
+int metala_step(metala_context *ctx, metala_state *state, const int *tokens, metala_real *logits);
+
+// ------------------------------------------------------------------------------------------------ training
+
+typedef struct metala_trainer metala_trainer;   // gradients, AdamW's moments, activations for up to B×T tokens
+
+typedef struct {               // bytes, before anything is allocated
+    size_t parameters, gradients, moments, activations, scratch, total;
+} metala_memory;
+
+typedef struct {               // AdamW with decoupled weight decay and global-norm clipping
+    double learning_rate, beta1, beta2, eps, weight_decay, clip_norm;   // clip_norm 0: no clipping
+} metala_adamw;
+
+metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, int threads);
+// The model is updated in place and must outlive the trainer.
+metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T);
+void metala_trainer_free(metala_trainer *trainer);
+// Mean cross-entropy over the targets that are not METALA_IGNORE, and weight times its gradient added to the
+// gradients. inputs, targets, mask (B,T), mask may be NULL; B and T at most those of the trainer.
+int metala_gradient(metala_context *ctx, metala_trainer *trainer, metala_form form, const int *inputs,
+                    const int *targets, const uint8_t *mask, int B, size_t T, double weight, double *loss);
+// One AdamW step with the accumulated gradients, which are zero afterwards. *norm is their 2-norm before clipping.
+// A norm that is not finite is a failure that changes neither parameters nor moments.
+int metala_update(metala_context *ctx, metala_trainer *trainer, const metala_adamw *adamw, double *norm);
+uint64_t metala_trainer_step(const metala_trainer *trainer);                 // updates done
+int metala_trainer_zero(metala_context *ctx, metala_trainer *trainer);       // forget the accumulated gradients
+// Copy out the gradient of a parameter, or an activation of the last metala_gradient call, by the names used in the
+// reading guide: "layer<i>.input", ".token_norm", ".conv_out", ".q", ".k_gate", ".k", ".v", ".g", ".alpha",
+// ".scan_out", ".aug_out", ".group_norm", ".gated", ".mixer_residual", ".channel_norm", ".glu_prod", ".output", or
+// "final_norm". *count receives the number of elements; out may be NULL to ask for it.
+int metala_trainer_gradient(metala_context *ctx, const metala_trainer *trainer, const char *name, metala_real *out);
+int metala_trainer_activation(metala_context *ctx, const metala_trainer *trainer, const char *name, metala_real *out,
+                              size_t *count);
+
+typedef struct { const char *key, *value; } metala_pair;
+// Model, moments and step, with any extra metadata of the caller's, in one safetensors file that is also a model.
+// Loading into a trainer whose model has the same shapes continues bit for bit.
+int metala_checkpoint_save(metala_context *ctx, const metala_trainer *trainer, const char *path,
+                           const metala_pair *extra, size_t extras);
+int metala_checkpoint_load(metala_context *ctx, metala_trainer *trainer, const char *path);
+
+// ------------------------------------------------------------------------------------------------ data
+
+typedef struct metala_dataset metala_dataset;   // sequences of tokens with a target at each position
+
+// A text file is the sequence of its bytes (vocabulary 256), cut into windows of T tokens, target = next byte.
+// A safetensors file has `inputs` [N,T] (U8, U16, I32) and either `targets` [N,T] (I32, METALA_IGNORE = no loss),
+// or `labels` [N] (I32: the target of the last position), and optionally `mask` [N,T] (U8); T of the file is used
+// and the argument is only an upper bound to check against (0: none).
+metala_dataset *metala_dataset_open(metala_context *ctx, const char *path, size_t T);
+// Split off the last part (0 < fraction < 1) as a dataset of its own; both must be freed.
+metala_dataset *metala_dataset_split(metala_context *ctx, metala_dataset *dataset, double fraction);
+void metala_dataset_free(metala_dataset *dataset);
+size_t metala_dataset_length(const metala_dataset *dataset);       // T of a sequence
+size_t metala_dataset_sequences(const metala_dataset *dataset);    // disjoint sequences
+size_t metala_dataset_tokens(const metala_dataset *dataset);       // bytes of a text, N·T of a file
+int metala_dataset_vocab(const metala_dataset *dataset);           // smallest vocabulary that holds all of it
+int metala_dataset_is_text(const metala_dataset *dataset);
+// Sequence i in order, for evaluation; the last one of a text may be short: rest is METALA_IGNORE with mask 0.
+// inputs, targets, mask have T entries.
+void metala_dataset_sequence(const metala_dataset *dataset, size_t i, int *inputs, int *targets, uint8_t *mask);
+// The index-th batch of B sequences of the stream that this seed stands for: windows at random places of a text,
+// shuffled epochs of a file. Depends on nothing else, which is what makes a resumed run continue exactly.
+void metala_dataset_batch(const metala_dataset *dataset, uint64_t seed, uint64_t index, int B, int *inputs,
+                          int *targets, uint8_t *mask);
+
+// A small generator (splitmix64) for sampling: 64 random bits, or uniform in [0,1).
+uint64_t metala_random(uint64_t *state);
+double metala_uniform(uint64_t *state);
+
+// ------------------------------------------------------------------------------------------------ files
+
+typedef struct metala_file metala_file;   // a safetensors file, its header read and checked
+
+size_t metala_dtype_bytes(metala_dtype dtype);
+const char *metala_dtype_name(metala_dtype dtype);
+// Opens and checks everything in the header against the file: lengths, offsets, overlaps and holes, dtypes, shapes,
+// duplicates.
+metala_file *metala_file_open(metala_context *ctx, const char *path);
+void metala_file_close(metala_file *file);
+size_t metala_file_tensors(const metala_file *file);
+const metala_tensor *metala_file_tensor(const metala_file *file, size_t i);
+const metala_tensor *metala_file_find(const metala_file *file, const char *name);   // NULL when not there
+const char *metala_file_metadata(const metala_file *file, const char *key);         // NULL when not there
+// Read a tensor as F32, F64 (from any floating type) or I32 (from any integer type, out of range is a failure).
+int metala_file_read(metala_context *ctx, metala_file *file, const metala_tensor *tensor, metala_dtype as, void *out);
+// The configuration in the metadata, or in config.json beside the file.
+int metala_file_config(metala_context *ctx, const metala_file *file, metala_config *config);
+// Write count tensors (name, dtype F64, F32, I32, U16 or U8, ndim and shape are used) and metadata: to a temporary
+// file beside path, which replaces path only when all of it is written.
+int metala_file_write(metala_context *ctx, const char *path, const metala_tensor *tensors, const void *const *data,
+                      size_t count, const metala_pair *metadata, size_t pairs);
+
+// ------------------------------------------------------------------------------------------------ backend
+
+// One function per kernel; metala.c fills the table with loops. `rows` is B·T. Every equation and its source stands
+// above the function of the same name in metala.c. Backward functions ADD to gradients of parameters (dw, db, dE)
+// and WRITE gradients of activations unless said otherwise. A kernel that fails (no scratch memory) marks the
+// context, and the model reports it at the end of the pass. Pointers are the backend's memory, except where a
+// comment says host.
+#define METALA_OUT metala_real *
+#define METALA_IN const metala_real *
+struct metala_backend {
+    const char *name;                                                                     // "cpu"
+    void *(*alloc)(size_t bytes);                                                         // zeroed; NULL: no memory
+    void (*free)(void *memory);
+    void (*upload)(metala_context *ctx, void *to, const void *host, size_t bytes);
+    void (*download)(metala_context *ctx, void *host, const void *from, size_t bytes);
+    void (*copy)(metala_context *ctx, void *to, const void *from, size_t bytes);
+    void (*zero)(metala_context *ctx, void *memory, size_t bytes);
+
+    void (*embedding_forward)(metala_context *ctx, METALA_OUT x, const int *tokens, METALA_IN E, size_t rows, size_t D, double scale);
+    void (*embedding_backward)(metala_context *ctx, METALA_OUT dE, METALA_IN dx, const int *tokens, size_t rows, size_t D,
+                               double scale, int pad_token_id);
+    void (*rms_forward)(metala_context *ctx, METALA_OUT n, METALA_OUT r, METALA_IN x, const uint8_t *mask, size_t rows, size_t D, double eps);
+    void (*rms_backward)(metala_context *ctx, METALA_OUT dx, METALA_IN dn, METALA_IN x, METALA_IN r, const uint8_t *mask, size_t rows,
+                         size_t D);                                                       // adds to dx
+    void (*conv_forward)(metala_context *ctx, METALA_OUT u, METALA_OUT c, METALA_IN n, METALA_IN w, METALA_IN tail, size_t B, size_t T, size_t D);
+    void (*conv_backward)(metala_context *ctx, METALA_OUT dn, METALA_OUT dw, METALA_IN du, METALA_IN c, METALA_IN n, METALA_IN w, METALA_IN tail, size_t B, size_t T,
+                          size_t D);
+    void (*conv_tail)(metala_context *ctx, METALA_OUT tail, METALA_IN n, size_t B, size_t T, size_t D);
+    void (*matmul_forward)(metala_context *ctx, METALA_OUT y, METALA_IN x, METALA_IN w, METALA_IN bias, size_t rows, size_t out, size_t in);
+    void (*matmul_backward)(metala_context *ctx, METALA_OUT dx, METALA_OUT dw, METALA_OUT dbias, METALA_IN dy, METALA_IN x, METALA_IN w, size_t rows, size_t out,
+                            size_t in, int accumulate);               // accumulate: adds to dx; NULLs are skipped
+    void (*mask_rows)(metala_context *ctx, METALA_OUT x, const uint8_t *mask, size_t rows, size_t D);
+    void (*gate_forward)(metala_context *ctx, METALA_OUT alpha, METALA_OUT k, METALA_IN z, size_t n, double tau);           // k may be NULL
+    void (*gate_backward)(metala_context *ctx, METALA_OUT dz, METALA_IN da, METALA_IN dk, METALA_IN z, METALA_IN alpha, size_t n, double tau);
+    void (*scan_forward)(metala_context *ctx, metala_form form, METALA_OUT o, METALA_OUT S, METALA_OUT states, METALA_IN q, METALA_IN k, METALA_IN v, METALA_IN alpha,
+                         size_t B, size_t T, size_t H, size_t K, size_t V, double scale);
+    void (*scan_backward)(metala_context *ctx, metala_form form, METALA_OUT dq, METALA_OUT dk, METALA_OUT dv, METALA_OUT da, METALA_OUT dS, METALA_IN dO, METALA_IN states, METALA_IN q,
+                          METALA_IN k, METALA_IN v, METALA_IN alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale);
+    void (*augment_forward)(metala_context *ctx, METALA_OUT p, METALA_IN o, METALA_IN q, METALA_IN k, METALA_IN v, METALA_IN b, size_t rows, size_t H, size_t K,
+                            size_t V);
+    void (*augment_backward)(metala_context *ctx, METALA_OUT dq, METALA_OUT dk, METALA_OUT dv, METALA_OUT db, METALA_IN dp, METALA_IN q, METALA_IN k, METALA_IN v, METALA_IN b, size_t rows,
+                             size_t H, size_t K, size_t V);                               // adds to dq, dk, dv
+    void (*head_norm_forward)(metala_context *ctx, METALA_OUT n, METALA_OUT rho, METALA_IN p, size_t rows, size_t H, size_t V, double eps);
+    void (*head_norm_backward)(metala_context *ctx, METALA_OUT dp, METALA_IN dn, METALA_IN n, METALA_IN rho, size_t rows, size_t H, size_t V);
+    void (*silu_gate_forward)(metala_context *ctx, METALA_OUT y, METALA_IN a, METALA_IN b, size_t n);            // output gate and SwiGLU
+    void (*silu_gate_backward)(metala_context *ctx, METALA_OUT da, METALA_OUT db, METALA_IN dy, METALA_IN a, METALA_IN b, size_t n);
+    void (*add)(metala_context *ctx, METALA_OUT y, METALA_IN a, METALA_IN b, size_t n);
+    void (*cross_entropy_forward)(metala_context *ctx, METALA_OUT loss, METALA_OUT lse, METALA_IN logits, const int *targets, size_t rows,
+                                  size_t N);
+    void (*cross_entropy_backward)(metala_context *ctx, METALA_OUT dlogits, METALA_IN logits, METALA_IN lse, const int *targets, size_t rows,
+                                   size_t N, double weight);                              // dlogits may be logits
+    double (*sum_squares)(metala_context *ctx, METALA_IN x, size_t n);                           // result on the host
+    void (*adamw)(metala_context *ctx, METALA_OUT p, METALA_OUT m, METALA_OUT v, METALA_IN g, size_t n, const metala_adamw *adamw, uint64_t step,
+                  double gradient_scale, double weight_decay);
+};
+#undef METALA_OUT
+#undef METALA_IN
+
+const metala_backend *metala_cpu(void);
+
+// 0 unless a kernel of this context failed since the last call; what it was is in metala_error.
+int metala_context_failed(metala_context *ctx);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
