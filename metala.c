@@ -1,0 +1,3519 @@
+// metala.c - MetaLA in one file of C99: kernels with their gradients, the decay scan in three forms, the model,
+// AdamW and the file formats. Nothing beyond libc and libm; OpenMP is used when the compiler has it.
+//
+// The file reads from top to bottom in the order in which a token meets the code. A reader who stops after section 5
+// has understood MetaLA. The API is explained in metala.h; the equations are those of the paper ("MetaLA: Unified
+// Optimal Linear Approximation to Softmax Attention Map", NeurIPS 2024) and of its authors' code.
+//
+//     tokens ─embedding─► x ─┬─ rms ─► token mixer ─┬─(+)─ h ─┬─ rms ─► SwiGLU ─┬─(+)─► … L layers … ─ rms ─► head
+//                            └──────────────────────┘         └─────────────────┘
+//
+//     token mixer:  n ─conv─► u ─┬─ W_q ─► q ──────────────────────────────┐
+//                                ├─ W_α ─► z ─► α = σ(z)^(1/τ), k = 1 - α ─┤ scan: S_t = diag(α_t) S_{t-1} + k_t v_tᵀ
+//                                ├─ W_v ─► v ──────────────────────────────┘       o_t = s S_tᵀ q_t
+//                                └─ W_g ─► g        out = W_o ( silu(g) ⊙ norm(o + σ((q⊙k)·b v)) )
+//
+// Contents
+//     1. Context: errors, memory, threads
+//     2. Scalar functions: exp, sigmoid, log-sigmoid; sums
+//     3. Matrix products
+//     4. The kernels around the scan: embedding, norms, convolution, gate, augmentation, SwiGLU, cross-entropy, AdamW
+//     5. The decay scan: recurrent, parallel, chunkwise
+//     6. The backend table
+//     7. The model: configuration, parameters, initialisation
+//     8. Forward and backward through the layers
+//     9. Training: trainer, gradient, update
+//    10. Inference: states, steps, prefill, scoring
+//    11. Files: safetensors, configuration, models, states, checkpoints
+//    12. Data: text and safetensors datasets
+//
+// Letters: B batch, T time, D width, H heads, K and V key and value channels of a head, F GLU width, N vocabulary,
+// rows = B·T. A gradient is called d + name.
+
+#include "metala.h"
+
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+typedef metala_real real;
+
+// ============================================================== 1. Context: errors, memory, threads
+
+struct metala_context {
+    const metala_backend *backend;
+    int threads;
+    int failed;                 // a kernel could not run; cleared by metala_context_failed
+    void *scratch;              // grows to what the largest kernel call asks for
+    size_t scratch_bytes;
+    char error[512];
+};
+
+#ifdef __GNUC__
+__attribute__((format(printf, 2, 3)))
+#endif
+static int fail(metala_context *ctx, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(ctx->error, sizeof ctx->error, format, arguments);
+    va_end(arguments);
+    for (char *c = ctx->error; *c; c++)           // one line, whatever a file's strings contain
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    return -1;
+}
+
+const char *metala_error(const metala_context *ctx) { return ctx ? ctx->error : "out of memory"; }
+const metala_backend *metala_context_backend(const metala_context *ctx) { return ctx->backend; }
+int metala_context_threads(const metala_context *ctx) { return ctx->threads; }
+
+int metala_context_failed(metala_context *ctx) {
+    int failed = ctx->failed;
+    ctx->failed = 0;
+    return failed ? -1 : 0;
+}
+
+static int fail_memory(metala_context *ctx, const char *what, double bytes) {
+    return fail(ctx, "out of memory: %s needs %.1f MB; try a smaller batch, context or model", what, bytes / 1e6);
+}
+
+// Sizes come from files and command lines, so products are checked: a·b, or SIZE_MAX when it does not fit.
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+
+// The CPU's memory: zeroed and aligned to a cache line. The byte count of the shift is kept just before the memory.
+enum { ALIGN = 64 };
+static void *cpu_alloc(size_t bytes) {
+    if (bytes > SIZE_MAX - 2 * ALIGN) return NULL;
+    unsigned char *memory = calloc(1, bytes + ALIGN);
+    if (!memory) return NULL;
+    size_t shift = ALIGN - (size_t)((uintptr_t)memory % ALIGN);
+    memory[shift - 1] = (unsigned char)shift;
+    return memory + shift;
+}
+
+static void cpu_free(void *memory) {
+    unsigned char *p = memory;
+    if (p) free(p - p[-1]);
+}
+
+// Memory for the duration of one kernel call; its content is undefined.
+static void *scratch(metala_context *ctx, size_t bytes) {
+    if (bytes > ctx->scratch_bytes) {
+        cpu_free(ctx->scratch);
+        ctx->scratch = cpu_alloc(bytes);
+        ctx->scratch_bytes = ctx->scratch ? bytes : 0;
+        if (!ctx->scratch) {
+            ctx->failed = 1;
+            fail_memory(ctx, "a kernel's scratch space", (double)bytes);
+        }
+    }
+    return ctx->scratch;
+}
+
+// Threads share out the outputs of a kernel, never the terms of a sum: results do not depend on their number.
+// PARALLEL_FOR(work) starts threads only when there is work for them (about 10 µs worth of operations).
+#ifdef _OPENMP
+#define PRAGMA(text) _Pragma(#text)
+#define PARALLEL PRAGMA(omp parallel num_threads(ctx->threads))
+#define SHARED_FOR PRAGMA(omp for schedule(static))
+#define PARALLEL_FOR(work) PRAGMA(omp parallel for num_threads(ctx->threads) if((work) > 30000) schedule(static))
+static size_t thread_number(void) { return (size_t)omp_get_thread_num(); }
+#else
+#define PARALLEL
+#define SHARED_FOR
+#define PARALLEL_FOR(work) (void)ctx;
+static size_t thread_number(void) { return 0; }
+#endif
+
+// Start of part i when n things are shared out evenly over `parts`.
+static size_t share(size_t n, size_t parts, size_t i) { return n / parts * i + (n % parts < i ? n % parts : i); }
+
+metala_context *metala_open(const metala_backend *backend, int threads) {
+    metala_context *ctx = calloc(1, sizeof *ctx);
+    if (!ctx) return NULL;
+    ctx->backend = backend ? backend : metala_cpu();
+#ifdef _OPENMP
+    ctx->threads = threads > 0 ? threads : omp_get_num_procs();
+#else
+    ctx->threads = 1;
+    (void)threads;
+#endif
+    return ctx;
+}
+
+void metala_close(metala_context *ctx) {
+    if (ctx) cpu_free(ctx->scratch);
+    free(ctx);
+}
+
+// ============================================================== 2. Scalar functions
+
+// The functions below are written without branches and without libm calls, so that a loop over them becomes vector
+// instructions. Errors are relative, over all of float's range, and checked in test.c. The float64 build takes libm's.
+
+#ifdef METALA_FLOAT64
+static inline real real_exp(real x) { return exp(x); }
+static inline real real_log1p(real y) { return log1p(y); }
+static inline real one_minus_exp(real a) { return -expm1(a); }
+#else
+// 2^n for -150 <= n <= 130, as a product of two floats that are both in range: the result may be 0, denormal or inf.
+static inline float scale_by_power(float x, int32_t n) {
+    uint32_t high = (uint32_t)(n + 512) >> 1, low = (uint32_t)(n + 512) - high;
+    uint32_t high_bits = (high - 256 + 127) << 23, low_bits = (low - 256 + 127) << 23;
+    float high_power, low_power;
+    memcpy(&high_power, &high_bits, sizeof high_power);
+    memcpy(&low_power, &low_bits, sizeof low_power);
+    return x * high_power * low_power;
+}
+
+// e^x = 2^n e^r,  n = round(x / ln 2),  |r| <= ln(2)/2; e^r by its power series. Relative error below 1.5e-7.
+static inline float real_exp(float x) {
+    x = x < -104.0f ? -104.0f : x;                       // beyond lies 0
+    x = x > 89.0f ? 89.0f : x;                           // beyond lies infinity
+    const float round_shift = 12582912.0f;               // 1.5·2^23: adding it leaves the nearest integer in the low bits
+    float shifted = x * 1.44269504f + round_shift;
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    float n = shifted - round_shift;
+    float r = x - n * 0.693359375f;                      // ln 2 in two parts, the first exact in a product with n
+    r = r - n * -2.12194440e-4f;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return scale_by_power(p, (int32_t)(bits - 0x4B400000u));
+}
+
+// log(1 + y) for 0 <= y <= 1: 2 atanh(s) with s = y/(2+y) <= 1/3, by its power series. Relative error below 2e-7.
+static inline float real_log1p(float y) {
+    float s = y / (2.0f + y), x = s * s;
+    float p = 1.0f / 15;
+    p = p * x + 1.0f / 13;
+    p = p * x + 1.0f / 11;
+    p = p * x + 1.0f / 9;
+    p = p * x + 1.0f / 7;
+    p = p * x + 1.0f / 5;
+    p = p * x + 1.0f / 3;
+    p = p * x + 1.0f;
+    return 2.0f * s * p;
+}
+
+// 1 - e^a for a <= 0 without cancellation near 0, where it is -a. Relative error below 3e-7.
+static inline float one_minus_exp(float a) {
+    float p = 1.0f / 40320;
+    p = p * a + 1.0f / 5040;
+    p = p * a + 1.0f / 720;
+    p = p * a + 1.0f / 120;
+    p = p * a + 1.0f / 24;
+    p = p * a + 1.0f / 6;
+    p = p * a + 0.5f;
+    p = p * a + 1.0f;
+    float near = -a * p, far = 1.0f - real_exp(a);
+    return a > -0.5f ? near : far;
+}
+#endif
+
+static inline real absolute(real x) { return x < 0 ? -x : x; }
+
+// σ(x) = 1/(1+e^-x). The exponential is of -|x|, so that it never overflows.
+static inline real sigmoid(real x) {
+    real e = real_exp(-absolute(x)), s = 1 / (1 + e);
+    return x < 0 ? e * s : s;
+}
+
+// log σ(z) = min(z,0) - log(1 + e^-|z|), finite for every z: σ itself would be 0 below z = -88.
+static inline real log_sigmoid(real z) {
+    real least = z < 0 ? z : 0;
+    return least - real_log1p(real_exp(-absolute(z)));
+}
+
+// silu(x) = x σ(x) and its derivative σ(x)(1 + x(1 - σ(x))).
+static inline real silu(real x) { return x * sigmoid(x); }
+static inline real silu_slope(real x) {
+    real s = sigmoid(x);
+    return s * (1 + x * (1 - s));
+}
+
+// A vec is one register of LANES numbers. gcc and clang have such a type; elsewhere it is a single number and the same
+// code is merely slower. Used for sums and for the tile of the matrix product, where a plain loop would need the
+// compiler's leave to reorder additions; every other loop in this file is plain and left to the compiler.
+#if defined __AVX512F__
+enum { VEC_BYTES = 64 };
+#elif defined __AVX__
+enum { VEC_BYTES = 32 };
+#else
+enum { VEC_BYTES = 16 };
+#endif
+#if defined __GNUC__
+typedef real vec __attribute__((vector_size(VEC_BYTES)));
+typedef real vec_at __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
+enum { LANES = VEC_BYTES / sizeof(real) };
+#else
+typedef real vec, vec_at;
+enum { LANES = 1 };
+#endif
+#define VEC(p) (*(const vec_at *)(p))            // LANES numbers from anywhere
+#define VEC_STORE(p, x) (*(vec_at *)(p) = (x))
+
+static inline real sum_lanes(vec x) {
+    real lane[LANES], sum = 0;
+    VEC_STORE(lane, x);
+    for (int l = 0; l < LANES; l++) sum += lane[l];
+    return sum;
+}
+
+// Σ_i a_i b_i
+static inline real dot(const real *a, const real *b, size_t n) {
+    vec x = {0}, y = {0};
+    size_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        x += VEC(a + i) * VEC(b + i);
+        y += VEC(a + i + LANES) * VEC(b + i + LANES);
+    }
+    if (i + LANES <= n) {
+        x += VEC(a + i) * VEC(b + i);
+        i += LANES;
+    }
+    real sum = sum_lanes(x + y);
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Σ_i a_i
+static inline real total(const real *a, size_t n) {
+    vec x = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) x += VEC(a + i);
+    real sum = sum_lanes(x);
+    for (; i < n; i++) sum += a[i];
+    return sum;
+}
+
+// ============================================================== 3. Matrix products
+
+// Nearly all arithmetic of the model is products of matrices, C += A B, in three variants: y = x Wᵀ forward,
+// dx = dy W and dW = dyᵀ x backward. The naive loop,
+//
+//     for i < M:  for j < N:  for k < K:  C[i][j] += A[i][k] * B[k][j];
+//
+// needs two loads for each multiplication and runs at a few percent of what the machine can do. Three steps:
+//
+//   Tile.  A block of 6 × 2·LANES elements of C stays in 12 vector registers while k runs: 8 loads feed 12 vector
+//          multiply-adds, and the multiplier never waits for memory. 12 + 2 (a row of B) + 1 (an element of A) = 15
+//          registers fit the 16 that the smallest vector instruction sets have.
+//   Pack.  Beforehand, A is copied in strips of 6 rows and B in strips of 2·LANES columns, so that a tile reads both
+//          from beginning to end. The strides of the source are free, and so the three variants are one function.
+//   Block. k is cut in pieces of DEPTH, and A in blocks, such that a strip of B stays in the level-1 cache while
+//          the strips of a block of A (level 2) pass by.
+//
+// Every element of C is summed in the same order whatever the number of threads: they share out tiles of C.
+
+enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LANES, DEPTH = 256, BLOCK_ROWS = 96, BLOCK_COLUMNS = 2048 };
+
+// tile_R: C[R × TILE_COLUMNS] = start + Σ_k a[k][0..R) b[k][0..TILE_COLUMNS), for R = 1 … 6 rows.
+// start is C itself (accumulate), or one row (a bias, zeros) with row stride 0. Named variables in place of an array:
+// no compiler then keeps the sums anywhere but in registers.
+typedef void tile_function(real *c, size_t c_stride, const real *start, size_t start_stride, const real *a,
+                           size_t a_stride, const real *b, size_t b_stride, size_t depth);
+#define ROWS_1(X) X(0)
+#define ROWS_2(X) ROWS_1(X) X(1)
+#define ROWS_3(X) ROWS_2(X) X(2)
+#define ROWS_4(X) ROWS_3(X) X(3)
+#define ROWS_5(X) ROWS_4(X) X(4)
+#define ROWS_6(X) ROWS_5(X) X(5)
+#define TILE_LOAD(i) vec x##i = VEC(start + i * start_stride), y##i = VEC(start + i * start_stride + LANES);
+#define TILE_ADD(i) x##i += a[i] * p; y##i += a[i] * q;
+#define TILE_STORE(i) VEC_STORE(c + i * c_stride, x##i); VEC_STORE(c + i * c_stride + LANES, y##i);
+#define DEFINE_TILE(R)                                                                                             \
+    static void tile_##R(real *c, size_t c_stride, const real *start, size_t start_stride, const real *a,          \
+                         size_t a_stride, const real *b, size_t b_stride, size_t depth) {                          \
+        ROWS_##R(TILE_LOAD)                                                                                        \
+        for (; depth > 0; depth--, a += a_stride, b += b_stride) {                                                 \
+            vec p = VEC(b), q = VEC(b + LANES);                                                                    \
+            ROWS_##R(TILE_ADD)                                                                                     \
+        }                                                                                                          \
+        ROWS_##R(TILE_STORE)                                                                                       \
+    }
+DEFINE_TILE(1) DEFINE_TILE(2) DEFINE_TILE(3) DEFINE_TILE(4) DEFINE_TILE(5) DEFINE_TILE(6)
+static tile_function *const tile[TILE_ROWS + 1] = {NULL, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
+
+static size_t strips(size_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }       // of at most 6 rows each
+static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+// C[M×N] = start + Σ_k a[k][M] b[k][N] for small matrices that are stored this way already (rows of k, as the scan
+// has them); N must be a multiple of TILE_COLUMNS.
+static void block_multiply(real *c, size_t c_stride, const real *start, size_t start_stride, const real *a,
+                           size_t a_stride, const real *b, size_t b_stride, size_t M, size_t N, size_t depth) {
+    size_t count = strips(M);
+    for (size_t j = 0; j < N; j += TILE_COLUMNS)
+        for (size_t s = 0; s < count; s++) {
+            size_t i = share(M, count, s), rows = share(M, count, s + 1) - i;
+            tile[rows](c + i * c_stride + j, c_stride, start + i * start_stride + j, start_stride, a + i, a_stride,
+                       b + j, b_stride, depth);
+        }
+}
+
+// One tile at the right edge, where only `columns` columns exist: through a buffer of full width.
+static void tile_at_edge(size_t rows, size_t columns, real *c, size_t c_stride, const real *start,
+                         size_t start_stride, const real *a, const real *b, size_t depth) {
+    real buffer[TILE_ROWS * TILE_COLUMNS] = {0};
+    for (size_t i = 0; i < rows; i++)
+        memcpy(buffer + i * TILE_COLUMNS, start + i * start_stride, columns * sizeof(real));
+    tile[rows](buffer, TILE_COLUMNS, buffer, TILE_COLUMNS, a, rows, b, TILE_COLUMNS, depth);
+    for (size_t i = 0; i < rows; i++) memcpy(c + i * c_stride, buffer + i * TILE_COLUMNS, columns * sizeof(real));
+}
+
+// packed[k][i] = source[i·row_stride + k·k_stride] for i < rows, zeros up to `width`.
+static void pack_strip(real *packed, size_t width, const real *source, size_t row_stride, size_t k_stride,
+                       size_t rows, size_t depth) {
+    if (row_stride == 1) {
+        for (size_t k = 0; k < depth; k++) {
+            for (size_t i = 0; i < rows; i++) packed[k * width + i] = source[k * k_stride + i];
+            for (size_t i = rows; i < width; i++) packed[k * width + i] = 0;
+        }
+    } else {
+        for (size_t i = 0; i < rows; i++)
+            for (size_t k = 0; k < depth; k++) packed[k * width + i] = source[i * row_stride + k * k_stride];
+        for (size_t i = rows; i < width; i++)
+            for (size_t k = 0; k < depth; k++) packed[k * width + i] = 0;
+    }
+}
+
+// C[M×N] = A B, or C += A B.   A(i,k) = a[i·a_row + k·a_k],  B(k,j) = b[k·b_k + j·b_column];  bias [N] or NULL is
+// added when C is not accumulated.
+static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t a_row, size_t a_k, const real *b,
+                            size_t b_k, size_t b_column, const real *bias, size_t M, size_t N, size_t K,
+                            int accumulate) {
+    if (M == 0 || N == 0) return;
+    // Rows are cut in blocks, one or more for each thread; when there are fewer blocks than threads, columns as well.
+    size_t threads = (size_t)ctx->threads, blocks = strips(M);
+    if (blocks > threads) blocks = threads * ((M + threads * BLOCK_ROWS - 1) / (threads * BLOCK_ROWS));
+    if (blocks > strips(M)) blocks = strips(M);
+    size_t cuts = blocks >= threads ? 1 : (threads + blocks - 1) / blocks;
+    size_t columns = round_up(N < BLOCK_COLUMNS ? N : BLOCK_COLUMNS, TILE_COLUMNS);
+    size_t block_rows = (M + blocks - 1) / blocks;
+
+    // [ a row of zeros or the bias | packed B | packed A of thread 0 | of thread 1 | … ]
+    size_t depth_most = K < DEPTH ? K : DEPTH, start_count = round_up(N, TILE_COLUMNS);
+    size_t b_count = columns * depth_most, a_count = block_rows * depth_most;
+    real *start_row = scratch(ctx, (start_count + b_count + threads * a_count) * sizeof(real));
+    if (!start_row) return;
+    real *packed_b = start_row + start_count, *packed_a = packed_b + b_count;
+    memset(start_row, 0, start_count * sizeof(real));
+    if (bias) memcpy(start_row, bias, N * sizeof(real));
+
+    PARALLEL
+    for (size_t j0 = 0; j0 < N; j0 += columns) {
+        size_t n = N - j0 < columns ? N - j0 : columns, panels = (n + TILE_COLUMNS - 1) / TILE_COLUMNS;
+        size_t k0 = 0;
+        do {                                                        // once at least: K = 0 still sets C
+            size_t depth = K - k0 < DEPTH ? K - k0 : DEPTH;
+            int from_c = accumulate || k0 > 0;
+            SHARED_FOR
+            for (size_t p = 0; p < panels; p++) {
+                size_t j = p * TILE_COLUMNS, width = n - j < TILE_COLUMNS ? n - j : TILE_COLUMNS;
+                pack_strip(packed_b + j * depth, TILE_COLUMNS, b + k0 * b_k + (j0 + j) * b_column, b_column, b_k,
+                           width, depth);
+            }
+            SHARED_FOR
+            for (size_t task = 0; task < blocks * cuts; task++) {
+                size_t i0 = share(M, blocks, task / cuts), i1 = share(M, blocks, task / cuts + 1);
+                size_t first = share(panels, cuts, task % cuts), last = share(panels, cuts, task % cuts + 1);
+                size_t count = strips(i1 - i0);
+                real *own_a = packed_a + thread_number() * a_count;
+                for (size_t s = 0; s < count; s++) {
+                    size_t i = share(i1 - i0, count, s), rows = share(i1 - i0, count, s + 1) - i;
+                    pack_strip(own_a + i * depth, rows, a + (i0 + i) * a_row + k0 * a_k, a_row, a_k, rows, depth);
+                }
+                for (size_t p = first; p < last; p++)
+                    for (size_t s = 0; s < count; s++) {
+                        size_t i = share(i1 - i0, count, s), rows = share(i1 - i0, count, s + 1) - i;
+                        size_t j = p * TILE_COLUMNS;
+                        real *to = c + (i0 + i) * N + j0 + j;
+                        const real *start = from_c ? to : start_row + j0 + j;
+                        const real *strip_a = own_a + i * depth, *strip_b = packed_b + j * depth;
+                        if (n - j >= TILE_COLUMNS)
+                            tile[rows](to, N, start, from_c ? N : 0, strip_a, rows, strip_b, TILE_COLUMNS, depth);
+                        else
+                            tile_at_edge(rows, n - j, to, N, start, from_c ? N : 0, strip_a, strip_b, depth);
+                    }
+            }
+            k0 += depth;
+        } while (k0 < K);
+    }
+}
+
+// Linear layer:  y = x Wᵀ + bias.    y (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
+// A few rows at a time, as in generation, each weight is used once and memory is the limit: plain dot products then,
+// with the weight's row read once for all rows of x. in = 0 gives y = bias, a constant.
+enum { FEW_ROWS = 4 };
+static void matmul_forward(metala_context *ctx, real *y, const real *x, const real *w, const real *bias, size_t rows,
+                           size_t out, size_t in) {
+    if (rows > FEW_ROWS) {
+        matrix_multiply(ctx, y, x, in, 1, w, 1, in, bias, rows, out, in, 0);
+        return;
+    }
+    PARALLEL_FOR(rows * out * in)
+    for (size_t o = 0; o < out; o++)
+        for (size_t row = 0; row < rows; row++)
+            y[row * out + o] = dot(x + row * in, w + o * in, in) + (bias ? bias[o] : 0);
+}
+
+// sums[j] += Σ_row a[row][j], the gradient of a bias.
+static void add_column_sums(metala_context *ctx, real *sums, const real *a, size_t rows, size_t columns) {
+    enum { STRIP = 64 };
+    PARALLEL_FOR(rows * columns)
+    for (size_t j0 = 0; j0 < columns; j0 += STRIP) {
+        size_t n = columns - j0 < STRIP ? columns - j0 : STRIP;
+        real sum[STRIP] = {0};
+        for (size_t row = 0; row < rows; row++)
+            for (size_t j = 0; j < n; j++) sum[j] += a[row * columns + j0 + j];
+        for (size_t j = 0; j < n; j++) sums[j0 + j] += sum[j];
+    }
+}
+
+// dx = dy W (or dx += dy W)      dW += dyᵀ x      dbias += Σ_rows dy
+static void matmul_backward(metala_context *ctx, real *dx, real *dw, real *dbias, const real *dy, const real *x,
+                            const real *w, size_t rows, size_t out, size_t in, int accumulate) {
+    if (dx) matrix_multiply(ctx, dx, dy, out, 1, w, in, 1, NULL, rows, in, out, accumulate);
+    if (dw) matrix_multiply(ctx, dw, dy, 1, out, x, in, 1, NULL, out, in, rows, 1);
+    if (dbias) add_column_sums(ctx, dbias, dy, rows, out);
+}
+
+// ============================================================== 4. The kernels around the scan
+
+// Embedding:  x_row = scale · E[token_row]          x (rows,D)   E [N,D]   scale 1 or √D
+static void embedding_forward(metala_context *ctx, real *x, const int *tokens, const real *E, size_t rows, size_t D,
+                              double scale) {
+    real c = (real)scale;
+    PARALLEL_FOR(rows * D)
+    for (size_t row = 0; row < rows; row++)
+        for (size_t d = 0; d < D; d++) x[row * D + d] = c * E[(size_t)tokens[row] * D + d];
+}
+
+// dE[token] += scale · dx, but nothing for the padding token. Threads share the columns: a token may come often.
+static void embedding_backward(metala_context *ctx, real *dE, const real *dx, const int *tokens, size_t rows,
+                               size_t D, double scale, int pad_token_id) {
+    enum { STRIP = 32 };
+    real c = (real)scale;
+    PARALLEL_FOR(rows * D)
+    for (size_t d0 = 0; d0 < D; d0 += STRIP) {
+        size_t d1 = d0 + STRIP < D ? d0 + STRIP : D;
+        for (size_t row = 0; row < rows; row++)
+            if (tokens[row] != pad_token_id)
+                for (size_t d = d0; d < d1; d++) dE[(size_t)tokens[row] * D + d] += c * dx[row * D + d];
+    }
+}
+
+// RMS norm without weights:  n = m x r,  r = (mean_D(x²) + eps)^(-1/2)
+//   n, x (rows,D)   r (rows) for the backward   mask m (rows) of 0 and 1, or NULL for all ones
+//   "simplermsnorm" of the authors' code; the mixer's input is masked here, before the convolution.
+static void rms_forward(metala_context *ctx, real *n, real *r, const real *x, const uint8_t *mask, size_t rows,
+                        size_t D, double eps) {
+    PARALLEL_FOR(2 * rows * D)
+    for (size_t row = 0; row < rows; row++) {
+        const real *in = x + row * D;
+        r[row] = 1 / (real)sqrt(dot(in, in, D) / (real)D + (real)eps);
+        real scale = mask && !mask[row] ? 0 : r[row];
+        for (size_t d = 0; d < D; d++) n[row * D + d] = in[d] * scale;
+    }
+}
+
+// dx += r (m dn - x̂ mean_D(m dn ⊙ x̂)),  x̂ = x r
+static void rms_backward(metala_context *ctx, real *dx, const real *dn, const real *x, const real *r,
+                         const uint8_t *mask, size_t rows, size_t D) {
+    PARALLEL_FOR(2 * rows * D)
+    for (size_t row = 0; row < rows; row++) {
+        if (mask && !mask[row]) continue;
+        const real *in = x + row * D, *gradient = dn + row * D;
+        real scale = r[row], mean = scale * dot(gradient, in, D) / (real)D;
+        for (size_t d = 0; d < D; d++) dx[row * D + d] += scale * (gradient[d] - in[d] * scale * mean);
+    }
+}
+
+// Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
+//   u, c, n (B,T,D)   w [D,1,4], the last tap multiplies the current token   c is kept for the backward
+//   tail (B,4,D): the inputs before the first one, oldest first; NULL for zeros. Paper section 4.2.
+static const real *conv_input(const real *n, const real *tail, const real *zeros, size_t b, size_t t, size_t j,
+                              size_t T, size_t D) {
+    enum { REACH = METALA_CONV - 1 };
+    if (t + j >= REACH) return n + (b * T + t + j - REACH) * D;
+    return tail ? tail + (b * METALA_CONV + t + j + 1) * D : zeros;
+}
+
+static void conv_forward(metala_context *ctx, real *u, real *c, const real *n, const real *w, const real *tail,
+                         size_t B, size_t T, size_t D) {
+    real *taps = scratch(ctx, (METALA_CONV + 1) * D * sizeof(real)), *zeros = taps + METALA_CONV * D;
+    if (!taps) return;
+    for (size_t d = 0; d < D; d++) {
+        for (size_t j = 0; j < METALA_CONV; j++) taps[j * D + d] = w[d * METALA_CONV + j];
+        zeros[d] = 0;
+    }
+    PARALLEL_FOR(10 * B * T * D)
+    for (size_t row = 0; row < B * T; row++) {
+        const real *n0 = conv_input(n, tail, zeros, row / T, row % T, 0, T, D);
+        const real *n1 = conv_input(n, tail, zeros, row / T, row % T, 1, T, D);
+        const real *n2 = conv_input(n, tail, zeros, row / T, row % T, 2, T, D);
+        const real *n3 = conv_input(n, tail, zeros, row / T, row % T, 3, T, D);
+        real *to_c = c + row * D, *to_u = u + row * D;
+        for (size_t d = 0; d < D; d++)
+            to_c[d] = taps[d] * n0[d] + taps[D + d] * n1[d] + taps[2 * D + d] * n2[d] + taps[3 * D + d] * n3[d];
+        for (size_t d = 0; d < D; d++) to_u[d] = silu(to_c[d]);
+    }
+}
+
+// dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
+static void conv_backward(metala_context *ctx, real *dn, real *dw, const real *du, const real *c, const real *n,
+                          const real *w, const real *tail, size_t B, size_t T, size_t D) {
+    enum { STRIP = 32 };
+    real *dc = scratch(ctx, (B * T + METALA_CONV + 1) * D * sizeof(real));
+    if (!dc) return;
+    real *taps = dc + B * T * D, *zeros = taps + METALA_CONV * D;
+    for (size_t d = 0; d < D; d++) {
+        for (size_t j = 0; j < METALA_CONV; j++) taps[j * D + d] = w[d * METALA_CONV + j];
+        zeros[d] = 0;
+    }
+    PARALLEL_FOR(10 * B * T * D)
+    for (size_t row = 0; row < B * T; row++)
+        for (size_t d = 0; d < D; d++) dc[row * D + d] = du[row * D + d] * silu_slope(c[row * D + d]);
+    PARALLEL_FOR(8 * B * T * D)
+    for (size_t row = 0; row < B * T; row++) {
+        size_t t = row % T;
+        real *to = dn + row * D;
+        for (size_t d = 0; d < D; d++) to[d] = taps[(METALA_CONV - 1) * D + d] * dc[row * D + d];
+        for (size_t later = 1; later < METALA_CONV && t + later < T; later++)
+            for (size_t d = 0; d < D; d++)
+                to[d] += taps[(METALA_CONV - 1 - later) * D + d] * dc[(row + later) * D + d];
+    }
+    PARALLEL_FOR(8 * B * T * D)
+    for (size_t d0 = 0; d0 < D; d0 += STRIP) {
+        size_t count = D - d0 < STRIP ? D - d0 : STRIP;
+        real sum[METALA_CONV][STRIP] = {{0}};
+        for (size_t row = 0; row < B * T; row++)
+            for (size_t j = 0; j < METALA_CONV; j++) {
+                const real *in = conv_input(n, tail, zeros, row / T, row % T, j, T, D) + d0;
+                const real *gradient = dc + row * D + d0;
+                for (size_t d = 0; d < count; d++) sum[j][d] += gradient[d] * in[d];
+            }
+        for (size_t d = 0; d < count; d++)
+            for (size_t j = 0; j < METALA_CONV; j++) dw[(d0 + d) * METALA_CONV + j] += sum[j][d];
+    }
+}
+
+// tail = the last 4 of (tail, n_0 … n_{T-1}), oldest first: what the next call's convolution looks back to.
+static void conv_tail(metala_context *ctx, real *tail, const real *n, size_t B, size_t T, size_t D) {
+    (void)ctx;
+    size_t kept = T < METALA_CONV ? METALA_CONV - T : 0, taken = METALA_CONV - kept;
+    for (size_t b = 0; b < B; b++) {
+        real *own = tail + b * METALA_CONV * D;
+        memmove(own, own + taken * D, kept * D * sizeof(real));
+        memcpy(own + kept * D, n + (b * T + T - taken) * D, taken * D * sizeof(real));
+    }
+}
+
+// x_row = m_row x_row, in place; its own backward.
+static void mask_rows(metala_context *ctx, real *x, const uint8_t *mask, size_t rows, size_t D) {
+    (void)ctx;
+    for (size_t row = 0; row < rows; row++)
+        if (!mask[row]) memset(x + row * D, 0, D * sizeof(real));
+}
+
+// From the gate logit to decay and key:  a = log σ(z) / τ,  α = e^a = σ(z)^(1/τ),  k = 1 - α
+//   alpha, k, z: n numbers; k NULL when the key is not tied to the decay. Paper section 4.1; τ = 16.
+//   α and k are formed from a, in log space: σ(z) is 0 in float below z = -88, its 16th root is not small.
+static void gate_forward(metala_context *ctx, real *alpha, real *k, const real *z, size_t n, double tau) {
+    enum { STRIP = 1024 };
+    real inverse_tau = (real)(1 / tau);
+    PARALLEL_FOR(30 * n)
+    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+        size_t i1 = i0 + STRIP < n ? i0 + STRIP : n;
+        for (size_t i = i0; i < i1; i++) alpha[i] = log_sigmoid(z[i]) * inverse_tau;
+        if (k)
+            for (size_t i = i0; i < i1; i++) k[i] = one_minus_exp(alpha[i]);
+        for (size_t i = i0; i < i1; i++) alpha[i] = real_exp(alpha[i]);
+    }
+}
+
+// dz = (da - α dk) σ(-z) / τ      da is the gradient in a = log α from the scan, dk the full gradient of the tied key
+// (NULL when it is not tied), since d(1 - α)/da = -α and d log σ(z)/dz = σ(-z).
+static void gate_backward(metala_context *ctx, real *dz, const real *da, const real *dk, const real *z,
+                          const real *alpha, size_t n, double tau) {
+    enum { STRIP = 1024 };
+    real inverse_tau = (real)(1 / tau);
+    PARALLEL_FOR(20 * n)
+    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+        size_t i1 = i0 + STRIP < n ? i0 + STRIP : n;
+        for (size_t i = i0; i < i1; i++) {
+            real gradient = da[i];
+            if (dk) gradient -= alpha[i] * dk[i];
+            dz[i] = gradient * sigmoid(-z[i]) * inverse_tau;
+        }
+    }
+}
+
+// Self-augmentation:  p_t = o_t + σ(w_t v_t),  w_t = Σ_i q_{t,i} k_{t,i} b_i        per head
+//   p, o, v (rows,H,V)   q, k (rows,H,K)   b [H·K] `aug_balance`; q is not scaled here. Paper section 4.2.
+static void augment_forward(metala_context *ctx, real *p, const real *o, const real *q, const real *k, const real *v,
+                            const real *b, size_t rows, size_t H, size_t K, size_t V) {
+    PARALLEL_FOR(20 * rows * H * V)
+    for (size_t row = 0; row < rows; row++)
+        for (size_t h = 0; h < H; h++) {
+            const real *qh = q + (row * H + h) * K, *kh = k + (row * H + h) * K, *bh = b + h * K;
+            const real *vh = v + (row * H + h) * V, *oh = o + (row * H + h) * V;
+            real *ph = p + (row * H + h) * V, w = 0;
+            for (size_t i = 0; i < K; i++) w += qh[i] * kh[i] * bh[i];
+            for (size_t j = 0; j < V; j++) ph[j] = oh[j] + sigmoid(w * vh[j]);
+        }
+}
+
+// With e = σ(w v), t = dp ⊙ e ⊙ (1 - e):   do = dp (the same memory serves both)     dw = Σ_V t ⊙ v
+//   dv += w t     dq += dw (k ⊙ b)     dk += dw (q ⊙ b)     db += Σ_rows dw (q ⊙ k)
+static void augment_backward(metala_context *ctx, real *dq, real *dk, real *dv, real *db, const real *dp,
+                             const real *q, const real *k, const real *v, const real *b, size_t rows, size_t H,
+                             size_t K, size_t V) {
+    real *dw = scratch(ctx, rows * H * sizeof(real));
+    if (!dw) return;
+    PARALLEL_FOR(20 * rows * H * V)
+    for (size_t row = 0; row < rows; row++)
+        for (size_t h = 0; h < H; h++) {
+            size_t at_k = (row * H + h) * K, at_v = (row * H + h) * V;
+            const real *qh = q + at_k, *kh = k + at_k, *bh = b + h * K, *vh = v + at_v, *dph = dp + at_v;
+            real *dqh = dq + at_k, *dkh = dk + at_k, *dvh = dv + at_v, w = 0, sum = 0;
+            for (size_t i = 0; i < K; i++) w += qh[i] * kh[i] * bh[i];
+            enum { STRIP = 64 };                        // t in strips: sums of products go through vector registers
+            for (size_t j0 = 0; j0 < V; j0 += STRIP) {
+                real t[STRIP];
+                size_t n = V - j0 < STRIP ? V - j0 : STRIP;
+                for (size_t j = 0; j < n; j++) {
+                    real e = sigmoid(w * vh[j0 + j]);
+                    t[j] = dph[j0 + j] * e * (1 - e);
+                }
+                for (size_t j = 0; j < n; j++) dvh[j0 + j] += w * t[j];
+                sum += dot(t, vh + j0, n);
+            }
+            for (size_t i = 0; i < K; i++) {
+                dqh[i] += sum * kh[i] * bh[i];
+                dkh[i] += sum * qh[i] * bh[i];
+            }
+            dw[row * H + h] = sum;
+        }
+    PARALLEL_FOR(3 * rows * H * K)
+    for (size_t h = 0; h < H; h++)
+        for (size_t row = 0; row < rows; row++) {
+            const real *qh = q + (row * H + h) * K, *kh = k + (row * H + h) * K;
+            for (size_t i = 0; i < K; i++) db[h * K + i] += dw[row * H + h] * qh[i] * kh[i];
+        }
+}
+
+// Head norm, a layer norm over the V channels of one head without weights:
+//   n = (p - μ) ρ,  ρ = (mean((p-μ)²) + eps)^(-1/2)          n, p (rows,H,V)   ρ (rows,H) for the backward
+static void head_norm_forward(metala_context *ctx, real *n, real *rho, const real *p, size_t rows, size_t H, size_t V,
+                              double eps) {
+    PARALLEL_FOR(4 * rows * H * V)
+    for (size_t row = 0; row < rows * H; row++) {
+        const real *in = p + row * V;
+        real *out = n + row * V, mean = total(in, V) / (real)V;
+        for (size_t j = 0; j < V; j++) out[j] = in[j] - mean;
+        rho[row] = 1 / (real)sqrt(dot(out, out, V) / (real)V + (real)eps);
+        for (size_t j = 0; j < V; j++) out[j] *= rho[row];
+    }
+}
+
+// dp = ρ (dn - mean(dn) - n mean(dn ⊙ n))
+static void head_norm_backward(metala_context *ctx, real *dp, const real *dn, const real *n, const real *rho,
+                               size_t rows, size_t H, size_t V) {
+    PARALLEL_FOR(4 * rows * H * V)
+    for (size_t row = 0; row < rows * H; row++) {
+        const real *gradient = dn + row * V, *out = n + row * V;
+        real mean = total(gradient, V) / (real)V, along = dot(gradient, out, V) / (real)V;
+        for (size_t j = 0; j < V; j++) dp[row * V + j] = rho[row] * (gradient[j] - mean - out[j] * along);
+    }
+}
+
+// Gated product:  y = silu(a) ⊙ b, n numbers. The output gate (a = g, b = normalised heads) and SwiGLU (a = W_1 n,
+// b = W_2 n) alike.
+static void silu_gate_forward(metala_context *ctx, real *y, const real *a, const real *b, size_t n) {
+    PARALLEL_FOR(10 * n)
+    for (size_t i = 0; i < n; i++) y[i] = silu(a[i]) * b[i];
+}
+
+// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
+static void silu_gate_backward(metala_context *ctx, real *da, real *db, const real *dy, const real *a, const real *b,
+                               size_t n) {
+    PARALLEL_FOR(15 * n)
+    for (size_t i = 0; i < n; i++) {
+        real s = sigmoid(a[i]), gradient = dy[i];
+        da[i] = gradient * b[i] * s * (1 + a[i] * (1 - s));
+        db[i] = gradient * a[i] * s;
+    }
+}
+
+// Residual:  y = a + b, n numbers; y may be a or b.
+static void add(metala_context *ctx, real *y, const real *a, const real *b, size_t n) {
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) y[i] = a[i] + b[i];
+}
+
+// Softmax cross-entropy:  lse = log Σ_n e^{logit_n},  loss = lse - logit_target; 0 where the target is METALA_IGNORE
+//   loss, lse (rows)   logits (rows,N). The largest logit is taken out first, so nothing overflows.
+static void cross_entropy_forward(metala_context *ctx, real *loss, real *lse, const real *logits, const int *targets,
+                                  size_t rows, size_t N) {
+    enum { STRIP = 256 };
+    PARALLEL_FOR(20 * rows * N)
+    for (size_t row = 0; row < rows; row++) {
+        const real *x = logits + row * N;
+        real most = x[0], sum = 0, e[STRIP];
+        for (size_t i = 1; i < N; i++) most = x[i] > most ? x[i] : most;
+        for (size_t i0 = 0; i0 < N; i0 += STRIP) {
+            size_t n = N - i0 < STRIP ? N - i0 : STRIP;
+            for (size_t i = 0; i < n; i++) e[i] = real_exp(x[i0 + i] - most);
+            sum += total(e, n);
+        }
+        lse[row] = most + (real)log(sum);
+        loss[row] = targets[row] == METALA_IGNORE ? 0 : lse[row] - x[targets[row]];
+    }
+}
+
+// dlogits = weight (softmax(logits) - onehot(target)), 0 where ignored; may overwrite the logits.
+static void cross_entropy_backward(metala_context *ctx, real *dlogits, const real *logits, const real *lse,
+                                   const int *targets, size_t rows, size_t N, double weight) {
+    real c = (real)weight;
+    PARALLEL_FOR(20 * rows * N)
+    for (size_t row = 0; row < rows; row++) {
+        const real *x = logits + row * N;
+        real *dx = dlogits + row * N, base = lse[row];
+        if (targets[row] == METALA_IGNORE) {
+            memset(dx, 0, N * sizeof(real));
+            continue;
+        }
+        for (size_t i = 0; i < N; i++) dx[i] = c * real_exp(x[i] - base);
+        dx[targets[row]] -= c;
+    }
+}
+
+// Σ x², for the global norm of the gradients: sums of strips, added up in order.
+static double sum_squares(metala_context *ctx, const real *x, size_t n) {
+    enum { STRIP = 4096 };
+    size_t count = (n + STRIP - 1) / STRIP;
+    double *part = scratch(ctx, count * sizeof(double)), sum = 0;
+    if (!part) return 0;
+    PARALLEL_FOR(n)
+    for (size_t s = 0; s < count; s++) {
+        size_t start = s * STRIP;
+        part[s] = dot(x + start, x + start, n - start < STRIP ? n - start : STRIP);
+    }
+    for (size_t s = 0; s < count; s++) sum += part[s];
+    return sum;
+}
+
+// AdamW, step = 1, 2, …:  g = gradient_scale · g;  θ *= 1 - lr·wd;  m = β₁m + (1-β₁)g;  v = β₂v + (1-β₂)g²
+//                         θ -= lr/(1-β₁^step) · m / (√v / √(1-β₂^step) + eps)
+static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g, size_t n, const metala_adamw *adamw,
+                  uint64_t step, double gradient_scale, double weight_decay) {
+    real scale = (real)gradient_scale, keep = (real)(1 - adamw->learning_rate * weight_decay);
+    real beta1 = (real)adamw->beta1, beta2 = (real)adamw->beta2, eps = (real)adamw->eps;
+    real rate = (real)(adamw->learning_rate / (1 - pow(adamw->beta1, (double)step)));
+    real root = (real)(1 / sqrt(1 - pow(adamw->beta2, (double)step)));
+    PARALLEL_FOR(4 * n)
+    for (size_t i = 0; i < n; i++) {
+        real gradient = scale * g[i];
+        m[i] = beta1 * m[i] + (1 - beta1) * gradient;
+        v[i] = beta2 * v[i] + (1 - beta2) * gradient * gradient;
+#ifdef METALA_FLOAT64
+        real deviation = sqrt(v[i]);
+#else
+        real deviation = sqrtf(v[i]);
+#endif
+        p[i] = keep * p[i] - rate * m[i] / (deviation * root + eps);
+    }
+}
+
+// ============================================================== 5. The decay scan
+
+// The heart of the model, for each sequence and head:
+//
+//     S_t = diag(α_t) S_{t-1} + k_t v_tᵀ           S in R^{K×V}, the memory: row i is what channel i remembers
+//     o_t = s S_tᵀ q_t                             read after token t is in; s = K^(-1/2)
+//
+//   o, v (B,T,H,V)   q, k, alpha (B,T,H,K)   S (B,H,K,V): initial state in, final state out, NULL for zeros and no
+//   interest; states (B,H,ceil(T/64),K,V) receives the state before every 64th token, for the backward, or NULL.
+//   0 <= α <= 1.     Paper section 3, equations of the general form; MetaLA has k = 1 - α.
+//
+// Three computations of the same numbers. Decays over several tokens are always products of α, each a factor <= 1:
+// nothing is divided by a decay and no exponential is taken, so that nothing can overflow, and what underflows is
+// truly gone, for every gate. (Dividing by cumulative products, (Q⊙P)(K/P)ᵀ, overflows within 16 tokens of strong
+// decay.)
+//
+// Backward, from the gradients do of the outputs and dS of the final state, with G_t the gradient of S_t counting all
+// later uses and Γ_t = diag(α_{t+1}) G_{t+1} the part of it that comes from the future:
+//
+//     G_t   = Γ_t + s q_t do_tᵀ
+//     dq_t  = s S_t do_t         dk_t = G_t v_t         dv_t = G_tᵀ k_t
+//     da_t  = α_t ⊙ rowsum(G_t ⊙ S_{t-1})               the gradient in a = log α, finite and exact as α → 0
+//     Γ_{t-1} = diag(α_t) G_t                           Γ_0 = dS, the gradient of the initial state
+//
+// The states are recomputed from those stored. (Running the recurrence backwards, S_{t-1} = (S_t - k vᵀ)/α, loses all
+// digits within 64 tokens.)
+
+typedef struct {                // one head of one sequence: pointers to its first token and distances between tokens
+    size_t T, K, V, k_step, v_step;
+    real scale;
+    const real *q, *k, *v, *alpha, *dO, *states;
+    real *o, *S, *keep_states, *dq, *dk, *dv, *da, *dS;
+} head;
+
+static size_t chunks(size_t T) { return (T + METALA_CHUNK - 1) / METALA_CHUNK; }
+
+// ---- Recurrent: the definition, token by token.
+
+// S = diag(α) S + k vᵀ
+static void state_update(real *S, const real *k, const real *v, const real *alpha, size_t K, size_t V) {
+    for (size_t i = 0; i < K; i++)
+        for (size_t j = 0; j < V; j++) S[i * V + j] = alpha[i] * S[i * V + j] + k[i] * v[j];
+}
+
+static void recurrent_forward(const head *h, real *S) {
+    size_t K = h->K, V = h->V;
+    for (size_t t = 0; t < h->T; t++) {
+        const real *q = h->q + t * h->k_step;
+        real *o = h->o + t * h->v_step;
+        if (h->keep_states && t % METALA_CHUNK == 0)
+            memcpy(h->keep_states + t / METALA_CHUNK * K * V, S, K * V * sizeof(real));
+        state_update(S, h->k + t * h->k_step, h->v + t * h->v_step, h->alpha + t * h->k_step, K, V);
+        for (size_t j = 0; j < V; j++) o[j] = 0;
+        for (size_t i = 0; i < K; i++)
+            for (size_t j = 0; j < V; j++) o[j] += h->scale * q[i] * S[i * V + j];
+    }
+}
+
+static size_t recurrent_scratch(size_t K, size_t V) { return (METALA_CHUNK + 1) * K * V; }
+
+// G: Γ on entry to a token, (K,V), becomes dS. work: the states of one chunk.
+static void recurrent_backward(const head *h, real *G, real *work) {
+    size_t K = h->K, V = h->V, KV = K * V;
+    for (size_t c = chunks(h->T); c-- > 0;) {
+        size_t t0 = c * METALA_CHUNK, n = h->T - t0 < METALA_CHUNK ? h->T - t0 : METALA_CHUNK;
+        memcpy(work, h->states + c * KV, KV * sizeof(real));
+        for (size_t t = 0; t < n; t++) {                             // work[t + 1] = S after token t0 + t
+            size_t at_k = (t0 + t) * h->k_step, at_v = (t0 + t) * h->v_step;
+            memcpy(work + (t + 1) * KV, work + t * KV, KV * sizeof(real));
+            state_update(work + (t + 1) * KV, h->k + at_k, h->v + at_v, h->alpha + at_k, K, V);
+        }
+        for (size_t t = n; t-- > 0;) {
+            size_t at_k = (t0 + t) * h->k_step, at_v = (t0 + t) * h->v_step;
+            const real *q = h->q + at_k, *k = h->k + at_k, *alpha = h->alpha + at_k;
+            const real *v = h->v + at_v, *dO = h->dO + at_v, *before = work + t * KV, *after = before + KV;
+            real *dv = h->dv + at_v;
+            for (size_t j = 0; j < V; j++) dv[j] = 0;
+            for (size_t i = 0; i < K; i++) {
+                real *g = G + i * V, sq = h->scale * q[i];
+                for (size_t j = 0; j < V; j++) g[j] += sq * dO[j];
+                for (size_t j = 0; j < V; j++) dv[j] += g[j] * k[i];
+                h->dq[at_k + i] = h->scale * dot(after + i * V, dO, V);
+                h->dk[at_k + i] = dot(g, v, V);
+                h->da[at_k + i] = alpha[i] * dot(g, before + i * V, V);
+                for (size_t j = 0; j < V; j++) g[j] *= alpha[i];
+            }
+        }
+    }
+}
+
+// ---- Parallel: the T×T attention map that stands for softmax attention's.
+//
+//     A_tj = Σ_i q_{t,i} k_{j,i} Π_{j<r<=t} α_{r,i}  for j <= t          o_t = s ( Σ_j A_tj v_j + S_0ᵀ (q_t ⊙ Π_{r<=t} α_r) )
+
+static size_t parallel_scratch(size_t T, size_t K, size_t V) { return 2 * T * T + 2 * T * K + K * V; }
+
+// One column of A at a time: key j as it is still remembered at t = j, j+1, …, in `e` (K). Leaves e = k_j Π_{r>j} α_r.
+static void map_column(const head *h, real *A, real *e, size_t j) {
+    for (size_t i = 0; i < h->K; i++) e[i] = h->k[j * h->k_step + i];
+    for (size_t t = j; t < h->T; t++) {
+        const real *alpha = h->alpha + t * h->k_step;
+        if (t > j)
+            for (size_t i = 0; i < h->K; i++) e[i] *= alpha[i];
+        A[t * h->T + j] = dot(h->q + t * h->k_step, e, h->K);
+    }
+}
+
+static void parallel_forward(const head *h, real *S, real *work) {
+    size_t T = h->T, K = h->K, V = h->V;
+    real *A = work, *e = A + T * T, *p = e + K;
+    for (size_t t = 0; t < T; t += METALA_CHUNK)                     // the backward of this form needs S_0 only
+        if (h->keep_states) memcpy(h->keep_states + t / METALA_CHUNK * K * V, S, K * V * sizeof(real));
+    for (size_t i = 0; i < K; i++) p[i] = 1;
+    for (size_t t = 0; t < T; t++) {                                 // what is left of S_0 at t
+        real *o = h->o + t * h->v_step;
+        for (size_t j = 0; j < V; j++) o[j] = 0;
+        for (size_t i = 0; i < K; i++) {
+            p[i] *= h->alpha[t * h->k_step + i];
+            real q = h->scale * h->q[t * h->k_step + i] * p[i];
+            for (size_t j = 0; j < V; j++) o[j] += q * S[i * V + j];
+        }
+    }
+    for (size_t i = 0; i < K; i++)
+        for (size_t j = 0; j < V; j++) S[i * V + j] *= p[i];
+    for (size_t j = 0; j < T; j++) {
+        const real *v = h->v + j * h->v_step;
+        map_column(h, A, e, j);
+        for (size_t i = 0; i < K; i++)
+            for (size_t l = 0; l < V; l++) S[i * V + l] += e[i] * v[l];
+    }
+    for (size_t t = 0; t < T; t++)
+        for (size_t j = 0; j <= t; j++)
+            for (size_t l = 0; l < V; l++)
+                h->o[t * h->v_step + l] += h->scale * A[t * T + j] * h->v[j * h->v_step + l];
+}
+
+// With D_tj = s do_t·v_j:   dq_t = Σ_j D_tj e_tj ⊙ k_j    dk_j = Σ_t D_tj e_tj ⊙ q_t    dv_j = s Σ_t A_tj do_t,
+// e_tj = Π_{j<r<=t} α_r, and the terms of S_0 and of the final state. The decay's gradient follows from dq and dk:
+// log α_r scales every q_t with t >= r and unscales every k_j with j >= r, hence da_r = Σ_{t>=r} (q_t dq_t - k_t dk_t),
+// plus rowsum(Γ ⊙ S_T), as the final state counts as one more query.
+static void parallel_backward(const head *h, real *G, real *work) {
+    size_t T = h->T, K = h->K, V = h->V;
+    real *A = work, *D = A + T * T, *e = D + T * T, *p = e + T * K, *S_T = p + T * K;
+    const real *S_0 = h->states;
+    for (size_t t = 0; t < T; t++)                                   // p_t = Π_{r<=t} α_r
+        for (size_t i = 0; i < K; i++) p[t * K + i] = (t ? p[(t - 1) * K + i] : 1) * h->alpha[t * h->k_step + i];
+    for (size_t i = 0; i < K; i++)
+        for (size_t l = 0; l < V; l++) S_T[i * V + l] = p[(T - 1) * K + i] * S_0[i * V + l];
+    for (size_t j = 0; j < T; j++) {
+        map_column(h, A, e, j);
+        for (size_t t = j; t < T; t++) D[t * T + j] = h->scale * dot(h->dO + t * h->v_step, h->v + j * h->v_step, V);
+        real *dv = h->dv + j * h->v_step, *dk = h->dk + j * h->k_step;
+        const real *v = h->v + j * h->v_step;
+        for (size_t l = 0; l < V; l++) dv[l] = 0;
+        for (size_t i = 0; i < K; i++) {                             // through the final state
+            for (size_t l = 0; l < V; l++) dv[l] += e[i] * G[i * V + l];
+            for (size_t l = 0; l < V; l++) S_T[i * V + l] += e[i] * v[l];
+        }
+        for (size_t t = j; t < T; t++)
+            for (size_t l = 0; l < V; l++) dv[l] += h->scale * A[t * T + j] * h->dO[t * h->v_step + l];
+        for (size_t i = 0; i < K; i++) dk[i] = 0;
+        for (size_t i = 0; i < K; i++) e[i] = 1;
+        for (size_t t = j; t < T; t++) {
+            const real *alpha = h->alpha + t * h->k_step;
+            for (size_t i = 0; i < K && t > j; i++) e[i] *= alpha[i];
+            for (size_t i = 0; i < K; i++) dk[i] += D[t * T + j] * e[i] * h->q[t * h->k_step + i];
+        }
+        for (size_t i = 0; i < K; i++) dk[i] += e[i] * dot(G + i * V, v, V);
+    }
+    for (size_t t = 0; t < T; t++) {
+        real *dq = h->dq + t * h->k_step;
+        const real *dO = h->dO + t * h->v_step;
+        for (size_t i = 0; i < K; i++) dq[i] = h->scale * p[t * K + i] * dot(S_0 + i * V, dO, V);
+        for (size_t i = 0; i < K; i++) e[i] = 1;
+        for (size_t j = t + 1; j-- > 0;) {
+            for (size_t i = 0; i < K; i++) dq[i] += D[t * T + j] * e[i] * h->k[j * h->k_step + i];
+            for (size_t i = 0; i < K; i++) e[i] *= h->alpha[j * h->k_step + i];
+        }
+    }
+    for (size_t i = 0; i < K; i++) {
+        real sum = dot(G + i * V, S_T + i * V, V);
+        for (size_t t = T; t-- > 0;) {
+            size_t at = t * h->k_step + i;
+            sum += h->q[at] * h->dq[at] - h->k[at] * h->dk[at];
+            h->da[at] = sum;
+        }
+        for (size_t l = 0; l < V; l++) G[i * V + l] *= p[(T - 1) * K + i];
+        for (size_t t = 0; t < T; t++) {
+            real q = h->scale * h->q[t * h->k_step + i] * p[t * K + i];
+            for (size_t l = 0; l < V; l++) G[i * V + l] += q * h->dO[t * h->v_step + l];
+        }
+    }
+}
+
+// ---- Chunkwise: the parallel form inside blocks of 16 tokens, the recurrence from block to block.
+//
+// The state then moves once for 16 tokens instead of once for each, and nearly all work is products of small matrices.
+// With t and j inside a block, S_0 the state before it, p_t = Π_{r<=t} α_r and n its last token:
+//
+//     o_t = s ( S_0ᵀ (q_t ⊙ p_t) + Σ_{j<=t} A_tj v_j ),   A_tj = q_t · (k_j ⊙ Π_{j<r<=t} α_r)
+//     S_n = diag(p_n) S_0 + Σ_j (k_j ⊙ Π_{j<r<=n} α_r) v_jᵀ
+//
+// The decayed keys k_j ⊙ Π_{j<r<=t} α_r are carried from t to t + 1 by one multiplication by α_{t+1}; when the block is
+// done they are what the second line needs. (On a CPU one level of blocks does the least arithmetic: 2KV + 16(K+V)
+// multiply-adds for a token. Larger chunks with sub-blocks, as GPUs use them, feed wider matrix units.)
+
+enum { BLOCK = 16 };
+
+typedef struct {                // what a block needs, padded to whole tiles: Vp = V, Kp = K + BLOCK rounded up
+    size_t Vp, Kp;
+    real *S_v;                  // (K + BLOCK, Vp)  the state, and below it the block's v
+    real *qp_A;                 // (K + BLOCK, BLOCK)  s (q_t ⊙ p_t) as columns, and below it s A_tj, column t
+    real *keys;                 // (BLOCK, K)  decayed keys
+    real *p;                    // (K)  total decay of the block
+    real *o;                    // (BLOCK, Vp)
+} block_memory;
+
+static size_t block_scratch(size_t K, size_t V) {
+    size_t Vp = round_up(V, TILE_COLUMNS);
+    return (K + BLOCK) * (Vp + BLOCK) + BLOCK * K + K + BLOCK * Vp;
+}
+
+static block_memory block_memory_in(real *work, size_t K, size_t V) {
+    block_memory m = {round_up(V, TILE_COLUMNS), round_up(K + BLOCK, TILE_COLUMNS), NULL, NULL, NULL, NULL, NULL};
+    m.S_v = work;
+    m.qp_A = m.S_v + (K + BLOCK) * m.Vp;
+    m.keys = m.qp_A + (K + BLOCK) * BLOCK;
+    m.p = m.keys + BLOCK * K;
+    m.o = m.p + K;
+    return m;
+}
+
+// to (rows, width) = from (rows, columns), zeros to the right; and back.
+static void copy_padded(real *to, size_t width, const real *from, size_t from_step, size_t rows, size_t columns) {
+    for (size_t row = 0; row < rows; row++) {
+        memcpy(to + row * width, from + row * from_step, columns * sizeof(real));
+        for (size_t j = columns; j < width; j++) to[row * width + j] = 0;
+    }
+}
+
+static void copy_unpadded(real *to, size_t to_step, const real *from, size_t width, size_t rows, size_t columns) {
+    for (size_t row = 0; row < rows; row++) memcpy(to + row * to_step, from + row * width, columns * sizeof(real));
+}
+
+// Walks through a block of n tokens from t0: fills qp_A, the decayed keys (as they are after the last token) and p.
+static void block_walk(const head *h, const block_memory *m, size_t t0, size_t n) {
+    size_t K = h->K;
+    for (size_t i = 0; i < K; i++) m->p[i] = 1;
+    for (size_t t = 0; t < n; t++) {
+        size_t at = (t0 + t) * h->k_step;
+        const real *q = h->q + at, *k = h->k + at, *alpha = h->alpha + at;
+        for (size_t i = 0; i < K; i++) m->p[i] *= alpha[i];
+        for (size_t i = 0; i < K; i++) m->qp_A[i * BLOCK + t] = h->scale * q[i] * m->p[i];
+        for (size_t i = 0; i < K; i++) m->keys[t * K + i] = k[i];
+        for (size_t j = 0; j < n; j++) {
+            real *key = m->keys + j * K;
+            for (size_t i = 0; i < K && j < t; i++) key[i] *= alpha[i];
+            m->qp_A[(K + j) * BLOCK + t] = j <= t ? h->scale * dot(q, key, K) : 0;
+        }
+    }
+}
+
+// S = diag(p) S + keysᵀ v
+static void block_state_update(const block_memory *m, size_t K, size_t n) {
+    for (size_t i = 0; i < K; i++)
+        for (size_t j = 0; j < m->Vp; j++) m->S_v[i * m->Vp + j] *= m->p[i];
+    block_multiply(m->S_v, m->Vp, m->S_v, m->Vp, m->keys, K, m->S_v + K * m->Vp, m->Vp, K, m->Vp, n);
+}
+
+static void chunkwise_forward(const head *h, real *S, real *work) {
+    size_t K = h->K, V = h->V;
+    block_memory m = block_memory_in(work, K, V);
+    copy_padded(m.S_v, m.Vp, S, V, K, V);
+    for (size_t t0 = 0; t0 < h->T; t0 += BLOCK) {
+        size_t n = h->T - t0 < BLOCK ? h->T - t0 : BLOCK;
+        if (h->keep_states && t0 % METALA_CHUNK == 0)
+            copy_unpadded(h->keep_states + t0 / METALA_CHUNK * K * V, V, m.S_v, m.Vp, K, V);
+        copy_padded(m.S_v + K * m.Vp, m.Vp, h->v + t0 * h->v_step, h->v_step, n, V);
+        block_walk(h, &m, t0, n);
+        memset(m.o, 0, n * m.Vp * sizeof(real));
+        block_multiply(m.o, m.Vp, m.o, m.Vp, m.qp_A, BLOCK, m.S_v, m.Vp, n, m.Vp, K + n);     // o = [qp A] [S; v]
+        copy_unpadded(h->o + t0 * h->v_step, h->v_step, m.o, m.Vp, n, V);
+        block_state_update(&m, K, n);
+    }
+    copy_unpadded(S, V, m.S_v, m.Vp, K, V);
+}
+
+// to (columns, to_step) = fromᵀ, from (rows, from_step)
+static void transpose(real *to, size_t to_step, const real *from, size_t from_step, size_t rows, size_t columns) {
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < columns; j++) to[j * to_step + i] = from[i * from_step + j];
+}
+
+static size_t chunkwise_scratch(size_t K, size_t V) {
+    size_t Vp = round_up(V, TILE_COLUMNS), Kp = round_up(K + BLOCK, TILE_COLUMNS);
+    return block_scratch(K, V) + (METALA_CHUNK / BLOCK + 1) * K * Vp + (BLOCK + K) * (Vp + BLOCK) + 2 * V * Kp +
+           2 * V * BLOCK + 2 * BLOCK * Kp + BLOCK * K + BLOCK * Vp;
+}
+
+// Block by block from the last. Γ is the gradient of the state after the block, D_tj = s do_t·v_j for j <= t, and the
+// decayed queries q_t ⊙ Π_{j<r<=t} α_r mirror the decayed keys:
+//
+//     dq_t = s p_t ⊙ (S_0 do_t) + Σ_{j<=t} D_tj (k_j ⊙ Π_{j<r<=t} α_r)
+//     dk_j = Σ_{t>=j} D_tj (q_t ⊙ Π_{j<r<=t} α_r) + Π_{j<r<=n} α_r ⊙ (Γ v_j)
+//     dv_j = s Σ_{t>=j} A_tj do_t + Γᵀ (k_j ⊙ Π_{j<r<=n} α_r)
+//     da_t = Σ_{r>=t} (q_r ⊙ dq_r - k_r ⊙ dk_r) + rowsum(Γ ⊙ S_n)        (see parallel_backward)
+//     Γ   <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ
+static void chunkwise_backward(const head *h, real *G, real *work) {
+    enum { BLOCKS = METALA_CHUNK / BLOCK };
+    size_t K = h->K, V = h->V;
+    block_memory m = block_memory_in(work, K, V);
+    size_t Vp = m.Vp, Kp = m.Kp;
+    real *states = work + block_scratch(K, V);                 // (BLOCKS + 1, K, Vp)  state before each block, and after
+    real *dO_G = states + (BLOCKS + 1) * K * Vp;               // (BLOCK + K, Vp)  do, and below it Γ
+    real *A_keys = dO_G + (BLOCK + K) * Vp;                    // (BLOCK + K, BLOCK)  s A (row t), below it keysᵀ
+    real *St_vt = A_keys + (BLOCK + K) * BLOCK;                // (V, Kp)  S_0ᵀ, and beside it vᵀ
+    real *Gt = St_vt + V * Kp, *dOt = Gt + V * Kp;             // (V, Kp)  Γᵀ;   (V, BLOCK)  doᵀ
+    real *vt = dOt + V * BLOCK, *X = vt + V * BLOCK;           // (V, BLOCK)  vᵀ;  (BLOCK, Kp)  do [S_0ᵀ vᵀ]
+    real *Y = X + BLOCK * Kp, *walk = Y + BLOCK * Kp;          // (BLOCK, Kp)  v Γᵀ;  (BLOCK, K)  decayed keys, queries
+    real *dv = walk + BLOCK * K;                               // (BLOCK, Vp)
+    real *gamma = dO_G + BLOCK * Vp;
+    copy_padded(gamma, Vp, G, V, K, V);
+    memset(St_vt, 0, 2 * V * Kp * sizeof(real));
+
+    for (size_t c = chunks(h->T); c-- > 0;) {
+        size_t c0 = c * METALA_CHUNK, end = h->T - c0 < METALA_CHUNK ? h->T : c0 + METALA_CHUNK;
+        size_t blocks = (end - c0 + BLOCK - 1) / BLOCK;
+        copy_padded(m.S_v, Vp, h->states + c * K * V, V, K, V);
+        for (size_t b = 0; b < blocks; b++) {                  // the states between the blocks of this chunk
+            size_t t0 = c0 + b * BLOCK, n = end - t0 < BLOCK ? end - t0 : BLOCK;
+            memcpy(states + b * K * Vp, m.S_v, K * Vp * sizeof(real));
+            copy_padded(m.S_v + K * Vp, Vp, h->v + t0 * h->v_step, h->v_step, n, V);
+            block_walk(h, &m, t0, n);
+            block_state_update(&m, K, n);
+        }
+        memcpy(states + blocks * K * Vp, m.S_v, K * Vp * sizeof(real));
+
+        for (size_t b = blocks; b-- > 0;) {
+            size_t t0 = c0 + b * BLOCK, n = end - t0 < BLOCK ? end - t0 : BLOCK, at_k = t0 * h->k_step;
+            const real *v = h->v + t0 * h->v_step, *dO = h->dO + t0 * h->v_step, *q = h->q + at_k, *k = h->k + at_k;
+            const real *alpha = h->alpha + at_k, *S_0 = states + b * K * Vp, *S_n = S_0 + K * Vp;
+            real *dq = h->dq + at_k, *dk = h->dk + at_k, *da = h->da + at_k;
+            block_walk(h, &m, t0, n);
+
+            // Operands: everything that is summed over V must have V as its rows.
+            copy_padded(dO_G, Vp, dO, h->v_step, n, V);
+            transpose(dOt, BLOCK, dO, h->v_step, n, V);
+            transpose(vt, BLOCK, v, h->v_step, n, V);
+            transpose(St_vt, Kp, S_0, Vp, K, V);
+            transpose(St_vt + K, Kp, v, h->v_step, n, V);
+            transpose(Gt, Kp, gamma, Vp, K, V);
+            memset(X, 0, 2 * BLOCK * Kp * sizeof(real));
+            block_multiply(X, Kp, X, Kp, dOt, BLOCK, St_vt, Kp, n, Kp, V);       // X = do [S_0ᵀ vᵀ]
+            block_multiply(Y, Kp, Y, Kp, vt, BLOCK, Gt, Kp, n, Kp, V);           // Y = v Γᵀ
+
+            // dv: rows 0…n-1 of A_keys are tokens t, the K rows below are channels.
+            for (size_t t = 0; t < n; t++)
+                for (size_t j = 0; j < BLOCK; j++) A_keys[t * BLOCK + j] = j < n ? m.qp_A[(K + j) * BLOCK + t] : 0;
+            memset(dv, 0, n * Vp * sizeof(real));
+            block_multiply(dv, Vp, dv, Vp, A_keys, BLOCK, dO_G, Vp, n, Vp, n);
+            transpose(A_keys + BLOCK * BLOCK, BLOCK, m.keys, K, n, K);
+            block_multiply(dv, Vp, dv, Vp, A_keys + BLOCK * BLOCK, BLOCK, gamma, Vp, n, Vp, K);
+            copy_unpadded(h->dv + t0 * h->v_step, h->v_step, dv, Vp, n, V);
+
+            for (size_t t = 0; t < n; t++) {                                     // dq: keys decay forwards
+                real *to = dq + t * h->k_step;
+                for (size_t i = 0; i < K; i++) walk[t * K + i] = k[t * h->k_step + i];
+                for (size_t j = 0; j < t; j++)
+                    for (size_t i = 0; i < K; i++) walk[j * K + i] *= alpha[t * h->k_step + i];
+                for (size_t i = 0; i < K; i++) m.p[i] = t ? m.p[i] * alpha[t * h->k_step + i] : alpha[i];
+                for (size_t i = 0; i < K; i++) to[i] = h->scale * m.p[i] * X[t * Kp + i];
+                for (size_t j = 0; j <= t; j++) {
+                    real D = h->scale * X[t * Kp + K + j];
+                    for (size_t i = 0; i < K; i++) to[i] += D * walk[j * K + i];
+                }
+            }
+            for (size_t i = 0; i < K; i++) m.keys[i] = 1;                        // Π_{j<r<=n} α_r, for dk
+            for (size_t j = n; j-- > 0;) {                                       // dk: queries decay backwards
+                real *to = dk + j * h->k_step;
+                for (size_t i = 0; i < K; i++) to[i] = m.keys[i] * Y[j * Kp + i];
+                for (size_t i = 0; i < K; i++) walk[j * K + i] = q[j * h->k_step + i];
+                for (size_t t = j; t < n; t++) {
+                    real D = h->scale * X[t * Kp + K + j];
+                    for (size_t i = 0; i < K; i++) to[i] += D * walk[t * K + i];
+                }
+                for (size_t t = j; t < n; t++)
+                    for (size_t i = 0; i < K; i++) walk[t * K + i] *= alpha[j * h->k_step + i];
+                for (size_t i = 0; i < K; i++) m.keys[i] *= alpha[j * h->k_step + i];
+            }
+            for (size_t i = 0; i < K; i++) m.keys[i] = dot(gamma + i * Vp, S_n + i * Vp, V);
+            for (size_t t = n; t-- > 0;)
+                for (size_t i = 0; i < K; i++) {
+                    size_t at = t * h->k_step + i;
+                    m.keys[i] += q[at] * dq[at] - k[at] * dk[at];
+                    da[at] = m.keys[i];
+                }
+            // Γ: rows t of `walk` are now q_t ⊙ p_t, having decayed all the way to the start of the block.
+            for (size_t t = 0; t < n; t++)
+                for (size_t i = 0; i < K; i++) walk[t * K + i] *= h->scale;
+            for (size_t i = 0; i < K; i++)
+                for (size_t j = 0; j < Vp; j++) gamma[i * Vp + j] *= m.p[i];
+            block_multiply(gamma, Vp, gamma, Vp, walk, K, dO_G, Vp, K, Vp, n);
+        }
+    }
+    copy_unpadded(G, V, gamma, Vp, K, V);
+}
+
+// ---- All heads of all sequences.
+
+static size_t scan_scratch(metala_form form, size_t T, size_t K, size_t V, int backward) {
+    if (form == METALA_PARALLEL) return parallel_scratch(T, K, V);
+    if (form == METALA_RECURRENT) return backward ? recurrent_scratch(K, V) : 0;
+    return backward ? chunkwise_scratch(K, V) : block_scratch(K, V);
+}
+
+// Head b_h = b·H + h. The inputs are the same forward and backward.
+static head head_at(size_t b_h, const real *q, const real *k, const real *v, const real *alpha, size_t T, size_t H,
+                    size_t K, size_t V, double scale) {
+    size_t start = b_h / H * T * H + b_h % H;
+    head h = {0};
+    h.T = T, h.K = K, h.V = V, h.k_step = H * K, h.v_step = H * V;
+    h.scale = (real)scale;
+    h.q = q + start * K, h.k = k + start * K, h.alpha = alpha + start * K, h.v = v + start * V;
+    return h;
+}
+
+static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S, real *states, const real *q,
+                         const real *k, const real *v, const real *alpha, size_t B, size_t T, size_t H, size_t K,
+                         size_t V, double scale) {
+    size_t each = scan_scratch(form, T, K, V, 0) + K * V;
+    real *work = scratch(ctx, times((size_t)ctx->threads, each * sizeof(real)));
+    if (!work) return;
+    PARALLEL_FOR(B * T * H * K * V)
+    for (size_t b_h = 0; b_h < B * H; b_h++) {
+        real *own = work + thread_number() * each, *state = S ? S + b_h * K * V : own;
+        if (!S) memset(state, 0, K * V * sizeof(real));
+        head h = head_at(b_h, q, k, v, alpha, T, H, K, V, scale);
+        h.o = o + (h.v - v);
+        h.keep_states = states ? states + b_h * chunks(T) * K * V : NULL;
+        if (form == METALA_RECURRENT) recurrent_forward(&h, state);
+        else if (form == METALA_PARALLEL) parallel_forward(&h, state, own + K * V);
+        else chunkwise_forward(&h, state, own + K * V);
+    }
+}
+
+// dS (B,H,K,V): gradient of the final state in, of the initial state out; NULL for zero and no interest. states: as
+// scan_forward left them, in the same form.
+static void scan_backward(metala_context *ctx, metala_form form, real *dq, real *dk, real *dv, real *da, real *dS,
+                          const real *dO, const real *states, const real *q, const real *k, const real *v,
+                          const real *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
+    size_t each = scan_scratch(form, T, K, V, 1) + K * V;
+    real *work = scratch(ctx, times((size_t)ctx->threads, each * sizeof(real)));
+    if (!work) return;
+    PARALLEL_FOR(B * T * H * K * V)
+    for (size_t b_h = 0; b_h < B * H; b_h++) {
+        real *own = work + thread_number() * each, *G = dS ? dS + b_h * K * V : own;
+        if (!dS) memset(G, 0, K * V * sizeof(real));
+        head h = head_at(b_h, q, k, v, alpha, T, H, K, V, scale);
+        h.states = states + b_h * chunks(T) * K * V;
+        h.dO = dO + (h.v - v), h.dv = dv + (h.v - v);
+        h.dq = dq + (h.q - q), h.dk = dk + (h.q - q), h.da = da + (h.q - q);
+        if (form == METALA_RECURRENT) recurrent_backward(&h, G, own + K * V);
+        else if (form == METALA_PARALLEL) parallel_backward(&h, G, own + K * V);
+        else chunkwise_backward(&h, G, own + K * V);
+    }
+}
+
+// ============================================================== 6. The backend table
+
+// The model below calls kernels only through this table, so that another device needs kernels and not another model.
+
+static void cpu_copy(metala_context *ctx, void *to, const void *from, size_t bytes) {
+    (void)ctx;
+    if (bytes) memmove(to, from, bytes);
+}
+
+static void cpu_zero(metala_context *ctx, void *memory, size_t bytes) {
+    (void)ctx;
+    memset(memory, 0, bytes);
+}
+
+static const metala_backend cpu_backend = {
+    "cpu", cpu_alloc, cpu_free, cpu_copy, cpu_copy, cpu_copy, cpu_zero,
+    embedding_forward, embedding_backward,
+    rms_forward, rms_backward,
+    conv_forward, conv_backward, conv_tail,
+    matmul_forward, matmul_backward,
+    mask_rows,
+    gate_forward, gate_backward,
+    scan_forward, scan_backward,
+    augment_forward, augment_backward,
+    head_norm_forward, head_norm_backward,
+    silu_gate_forward, silu_gate_backward,
+    add,
+    cross_entropy_forward, cross_entropy_backward,
+    sum_squares, adamw,
+};
+
+const metala_backend *metala_cpu(void) { return &cpu_backend; }
+
+// ============================================================== 7. The model: configuration, parameters, initialisation
+
+// Where the parameters of one layer start in the one block that holds them all; ABSENT if the configuration has none.
+#define ABSENT SIZE_MAX
+typedef struct {
+    size_t conv, q, z, k, v, g, g_bias, out, b, l1, l2, l3, l1_bias, l2_bias, l3_bias;
+} layer_offsets;
+
+struct metala_model {
+    metala_config config;
+    const metala_backend *backend;
+    real *parameters;                   // the backend's memory
+    size_t size;
+    metala_tensor *tensors;
+    int tensor_count;
+    layer_offsets *layers;
+    size_t embedding, head;             // the same when tied
+};
+
+metala_config metala_config_default(void) {
+    metala_config c = {0};
+    c.vocab_size = 256, c.width = 256, c.layers = 6, c.heads = 4, c.glu_dim = 704;
+    c.pad_token_id = c.bos_token_id = c.eos_token_id = -1;
+    c.norm_eps = 1e-6, c.head_norm_eps = 1e-5, c.tau = 16;
+    return c;
+}
+
+int metala_config_check(metala_context *ctx, const metala_config *c) {
+    enum { MOST = 1 << 24 };
+    const struct { const char *name; int value; } sizes[] = {
+        {"vocab_size", c->vocab_size}, {"width (decoder_embed_dim)", c->width}, {"layers (decoder_layers)", c->layers},
+        {"heads (decoder_attention_heads)", c->heads}, {"glu_dim", c->glu_dim}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i].value < 1 || sizes[i].value > MOST)
+            return fail(ctx, "configuration: %s must be 1 to %d, got %d", sizes[i].name, MOST, sizes[i].value);
+    if (c->width % 2 || c->width % c->heads || c->width / 2 % c->heads)
+        return fail(ctx, "configuration: the number of heads must divide width/2, got width %d and %d heads", c->width,
+                    c->heads);
+    if (!(c->norm_eps >= 0) || !(c->head_norm_eps >= 0) || !(c->norm_eps < 1) || !(c->head_norm_eps < 1))
+        return fail(ctx, "configuration: norm epsilons must be 0 to 1, got %g and %g", c->norm_eps, c->head_norm_eps);
+    if (!(c->tau > 0) || !(c->tau <= 1e6))
+        return fail(ctx, "configuration: tau must be positive, got %g", c->tau);
+    return 0;
+}
+
+// One more tensor in the list and in the block; returns its offset. 0 in shape ends it.
+static size_t add_tensor(metala_model *m, const char *name, int decay, size_t s0, size_t s1, size_t s2) {
+    metala_tensor *t = &m->tensors[m->tensor_count++];
+    const size_t shape[3] = {s0, s1, s2};
+    snprintf(t->name, sizeof t->name, "%s", name);
+    t->dtype = sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32;
+    t->decay = decay;
+    t->count = 1;
+    t->offset = m->size;
+    for (t->ndim = 0; t->ndim < 3 && shape[t->ndim]; t->ndim++) {
+        t->shape[t->ndim] = shape[t->ndim];
+        t->count = times(t->count, shape[t->ndim]);
+    }
+    m->size = m->size > SIZE_MAX / 16 - t->count || t->count > SIZE_MAX / 16 ? SIZE_MAX / 16 : m->size + t->count;
+    return t->offset;
+}
+
+static size_t add_layer_tensor(metala_model *m, int layer, const char *name, int decay, size_t s0, size_t s1,
+                               size_t s2) {
+    char full[128];
+    snprintf(full, sizeof full, "model.layers.%d.%s", layer, name);
+    return add_tensor(m, full, decay, s0, s1, s2);
+}
+
+// All parameters with the authors' names, in the order of computation. Weight decay is for what has two or more
+// dimensions.
+enum { TENSORS_OF_LAYER = 15 };
+static void list_tensors(metala_model *m) {
+    const metala_config *c = &m->config;
+    size_t N = (size_t)c->vocab_size, D = (size_t)c->width, F = (size_t)c->glu_dim;
+    m->embedding = add_tensor(m, "model.embed_tokens.weight", 1, N, D, 0);
+    for (int l = 0; l < c->layers; l++) {
+        layer_offsets *w = &m->layers[l];
+        w->conv = c->no_conv ? ABSENT : add_layer_tensor(m, l, "token_mixer.conv1d.weight", 1, D, 1, METALA_CONV);
+        w->q = add_layer_tensor(m, l, "token_mixer.q_proj.weight", 1, D / 2, D, 0);
+        w->z = c->fixed_decay ? add_layer_tensor(m, l, "token_mixer.decay_logit", 0, D / 2, 0, 0)
+                              : add_layer_tensor(m, l, "token_mixer.k_gate.weight", 1, D / 2, D, 0);
+        w->k = c->key_linear ? add_layer_tensor(m, l, "token_mixer.k_proj.weight", 1, D / 2, D, 0) : ABSENT;
+        w->v = add_layer_tensor(m, l, "token_mixer.v_proj.weight", 1, D, D, 0);
+        w->g = add_layer_tensor(m, l, "token_mixer.g_proj.weight", 1, D, D, 0);
+        w->g_bias = add_layer_tensor(m, l, "token_mixer.g_proj.bias", 0, D, 0, 0);
+        w->b = c->no_augment ? ABSENT : add_layer_tensor(m, l, "token_mixer.aug_balance", 0, D / 2, 0, 0);
+        w->out = add_layer_tensor(m, l, "token_mixer.out_proj.weight", 1, D, D, 0);
+        w->l1 = add_layer_tensor(m, l, "channel_mixer.l1.weight", 1, F, D, 0);
+        w->l2 = add_layer_tensor(m, l, "channel_mixer.l2.weight", 1, F, D, 0);
+        w->l3 = add_layer_tensor(m, l, "channel_mixer.l3.weight", 1, D, F, 0);
+        w->l1_bias = c->glu_bias ? add_layer_tensor(m, l, "channel_mixer.l1.bias", 0, F, 0, 0) : ABSENT;
+        w->l2_bias = c->glu_bias ? add_layer_tensor(m, l, "channel_mixer.l2.bias", 0, F, 0, 0) : ABSENT;
+        w->l3_bias = c->glu_bias ? add_layer_tensor(m, l, "channel_mixer.l3.bias", 0, D, 0, 0) : ABSENT;
+    }
+    m->head = c->tie_word_embeddings ? m->embedding : add_tensor(m, "lm_head.weight", 1, N, D, 0);
+}
+
+void metala_model_free(metala_model *m) {
+    if (!m) return;
+    m->backend->free(m->parameters);
+    free(m->tensors);
+    free(m->layers);
+    free(m);
+}
+
+// A model without its parameters: enough to know all sizes.
+static metala_model *model_outline(metala_context *ctx, const metala_config *config) {
+    if (metala_config_check(ctx, config)) return NULL;
+    size_t L = (size_t)config->layers;
+    metala_model *m = calloc(1, sizeof *m);
+    if (m) {
+        m->config = *config;
+        m->backend = ctx->backend;
+        m->layers = calloc(L, sizeof *m->layers);
+        m->tensors = calloc(L * TENSORS_OF_LAYER + 2, sizeof *m->tensors);
+    }
+    if (!m || !m->layers || !m->tensors) {
+        fail_memory(ctx, "the list of tensors", (double)L * TENSORS_OF_LAYER * sizeof(metala_tensor));
+        metala_model_free(m);
+        return NULL;
+    }
+    list_tensors(m);
+    return m;
+}
+
+metala_model *metala_model_create(metala_context *ctx, const metala_config *config) {
+    metala_model *m = model_outline(ctx, config);
+    if (!m) return NULL;
+    m->parameters = m->backend->alloc(times(m->size, sizeof(real)));
+    if (!m->parameters) {
+        fail_memory(ctx, "the model", (double)m->size * sizeof(real));
+        metala_model_free(m);
+        return NULL;
+    }
+    return m;
+}
+
+const metala_config *metala_model_config(const metala_model *m) { return &m->config; }
+size_t metala_model_size(const metala_model *m) { return m->size; }
+int metala_model_tensors(const metala_model *m) { return m->tensor_count; }
+const metala_tensor *metala_model_tensor(const metala_model *m, int i) {
+    return i >= 0 && i < m->tensor_count ? &m->tensors[i] : NULL;
+}
+
+static const metala_tensor *find_parameter(metala_context *ctx, const metala_model *m, const char *name) {
+    for (int i = 0; i < m->tensor_count; i++)
+        if (!strcmp(m->tensors[i].name, name)) return &m->tensors[i];
+    fail(ctx, "this model has no parameter called %s", name);
+    return NULL;
+}
+
+int metala_model_get(metala_context *ctx, const metala_model *m, const char *name, real *out) {
+    const metala_tensor *t = find_parameter(ctx, m, name);
+    if (!t) return -1;
+    m->backend->download(ctx, out, m->parameters + t->offset, t->count * sizeof(real));
+    return 0;
+}
+
+int metala_model_set(metala_context *ctx, metala_model *m, const char *name, const real *in) {
+    const metala_tensor *t = find_parameter(ctx, m, name);
+    if (!t) return -1;
+    m->backend->upload(ctx, m->parameters + t->offset, in, t->count * sizeof(real));
+    return 0;
+}
+
+uint64_t metala_random(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+double metala_uniform(uint64_t *state) { return (double)(metala_random(state) >> 11) / 9007199254740992.0; }   // 2^53
+
+static double random_normal(uint64_t *state) {                       // Box and Muller
+    double radius = sqrt(-2 * log(1 - metala_uniform(state)));
+    return radius * cos(6.283185307179586 * metala_uniform(state));
+}
+
+static int ends_with(const char *text, const char *end) {
+    size_t n = strlen(text), m = strlen(end);
+    return n >= m && !strcmp(text + n - m, end);
+}
+
+int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, double std, double residual_scale) {
+    if (!(std > 0)) std = 0.02;
+    size_t most = 0, K = (size_t)m->config.width / 2 / (size_t)m->config.heads;
+    for (int i = 0; i < m->tensor_count; i++) most = m->tensors[i].count > most ? m->tensors[i].count : most;
+    real *values = cpu_alloc(times(most, sizeof(real)));
+    if (!values) return fail_memory(ctx, "the initial values of a tensor", (double)most * sizeof(real));
+    for (int i = 0; i < m->tensor_count; i++) {
+        const metala_tensor *t = &m->tensors[i];
+        int conv = ends_with(t->name, "conv1d.weight"), fixed = ends_with(t->name, "decay_logit");
+        int residual = ends_with(t->name, "out_proj.weight") || ends_with(t->name, "l3.weight");
+        double scale = std * (residual ? residual_scale : 1);
+        uint64_t stream = seed ^ (uint64_t)i << 32;                  // each tensor its own numbers
+        metala_random(&stream);
+        for (size_t j = 0; j < t->count; j++)
+            values[j] = (real)(conv      ? metala_uniform(&stream) - 0.5
+                               : fixed   ? 8 * ((double)(j % K) + 0.5) / (double)K - 4     // α from 0.78 to 0.999
+                               : t->decay ? scale * random_normal(&stream)
+                                          : 0);
+        if (i == 0 && m->config.pad_token_id >= 0 && m->config.pad_token_id < m->config.vocab_size)
+            memset(values + (size_t)m->config.pad_token_id * (size_t)m->config.width, 0,
+                   (size_t)m->config.width * sizeof(real));
+        m->backend->upload(ctx, m->parameters + t->offset, values, t->count * sizeof(real));
+    }
+    cpu_free(values);
+    return 0;
+}
+
+// ============================================================== 8. Forward and backward through the layers
+
+// What one layer computes for `rows` tokens, in the order of computation. Training keeps it for every layer;
+// inference has one set that all layers use in turn.
+typedef struct {
+    real *input;                                              // x, the residual stream into the layer
+    real *input_r, *token_norm;                               // rms
+    real *conv_in, *conv_out;                                 // c and u = silu(c)
+    real *q, *z, *k, *v, *g, *alpha;
+    real *states, *scan_out;                                  // S at the start of each chunk; o
+    real *aug_out;                                            // p
+    real *rho, *group_norm;                                   // head norm
+    real *gated;                                              // silu(g) ⊙ norm(p)
+    real *mixer_residual;                                     // h = x + W_o gated
+    real *residual_r, *channel_norm;
+    real *l1, *l2, *glu_prod;                                 // SwiGLU
+    real *output;                                             // x' = h + W_3 glu_prod; the next layer's input
+} activations;
+
+// The members, their names for metala_trainer_activation, and their numbers per token (or states).
+enum width { PER_D, PER_HALF_D, PER_F, PER_HEAD, PER_TOKEN, PER_STATE };
+static const struct activation_member {
+    const char *name;
+    size_t member;
+    enum width width;
+} activation_members[] = {
+    {"input", offsetof(activations, input), PER_D},
+    {"input_r", offsetof(activations, input_r), PER_TOKEN},
+    {"token_norm", offsetof(activations, token_norm), PER_D},
+    {"conv_in", offsetof(activations, conv_in), PER_D},
+    {"conv_out", offsetof(activations, conv_out), PER_D},
+    {"q", offsetof(activations, q), PER_HALF_D},
+    {"k_gate", offsetof(activations, z), PER_HALF_D},
+    {"k", offsetof(activations, k), PER_HALF_D},
+    {"v", offsetof(activations, v), PER_D},
+    {"g", offsetof(activations, g), PER_D},
+    {"alpha", offsetof(activations, alpha), PER_HALF_D},
+    {"states", offsetof(activations, states), PER_STATE},
+    {"scan_out", offsetof(activations, scan_out), PER_D},
+    {"aug_out", offsetof(activations, aug_out), PER_D},
+    {"rho", offsetof(activations, rho), PER_HEAD},
+    {"group_norm", offsetof(activations, group_norm), PER_D},
+    {"gated", offsetof(activations, gated), PER_D},
+    {"mixer_residual", offsetof(activations, mixer_residual), PER_D},
+    {"residual_r", offsetof(activations, residual_r), PER_TOKEN},
+    {"channel_norm", offsetof(activations, channel_norm), PER_D},
+    {"l1", offsetof(activations, l1), PER_F},
+    {"l2", offsetof(activations, l2), PER_F},
+    {"glu_prod", offsetof(activations, glu_prod), PER_F},
+};
+enum { ACTIVATION_MEMBERS = sizeof activation_members / sizeof *activation_members };
+
+static size_t member_count(const metala_config *c, enum width width, size_t B, size_t T) {
+    size_t D = (size_t)c->width, H = (size_t)c->heads;
+    size_t each = width == PER_D ? D : width == PER_HALF_D ? D / 2 : width == PER_F ? (size_t)c->glu_dim
+                : width == PER_HEAD ? H : 1;
+    if (width == PER_STATE) return times(times(B, chunks(T)), D / 2 * (D / H));       // H·K·V
+    return times(times(B, T), each);
+}
+
+// Sets the pointers of one layer in a block of memory and returns how many numbers that takes; block may be NULL.
+static size_t place_activations(activations *a, real *block, const metala_config *c, size_t B, size_t T,
+                                int with_states) {
+    size_t used = 0;
+    for (int i = 0; i < ACTIVATION_MEMBERS; i++) {
+        const struct activation_member *member = &activation_members[i];
+        real **pointer = (real **)(void *)((char *)a + member->member);
+        if (member->width == PER_STATE && !with_states) continue;
+        if (block) *pointer = block + used;
+        used += round_up(member_count(c, member->width, B, T), 16);
+        if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
+    }
+    if (block && c->no_conv) a->conv_out = a->token_norm;     // u = n
+    if (block && c->no_augment) a->aug_out = a->scan_out;     // p = o
+    return used;
+}
+
+static real *parameter(const metala_model *m, size_t offset) {
+    return offset == ABSENT ? NULL : m->parameters + offset;
+}
+
+typedef struct {                // the sizes of one pass
+    size_t B, T, rows, D, H, K, V, F;
+    double scale;
+    const uint8_t *mask;        // the backend's memory, or NULL
+    metala_form form;
+} pass;
+
+static pass pass_of(const metala_config *c, size_t B, size_t T, const uint8_t *mask, metala_form form) {
+    size_t D = (size_t)c->width, H = (size_t)c->heads, K = D / 2 / H;
+    pass p = {B, T, B * T, D, H, K, D / H, (size_t)c->glu_dim, 1 / sqrt((double)K), mask, form};
+    return p;
+}
+
+// One layer: input -> output. S and tail are the recurrent state of this layer, updated, or NULL to start from zero.
+static void layer_forward(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p,
+                          real *S, real *tail) {
+    const metala_backend *be = m->backend;
+    const metala_config *c = &m->config;
+    const layer_offsets *w = &m->layers[layer];
+    const real *P = m->parameters;
+    size_t rows = p->rows, D = p->D, F = p->F, H = p->H, K = p->K, V = p->V;
+
+    be->rms_forward(ctx, a->token_norm, a->input_r, a->input, p->mask, rows, D, c->norm_eps);
+    if (!c->no_conv) {
+        be->conv_forward(ctx, a->conv_out, a->conv_in, a->token_norm, P + w->conv, tail, p->B, p->T, D);
+        if (tail) be->conv_tail(ctx, tail, a->token_norm, p->B, p->T, D);
+    }
+    be->matmul_forward(ctx, a->q, a->conv_out, P + w->q, NULL, rows, D / 2, D);
+    if (c->fixed_decay) be->matmul_forward(ctx, a->z, a->conv_out, NULL, P + w->z, rows, D / 2, 0);  // z = constant
+    else be->matmul_forward(ctx, a->z, a->conv_out, P + w->z, NULL, rows, D / 2, D);
+    if (c->key_linear) be->matmul_forward(ctx, a->k, a->conv_out, P + w->k, NULL, rows, D / 2, D);
+    be->matmul_forward(ctx, a->v, a->conv_out, P + w->v, NULL, rows, D, D);
+    be->matmul_forward(ctx, a->g, a->conv_out, P + w->g, P + w->g_bias, rows, D, D);
+    if (p->mask) be->mask_rows(ctx, a->v, p->mask, rows, D);
+
+    be->gate_forward(ctx, a->alpha, c->key_linear ? NULL : a->k, a->z, rows * D / 2, c->tau);
+    be->scan_forward(ctx, p->form, a->scan_out, S, a->states, a->q, a->k, a->v, a->alpha, p->B, p->T, H, K, V,
+                     p->scale);
+    if (!c->no_augment)
+        be->augment_forward(ctx, a->aug_out, a->scan_out, a->q, a->k, a->v, P + w->b, rows, H, K, V);
+    be->head_norm_forward(ctx, a->group_norm, a->rho, a->aug_out, rows, H, V, c->head_norm_eps);
+    be->silu_gate_forward(ctx, a->gated, a->g, a->group_norm, rows * D);
+    be->matmul_forward(ctx, a->mixer_residual, a->gated, P + w->out, NULL, rows, D, D);
+    be->add(ctx, a->mixer_residual, a->input, a->mixer_residual, rows * D);
+
+    be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
+    be->matmul_forward(ctx, a->l1, a->channel_norm, P + w->l1, parameter(m, w->l1_bias), rows, F, D);
+    be->matmul_forward(ctx, a->l2, a->channel_norm, P + w->l2, parameter(m, w->l2_bias), rows, F, D);
+    be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * F);
+    be->matmul_forward(ctx, a->output, a->glu_prod, P + w->l3, parameter(m, w->l3_bias), rows, D, F);
+    be->add(ctx, a->output, a->mixer_residual, a->output, rows * D);
+}
+
+// Gradients of one layer's activations; one set serves all layers.
+typedef struct {
+    real *n, *u, *v, *g, *head, *gated;                       // (rows,D) each
+    real *q, *k, *z, *a;                                      // (rows,D/2)
+    real *prod, *l1, *l2;                                     // (rows,F)
+} layer_gradients;
+
+// dx: gradient of the layer's output in, of its input out. Gradients of parameters are added to `grads`, a block laid
+// out like the parameters. Read it against layer_forward from below to above.
+static void layer_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
+                           const layer_gradients *d, real *grads, real *dx, const pass *p) {
+    const metala_backend *be = m->backend;
+    const metala_config *c = &m->config;
+    const layer_offsets *w = &m->layers[layer];
+    const real *P = m->parameters;
+    size_t rows = p->rows, D = p->D, F = p->F, H = p->H, K = p->K, V = p->V;
+#define GRAD(offset) ((offset) == ABSENT ? NULL : grads + (offset))
+
+    be->matmul_backward(ctx, d->prod, GRAD(w->l3), GRAD(w->l3_bias), dx, a->glu_prod, P + w->l3, rows, D, F, 0);
+    be->silu_gate_backward(ctx, d->l1, d->l2, d->prod, a->l1, a->l2, rows * F);
+    be->matmul_backward(ctx, d->n, GRAD(w->l2), GRAD(w->l2_bias), d->l2, a->channel_norm, P + w->l2, rows, F, D, 0);
+    be->matmul_backward(ctx, d->n, GRAD(w->l1), GRAD(w->l1_bias), d->l1, a->channel_norm, P + w->l1, rows, F, D, 1);
+    be->rms_backward(ctx, dx, d->n, a->mixer_residual, a->residual_r, NULL, rows, D);        // dx is now dh
+
+    be->matmul_backward(ctx, d->gated, GRAD(w->out), NULL, dx, a->gated, P + w->out, rows, D, D, 0);
+    be->silu_gate_backward(ctx, d->g, d->head, d->gated, a->g, a->group_norm, rows * D);
+    be->head_norm_backward(ctx, d->head, d->head, a->group_norm, a->rho, rows, H, V);        // dp = do
+    be->scan_backward(ctx, p->form, d->q, d->k, d->v, d->a, NULL, d->head, a->states, a->q, a->k, a->v, a->alpha,
+                      p->B, p->T, H, K, V, p->scale);
+    if (!c->no_augment)
+        be->augment_backward(ctx, d->q, d->k, d->v, GRAD(w->b), d->head, a->q, a->k, a->v, P + w->b, rows, H, K, V);
+    be->gate_backward(ctx, d->z, d->a, c->key_linear ? NULL : d->k, a->z, a->alpha, rows * D / 2, c->tau);
+
+    if (p->mask) be->mask_rows(ctx, d->v, p->mask, rows, D);
+    const real *u = a->conv_out;
+    be->matmul_backward(ctx, d->u, GRAD(w->g), GRAD(w->g_bias), d->g, u, P + w->g, rows, D, D, 0);
+    be->matmul_backward(ctx, d->u, GRAD(w->v), NULL, d->v, u, P + w->v, rows, D, D, 1);
+    be->matmul_backward(ctx, d->u, GRAD(w->q), NULL, d->q, u, P + w->q, rows, D / 2, D, 1);
+    if (c->key_linear) be->matmul_backward(ctx, d->u, GRAD(w->k), NULL, d->k, u, P + w->k, rows, D / 2, D, 1);
+    if (c->fixed_decay) be->matmul_backward(ctx, NULL, NULL, GRAD(w->z), d->z, u, NULL, rows, D / 2, 0, 0);
+    else be->matmul_backward(ctx, d->u, GRAD(w->z), NULL, d->z, u, P + w->z, rows, D / 2, D, 1);
+    real *dn = c->no_conv ? d->u : d->n;
+    if (!c->no_conv)
+        be->conv_backward(ctx, dn, GRAD(w->conv), d->u, a->conv_in, a->token_norm, P + w->conv, NULL, p->B, p->T, D);
+    be->rms_backward(ctx, dx, dn, a->input, a->input_r, p->mask, rows, D);
+#undef GRAD
+}
+
+static double embedding_scale(const metala_config *c) { return c->scale_embedding ? sqrt((double)c->width) : 1; }
+
+// Tokens and targets come from outside: none may reach past the vocabulary.
+static int check_tokens(metala_context *ctx, const metala_config *c, const int *tokens, size_t count, int targets) {
+    for (size_t i = 0; i < count; i++)
+        if ((tokens[i] < 0 || tokens[i] >= c->vocab_size) && !(targets && tokens[i] == METALA_IGNORE))
+            return fail(ctx, "%s %d at place %zu: the vocabulary has 0 to %d; retrain or convert the data with the"
+                        " model's vocabulary", targets ? "target" : "token", tokens[i], i, c->vocab_size - 1);
+    return 0;
+}
+
+// Rows of logits that are formed at a time: with a large vocabulary they outweigh everything else.
+static size_t head_rows(const metala_config *c, size_t rows) {
+    size_t some = ((size_t)1 << 22) / (size_t)c->vocab_size + 64;
+    return rows < some ? rows : some;
+}
+
+// ============================================================== 9. Training: trainer, gradient, update
+
+struct metala_trainer {
+    metala_model *model;
+    const metala_backend *backend;
+    size_t B, T;                        // the largest batch
+    size_t last_B, last_T;              // of the last gradient, whose activations are there
+    uint64_t step;
+    real *grads, *first, *second;       // gradients, AdamW's m and v, each laid out like the parameters
+    real *memory;                       // all activations and their gradients
+    activations *layers;
+    layer_gradients d;
+    real *final_input, *final_r, *final_norm, *dx, *d_final;
+    real *logits, *loss, *lse;          // (head_rows,N), (rows), (rows)
+    int *tokens, *targets;              // the backend's memory
+    uint8_t *mask;
+    real *host_loss;
+};
+
+// Sets all pointers into `block` (NULL to only count) and returns how many numbers they take.
+static size_t place_trainer(metala_trainer *t, real *block) {
+    const metala_config *c = &t->model->config;
+    size_t B = t->B, T = t->T, rows = times(B, T), D = (size_t)c->width, F = (size_t)c->glu_dim, used = 0;
+    struct { real **pointer; size_t count; } parts[] = {
+        {&t->final_input, times(rows, D)}, {&t->final_r, rows}, {&t->final_norm, times(rows, D)},
+        {&t->dx, times(rows, D)}, {&t->d_final, times(rows, D)},
+        {&t->logits, times(head_rows(c, rows), (size_t)c->vocab_size)}, {&t->loss, rows}, {&t->lse, rows},
+        {&t->d.n, times(rows, D)}, {&t->d.u, times(rows, D)}, {&t->d.v, times(rows, D)}, {&t->d.g, times(rows, D)},
+        {&t->d.head, times(rows, D)}, {&t->d.gated, times(rows, D)}, {&t->d.q, times(rows, D / 2)},
+        {&t->d.k, times(rows, D / 2)}, {&t->d.z, times(rows, D / 2)}, {&t->d.a, times(rows, D / 2)},
+        {&t->d.prod, times(rows, F)}, {&t->d.l1, times(rows, F)}, {&t->d.l2, times(rows, F)},
+    };
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        if (block) *parts[i].pointer = block + used;
+        if (parts[i].count > SIZE_MAX / 64 - used) return SIZE_MAX / 64;
+        used += round_up(parts[i].count, 16);
+    }
+    for (int l = 0; l < c->layers; l++) {
+        activations unused, *a = block ? &t->layers[l] : &unused;
+        used += place_activations(a, block ? block + used : NULL, c, B, T, 1);
+        if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
+        if (block && l > 0) t->layers[l - 1].output = a->input;
+    }
+    if (block) t->layers[c->layers - 1].output = t->final_input;
+    return used;
+}
+
+metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, int threads) {
+    metala_memory memory = {0};
+    metala_context *ctx = metala_open(NULL, threads);
+    metala_model *m = ctx ? model_outline(ctx, config) : NULL;
+    if (m) {
+        metala_trainer t = {0};
+        t.model = m, t.B = (size_t)B, t.T = T;
+        size_t K = (size_t)(config->width / 2 / config->heads), V = 2 * K, rows = times((size_t)B, T);
+        size_t conv = times(rows, (size_t)config->width);
+        size_t scan = times((size_t)ctx->threads, chunkwise_scratch(K, V) + K * V);
+        memory.parameters = memory.gradients = times(m->size, sizeof(real));
+        memory.moments = 2 * memory.parameters;
+        memory.activations = times(place_trainer(&t, NULL), sizeof(real));
+        memory.scratch = times(conv > scan ? conv : scan, sizeof(real));
+        memory.total = 4 * memory.parameters + memory.activations + memory.scratch;
+    }
+    metala_model_free(m);
+    metala_close(ctx);
+    return memory;
+}
+
+void metala_trainer_free(metala_trainer *t) {
+    if (!t) return;
+    t->backend->free(t->grads);
+    t->backend->free(t->first);
+    t->backend->free(t->second);
+    t->backend->free(t->memory);
+    t->backend->free(t->tokens);
+    t->backend->free(t->targets);
+    t->backend->free(t->mask);
+    free(t->layers);
+    free(t->host_loss);
+    free(t);
+}
+
+metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T) {
+    if (B < 1 || T < 1 || times((size_t)B, T) > INT_MAX) {
+        fail(ctx, "training: the batch must have at least 1 and at most %d tokens, got %d sequences of %zu", INT_MAX, B,
+             T);
+        return NULL;
+    }
+    const metala_backend *be = model->backend;
+    metala_trainer *t = calloc(1, sizeof *t);
+    size_t parameter_bytes = times(model->size, sizeof(real)), rows = (size_t)B * T, numbers = 0;
+    if (t) {
+        t->model = model, t->backend = be, t->B = (size_t)B, t->T = T;
+        numbers = place_trainer(t, NULL);
+        t->layers = calloc((size_t)model->config.layers, sizeof *t->layers);
+        t->host_loss = malloc(times(rows, sizeof(real)));
+        t->grads = be->alloc(parameter_bytes);
+        t->first = be->alloc(parameter_bytes);
+        t->second = be->alloc(parameter_bytes);
+        t->memory = be->alloc(times(numbers, sizeof(real)));
+        t->tokens = be->alloc(times(rows, sizeof(int)));
+        t->targets = be->alloc(times(rows, sizeof(int)));
+        t->mask = be->alloc(rows);
+    }
+    if (!t || !t->layers || !t->host_loss || !t->grads || !t->first || !t->second || !t->memory || !t->tokens ||
+        !t->targets || !t->mask) {
+        fail_memory(ctx, "training", 3.0 * (double)parameter_bytes + (double)numbers * sizeof(real));
+        metala_trainer_free(t);
+        return NULL;
+    }
+    place_trainer(t, t->memory);
+    return t;
+}
+
+// Loss and gradient at the output layer, some rows of logits at a time: d_final receives the gradient of final_norm.
+static void head_loss(metala_context *ctx, metala_trainer *t, real *grads, size_t rows, double weight) {
+    const metala_backend *be = t->backend;
+    const metala_model *m = t->model;
+    size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width, most = head_rows(&m->config, t->B * t->T);
+    for (size_t row = 0; row < rows; row += most) {
+        size_t n = rows - row < most ? rows - row : most;
+        const real *in = t->final_norm + row * D;
+        be->matmul_forward(ctx, t->logits, in, m->parameters + m->head, NULL, n, N, D);
+        be->cross_entropy_forward(ctx, t->loss + row, t->lse + row, t->logits, t->targets + row, n, N);
+        be->cross_entropy_backward(ctx, t->logits, t->logits, t->lse + row, t->targets + row, n, N, weight);
+        be->matmul_backward(ctx, t->d_final + row * D, grads + m->head, NULL, t->logits, in, m->parameters + m->head,
+                            n, N, D, 0);
+    }
+}
+
+int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, const int *inputs, const int *targets,
+                    const uint8_t *mask, int batch, size_t T, double weight, double *loss) {
+    const metala_backend *be = t->backend;
+    const metala_model *m = t->model;
+    const metala_config *c = &m->config;
+    size_t B = (size_t)batch, rows, D = (size_t)c->width, counted = 0;
+    if (batch < 1 || T < 1 || B > t->B || T > t->T)
+        return fail(ctx, "gradient: this trainer takes up to %zu sequences of %zu tokens, got %d of %zu", t->B, t->T,
+                    batch, T);
+    rows = B * T;
+    if (check_tokens(ctx, c, inputs, rows, 0) || check_tokens(ctx, c, targets, rows, 1)) return -1;
+    for (size_t row = 0; row < rows; row++) counted += targets[row] != METALA_IGNORE;
+    if (!counted) return fail(ctx, "gradient: no target in this batch counts, all are %d (ignored)", METALA_IGNORE);
+    be->upload(ctx, t->tokens, inputs, rows * sizeof(int));
+    be->upload(ctx, t->targets, targets, rows * sizeof(int));
+    if (mask) be->upload(ctx, t->mask, mask, rows);
+    pass p = pass_of(c, B, T, mask ? t->mask : NULL, form);
+
+    be->embedding_forward(ctx, t->layers[0].input, t->tokens, m->parameters + m->embedding, rows, D,
+                          embedding_scale(c));
+    for (int l = 0; l < c->layers; l++) layer_forward(ctx, m, l, &t->layers[l], &p, NULL, NULL);
+    be->rms_forward(ctx, t->final_norm, t->final_r, t->final_input, NULL, rows, D, c->norm_eps);
+    head_loss(ctx, t, t->grads, rows, weight / (double)counted);
+    be->zero(ctx, t->dx, rows * D * sizeof(real));
+    be->rms_backward(ctx, t->dx, t->d_final, t->final_input, t->final_r, NULL, rows, D);
+    for (int l = c->layers - 1; l >= 0; l--) layer_backward(ctx, m, l, &t->layers[l], &t->d, t->grads, t->dx, &p);
+    be->embedding_backward(ctx, t->grads + m->embedding, t->dx, t->tokens, rows, D, embedding_scale(c),
+                           c->pad_token_id);
+
+    be->download(ctx, t->host_loss, t->loss, rows * sizeof(real));
+    double sum = 0;
+    for (size_t row = 0; row < rows; row++) sum += t->host_loss[row];
+    if (loss) *loss = sum / (double)counted;
+    t->last_B = B, t->last_T = T;
+    return metala_context_failed(ctx);
+}
+
+int metala_trainer_zero(metala_context *ctx, metala_trainer *t) {
+    t->backend->zero(ctx, t->grads, t->model->size * sizeof(real));
+    return 0;
+}
+
+uint64_t metala_trainer_step(const metala_trainer *t) { return t->step; }
+
+int metala_update(metala_context *ctx, metala_trainer *t, const metala_adamw *adamw, double *norm) {
+    const metala_backend *be = t->backend;
+    metala_model *m = t->model;
+    double length = sqrt(be->sum_squares(ctx, t->grads, m->size)), scale = 1;
+    if (norm) *norm = length;
+    if (metala_context_failed(ctx)) return -1;
+    if (!(length <= DBL_MAX)) {
+        metala_trainer_zero(ctx, t);
+        return fail(ctx, "update %llu: the gradient is not finite (norm %g); the parameters are as before; use a lower"
+                    " learning rate", (unsigned long long)t->step + 1, length);
+    }
+    if (adamw->clip_norm > 0) scale = fmin(1, adamw->clip_norm / (length + 1e-6));
+    t->step++;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const metala_tensor *tensor = &m->tensors[i];
+        size_t at = tensor->offset;
+        be->adamw(ctx, m->parameters + at, t->first + at, t->second + at, t->grads + at, tensor->count, adamw, t->step,
+                  scale, tensor->decay ? adamw->weight_decay : 0);
+    }
+    return metala_trainer_zero(ctx, t);
+}
+
+int metala_trainer_gradient(metala_context *ctx, const metala_trainer *t, const char *name, real *out) {
+    const metala_tensor *tensor = find_parameter(ctx, t->model, name);
+    if (!tensor) return -1;
+    t->backend->download(ctx, out, t->grads + tensor->offset, tensor->count * sizeof(real));
+    return 0;
+}
+
+int metala_trainer_activation(metala_context *ctx, const metala_trainer *t, const char *name, real *out,
+                              size_t *count) {
+    const metala_config *c = &t->model->config;
+    const real *from = NULL;
+    size_t n = 0;
+    int layer, used = 0;
+    if (!t->last_B) return fail(ctx, "activation %s: no gradient was computed yet", name);
+    if (!strcmp(name, "final_norm")) {
+        from = t->final_norm;
+        n = member_count(c, PER_D, t->last_B, t->last_T);
+    } else if (sscanf(name, "layer%d.%n", &layer, &used) == 1 && used && layer >= 0 && layer < c->layers) {
+        const activations *a = &t->layers[layer];
+        if (!strcmp(name + used, "output")) {
+            from = a->output;
+            n = member_count(c, PER_D, t->last_B, t->last_T);
+        }
+        for (int i = 0; i < ACTIVATION_MEMBERS; i++)
+            if (!strcmp(name + used, activation_members[i].name)) {
+                from = *(real *const *)(const void *)((const char *)a + activation_members[i].member);
+                n = member_count(c, activation_members[i].width, t->last_B, t->last_T);
+            }
+    }
+    if (!from) return fail(ctx, "there is no activation called %s", name);
+    if (count) *count = n;
+    if (out) t->backend->download(ctx, out, from, n * sizeof(real));
+    return 0;
+}
+
+// ============================================================== 10. Inference: states, steps, prefill, scoring
+
+enum { SEGMENT = 256 };                 // tokens of a sequence that go through the layers together
+
+struct metala_state {
+    const metala_model *model;
+    const metala_backend *backend;
+    size_t B, tokens_most;              // tokens of one sequence that the buffers hold
+    uint64_t position;
+    real *S;                            // (L,B,H,K,V)
+    real *tails;                        // (L,B,4,D)
+    real *memory;                       // one layer's activations, used by every layer in turn
+    activations a;
+    real *final_norm, *final_r, *last, *logits, *loss, *lse;
+    int *tokens, *targets;
+    uint8_t *mask;
+    int *host_tokens, *host_targets;
+    uint8_t *host_mask;
+    real *host_loss;
+};
+
+static size_t state_count(const metala_config *c) {       // numbers in S of one sequence and layer: H·K·V
+    return (size_t)c->width / 2 * ((size_t)c->width / (size_t)c->heads);
+}
+static size_t tail_count(const metala_config *c) { return METALA_CONV * (size_t)c->width; }
+
+size_t metala_state_bytes(const metala_config *c) {
+    return times((size_t)c->layers, times(state_count(c) + tail_count(c), sizeof(real)));
+}
+
+uint64_t metala_state_position(const metala_state *s) { return s->position; }
+
+static void free_buffers(metala_state *s) {
+    s->backend->free(s->memory);
+    s->backend->free(s->tokens);
+    s->backend->free(s->targets);
+    s->backend->free(s->mask);
+    free(s->host_tokens);
+    free(s->host_targets);
+    free(s->host_mask);
+    free(s->host_loss);
+    s->memory = s->host_loss = NULL;
+    s->tokens = s->targets = s->host_tokens = s->host_targets = NULL;
+    s->mask = s->host_mask = NULL;
+    s->tokens_most = 0;
+}
+
+void metala_state_free(metala_state *s) {
+    if (!s) return;
+    free_buffers(s);
+    s->backend->free(s->S);
+    s->backend->free(s->tails);
+    free(s);
+}
+
+// Buffers for n tokens of each sequence; what is there already is kept when it is large enough.
+static int reserve(metala_context *ctx, metala_state *s, size_t n) {
+    if (n <= s->tokens_most) return 0;
+    const metala_backend *be = s->backend;
+    const metala_config *c = &s->model->config;
+    size_t rows = times(s->B, n), D = (size_t)c->width, N = (size_t)c->vocab_size;
+    size_t layer = place_activations(&s->a, NULL, c, s->B, n, 0), logits = head_rows(c, rows);
+    if (logits < s->B) logits = s->B;
+    size_t numbers = layer + times(rows, D) + 3 * rows + times(s->B, D) + times(logits, N);
+    free_buffers(s);
+    s->memory = be->alloc(times(numbers, sizeof(real)));
+    s->tokens = be->alloc(times(rows, sizeof(int)));
+    s->targets = be->alloc(times(rows, sizeof(int)));
+    s->mask = be->alloc(rows);
+    s->host_tokens = malloc(times(rows, sizeof(int)));
+    s->host_targets = malloc(times(rows, sizeof(int)));
+    s->host_mask = malloc(rows);
+    s->host_loss = malloc(times(rows, sizeof(real)));
+    if (!s->memory || !s->tokens || !s->targets || !s->mask || !s->host_tokens || !s->host_targets || !s->host_mask ||
+        !s->host_loss) {
+        free_buffers(s);
+        return fail_memory(ctx, "a state's buffers", (double)numbers * sizeof(real));
+    }
+    memset(&s->a, 0, sizeof s->a);
+    real *at = s->memory + place_activations(&s->a, s->memory, c, s->B, n, 0);
+    s->a.output = s->a.input;                              // the residual stream is updated in place
+    s->final_norm = at, at += rows * D;
+    s->final_r = at, at += rows;
+    s->loss = at, at += rows;
+    s->lse = at, at += rows;
+    s->last = at, at += s->B * D;
+    s->logits = at;
+    s->tokens_most = n;
+    return 0;
+}
+
+metala_state *metala_state_create(metala_context *ctx, const metala_model *model, int B) {
+    if (B < 1) {
+        fail(ctx, "state: the number of sequences must be at least 1, got %d", B);
+        return NULL;
+    }
+    metala_state *s = calloc(1, sizeof *s);
+    size_t bytes = times((size_t)B, metala_state_bytes(&model->config));
+    if (s) {
+        const metala_config *c = &model->config;
+        s->model = model, s->backend = model->backend, s->B = (size_t)B;
+        size_t count = times((size_t)c->layers, s->B);
+        s->S = s->backend->alloc(times(times(count, state_count(c)), sizeof(real)));
+        s->tails = s->backend->alloc(times(times(count, tail_count(c)), sizeof(real)));
+    }
+    if (!s || !s->S || !s->tails) {
+        fail_memory(ctx, "a state", (double)bytes);
+        metala_state_free(s);
+        return NULL;
+    }
+    if (reserve(ctx, s, 1)) {
+        metala_state_free(s);
+        return NULL;
+    }
+    return s;
+}
+
+static size_t all_states(const metala_state *s) { return (size_t)s->model->config.layers * s->B; }
+
+int metala_state_reset(metala_context *ctx, metala_state *s) {
+    const metala_config *c = &s->model->config;
+    s->backend->zero(ctx, s->S, all_states(s) * state_count(c) * sizeof(real));
+    s->backend->zero(ctx, s->tails, all_states(s) * tail_count(c) * sizeof(real));
+    s->position = 0;
+    return 0;
+}
+
+int metala_state_copy(metala_context *ctx, metala_state *to, const metala_state *from) {
+    const metala_config *c = &from->model->config;
+    if (to->model != from->model || to->B != from->B)
+        return fail(ctx, "state: a copy needs the same model and %zu sequences, the target has %zu%s", from->B, to->B,
+                    to->model != from->model ? " of another model" : "");
+    from->backend->copy(ctx, to->S, from->S, all_states(from) * state_count(c) * sizeof(real));
+    from->backend->copy(ctx, to->tails, from->tails, all_states(from) * tail_count(c) * sizeof(real));
+    to->position = from->position;
+    return 0;
+}
+
+// The authors' cache has the convolution's inputs as (B,D,4), ours is (B,4,D).
+static void swap_tail(real *to, const real *from, size_t B, size_t rows, size_t columns) {
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < rows; i++)
+            for (size_t j = 0; j < columns; j++) to[(b * columns + j) * rows + i] = from[(b * rows + i) * columns + j];
+}
+
+// Copies S (which = 0) or the tail (which = 1) of a layer out to `host`, in the authors' layout.
+static int download_state(metala_context *ctx, const metala_state *s, int layer, int which, real *host) {
+    const metala_config *c = &s->model->config;
+    size_t count = s->B * (which ? tail_count(c) : state_count(c));
+    const real *from = (which ? s->tails : s->S) + (size_t)layer * count;
+    if (!which) {
+        s->backend->download(ctx, host, from, count * sizeof(real));
+        return 0;
+    }
+    real *copy = malloc(count * sizeof(real));
+    if (!copy) return fail_memory(ctx, "a copy of the convolution's state", (double)count * sizeof(real));
+    s->backend->download(ctx, copy, from, count * sizeof(real));
+    swap_tail(host, copy, s->B, METALA_CONV, (size_t)c->width);
+    free(copy);
+    return 0;
+}
+
+int metala_state_get(metala_context *ctx, const metala_state *s, const char *name, real *out) {
+    int layer = -1, used = 0, which = !strncmp(name, "conv_", 5);
+    if (sscanf(name + 5 * which, "state.%d%n", &layer, &used) != 1 || name[5 * which + used] || layer < 0 ||
+        layer >= s->model->config.layers)
+        return fail(ctx, "a state has no tensor called %s", name);
+    return download_state(ctx, s, layer, which, out);
+}
+
+// Reads one segment of n <= tokens_most tokens (already in the buffers); leaves final_norm.
+static int read_segment(metala_context *ctx, metala_state *s, metala_form form, size_t n, int masked) {
+    const metala_backend *be = s->backend;
+    const metala_model *m = s->model;
+    const metala_config *c = &m->config;
+    size_t rows = s->B * n, D = (size_t)c->width;
+    be->upload(ctx, s->tokens, s->host_tokens, rows * sizeof(int));
+    if (masked) be->upload(ctx, s->mask, s->host_mask, rows);
+    pass p = pass_of(c, s->B, n, masked ? s->mask : NULL, form);
+    be->embedding_forward(ctx, s->a.input, s->tokens, m->parameters + m->embedding, rows, D, embedding_scale(c));
+    for (int l = 0; l < c->layers; l++)
+        layer_forward(ctx, m, l, &s->a, &p, s->S + (size_t)l * s->B * state_count(c),
+                      s->tails + (size_t)l * s->B * tail_count(c));
+    be->rms_forward(ctx, s->final_norm, s->final_r, s->a.output, NULL, rows, D, c->norm_eps);
+    s->position += n;
+    return metala_context_failed(ctx);
+}
+
+// Reads T tokens in segments. `logits` (B,T,N) of all positions, `last` (B,N) of the last one, or targets to score;
+// each may be NULL.
+static int read_tokens(metala_context *ctx, metala_state *s, metala_form form, const int *tokens, const uint8_t *mask,
+                       size_t T, real *logits, real *last, const int *targets, double *nats, size_t *counted) {
+    const metala_backend *be = s->backend;
+    const metala_model *m = s->model;
+    size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width, B = s->B;
+    const real *head = m->parameters + m->head;
+    if (T < 1) return fail(ctx, "state: no tokens to read");
+    if (check_tokens(ctx, &m->config, tokens, B * T, 0)) return -1;
+    if (targets && check_tokens(ctx, &m->config, targets, B * T, 1)) return -1;
+    if (reserve(ctx, s, T < SEGMENT ? T : SEGMENT)) return -1;
+    for (size_t t0 = 0; t0 < T; t0 += SEGMENT) {
+        size_t n = T - t0 < SEGMENT ? T - t0 : SEGMENT, rows = B * n;
+        for (size_t b = 0; b < B; b++) {
+            memcpy(s->host_tokens + b * n, tokens + b * T + t0, n * sizeof(int));
+            if (mask) memcpy(s->host_mask + b * n, mask + b * T + t0, n);
+            if (targets) memcpy(s->host_targets + b * n, targets + b * T + t0, n * sizeof(int));
+        }
+        if (read_segment(ctx, s, form, n, mask != NULL)) return -1;
+        size_t most = head_rows(&m->config, rows);
+        for (size_t b = 0; b < B && logits; b++)
+            for (size_t t = 0; t < n; t += most) {
+                size_t count = n - t < most ? n - t : most;
+                be->matmul_forward(ctx, s->logits, s->final_norm + (b * n + t) * D, head, NULL, count, N, D);
+                be->download(ctx, logits + (b * T + t0 + t) * N, s->logits, count * N * sizeof(real));
+            }
+        if (last && t0 + n == T) {
+            for (size_t b = 0; b < B; b++)
+                be->copy(ctx, s->last + b * D, s->final_norm + (b * n + n - 1) * D, D * sizeof(real));
+            be->matmul_forward(ctx, s->logits, s->last, head, NULL, B, N, D);
+            be->download(ctx, last, s->logits, B * N * sizeof(real));
+        }
+        if (targets) {
+            be->upload(ctx, s->targets, s->host_targets, rows * sizeof(int));
+            for (size_t row = 0; row < rows; row += most) {
+                size_t count = rows - row < most ? rows - row : most;
+                be->matmul_forward(ctx, s->logits, s->final_norm + row * D, head, NULL, count, N, D);
+                be->cross_entropy_forward(ctx, s->loss + row, s->lse + row, s->logits, s->targets + row, count, N);
+            }
+            be->download(ctx, s->host_loss, s->loss, rows * sizeof(real));
+            for (size_t row = 0; row < rows; row++)
+                if (s->host_targets[row] != METALA_IGNORE) {
+                    *nats += s->host_loss[row];
+                    ++*counted;
+                }
+        }
+    }
+    return metala_context_failed(ctx);
+}
+
+int metala_forward(metala_context *ctx, metala_state *s, metala_form form, const int *tokens, const uint8_t *mask,
+                   size_t T, real *logits) {
+    return read_tokens(ctx, s, form, tokens, mask, T, logits, NULL, NULL, NULL, NULL);
+}
+
+int metala_prefill(metala_context *ctx, metala_state *s, const int *tokens, const uint8_t *mask, size_t T,
+                   real *logits) {
+    return read_tokens(ctx, s, METALA_CHUNKWISE, tokens, mask, T, NULL, logits, NULL, NULL, NULL);
+}
+
+int metala_score(metala_context *ctx, metala_state *s, metala_form form, const int *tokens, const int *targets,
+                 const uint8_t *mask, size_t T, double *nats, size_t *counted) {
+    return read_tokens(ctx, s, form, tokens, mask, T, NULL, NULL, targets, nats, counted);
+}
+
+int metala_step(metala_context *ctx, metala_state *s, const int *tokens, real *logits) {
+    return read_tokens(ctx, s, METALA_RECURRENT, tokens, NULL, 1, NULL, logits, NULL, NULL, NULL);
+}
+
+// ============================================================== 11. Files: safetensors, configuration, models, states
+
+// A safetensors file: 8 bytes little-endian length n, n bytes of JSON
+//     {"__metadata__": {"key": "value", …}, "name": {"dtype": "F32", "shape": [2,3], "data_offsets": [0,24]}, …}
+// and the tensors' bytes, little-endian, without holes. Nothing in a file is trusted before it has been checked.
+
+static const struct { const char *name; size_t bytes; } dtypes[] = {      // in the order of metala_dtype
+    {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4}, {"U32", 4}, {"I16", 2},
+    {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}};
+enum { DTYPES = sizeof dtypes / sizeof *dtypes };
+
+size_t metala_dtype_bytes(metala_dtype dtype) { return dtypes[dtype].bytes; }
+const char *metala_dtype_name(metala_dtype dtype) { return dtypes[dtype].name; }
+
+struct metala_file {
+    FILE *stream;
+    char *path;
+    uint64_t data_start;                 // bytes
+    metala_tensor *tensors;              // sorted by offset
+    size_t count;
+    char **keys, **values;               // metadata
+    size_t pairs;
+};
+
+// ---- JSON, as much of it as these headers and config.json contain.
+
+typedef struct {
+    const char *at, *end;
+    const char *problem;                 // the first one found
+} json;
+
+static int json_fail(json *j, const char *problem) {
+    if (!j->problem) j->problem = problem;
+    return -1;
+}
+
+static void json_space(json *j) {
+    while (j->at < j->end && (*j->at == ' ' || *j->at == '\t' || *j->at == '\n' || *j->at == '\r')) j->at++;
+}
+
+// Takes the character c when it comes next.
+static int json_take(json *j, char c) {
+    json_space(j);
+    if (j->at >= j->end || *j->at != c) return 0;
+    j->at++;
+    return 1;
+}
+
+static int json_hex(json *j, unsigned *code) {
+    *code = 0;
+    for (int i = 0; i < 4; i++) {
+        char c = j->at < j->end ? *j->at++ : 0;
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                  : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (digit < 0) return json_fail(j, "a \\u escape without four hexadecimal digits");
+        *code = *code * 16 + (unsigned)digit;
+    }
+    return 0;
+}
+
+static void put_utf8(char **to, unsigned code) {
+    char *p = *to;
+    if (code < 0x80) *p++ = (char)code;
+    else if (code < 0x800) *p++ = (char)(0xC0 | code >> 6), *p++ = (char)(0x80 | (code & 63));
+    else if (code < 0x10000)
+        *p++ = (char)(0xE0 | code >> 12), *p++ = (char)(0x80 | (code >> 6 & 63)), *p++ = (char)(0x80 | (code & 63));
+    else
+        *p++ = (char)(0xF0 | code >> 18), *p++ = (char)(0x80 | (code >> 12 & 63)),
+        *p++ = (char)(0x80 | (code >> 6 & 63)), *p++ = (char)(0x80 | (code & 63));
+    *to = p;
+}
+
+// A string, in memory of its own; NULL on failure.
+static char *json_string(json *j) {
+    if (!json_take(j, '"')) {
+        json_fail(j, "a string expected");
+        return NULL;
+    }
+    const char *close = j->at;
+    while (close < j->end && *close != '"') close += *close == '\\' ? 2 : 1;
+    char *text = close < j->end ? malloc((size_t)(close - j->at) + 1) : NULL, *to = text;
+    if (!text) {
+        json_fail(j, close < j->end ? "out of memory" : "a string without end");
+        return NULL;
+    }
+    while (j->at < close) {
+        unsigned char c = (unsigned char)*j->at++;
+        unsigned code, low;
+        if (c < ' ') json_fail(j, "a control character in a string");
+        if (c != '\\') {
+            *to++ = (char)c;
+            continue;
+        }
+        static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+        char escape = *j->at++;
+        const char *known = escape ? strchr(escapes, escape) : NULL;
+        if (known) *to++ = meanings[known - escapes];
+        else if (escape != 'u') json_fail(j, "an unknown escape in a string");
+        else if (!json_hex(j, &code)) {
+            if (code >= 0xD800 && code < 0xDC00) {                   // a pair of surrogates
+                if (close - j->at < 6 || j->at[0] != '\\' || j->at[1] != 'u') json_fail(j, "half a surrogate pair");
+                else {
+                    j->at += 2;
+                    if (!json_hex(j, &low) && (low < 0xDC00 || low > 0xDFFF)) json_fail(j, "half a surrogate pair");
+                    else code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+                }
+            }
+            if (code == 0 || code > 0x10FFFF) json_fail(j, "a NUL or invalid character in a string");
+            if (!j->problem) put_utf8(&to, code);
+        }
+        if (j->problem) break;
+    }
+    if (j->problem || j->at != close) {
+        json_fail(j, "a malformed string");
+        free(text);
+        return NULL;
+    }
+    *to = 0;
+    j->at = close + 1;
+    return text;
+}
+
+// A whole number below 2^63.
+static int json_whole(json *j, uint64_t *value) {
+    json_space(j);
+    if (j->at >= j->end || *j->at < '0' || *j->at > '9') return json_fail(j, "a whole number expected");
+    for (*value = 0; j->at < j->end && *j->at >= '0' && *j->at <= '9'; j->at++) {
+        if (*value > (INT64_MAX - 9) / 10) return json_fail(j, "a number that is too large");
+        *value = *value * 10 + (uint64_t)(*j->at - '0');
+    }
+    if (j->at < j->end && (*j->at == '.' || *j->at == 'e' || *j->at == 'E'))
+        return json_fail(j, "a whole number expected");
+    return 0;
+}
+
+// Skips any value. Brackets are counted, not matched by recursion: depth costs nothing.
+static int json_skip(json *j) {
+    size_t depth = 0;
+    do {
+        json_space(j);
+        if (j->at >= j->end) return json_fail(j, "the text ends inside a value");
+        char c = *j->at;
+        if (c == '"') {
+            char *text = json_string(j);
+            if (!text) return -1;
+            free(text);
+        } else {
+            j->at++;
+            if (c == '{' || c == '[') depth++;
+            else if (c == '}' || c == ']') {
+                if (!depth) return json_fail(j, "a value expected");
+                depth--;
+            } else if (c == ',' || c == ':') {
+                if (!depth) return json_fail(j, "a value expected");
+                continue;
+            } else
+                while (j->at < j->end && !strchr(",:{}[]\" \t\r\n", *j->at)) j->at++;
+        }
+    } while (depth);
+    return 0;
+}
+
+static int add_pair(metala_file *f, json *j, char *key, char *value) {
+    if ((f->pairs & (f->pairs + 1)) == 0) {                          // room grows by doubling
+        size_t room = 2 * f->pairs + 1;
+        char **keys = realloc(f->keys, room * sizeof *keys);
+        if (keys) f->keys = keys;
+        char **values = keys ? realloc(f->values, room * sizeof *values) : NULL;
+        if (values) f->values = values;
+        if (!values) {
+            free(key);
+            free(value);
+            return json_fail(j, "out of memory");
+        }
+    }
+    f->keys[f->pairs] = key;
+    f->values[f->pairs++] = value;
+    return 0;
+}
+
+// The members of an object as pairs of strings. Strings only (strict), or any scalars as they are written, others
+// skipped (config.json).
+static int json_pairs(json *j, metala_file *f, int strict) {
+    if (!json_take(j, '{')) return json_fail(j, "an object expected");
+    if (json_take(j, '}')) return 0;
+    do {
+        char *key = json_string(j), *value = NULL;
+        if (!key) return -1;
+        if (!json_take(j, ':')) json_fail(j, "':' expected");
+        json_space(j);
+        if (strict || (j->at < j->end && *j->at == '"')) {
+            if (!j->problem) value = json_string(j);
+        } else if (!j->problem) {
+            const char *start = j->at;
+            if (!json_skip(j) && *start != '{' && *start != '[') {
+                value = calloc(1, (size_t)(j->at - start) + 1);
+                if (value) memcpy(value, start, (size_t)(j->at - start));
+                else json_fail(j, "out of memory");
+            }
+        }
+        if (j->problem || !value) {
+            free(key);
+            if (j->problem) return -1;
+        } else if (add_pair(f, j, key, value)) return -1;
+    } while (json_take(j, ','));
+    return json_take(j, '}') ? 0 : json_fail(j, "',' or '}' expected");
+}
+
+static int json_tensor(json *j, metala_tensor *t, uint64_t *begin, uint64_t *end) {
+    int has_dtype = 0, has_shape = 0, has_offsets = 0;
+    if (!json_take(j, '{')) return json_fail(j, "a tensor's object expected");
+    do {
+        char *key = json_string(j);
+        if (!key) return -1;
+        int dtype = !strcmp(key, "dtype"), shape = !strcmp(key, "shape"), offsets = !strcmp(key, "data_offsets");
+        free(key);
+        if (!json_take(j, ':')) return json_fail(j, "':' expected");
+        if (dtype) {
+            char *name = json_string(j);
+            if (!name) return -1;
+            int i = 0;
+            while (i < DTYPES && strcmp(name, dtypes[i].name)) i++;
+            free(name);
+            if (i == DTYPES) return json_fail(j, "an unknown dtype (F64, F32, F16, BF16 and integers are known)");
+            t->dtype = (metala_dtype)i;
+            has_dtype++;
+        } else if (shape) {
+            if (!json_take(j, '[')) return json_fail(j, "'[' expected");
+            t->count = 1;
+            t->ndim = 0;
+            if (!json_take(j, ']')) {
+                do {
+                    uint64_t n;
+                    if (json_whole(j, &n)) return -1;
+                    if (t->ndim == 8) return json_fail(j, "a tensor of more than 8 dimensions");
+                    if (n > SIZE_MAX / 16 || (n && t->count > SIZE_MAX / 16 / n))
+                        return json_fail(j, "a shape whose product is too large");
+                    t->shape[t->ndim++] = (size_t)n;
+                    t->count *= (size_t)n;
+                } while (json_take(j, ','));
+                if (!json_take(j, ']')) return json_fail(j, "',' or ']' expected");
+            }
+            has_shape++;
+        } else if (offsets) {
+            if (!json_take(j, '[') || json_whole(j, begin) || !json_take(j, ',') || json_whole(j, end) ||
+                !json_take(j, ']'))
+                return json_fail(j, "data_offsets must be two whole numbers");
+            has_offsets++;
+        } else return json_fail(j, "an unknown member in a tensor's object");
+    } while (json_take(j, ','));
+    if (!json_take(j, '}')) return json_fail(j, "',' or '}' expected");
+    if (has_dtype != 1 || has_shape != 1 || has_offsets != 1)
+        return json_fail(j, "a tensor needs dtype, shape and data_offsets, once each");
+    return 0;
+}
+
+// ---- Reading
+
+void metala_file_close(metala_file *f) {
+    if (!f) return;
+    if (f->stream) fclose(f->stream);
+    for (size_t i = 0; i < f->pairs; i++) {
+        free(f->keys[i]);
+        free(f->values[i]);
+    }
+    free(f->keys);
+    free(f->values);
+    free(f->tensors);
+    free(f->path);
+    free(f);
+}
+
+static int by_name(const void *a, const void *b) {
+    return strcmp((*(const metala_tensor *const *)a)->name, (*(const metala_tensor *const *)b)->name);
+}
+
+static int by_offset(const void *a, const void *b) {
+    const metala_tensor *x = a, *y = b;
+    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
+    return x->count < y->count ? -1 : x->count > y->count;           // empty tensors before what starts there
+}
+
+static int parse_header(metala_context *ctx, metala_file *f, const char *text, size_t length, uint64_t data_bytes) {
+    json j = {text, text + length, NULL};
+    size_t room = 0;
+    char name[128] = "";
+    int metadata_seen = 0;
+    if (!json_take(&j, '{')) json_fail(&j, "the header must be a JSON object");
+    if (!j.problem && !json_take(&j, '}')) {
+        do {
+            char *key = json_string(&j);
+            if (!key) break;
+            size_t key_length = strlen(key);
+            snprintf(name, sizeof name, "%s", key);
+            int metadata = !strcmp(key, "__metadata__");
+            free(key);
+            if (!json_take(&j, ':')) json_fail(&j, "':' expected");
+            else if (metadata) {
+                if (metadata_seen++) json_fail(&j, "__metadata__ twice");
+                else json_pairs(&j, f, 1);
+            } else if (key_length >= sizeof f->tensors->name) json_fail(&j, "a tensor name of more than 127 bytes");
+            else {
+                if (f->count == room) {
+                    room = 2 * room + 16;
+                    metala_tensor *more = realloc(f->tensors, room * sizeof *more);
+                    if (!more) return fail_memory(ctx, f->path, (double)room * sizeof *more);
+                    f->tensors = more;
+                }
+                metala_tensor *t = &f->tensors[f->count];
+                uint64_t begin = 0, end = 0;
+                memset(t, 0, sizeof *t);
+                memcpy(t->name, name, sizeof name);
+                if (json_tensor(&j, t, &begin, &end)) break;
+                if (begin > end || end > data_bytes)
+                    return fail(ctx, "%s: tensor %s: data_offsets [%llu,%llu] do not lie in the %llu bytes of data that"
+                                " the file has; it may be cut short", f->path, name, (unsigned long long)begin,
+                                (unsigned long long)end, (unsigned long long)data_bytes);
+                if (end - begin != (uint64_t)t->count * dtypes[t->dtype].bytes)
+                    return fail(ctx, "%s: tensor %s: %zu numbers of type %s take %llu bytes, data_offsets give %llu",
+                                f->path, name, t->count, dtypes[t->dtype].name,
+                                (unsigned long long)t->count * dtypes[t->dtype].bytes,
+                                (unsigned long long)(end - begin));
+                t->offset = (size_t)begin;
+                f->count++;
+            }
+        } while (!j.problem && json_take(&j, ','));
+        if (!j.problem && !json_take(&j, '}')) json_fail(&j, "',' or '}' expected");
+    }
+    json_space(&j);
+    if (!j.problem && j.at != j.end) json_fail(&j, "text after the end");
+    if (j.problem)
+        return fail(ctx, "%s: bad header at byte %zu%s%s: %s; this is not a safetensors file, or it is damaged", f->path,
+                    (size_t)(j.at - text) + 8, *name ? ", near " : "", name, j.problem);
+
+    if (f->count) qsort(f->tensors, f->count, sizeof *f->tensors, by_offset);
+    uint64_t at = 0;
+    for (size_t i = 0; i < f->count; i++) {
+        const metala_tensor *t = &f->tensors[i];
+        if (t->offset != at)
+            return fail(ctx, "%s: tensor %s starts at byte %zu of the data, expected %llu: tensors %s", f->path, t->name,
+                        t->offset, (unsigned long long)at, t->offset < at ? "overlap" : "leave a hole");
+        at += (uint64_t)t->count * dtypes[t->dtype].bytes;
+    }
+    if (at != data_bytes)
+        return fail(ctx, "%s: tensors cover %llu bytes, the file has %llu bytes of data", f->path,
+                    (unsigned long long)at, (unsigned long long)data_bytes);
+    const metala_tensor **sorted = malloc((f->count + 1) * sizeof *sorted);
+    if (!sorted) return fail_memory(ctx, f->path, (double)f->count * sizeof *sorted);
+    for (size_t i = 0; i < f->count; i++) sorted[i] = &f->tensors[i];
+    qsort(sorted, f->count, sizeof *sorted, by_name);
+    const char *twice = NULL;
+    for (size_t i = 1; i < f->count; i++)
+        if (!strcmp(sorted[i - 1]->name, sorted[i]->name)) twice = sorted[i]->name;
+    free(sorted);
+    return twice ? fail(ctx, "%s: tensor %s is there twice", f->path, twice) : 0;
+}
+
+static char *copy_text(const char *text) {
+    char *copy = malloc(strlen(text) + 1);
+    return copy ? strcpy(copy, text) : NULL;
+}
+
+// The size of a file that is open for reading, or a failure.
+static int file_size(metala_context *ctx, FILE *stream, const char *path, uint64_t *size) {
+    int c = getc(stream);                                            // opening a folder works, reading it does not
+    if (c == EOF && ferror(stream)) return fail(ctx, "%s: cannot be read; is it a file?", path);
+    long end = fseek(stream, 0, SEEK_END) ? -1 : ftell(stream);
+    if (end < 0 || end == LONG_MAX) return fail(ctx, "%s: its size cannot be told; is it a regular file?", path);
+    rewind(stream);
+    *size = (uint64_t)end;
+    return 0;
+}
+
+static int open_and_parse(metala_context *ctx, metala_file *f) {
+    enum { MOST = 100 << 20 };
+    unsigned char prefix[8];
+    uint64_t size, length = 0;
+    f->stream = fopen(f->path, "rb");
+    if (!f->stream) return fail(ctx, "%s: cannot be opened; check the name and the permissions", f->path);
+    if (file_size(ctx, f->stream, f->path, &size)) return -1;
+    if (size < 8 || fread(prefix, 1, 8, f->stream) != 8)
+        return fail(ctx, "%s: not a safetensors file: %llu bytes, at least 8 expected", f->path,
+                    (unsigned long long)size);
+    for (int i = 8; i-- > 0;) length = length << 8 | prefix[i];
+    if (length > MOST || length > size - 8)
+        return fail(ctx, "%s: header of %llu bytes announced, %llu follow (at most %d are accepted); not a safetensors"
+                    " file, or cut short", f->path, (unsigned long long)length, (unsigned long long)(size - 8), MOST);
+    char *text = malloc((size_t)length + 1);
+    if (!text) return fail_memory(ctx, f->path, (double)length);
+    text[length] = 0;
+    int status = fread(text, 1, (size_t)length, f->stream) == length
+                     ? parse_header(ctx, f, text, (size_t)length, size - 8 - length)
+                     : fail(ctx, "%s: the header cannot be read", f->path);
+    f->data_start = 8 + length;
+    free(text);
+    return status;
+}
+
+metala_file *metala_file_open(metala_context *ctx, const char *path) {
+    metala_file *f = calloc(1, sizeof *f);
+    if (f) f->path = copy_text(path);
+    if (!f || !f->path) {
+        fail_memory(ctx, "opening a file", 1000);
+        metala_file_close(f);
+        return NULL;
+    }
+    if (open_and_parse(ctx, f)) {
+        metala_file_close(f);
+        return NULL;
+    }
+    return f;
+}
+
+size_t metala_file_tensors(const metala_file *f) { return f->count; }
+const metala_tensor *metala_file_tensor(const metala_file *f, size_t i) {
+    return i < f->count ? &f->tensors[i] : NULL;
+}
+const metala_tensor *metala_file_find(const metala_file *f, const char *name) {
+    for (size_t i = 0; i < f->count; i++)
+        if (!strcmp(f->tensors[i].name, name)) return &f->tensors[i];
+    return NULL;
+}
+
+static const char *find_pair(const metala_file *f, const char *key) {
+    for (size_t i = 0; i < f->pairs; i++)
+        if (!strcmp(f->keys[i], key)) return f->values[i];
+    return NULL;
+}
+const char *metala_file_metadata(const metala_file *f, const char *key) { return find_pair(f, key); }
+
+// One number of a file as a 64-bit pattern, whatever this machine's byte order.
+static uint64_t get_little(const unsigned char *p, size_t bytes) {
+    uint64_t x = 0;
+    for (size_t i = bytes; i-- > 0;) x = x << 8 | p[i];
+    return x;
+}
+
+static void put_little(unsigned char *p, uint64_t x, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) p[i] = (unsigned char)(x >> 8 * i);
+}
+
+static float float_of_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Half precision: 1 sign, 5 exponent (bias 15), 10 fraction bits; exponent 0 is denormal, 31 infinity or NaN.
+static float float_of_half(uint32_t half) {
+    uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
+    if (exponent == 0) {
+        float x = (float)fraction * (1.0f / 16777216);               // 2^-24
+        return sign ? -x : x;
+    }
+    return float_of_bits(sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13);
+}
+
+static double floating(const unsigned char *p, metala_dtype dtype) {
+    uint64_t bits = get_little(p, dtypes[dtype].bytes);
+    if (dtype == METALA_F32) return float_of_bits((uint32_t)bits);
+    if (dtype == METALA_BF16) return float_of_bits((uint32_t)bits << 16);
+    if (dtype == METALA_F16) return float_of_half((uint32_t)bits);
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static int64_t integer(const unsigned char *p, metala_dtype dtype) {
+    uint64_t bits = get_little(p, dtypes[dtype].bytes);
+    switch (dtype) {
+        case METALA_I64: return bits >> 63 ? -(int64_t)(~bits) - 1 : (int64_t)bits;
+        case METALA_I32: return bits >> 31 ? (int64_t)bits - ((int64_t)1 << 32) : (int64_t)bits;
+        case METALA_I16: return bits >> 15 ? (int64_t)bits - 65536 : (int64_t)bits;
+        case METALA_I8: return bits >> 7 ? (int64_t)bits - 256 : (int64_t)bits;
+        default: return (int64_t)bits;
+    }
+}
+
+static int is_floating(metala_dtype dtype) { return dtype <= METALA_BF16; }
+
+int metala_file_read(metala_context *ctx, metala_file *f, const metala_tensor *t, metala_dtype as, void *out) {
+    unsigned char buffer[8192];
+    size_t bytes = dtypes[t->dtype].bytes, most = sizeof buffer / bytes;
+    if (is_floating(t->dtype) != (as != METALA_I32) || (as != METALA_I32 && as != METALA_F32 && as != METALA_F64))
+        return fail(ctx, "%s: tensor %s has type %s and cannot be read as %s", f->path, t->name,
+                    dtypes[t->dtype].name, dtypes[as].name);
+    if (f->data_start + t->offset > LONG_MAX || fseek(f->stream, (long)(f->data_start + t->offset), SEEK_SET))
+        return fail(ctx, "%s: tensor %s cannot be reached at byte %llu of the file", f->path, t->name,
+                    (unsigned long long)(f->data_start + t->offset));
+    for (size_t i = 0; i < t->count;) {
+        size_t n = t->count - i < most ? t->count - i : most;
+        if (fread(buffer, bytes, n, f->stream) != n)
+            return fail(ctx, "%s: tensor %s cannot be read to its end; the file has been cut short", f->path, t->name);
+        for (size_t e = 0; e < n; e++, i++) {
+            const unsigned char *p = buffer + e * bytes;
+            if (as == METALA_F32) ((float *)out)[i] = (float)floating(p, t->dtype);
+            else if (as == METALA_F64) ((double *)out)[i] = floating(p, t->dtype);
+            else {
+                int64_t x = integer(p, t->dtype);
+                if (x < INT32_MIN || x > INT32_MAX)
+                    return fail(ctx, "%s: tensor %s: number %zu is %lld, beyond 32 bits", f->path, t->name, i,
+                                (long long)x);
+                ((int32_t *)out)[i] = (int32_t)x;
+            }
+        }
+    }
+    return 0;
+}
+
+// ---- Writing
+
+typedef struct {                         // text that grows; text is NULL once memory has run out
+    char *text;
+    size_t length, room;
+} buffer;
+
+static void append(buffer *b, const char *format, ...) {
+    for (int attempt = 0; b->text && attempt < 2; attempt++) {
+        va_list arguments;
+        va_start(arguments, format);
+        int n = vsnprintf(b->text + b->length, b->room - b->length, format, arguments);
+        va_end(arguments);
+        if (n >= 0 && (size_t)n < b->room - b->length) {
+            b->length += (size_t)n;
+            return;
+        }
+        b->room = 2 * b->room + (size_t)(n < 0 ? 0 : n);
+        char *more = realloc(b->text, b->room);
+        if (!more) free(b->text);
+        b->text = more;
+    }
+}
+
+static void append_string(buffer *b, const char *text) {
+    append(b, "\"");
+    for (; *text; text++) {
+        if (*text == '"' || *text == '\\') append(b, "\\%c", *text);
+        else if ((unsigned char)*text < ' ') append(b, "\\u%04x", (unsigned)*text);
+        else append(b, "%c", *text);
+    }
+    append(b, "\"");
+}
+
+static int write_numbers(FILE *stream, const void *data, metala_dtype dtype, size_t count) {
+    unsigned char out[8192];
+    size_t bytes = dtypes[dtype].bytes, most = sizeof out / bytes;
+    for (size_t i = 0; i < count;) {
+        size_t n = count - i < most ? count - i : most;
+        for (size_t e = 0; e < n; e++, i++) {
+            uint64_t bits = 0;
+            uint32_t low;
+            if (bytes == 8) memcpy(&bits, (const unsigned char *)data + 8 * i, 8);
+            else if (bytes == 4) memcpy(&low, (const unsigned char *)data + 4 * i, 4), bits = low;
+            else bits = bytes == 2 ? ((const uint16_t *)data)[i] : ((const uint8_t *)data)[i];
+            put_little(out + e * bytes, bits, bytes);
+        }
+        if (fwrite(out, bytes, n, stream) != n) return -1;
+    }
+    return 0;
+}
+
+int metala_file_write(metala_context *ctx, const char *path, const metala_tensor *tensors, const void *const *data,
+                      size_t count, const metala_pair *metadata, size_t pairs) {
+    int status = -1;
+    FILE *stream = NULL;
+    buffer header = {malloc(4096), 0, 4096};
+    char *temporary = malloc(strlen(path) + 5);
+    if (!temporary) {
+        fail_memory(ctx, path, (double)strlen(path));
+        goto done;
+    }
+    sprintf(temporary, "%s.tmp", path);
+    append(&header, "{\"__metadata__\":{");
+    for (size_t i = 0; i < pairs; i++) {
+        if (i) append(&header, ",");
+        append_string(&header, metadata[i].key);
+        append(&header, ":");
+        append_string(&header, metadata[i].value);
+    }
+    append(&header, "}");
+    uint64_t at = 0;
+    for (size_t i = 0; i < count; i++) {
+        const metala_tensor *t = &tensors[i];
+        size_t elements = 1;
+        append(&header, ",");
+        append_string(&header, t->name);
+        append(&header, ":{\"dtype\":\"%s\",\"shape\":[", dtypes[t->dtype].name);
+        for (int d = 0; d < t->ndim; d++) {
+            append(&header, d ? ",%zu" : "%zu", t->shape[d]);
+            elements *= t->shape[d];
+        }
+        append(&header, "],\"data_offsets\":[%llu,", (unsigned long long)at);
+        at += (uint64_t)elements * dtypes[t->dtype].bytes;
+        append(&header, "%llu]}", (unsigned long long)at);
+    }
+    append(&header, "}");
+    while (header.text && header.length % 8) append(&header, " ");       // the data starts aligned
+    if (!header.text) {
+        fail_memory(ctx, path, 200.0 * (double)count);
+        goto done;
+    }
+    stream = fopen(temporary, "wb");
+    if (!stream) {
+        fail(ctx, "%s: cannot be created; check that the folder exists and can be written to", temporary);
+        goto done;
+    }
+    unsigned char prefix[8];
+    put_little(prefix, header.length, 8);
+    int bad = fwrite(prefix, 1, 8, stream) != 8 || fwrite(header.text, 1, header.length, stream) != header.length;
+    for (size_t i = 0; i < count && !bad; i++) {
+        size_t elements = 1;
+        for (int d = 0; d < tensors[i].ndim; d++) elements *= tensors[i].shape[d];
+        bad = write_numbers(stream, data[i], tensors[i].dtype, elements);
+    }
+    bad |= fflush(stream) != 0 || ferror(stream);
+    bad |= fclose(stream) != 0;
+    if (bad) fail(ctx, "%s: writing failed, is the disk full? %llu bytes are needed; %s is as it was", temporary,
+                  (unsigned long long)(8 + header.length + at), path);
+    else if (rename(temporary, path) && (remove(path) || rename(temporary, path)))   // some systems do not replace
+        fail(ctx, "%s: cannot be replaced by %s; check the permissions", path, temporary);
+    else status = 0;
+    if (status) remove(temporary);
+done:
+    free(header.text);
+    free(temporary);
+    return status;
+}
+
+// ---- Configuration, under the authors' keys
+
+enum config_kind { WHOLE, TRUTH, NOT_TRUTH, NUMBER };
+static const struct config_key {
+    const char *key;
+    enum config_kind kind;
+    size_t member;
+} config_keys[] = {
+    {"vocab_size", WHOLE, offsetof(metala_config, vocab_size)},
+    {"decoder_embed_dim", WHOLE, offsetof(metala_config, width)},
+    {"decoder_layers", WHOLE, offsetof(metala_config, layers)},
+    {"decoder_attention_heads", WHOLE, offsetof(metala_config, heads)},
+    {"glu_dim", WHOLE, offsetof(metala_config, glu_dim)},
+    {"bias", TRUTH, offsetof(metala_config, glu_bias)},
+    {"tie_word_embeddings", TRUTH, offsetof(metala_config, tie_word_embeddings)},
+    {"no_scale_embedding", NOT_TRUTH, offsetof(metala_config, scale_embedding)},
+    {"pad_token_id", WHOLE, offsetof(metala_config, pad_token_id)},
+    {"bos_token_id", WHOLE, offsetof(metala_config, bos_token_id)},
+    {"eos_token_id", WHOLE, offsetof(metala_config, eos_token_id)},
+    {"norm_eps", NUMBER, offsetof(metala_config, norm_eps)},
+    {"group_norm_eps", NUMBER, offsetof(metala_config, head_norm_eps)},
+    {"tau", NUMBER, offsetof(metala_config, tau)},
+    {"no_conv", TRUTH, offsetof(metala_config, no_conv)},
+    {"no_augment", TRUTH, offsetof(metala_config, no_augment)},
+    {"key_linear", TRUTH, offsetof(metala_config, key_linear)},
+    {"fixed_decay", TRUTH, offsetof(metala_config, fixed_decay)},
+};
+enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
+
+// What the authors' code fixes and this one has no choice in: other values are refused.
+static const struct { const char *key, *values[3]; } fixed_keys[] = {
+    {"glu_act", {"silu", "swish", NULL}}, {"norm_type", {"simplermsnorm", NULL, NULL}}, {"conv_width", {"4", NULL, NULL}}};
+enum { FIXED_KEYS = sizeof fixed_keys / sizeof *fixed_keys };
+
+static int parse_config_value(metala_config *c, const struct config_key *k, const char *text) {
+    void *member = (char *)c + k->member;
+    char *end;
+    if (k->kind == NUMBER) {
+        *(double *)member = strtod(text, &end);
+        return *text && !*end ? 0 : -1;
+    }
+    if (k->kind == WHOLE) {
+        int none = (k->member == offsetof(metala_config, pad_token_id) ||
+                    k->member == offsetof(metala_config, bos_token_id) ||
+                    k->member == offsetof(metala_config, eos_token_id)) && (!strcmp(text, "null") || !strcmp(text, "None"));
+        long value = none ? -1 : strtol(text, &end, 10);
+        if (!none && (!*text || *end || value < INT_MIN || value > INT_MAX)) return -1;
+        *(int *)member = (int)value;
+        return 0;
+    }
+    int truth = !strcmp(text, "true") || !strcmp(text, "True");
+    if (!truth && strcmp(text, "false") && strcmp(text, "False")) return -1;
+    *(int *)member = k->kind == TRUTH ? truth : !truth;
+    return 0;
+}
+
+// The pairs of config.json in the same folder as f.
+static metala_file *open_config_json(metala_context *ctx, const metala_file *f) {
+    size_t folder = strlen(f->path);
+    while (folder && f->path[folder - 1] != '/' && f->path[folder - 1] != '\\') folder--;
+    metala_file *pairs = calloc(1, sizeof *pairs);
+    char *text = NULL;
+    uint64_t size = 0;
+    if (pairs) pairs->path = malloc(folder + sizeof "config.json");
+    if (!pairs || !pairs->path) {
+        fail_memory(ctx, "reading config.json", 1000);
+        goto failed;
+    }
+    memcpy(pairs->path, f->path, folder);
+    strcpy(pairs->path + folder, "config.json");
+    pairs->stream = fopen(pairs->path, "rb");
+    if (!pairs->stream) {
+        fail(ctx, "%s: no configuration: neither decoder_embed_dim in its metadata nor a file %s beside it", f->path,
+             pairs->path);
+        goto failed;
+    }
+    if (file_size(ctx, pairs->stream, pairs->path, &size)) goto failed;
+    text = size < 1 << 24 ? malloc((size_t)size + 1) : NULL;
+    if (!text || fread(text, 1, (size_t)size, pairs->stream) != size) {
+        fail(ctx, "%s: cannot be read", pairs->path);
+        goto failed;
+    }
+    text[size] = 0;
+    json j = {text, text + size, NULL};
+    if (json_pairs(&j, pairs, 0)) {
+        fail(ctx, "%s: byte %zu: %s", pairs->path, (size_t)(j.at - text), j.problem);
+        goto failed;
+    }
+    free(text);
+    return pairs;
+failed:
+    free(text);
+    metala_file_close(pairs);
+    return NULL;
+}
+
+int metala_file_config(metala_context *ctx, const metala_file *f, metala_config *config) {
+    metala_config c = metala_config_default();
+    metala_file *beside = NULL;
+    int status = -1;
+    if (!find_pair(f, "decoder_embed_dim")) {
+        beside = open_config_json(ctx, f);
+        if (!beside) return -1;
+    }
+    const metala_file *pairs = beside ? beside : f;
+    c.glu_dim = -1;                                                  // the authors' defaults
+    c.pad_token_id = 2;
+    c.tie_word_embeddings = !metala_file_find(f, "lm_head.weight");
+    for (int i = 0; i < CONFIG_KEYS; i++) {
+        const char *value = find_pair(pairs, config_keys[i].key);
+        if (!value && i < 4) {                                       // the sizes have no default
+            fail(ctx, "%s: the configuration has no %s", pairs->path, config_keys[i].key);
+            goto done;
+        }
+        if (value && parse_config_value(&c, &config_keys[i], value)) {
+            fail(ctx, "%s: configuration: %s is \"%.40s\", expected %s", pairs->path, config_keys[i].key, value,
+                 config_keys[i].kind == WHOLE ? "a whole number" : config_keys[i].kind == NUMBER ? "a number"
+                                                                                               : "true or false");
+            goto done;
+        }
+    }
+    for (int i = 0; i < FIXED_KEYS; i++) {
+        const char *value = find_pair(pairs, fixed_keys[i].key), *const *allowed = fixed_keys[i].values;
+        int known = !value;
+        for (int a = 0; a < 3 && allowed[a] && !known; a++) known = !strcmp(value, allowed[a]);
+        if (!known) {
+            fail(ctx, "%s: configuration: %s is \"%.40s\", only %s is supported", pairs->path, fixed_keys[i].key,
+                 value, allowed[0]);
+            goto done;
+        }
+    }
+    if (c.glu_dim == -1) c.glu_dim = c.width;
+    if (metala_config_check(ctx, &c)) {
+        char reason[400];
+        snprintf(reason, sizeof reason, "%s", metala_error(ctx));
+        fail(ctx, "%s: %s", pairs->path, reason);
+        goto done;
+    }
+    *config = c;
+    status = 0;
+done:
+    metala_file_close(beside);
+    return status;
+}
+
+// ---- Models, checkpoints, states
+
+enum { VALUE_BYTES = 32 };
+typedef struct {                         // a file being put together: tensors in host memory, metadata
+    metala_tensor *tensors;
+    const void **data;
+    metala_pair *pairs;
+    char (*values)[VALUE_BYTES];
+    size_t count, pair_count;
+    real *host;
+} collection;
+
+static void collection_free(collection *c) {
+    free(c->tensors);
+    free(c->data);
+    free(c->pairs);
+    free(c->values);
+    cpu_free(c->host);
+}
+
+static int collection_create(metala_context *ctx, collection *c, size_t tensors, size_t pairs, size_t numbers) {
+    memset(c, 0, sizeof *c);
+    c->tensors = calloc(tensors + 1, sizeof *c->tensors);
+    c->data = calloc(tensors + 1, sizeof *c->data);
+    c->pairs = calloc(pairs + 1, sizeof *c->pairs);
+    c->values = calloc(pairs + 1, sizeof *c->values);
+    c->host = cpu_alloc(times(numbers, sizeof(real)));
+    if (c->tensors && c->data && c->pairs && c->values && c->host) return 0;
+    collection_free(c);
+    return fail_memory(ctx, "a copy for saving", (double)numbers * sizeof(real));
+}
+
+static void collect_pair(collection *c, const char *key, const char *value) {
+    metala_pair *pair = &c->pairs[c->pair_count++];
+    pair->key = key;
+    pair->value = value;
+}
+
+static void collect_number(collection *c, const char *key, const char *format, double value) {
+    char *text = c->values[c->pair_count];
+    snprintf(text, VALUE_BYTES, format, value);
+    collect_pair(c, key, text);
+}
+
+static void collect_config(collection *c, const metala_config *config) {
+    collect_pair(c, "format", "pt");                                 // what Python's readers expect
+    for (int i = 0; i < CONFIG_KEYS; i++) {
+        const struct config_key *k = &config_keys[i];
+        const void *member = (const char *)config + k->member;
+        if (k->kind == NUMBER) collect_number(c, k->key, "%.17g", *(const double *)member);
+        else if (k->kind == WHOLE) collect_number(c, k->key, "%.0f", *(const int *)member);
+        else collect_pair(c, k->key, (*(const int *)member != 0) == (k->kind == TRUTH) ? "true" : "false");
+    }
+    for (int i = 0; i < FIXED_KEYS; i++) collect_pair(c, fixed_keys[i].key, fixed_keys[i].values[0]);
+}
+
+// All parameters, or a block laid out like them, under prefix + name.
+static void collect_parameters(metala_context *ctx, collection *c, const metala_model *m, const real *block,
+                               const char *prefix, real *host) {
+    m->backend->download(ctx, host, block, m->size * sizeof(real));
+    for (int i = 0; i < m->tensor_count; i++) {
+        metala_tensor *t = &c->tensors[c->count];
+        *t = m->tensors[i];
+        snprintf(t->name, sizeof t->name, "%s%.100s", prefix, m->tensors[i].name);
+        c->data[c->count++] = host + m->tensors[i].offset;
+    }
+}
+
+// trainer NULL: the model alone.
+static int save(metala_context *ctx, const metala_model *m, const metala_trainer *trainer, const char *path,
+                const metala_pair *extra, size_t extras) {
+    collection c;
+    size_t blocks = trainer ? 3 : 1;
+    if (collection_create(ctx, &c, blocks * (size_t)m->tensor_count, CONFIG_KEYS + FIXED_KEYS + 2 + extras,
+                          times(blocks, m->size)))
+        return -1;
+    collect_config(&c, &m->config);
+    collect_parameters(ctx, &c, m, m->parameters, "", c.host);
+    if (trainer) {
+        collect_parameters(ctx, &c, m, trainer->first, "adamw.m.", c.host + m->size);
+        collect_parameters(ctx, &c, m, trainer->second, "adamw.v.", c.host + 2 * m->size);
+        collect_number(&c, "step", "%.0f", (double)trainer->step);
+    }
+    for (size_t i = 0; i < extras; i++) collect_pair(&c, extra[i].key, extra[i].value);
+    int status = metala_file_write(ctx, path, c.tensors, c.data, c.count, c.pairs, c.pair_count);
+    collection_free(&c);
+    return status;
+}
+
+int metala_model_save(metala_context *ctx, const metala_model *m, const char *path) {
+    return save(ctx, m, NULL, path, NULL, 0);
+}
+
+int metala_checkpoint_save(metala_context *ctx, const metala_trainer *t, const char *path, const metala_pair *extra,
+                           size_t extras) {
+    return save(ctx, t->model, t, path, extra, extras);
+}
+
+static void shape_text(char *text, size_t room, const metala_tensor *t) {
+    size_t used = (size_t)snprintf(text, room, "[");
+    for (int d = 0; d < t->ndim && used < room; d++)
+        used += (size_t)snprintf(text + used, room - used, d ? ",%zu" : "%zu", t->shape[d]);
+    if (used < room) snprintf(text + used, room - used, "]");
+}
+
+// Reads prefix + name of every parameter into a block laid out like the parameters, in host memory.
+static int read_parameters(metala_context *ctx, metala_file *f, const metala_model *m, const char *prefix, real *host) {
+    for (int i = 0; i < m->tensor_count; i++) {
+        const metala_tensor *want = &m->tensors[i], *t;
+        char name[128], expected[100], got[100];
+        snprintf(name, sizeof name, "%s%.100s", prefix, want->name);
+        t = metala_file_find(f, name);
+        if (!t) return fail(ctx, "%s: tensor %s is missing; %s", f->path, name,
+                            *prefix ? "this is a model without optimizer state, so training can start from it but not"
+                                      " resume" : "this is not a model with this configuration");
+        shape_text(expected, sizeof expected, want);
+        shape_text(got, sizeof got, t);
+        if (strcmp(expected, got))
+            return fail(ctx, "%s: tensor %s has shape %s, this model (D=%d) needs %s; load it with its own"
+                        " configuration or train anew", f->path, name, got, m->config.width, expected);
+        if (metala_file_read(ctx, f, t, want->dtype, host + want->offset)) return -1;
+    }
+    return 0;
+}
+
+metala_model *metala_model_load(metala_context *ctx, const char *path) {
+    metala_config config;
+    metala_file *f = metala_file_open(ctx, path);
+    metala_model *m = NULL, *outline = NULL;
+    real *host = NULL;
+    if (!f || metala_file_config(ctx, f, &config)) goto done;
+    outline = model_outline(ctx, &config);
+    if (!outline) goto done;
+    for (int i = 0; i < outline->tensor_count; i++)                  // before memory is taken for a false promise
+        if (!metala_file_find(f, outline->tensors[i].name)) {
+            fail(ctx, "%s: tensor %s is missing; this is not a model with this configuration", path,
+                 outline->tensors[i].name);
+            goto done;
+        }
+    host = cpu_alloc(times(outline->size, sizeof(real)));
+    if (!host) {
+        fail_memory(ctx, path, (double)outline->size * sizeof(real));
+        goto done;
+    }
+    if (read_parameters(ctx, f, outline, "", host)) goto done;
+    m = metala_model_create(ctx, &config);
+    if (m) m->backend->upload(ctx, m->parameters, host, m->size * sizeof(real));
+done:
+    cpu_free(host);
+    metala_model_free(outline);
+    metala_file_close(f);
+    return m;
+}
+
+int metala_checkpoint_load(metala_context *ctx, metala_trainer *t, const char *path) {
+    metala_model *m = t->model;
+    metala_file *f = metala_file_open(ctx, path);
+    int status = -1;
+    real *host = NULL;
+    if (!f) return -1;
+    const char *text = find_pair(f, "step");
+    char *end = NULL;
+    unsigned long long step = text ? strtoull(text, &end, 10) : 0;
+    if (!text || !*text || *end || *text == '-') {
+        fail(ctx, "%s: no training step in its metadata; it is not a checkpoint, train from it as a model instead",
+             path);
+        goto done;
+    }
+    host = cpu_alloc(times(times(3, m->size), sizeof(real)));
+    if (!host) {
+        fail_memory(ctx, path, 3.0 * (double)m->size * sizeof(real));
+        goto done;
+    }
+    if (read_parameters(ctx, f, m, "", host) || read_parameters(ctx, f, m, "adamw.m.", host + m->size) ||
+        read_parameters(ctx, f, m, "adamw.v.", host + 2 * m->size))
+        goto done;
+    t->backend->upload(ctx, m->parameters, host, m->size * sizeof(real));
+    t->backend->upload(ctx, t->first, host + m->size, m->size * sizeof(real));
+    t->backend->upload(ctx, t->second, host + 2 * m->size, m->size * sizeof(real));
+    metala_trainer_zero(ctx, t);
+    t->step = step;
+    status = 0;
+done:
+    cpu_free(host);
+    metala_file_close(f);
+    return status;
+}
+
+// A state's file: state.<layer> [B,H,K,V], conv_state.<layer> [B,D,4], the configuration and the position.
+static void state_tensor(const metala_state *s, int layer, int which, metala_tensor *t) {
+    size_t D = (size_t)s->model->config.width, H = (size_t)s->model->config.heads;
+    memset(t, 0, sizeof *t);
+    snprintf(t->name, sizeof t->name, which ? "conv_state.%d" : "state.%d", layer);
+    t->dtype = sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32;
+    t->shape[t->ndim++] = s->B;
+    if (which) t->shape[t->ndim++] = D, t->shape[t->ndim++] = METALA_CONV;
+    else t->shape[t->ndim++] = H, t->shape[t->ndim++] = D / 2 / H, t->shape[t->ndim++] = D / H;
+    t->count = s->B * (which ? tail_count(&s->model->config) : state_count(&s->model->config));
+}
+
+int metala_state_save(metala_context *ctx, const metala_state *s, const char *path) {
+    const metala_config *config = &s->model->config;
+    collection c;
+    size_t each = s->B * (state_count(config) + tail_count(config)), layers = (size_t)config->layers;
+    int status = 0;
+    if (collection_create(ctx, &c, 2 * layers, CONFIG_KEYS + FIXED_KEYS + 2, times(layers, each))) return -1;
+    collect_config(&c, config);
+    collect_number(&c, "position", "%.0f", (double)s->position);
+    real *at = c.host;
+    for (int l = 0; l < config->layers && !status; l++)
+        for (int which = 0; which < 2 && !status; which++) {
+            metala_tensor *t = &c.tensors[c.count];
+            state_tensor(s, l, which, t);
+            status = download_state(ctx, s, l, which, at);
+            c.data[c.count++] = at;
+            at += t->count;
+        }
+    if (!status) status = metala_file_write(ctx, path, c.tensors, c.data, c.count, c.pairs, c.pair_count);
+    collection_free(&c);
+    return status;
+}
+
+int metala_state_load(metala_context *ctx, metala_state *s, const char *path) {
+    const metala_config *config = &s->model->config;
+    size_t S_count = s->B * state_count(config), tail = s->B * tail_count(config), layers = (size_t)config->layers;
+    metala_file *f = metala_file_open(ctx, path);
+    real *host = NULL;
+    int status = -1;
+    if (!f) return -1;
+    const char *text = find_pair(f, "position");
+    char *end = NULL;
+    unsigned long long position = text ? strtoull(text, &end, 10) : 0;
+    if (!text || !*text || *end || *text == '-') {
+        fail(ctx, "%s: no position in its metadata; it is not a saved state", path);
+        goto done;
+    }
+    host = cpu_alloc(times(times(layers, S_count + 2 * tail), sizeof(real)));
+    if (!host) {
+        fail_memory(ctx, path, (double)layers * (double)(S_count + tail) * sizeof(real));
+        goto done;
+    }
+    real *tails = host + layers * S_count, *swapped = tails + layers * tail;
+    for (int l = 0; l < config->layers; l++)
+        for (int which = 0; which < 2; which++) {
+            metala_tensor want;
+            char expected[100], got[100];
+            state_tensor(s, l, which, &want);
+            const metala_tensor *t = metala_file_find(f, want.name);
+            shape_text(expected, sizeof expected, &want);
+            if (t) shape_text(got, sizeof got, t);
+            if (!t || strcmp(expected, got)) {
+                fail(ctx, "%s: tensor %s %s%s, this model and batch need %s; load a state that this model saved", path,
+                     want.name, t ? "has shape " : "is missing", t ? got : "", expected);
+                goto done;
+            }
+            if (metala_file_read(ctx, f, t, want.dtype, which ? swapped + (size_t)l * tail : host + (size_t)l * S_count))
+                goto done;
+            if (which) swap_tail(tails + (size_t)l * tail, swapped + (size_t)l * tail, s->B, (size_t)config->width,
+                                 METALA_CONV);
+        }
+    s->backend->upload(ctx, s->S, host, layers * S_count * sizeof(real));
+    s->backend->upload(ctx, s->tails, tails, layers * tail * sizeof(real));
+    s->position = position;
+    status = 0;
+done:
+    cpu_free(host);
+    metala_file_close(f);
+    return status;
+}
+
+// ============================================================== 12. Data: text and safetensors datasets
+
+typedef struct {                        // shared by the parts of a split
+    int owners;
+    unsigned char *text;                // a text's bytes, or NULL
+    int32_t *inputs, *targets, *labels; // (N,T), (N,T) or (N)
+    int32_t *mask;                      // (N,T) or NULL
+    int vocab;
+} dataset_source;
+
+struct metala_dataset {
+    dataset_source *source;
+    size_t first, count;                // bytes of a text, or sequences
+    size_t T;
+};
+
+void metala_dataset_free(metala_dataset *d) {
+    if (!d) return;
+    if (d->source && --d->source->owners == 0) {
+        free(d->source->text);
+        free(d->source->inputs);
+        free(d->source->targets);
+        free(d->source->labels);
+        free(d->source->mask);
+        free(d->source);
+    }
+    free(d);
+}
+
+static int read_text(metala_context *ctx, metala_dataset *d, FILE *stream, const char *path) {
+    uint64_t size;
+    if (file_size(ctx, stream, path, &size)) return -1;
+    if (size < 2) return fail(ctx, "%s: %llu bytes, a text needs at least 2", path, (unsigned long long)size);
+    if (size > SIZE_MAX / 2) return fail(ctx, "%s: too large for this machine's memory", path);
+    d->source->text = malloc((size_t)size);
+    if (!d->source->text) return fail_memory(ctx, path, (double)size);
+    if (fread(d->source->text, 1, (size_t)size, stream) != size) return fail(ctx, "%s: cannot be read to its end", path);
+    d->count = (size_t)size;
+    d->source->vocab = 256;
+    return 0;
+}
+
+// One integer tensor of the dataset, of shape [N,T] or [N] (T = 0).
+static int32_t *read_integers(metala_context *ctx, metala_file *f, const char *name, size_t N, size_t T) {
+    const metala_tensor *t = metala_file_find(f, name);
+    char got[100];
+    shape_text(got, sizeof got, t);
+    if (t->ndim != (T ? 2 : 1) || t->shape[0] != N || (T && t->shape[1] != T)) {
+        if (T) fail(ctx, "%s: %s has shape %s, expected [%zu,%zu] as inputs have", f->path, name, got, N, T);
+        else fail(ctx, "%s: %s has shape %s, expected [%zu], one for each sequence", f->path, name, got, N);
+        return NULL;
+    }
+    int32_t *numbers = malloc(times(t->count, sizeof *numbers));
+    if (!numbers) fail_memory(ctx, f->path, (double)t->count * sizeof *numbers);
+    else if (metala_file_read(ctx, f, t, METALA_I32, numbers)) {
+        free(numbers);
+        numbers = NULL;
+    }
+    return numbers;
+}
+
+static int check_range(metala_context *ctx, const char *path, const char *name, const int32_t *numbers, size_t count,
+                       int ignore, int *vocab) {
+    for (size_t i = 0; i < count; i++) {
+        if (ignore && numbers[i] == METALA_IGNORE) continue;
+        if (numbers[i] < 0 || numbers[i] >= 1 << 24)
+            return fail(ctx, "%s: %s: number %zu is %d, expected a token from 0 to %d%s", path, name, i,
+                        (int)numbers[i], (1 << 24) - 1, ignore ? " or -100" : "");
+        if (numbers[i] >= *vocab) *vocab = (int)numbers[i] + 1;
+    }
+    return 0;
+}
+
+static int read_sequences(metala_context *ctx, metala_dataset *d, const char *path) {
+    dataset_source *s = d->source;
+    metala_file *f = metala_file_open(ctx, path);
+    int status = -1;
+    if (!f) return -1;
+    const metala_tensor *inputs = metala_file_find(f, "inputs");
+    if (!inputs) {
+        fail(ctx, "%s: no tensor called inputs; a dataset has inputs [N,T] and targets [N,T] or labels [N]", path);
+        goto done;
+    }
+    if (inputs->ndim != 2 || inputs->shape[0] < 1 || inputs->shape[1] < 1 || is_floating(inputs->dtype)) {
+        char got[100];
+        shape_text(got, sizeof got, inputs);
+        fail(ctx, "%s: inputs are %s %s, expected whole numbers of shape [N,T]; images are not supported yet", path,
+             metala_dtype_name(inputs->dtype), got);
+        goto done;
+    }
+    d->count = inputs->shape[0];
+    d->T = inputs->shape[1];
+    int has_targets = metala_file_find(f, "targets") != NULL, has_labels = metala_file_find(f, "labels") != NULL;
+    if (has_targets == has_labels) {
+        fail(ctx, "%s: a dataset needs either targets [N,T] or labels [N], this one has %s", path,
+             has_targets ? "both" : "neither");
+        goto done;
+    }
+    s->inputs = read_integers(ctx, f, "inputs", d->count, d->T);
+    if (!s->inputs || check_range(ctx, path, "inputs", s->inputs, d->count * d->T, 0, &s->vocab)) goto done;
+    if (has_targets) {
+        s->targets = read_integers(ctx, f, "targets", d->count, d->T);
+        if (!s->targets || check_range(ctx, path, "targets", s->targets, d->count * d->T, 1, &s->vocab)) goto done;
+    } else {
+        s->labels = read_integers(ctx, f, "labels", d->count, 0);
+        if (!s->labels || check_range(ctx, path, "labels", s->labels, d->count, 0, &s->vocab)) goto done;
+    }
+    if (metala_file_find(f, "mask") && !(s->mask = read_integers(ctx, f, "mask", d->count, d->T))) goto done;
+    const char *stated = find_pair(f, "vocab_size");
+    if (stated && strtol(stated, NULL, 10) > s->vocab && strtol(stated, NULL, 10) <= 1 << 24)
+        s->vocab = (int)strtol(stated, NULL, 10);
+    status = 0;
+done:
+    metala_file_close(f);
+    return status;
+}
+
+metala_dataset *metala_dataset_open(metala_context *ctx, const char *path, size_t T) {
+    metala_dataset *d = calloc(1, sizeof *d);
+    int status = -1;
+    if (d) d->source = calloc(1, sizeof *d->source);
+    if (!d || !d->source) fail_memory(ctx, path, sizeof *d + sizeof *d->source);
+    else {
+        d->source->owners = 1;
+        FILE *stream = fopen(path, "rb");
+        if (!stream) fail(ctx, "%s: cannot be opened; check the name and the permissions", path);
+        else if (ends_with(path, ".safetensors")) {
+            status = read_sequences(ctx, d, path);
+            if (!status && T && d->T > T)
+                status = fail(ctx, "%s: sequences of %zu tokens, at most %zu are wanted", path, d->T, T);
+        } else if (T < 1) fail(ctx, "%s: a text is cut into windows, whose length must be at least 1", path);
+        else {
+            status = read_text(ctx, d, stream, path);
+            d->T = T;
+        }
+        if (stream) fclose(stream);
+    }
+    if (!status) return d;
+    metala_dataset_free(d);
+    return NULL;
+}
+
+metala_dataset *metala_dataset_split(metala_context *ctx, metala_dataset *d, double fraction) {
+    size_t least = d->source->text ? 2 : 1, taken = (size_t)((double)d->count * fraction + 0.5);
+    if (!(fraction > 0 && fraction < 1) || d->count < 2 * least) {
+        fail(ctx, "data: a share of %g of %zu %s cannot be split off; give a file of its own", fraction, d->count,
+             d->source->text ? "bytes" : "sequences");
+        return NULL;
+    }
+    if (taken < least) taken = least;
+    if (taken > d->count - least) taken = d->count - least;
+    metala_dataset *part = malloc(sizeof *part);
+    if (!part) {
+        fail_memory(ctx, "a dataset", sizeof *part);
+        return NULL;
+    }
+    *part = *d;
+    part->source->owners++;
+    d->count -= taken;
+    part->first += d->count;
+    part->count = taken;
+    return part;
+}
+
+size_t metala_dataset_length(const metala_dataset *d) { return d->T; }
+size_t metala_dataset_sequences(const metala_dataset *d) {
+    return d->source->text ? (d->count - 1 + d->T - 1) / d->T : d->count;
+}
+size_t metala_dataset_tokens(const metala_dataset *d) { return d->source->text ? d->count : d->count * d->T; }
+int metala_dataset_vocab(const metala_dataset *d) { return d->source->vocab; }
+int metala_dataset_is_text(const metala_dataset *d) { return d->source->text != NULL; }
+
+// The window of a text that starts at byte `start` of this part.
+static void text_window(const metala_dataset *d, size_t start, int *inputs, int *targets, uint8_t *mask) {
+    const unsigned char *text = d->source->text + d->first;
+    for (size_t t = 0; t < d->T; t++) {
+        int inside = start + t + 1 < d->count;
+        inputs[t] = inside ? text[start + t] : 0;
+        targets[t] = inside ? text[start + t + 1] : METALA_IGNORE;
+        mask[t] = (uint8_t)inside;
+    }
+}
+
+void metala_dataset_sequence(const metala_dataset *d, size_t i, int *inputs, int *targets, uint8_t *mask) {
+    const dataset_source *s = d->source;
+    if (s->text) {
+        text_window(d, i * d->T, inputs, targets, mask);
+        return;
+    }
+    size_t row = d->first + i;
+    for (size_t t = 0; t < d->T; t++) {
+        inputs[t] = s->inputs[row * d->T + t];
+        targets[t] = s->targets ? s->targets[row * d->T + t] : t + 1 == d->T ? s->labels[row] : METALA_IGNORE;
+        mask[t] = s->mask ? s->mask[row * d->T + t] != 0 : 1;
+    }
+}
+
+static uint64_t hash(uint64_t a, uint64_t b) {
+    uint64_t state = a * 0x9E3779B97F4A7C15u ^ b;
+    metala_random(&state);
+    return metala_random(&state);
+}
+
+// Place i of a shuffled 0 … n-1 without storing the order: a Feistel network permutes the next power of four, and
+// results beyond n are permuted again until they fall inside.
+static size_t shuffled(size_t i, size_t n, uint64_t key) {
+    int half = 1;
+    while (half < 31 && ((uint64_t)1 << 2 * half) < n) half++;
+    uint64_t mask = ((uint64_t)1 << half) - 1, x = i;
+    do {
+        uint64_t left = x >> half, right = x & mask;
+        for (uint64_t round = 0; round < 4; round++) {
+            uint64_t next = left ^ (hash(key + round, right) & mask);
+            left = right;
+            right = next;
+        }
+        x = left << half | right;
+    } while (x >= n);
+    return (size_t)x;
+}
+
+void metala_dataset_batch(const metala_dataset *d, uint64_t seed, uint64_t index, int B, int *inputs, int *targets,
+                          uint8_t *mask) {
+    for (int b = 0; b < B; b++) {
+        uint64_t number = index * (uint64_t)B + (uint64_t)b;
+        size_t at = (size_t)b * d->T;
+        if (d->source->text) {
+            size_t starts = d->count > d->T ? d->count - d->T : 1;
+            text_window(d, (size_t)(hash(seed, number) % starts), inputs + at, targets + at, mask + at);
+        } else {
+            size_t i = shuffled((size_t)(number % d->count), d->count, hash(seed, number / d->count));
+            metala_dataset_sequence(d, i, inputs + at, targets + at, mask + at);
+        }
+    }
+}
