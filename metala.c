@@ -2615,7 +2615,7 @@ static int file_size(metala_context *ctx, FILE *stream, const char *path, uint64
 static int open_and_parse(metala_context *ctx, metala_file *f) {
     enum { MOST = 100 << 20 };
     unsigned char prefix[8];
-    uint64_t size, length = 0;
+    uint64_t size = 0, length = 0;
     f->stream = fopen(f->path, "rb");
     if (!f->stream) return fail(ctx, "%s: cannot be opened; check the name and the permissions", f->path);
     if (file_size(ctx, f->stream, f->path, &size)) return -1;
@@ -3000,9 +3000,9 @@ int metala_file_config(metala_context *ctx, const metala_file *f, metala_config 
     }
     if (c.glu_dim == -1) c.glu_dim = c.width;
     if (metala_config_check(ctx, &c)) {
-        char reason[400];
+        char reason[sizeof ctx->error];
         snprintf(reason, sizeof reason, "%s", metala_error(ctx));
-        fail(ctx, "%s: %s", pairs->path, reason);
+        fail(ctx, "%s: %.300s", pairs->path, reason);
         goto done;
     }
     *config = c;
@@ -3312,7 +3312,7 @@ void metala_dataset_free(metala_dataset *d) {
 }
 
 static int read_text(metala_context *ctx, metala_dataset *d, FILE *stream, const char *path) {
-    uint64_t size;
+    uint64_t size = 0;
     if (file_size(ctx, stream, path, &size)) return -1;
     if (size < 2) return fail(ctx, "%s: %llu bytes, a text needs at least 2", path, (unsigned long long)size);
     if (size > SIZE_MAX / 2) return fail(ctx, "%s: too large for this machine's memory", path);

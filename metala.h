@@ -284,8 +284,6 @@ int metala_file_write(metala_context *ctx, const char *path, const metala_tensor
 // and WRITE gradients of activations unless said otherwise. A kernel that fails (no scratch memory) marks the
 // context, and the model reports it at the end of the pass. Pointers are the backend's memory, except where a
 // comment says host.
-#define METALA_OUT metala_real *
-#define METALA_IN const metala_real *
 struct metala_backend {
     const char *name;                                                                     // "cpu"
     void *(*alloc)(size_t bytes);                                                         // zeroed; NULL: no memory
@@ -295,45 +293,59 @@ struct metala_backend {
     void (*copy)(metala_context *ctx, void *to, const void *from, size_t bytes);
     void (*zero)(metala_context *ctx, void *memory, size_t bytes);
 
-    void (*embedding_forward)(metala_context *ctx, METALA_OUT x, const int *tokens, METALA_IN E, size_t rows, size_t D, double scale);
-    void (*embedding_backward)(metala_context *ctx, METALA_OUT dE, METALA_IN dx, const int *tokens, size_t rows, size_t D,
-                               double scale, int pad_token_id);
-    void (*rms_forward)(metala_context *ctx, METALA_OUT n, METALA_OUT r, METALA_IN x, const uint8_t *mask, size_t rows, size_t D, double eps);
-    void (*rms_backward)(metala_context *ctx, METALA_OUT dx, METALA_IN dn, METALA_IN x, METALA_IN r, const uint8_t *mask, size_t rows,
-                         size_t D);                                                       // adds to dx
-    void (*conv_forward)(metala_context *ctx, METALA_OUT u, METALA_OUT c, METALA_IN n, METALA_IN w, METALA_IN tail, size_t B, size_t T, size_t D);
-    void (*conv_backward)(metala_context *ctx, METALA_OUT dn, METALA_OUT dw, METALA_IN du, METALA_IN c, METALA_IN n, METALA_IN w, METALA_IN tail, size_t B, size_t T,
-                          size_t D);
-    void (*conv_tail)(metala_context *ctx, METALA_OUT tail, METALA_IN n, size_t B, size_t T, size_t D);
-    void (*matmul_forward)(metala_context *ctx, METALA_OUT y, METALA_IN x, METALA_IN w, METALA_IN bias, size_t rows, size_t out, size_t in);
-    void (*matmul_backward)(metala_context *ctx, METALA_OUT dx, METALA_OUT dw, METALA_OUT dbias, METALA_IN dy, METALA_IN x, METALA_IN w, size_t rows, size_t out,
-                            size_t in, int accumulate);               // accumulate: adds to dx; NULLs are skipped
-    void (*mask_rows)(metala_context *ctx, METALA_OUT x, const uint8_t *mask, size_t rows, size_t D);
-    void (*gate_forward)(metala_context *ctx, METALA_OUT alpha, METALA_OUT k, METALA_IN z, size_t n, double tau);           // k may be NULL
-    void (*gate_backward)(metala_context *ctx, METALA_OUT dz, METALA_IN da, METALA_IN dk, METALA_IN z, METALA_IN alpha, size_t n, double tau);
-    void (*scan_forward)(metala_context *ctx, metala_form form, METALA_OUT o, METALA_OUT S, METALA_OUT states, METALA_IN q, METALA_IN k, METALA_IN v, METALA_IN alpha,
-                         size_t B, size_t T, size_t H, size_t K, size_t V, double scale);
-    void (*scan_backward)(metala_context *ctx, metala_form form, METALA_OUT dq, METALA_OUT dk, METALA_OUT dv, METALA_OUT da, METALA_OUT dS, METALA_IN dO, METALA_IN states, METALA_IN q,
-                          METALA_IN k, METALA_IN v, METALA_IN alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale);
-    void (*augment_forward)(metala_context *ctx, METALA_OUT p, METALA_IN o, METALA_IN q, METALA_IN k, METALA_IN v, METALA_IN b, size_t rows, size_t H, size_t K,
-                            size_t V);
-    void (*augment_backward)(metala_context *ctx, METALA_OUT dq, METALA_OUT dk, METALA_OUT dv, METALA_OUT db, METALA_IN dp, METALA_IN q, METALA_IN k, METALA_IN v, METALA_IN b, size_t rows,
-                             size_t H, size_t K, size_t V);                               // adds to dq, dk, dv
-    void (*head_norm_forward)(metala_context *ctx, METALA_OUT n, METALA_OUT rho, METALA_IN p, size_t rows, size_t H, size_t V, double eps);
-    void (*head_norm_backward)(metala_context *ctx, METALA_OUT dp, METALA_IN dn, METALA_IN n, METALA_IN rho, size_t rows, size_t H, size_t V);
-    void (*silu_gate_forward)(metala_context *ctx, METALA_OUT y, METALA_IN a, METALA_IN b, size_t n);            // output gate and SwiGLU
-    void (*silu_gate_backward)(metala_context *ctx, METALA_OUT da, METALA_OUT db, METALA_IN dy, METALA_IN a, METALA_IN b, size_t n);
-    void (*add)(metala_context *ctx, METALA_OUT y, METALA_IN a, METALA_IN b, size_t n);
-    void (*cross_entropy_forward)(metala_context *ctx, METALA_OUT loss, METALA_OUT lse, METALA_IN logits, const int *targets, size_t rows,
-                                  size_t N);
-    void (*cross_entropy_backward)(metala_context *ctx, METALA_OUT dlogits, METALA_IN logits, METALA_IN lse, const int *targets, size_t rows,
-                                   size_t N, double weight);                              // dlogits may be logits
-    double (*sum_squares)(metala_context *ctx, METALA_IN x, size_t n);                           // result on the host
-    void (*adamw)(metala_context *ctx, METALA_OUT p, METALA_OUT m, METALA_OUT v, METALA_IN g, size_t n, const metala_adamw *adamw, uint64_t step,
-                  double gradient_scale, double weight_decay);
+    void (*embedding_forward)(metala_context *ctx, metala_real *x, const int *tokens, const metala_real *E,
+        size_t rows, size_t D, double scale);
+    void (*embedding_backward)(metala_context *ctx, metala_real *dE, const metala_real *dx, const int *tokens,
+        size_t rows, size_t D, double scale, int pad_token_id);
+    void (*rms_forward)(metala_context *ctx, metala_real *n, metala_real *r, const metala_real *x,
+        const uint8_t *mask, size_t rows, size_t D, double eps);
+    void (*rms_backward)(metala_context *ctx, metala_real *dx, const metala_real *dn, const metala_real *x,
+        const metala_real *r, const uint8_t *mask, size_t rows, size_t D);  // adds to dx
+    void (*conv_forward)(metala_context *ctx, metala_real *u, metala_real *c, const metala_real *n,
+        const metala_real *w, const metala_real *tail, size_t B, size_t T, size_t D);
+    void (*conv_backward)(metala_context *ctx, metala_real *dn, metala_real *dw, const metala_real *du,
+        const metala_real *c, const metala_real *n, const metala_real *w, const metala_real *tail, size_t B, size_t T,
+        size_t D);
+    void (*conv_tail)(metala_context *ctx, metala_real *tail, const metala_real *n, size_t B, size_t T, size_t D);
+    void (*matmul_forward)(metala_context *ctx, metala_real *y, const metala_real *x, const metala_real *w,
+        const metala_real *bias, size_t rows, size_t out, size_t in);
+    void (*matmul_backward)(metala_context *ctx, metala_real *dx, metala_real *dw, metala_real *dbias,
+        const metala_real *dy, const metala_real *x, const metala_real *w, size_t rows, size_t out, size_t in,
+        int accumulate);  // accumulate: adds to dx; NULLs are skipped
+    void (*mask_rows)(metala_context *ctx, metala_real *x, const uint8_t *mask, size_t rows, size_t D);
+    void (*gate_forward)(metala_context *ctx, metala_real *alpha, metala_real *k, const metala_real *z, size_t n,
+        double tau);  // k may be NULL
+    void (*gate_backward)(metala_context *ctx, metala_real *dz, const metala_real *da, const metala_real *dk,
+        const metala_real *z, const metala_real *alpha, size_t n, double tau);
+    void (*scan_forward)(metala_context *ctx, metala_form form, metala_real *o, metala_real *S, metala_real *states,
+        const metala_real *q, const metala_real *k, const metala_real *v, const metala_real *alpha, size_t B,
+        size_t T, size_t H, size_t K, size_t V, double scale);
+    void (*scan_backward)(metala_context *ctx, metala_form form, metala_real *dq, metala_real *dk, metala_real *dv,
+        metala_real *da, metala_real *dS, const metala_real *dO, const metala_real *states, const metala_real *q,
+        const metala_real *k, const metala_real *v, const metala_real *alpha, size_t B, size_t T, size_t H, size_t K,
+        size_t V, double scale);
+    void (*augment_forward)(metala_context *ctx, metala_real *p, const metala_real *o, const metala_real *q,
+        const metala_real *k, const metala_real *v, const metala_real *b, size_t rows, size_t H, size_t K, size_t V);
+    void (*augment_backward)(metala_context *ctx, metala_real *dq, metala_real *dk, metala_real *dv, metala_real *db,
+        const metala_real *dp, const metala_real *q, const metala_real *k, const metala_real *v, const metala_real *b,
+        size_t rows, size_t H, size_t K, size_t V);  // adds to dq, dk, dv
+    void (*head_norm_forward)(metala_context *ctx, metala_real *n, metala_real *rho, const metala_real *p,
+        size_t rows, size_t H, size_t V, double eps);
+    void (*head_norm_backward)(metala_context *ctx, metala_real *dp, const metala_real *dn, const metala_real *n,
+        const metala_real *rho, size_t rows, size_t H, size_t V);
+    void (*silu_gate_forward)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b,
+        size_t n);  // output gate and SwiGLU
+    void (*silu_gate_backward)(metala_context *ctx, metala_real *da, metala_real *db, const metala_real *dy,
+        const metala_real *a, const metala_real *b, size_t n);
+    void (*add)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b, size_t n);
+    void (*cross_entropy_forward)(metala_context *ctx, metala_real *loss, metala_real *lse, const metala_real *logits,
+        const int *targets, size_t rows, size_t N);
+    void (*cross_entropy_backward)(metala_context *ctx, metala_real *dlogits, const metala_real *logits,
+        const metala_real *lse, const int *targets, size_t rows, size_t N, double weight);  // dlogits may be logits
+    double (*sum_squares)(metala_context *ctx, const metala_real *x, size_t n);  // result on the host
+    void (*adamw)(metala_context *ctx, metala_real *p, metala_real *m, metala_real *v, const metala_real *g, size_t n,
+        const metala_adamw *adamw, uint64_t step, double gradient_scale, double weight_decay);
 };
-#undef METALA_OUT
-#undef METALA_IN
 
 const metala_backend *metala_cpu(void);
 
