@@ -122,8 +122,8 @@ static void *scratch(metala_context *ctx, size_t bytes) {
 #ifdef _OPENMP
 #define PRAGMA(text) _Pragma(#text)
 #define PARALLEL PRAGMA(omp parallel num_threads(ctx->threads))
-#define SHARED_FOR PRAGMA(omp for schedule(static))
-#define PARALLEL_FOR(work) PRAGMA(omp parallel for num_threads(ctx->threads) if((work) > 30000) schedule(static))
+#define SHARED_FOR PRAGMA(omp for schedule(dynamic))
+#define PARALLEL_FOR(work) PRAGMA(omp parallel for num_threads(ctx->threads) if((work) > 100000) schedule(static))
 static size_t thread_number(void) { return (size_t)omp_get_thread_num(); }
 #else
 #define PARALLEL
@@ -312,8 +312,9 @@ static inline real total(const real *a, size_t n) {
 //   Tile.  A block of 6 × 2·LANES elements of C stays in 12 vector registers while k runs: 8 loads feed 12 vector
 //          multiply-adds, and the multiplier never waits for memory. 12 + 2 (a row of B) + 1 (an element of A) = 15
 //          registers fit the 16 that the smallest vector instruction sets have.
-//   Pack.  Beforehand, A is copied in strips of 6 rows and B in strips of 2·LANES columns, so that a tile reads both
-//          from beginning to end. The strides of the source are free, and so the three variants are one function.
+//   Pack.  Beforehand, B is copied in strips of 2·LANES columns, so that a tile reads it from beginning to end; so is
+//          A in strips of 6 rows, unless its rows are contiguous already. The strides of the source are free, and so
+//          the three variants are one function.
 //   Block. k is cut in pieces of DEPTH, and A in blocks, such that a strip of B stays in the level-1 cache while
 //          the strips of a block of A (level 2) pass by.
 //
@@ -321,11 +322,11 @@ static inline real total(const real *a, size_t n) {
 
 enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LANES, DEPTH = 256, BLOCK_ROWS = 96, BLOCK_COLUMNS = 2048 };
 
-// tile_R: C[R × TILE_COLUMNS] = start + Σ_k a[k][0..R) b[k][0..TILE_COLUMNS), for R = 1 … 6 rows.
-// start is C itself (accumulate), or one row (a bias, zeros) with row stride 0. Named variables in place of an array:
-// no compiler then keeps the sums anywhere but in registers.
+// tile_R: C[R × TILE_COLUMNS] = start + Σ_k A(0..R, k) b[k][0..TILE_COLUMNS), for R = 1 … 6 rows, with
+// A(i,k) = a[i·a_row + k·a_k]. start is C itself (accumulate), or one row (a bias, zeros) with row stride 0. Named
+// variables in place of an array: no compiler then keeps the sums anywhere but in registers.
 typedef void tile_function(real *c, size_t c_stride, const real *start, size_t start_stride, const real *a,
-                           size_t a_stride, const real *b, size_t b_stride, size_t depth);
+                           size_t a_row, size_t a_k, const real *b, size_t b_stride, size_t depth);
 #define ROWS_1(X) X(0)
 #define ROWS_2(X) ROWS_1(X) X(1)
 #define ROWS_3(X) ROWS_2(X) X(2)
@@ -333,13 +334,13 @@ typedef void tile_function(real *c, size_t c_stride, const real *start, size_t s
 #define ROWS_5(X) ROWS_4(X) X(4)
 #define ROWS_6(X) ROWS_5(X) X(5)
 #define TILE_LOAD(i) vec x##i = VEC(start + i * start_stride), y##i = VEC(start + i * start_stride + LANES);
-#define TILE_ADD(i) x##i += a[i] * p; y##i += a[i] * q;
+#define TILE_ADD(i) x##i += a[i * a_row] * p; y##i += a[i * a_row] * q;
 #define TILE_STORE(i) VEC_STORE(c + i * c_stride, x##i); VEC_STORE(c + i * c_stride + LANES, y##i);
 #define DEFINE_TILE(R)                                                                                             \
     static void tile_##R(real *c, size_t c_stride, const real *start, size_t start_stride, const real *a,          \
-                         size_t a_stride, const real *b, size_t b_stride, size_t depth) {                          \
+                         size_t a_row, size_t a_k, const real *b, size_t b_stride, size_t depth) {                 \
         ROWS_##R(TILE_LOAD)                                                                                        \
-        for (; depth > 0; depth--, a += a_stride, b += b_stride) {                                                 \
+        for (; depth > 0; depth--, a += a_k, b += b_stride) {                                                      \
             vec p = VEC(b), q = VEC(b + LANES);                                                                    \
             ROWS_##R(TILE_ADD)                                                                                     \
         }                                                                                                          \
@@ -359,30 +360,31 @@ static void block_multiply(real *c, size_t c_stride, const real *start, size_t s
     for (size_t j = 0; j < N; j += TILE_COLUMNS)
         for (size_t s = 0; s < count; s++) {
             size_t i = share(M, count, s), rows = share(M, count, s + 1) - i;
-            tile[rows](c + i * c_stride + j, c_stride, start + i * start_stride + j, start_stride, a + i, a_stride,
+            tile[rows](c + i * c_stride + j, c_stride, start + i * start_stride + j, start_stride, a + i, 1, a_stride,
                        b + j, b_stride, depth);
         }
 }
 
 // One tile at the right edge, where only `columns` columns exist: through a buffer of full width.
 static void tile_at_edge(size_t rows, size_t columns, real *c, size_t c_stride, const real *start,
-                         size_t start_stride, const real *a, const real *b, size_t depth) {
+                         size_t start_stride, const real *a, size_t a_row, size_t a_k, const real *b, size_t depth) {
     real buffer[TILE_ROWS * TILE_COLUMNS] = {0};
     for (size_t i = 0; i < rows; i++)
         memcpy(buffer + i * TILE_COLUMNS, start + i * start_stride, columns * sizeof(real));
-    tile[rows](buffer, TILE_COLUMNS, buffer, TILE_COLUMNS, a, rows, b, TILE_COLUMNS, depth);
+    tile[rows](buffer, TILE_COLUMNS, buffer, TILE_COLUMNS, a, a_row, a_k, b, TILE_COLUMNS, depth);
     for (size_t i = 0; i < rows; i++) memcpy(c + i * c_stride, buffer + i * TILE_COLUMNS, columns * sizeof(real));
 }
 
 // packed[k][i] = source[i·row_stride + k·k_stride] for i < rows, zeros up to `width`.
 static void pack_strip(real *packed, size_t width, const real *source, size_t row_stride, size_t k_stride,
                        size_t rows, size_t depth) {
-    if (row_stride == 1) {
-        for (size_t k = 0; k < depth; k++) {
-            for (size_t i = 0; i < rows; i++) packed[k * width + i] = source[k * k_stride + i];
-            for (size_t i = rows; i < width; i++) packed[k * width + i] = 0;
-        }
-    } else {
+    if (row_stride == 1 && rows == TILE_COLUMNS)                    // constant sizes become a few moves of registers
+        for (size_t k = 0; k < depth; k++)
+            memcpy(packed + k * TILE_COLUMNS, source + k * k_stride, TILE_COLUMNS * sizeof(real));
+    else if (row_stride == 1 && rows == TILE_ROWS && width == TILE_ROWS)
+        for (size_t k = 0; k < depth; k++)
+            memcpy(packed + k * TILE_ROWS, source + k * k_stride, TILE_ROWS * sizeof(real));
+    else {
         for (size_t i = 0; i < rows; i++)
             for (size_t k = 0; k < depth; k++) packed[k * width + i] = source[i * row_stride + k * k_stride];
         for (size_t i = rows; i < width; i++)
@@ -432,7 +434,7 @@ static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t 
                 size_t first = share(panels, cuts, task % cuts), last = share(panels, cuts, task % cuts + 1);
                 size_t count = strips(i1 - i0);
                 real *own_a = packed_a + thread_number() * a_count;
-                for (size_t s = 0; s < count; s++) {
+                for (size_t s = 0; s < count && a_k != 1; s++) {
                     size_t i = share(i1 - i0, count, s), rows = share(i1 - i0, count, s + 1) - i;
                     pack_strip(own_a + i * depth, rows, a + (i0 + i) * a_row + k0 * a_k, a_row, a_k, rows, depth);
                 }
@@ -442,11 +444,15 @@ static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t 
                         size_t j = p * TILE_COLUMNS;
                         real *to = c + (i0 + i) * N + j0 + j;
                         const real *start = from_c ? to : start_row + j0 + j;
-                        const real *strip_a = own_a + i * depth, *strip_b = packed_b + j * depth;
+                        const real *strip_a = a_k == 1 ? a + (i0 + i) * a_row + k0 : own_a + i * depth;
+                        const real *strip_b = packed_b + j * depth;
+                        size_t row_step = a_k == 1 ? a_row : 1, k_step = a_k == 1 ? 1 : rows;
                         if (n - j >= TILE_COLUMNS)
-                            tile[rows](to, N, start, from_c ? N : 0, strip_a, rows, strip_b, TILE_COLUMNS, depth);
+                            tile[rows](to, N, start, from_c ? N : 0, strip_a, row_step, k_step, strip_b,
+                                       TILE_COLUMNS, depth);
                         else
-                            tile_at_edge(rows, n - j, to, N, start, from_c ? N : 0, strip_a, strip_b, depth);
+                            tile_at_edge(rows, n - j, to, N, start, from_c ? N : 0, strip_a, row_step, k_step,
+                                         strip_b, depth);
                     }
             }
             k0 += depth;

@@ -1,0 +1,870 @@
+// run.c - reads a MetaLA model and lets it write: generation, chat, scoring and a look at its parameters.
+//
+// The model is a recurrence, so what it has read is a state of fixed size. Everything here follows from that: a chat
+// never fills up, a continuation is a copy of the state, and a run that was saved goes on where it stopped.
+//
+// Contents: options - terminal and time - tokens in and out - sampling - reading and writing - state files - the four
+// things it does (generate, chat, evaluate, inform) - main. Exit status: 0, 1 failure, 2 usage, 130 Ctrl-C.
+
+#if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
+#define _POSIX_C_SOURCE 200809L         // isatty and clock_gettime; everything else is C99
+#endif
+
+#include "metala.h"
+
+#include <errno.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#ifdef _POSIX_C_SOURCE
+#include <unistd.h>
+#endif
+
+enum {
+    WINDOW = 1024,                      // tokens that are remembered, for --repeat-window and --stop
+    PIECE = 4096                        // tokens between two looks at Ctrl-C and at the progress line
+};
+
+// Every failure is one line on stderr; the -1 lets callers write `return complain(...)`.
+#ifdef __GNUC__
+__attribute__((format(printf, 1, 2)))
+#endif
+static int complain(const char *format, ...) {
+    char line[640];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    for (char *c = line; *c; c++)                            // whatever a prompt or a file name contains
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    fprintf(stderr, "run: %s\n", line);
+    return -1;
+}
+
+// ------------------------------------------------------------------------------------------------ options
+
+typedef struct {
+    const char *model, *prompt, *prompt_file, *stop, *save_state, *load_state, *eval, *form_name;
+    uint64_t tokens, samples, seed, top_k, repeat_window, context, threads;
+    double temperature, top_p, min_p, repeat_penalty;
+    int chat, info, no_echo, quiet, help, version;
+    metala_form form;
+} settings;
+
+typedef enum { HEADING, FLAG, COUNT, NUMBER, TEXT } option_kind;      // int, uint64_t, double, const char * in settings
+
+typedef struct {
+    char letter;
+    const char *name, *argument, *help;
+    option_kind kind;
+    size_t offset;
+    double initial, least, most;
+} option;
+
+#define AT(member) offsetof(settings, member)
+static const option options[] = {        // letter, name, argument, help, kind, member, default, least, most
+    {0, "Text", 0, 0, HEADING, 0, 0, 0, 0},
+    {'n', "tokens", "N", "tokens to write; 0 only reads the prompt", COUNT, AT(tokens), 256, 0, 1e15},
+    {0, "prompt-file", "FILE", "read the prompt from FILE", TEXT, AT(prompt_file), 0, 0, 0},
+    {0, "no-echo", 0, "do not repeat the prompt in the output", FLAG, AT(no_echo), 0, 0, 0},
+    {0, "stop", "TEXT", "stop when the output ends with TEXT (in a chat: a blank line)", TEXT, AT(stop), 0, 0, 0},
+    {0, "samples", "N", "write N continuations of the prompt", COUNT, AT(samples), 1, 1, 1e6},
+    {0, "chat", 0, "read a line, write a reply, and so on; /help lists its commands", FLAG, AT(chat), 0, 0, 0},
+    {0, "Sampling, in this order", 0, 0, HEADING, 0, 0, 0, 0},
+    {0, "repeat-penalty", "X", "make recent tokens less likely; 1 = off", NUMBER, AT(repeat_penalty), 1, 0.1, 10},
+    {0, "repeat-window", "N", "how many tokens are recent", COUNT, AT(repeat_window), 64, 0, WINDOW},
+    {0, "temperature", "X", "below 1 bolder, above 1 wilder; 0 = the likeliest", NUMBER, AT(temperature), 0.8, 0, 100},
+    {0, "top-k", "N", "choose among the N likeliest tokens; 0 = all", COUNT, AT(top_k), 0, 0, 1e9},
+    {0, "top-p", "X", "choose among the likeliest that together reach X", NUMBER, AT(top_p), 1, 0, 1},
+    {0, "min-p", "X", "only tokens at least X times as likely as the likeliest", NUMBER, AT(min_p), 0, 0, 1},
+    {0, "seed", "N", "random numbers; 0 takes the clock and prints what it took", COUNT, AT(seed), 0, 0, 1e19},
+    {0, "State", 0, 0, HEADING, 0, 0, 0, 0},
+    {0, "save-state", "FILE", "at the end, save what was read and written", TEXT, AT(save_state), 0, 0, 0},
+    {0, "load-state", "FILE", "continue exactly where a saved run stopped", TEXT, AT(load_state), 0, 0, 0},
+    {0, "Instead of writing", 0, 0, HEADING, 0, 0, 0, 0},
+    {0, "eval", "FILE", "score a text, or a .safetensors dataset", TEXT, AT(eval), 0, 0, 0},
+    {0, "context", "T", "forget everything after T tokens of a text; 0 = never", COUNT, AT(context), 0, 0, 1 << 24},
+    {0, "info", 0, "configuration, parameters, size of the state", FLAG, AT(info), 0, 0, 0},
+    {0, "General", 0, 0, HEADING, 0, 0, 0, 0},
+    {0, "form", "NAME", "chunkwise, recurrent or parallel: how a prompt or a text is read; the\n"
+     "numbers are the same [chunkwise]", TEXT, AT(form_name), 0, 0, 0},
+    {0, "threads", "N", "0 = one per processor", COUNT, AT(threads), 0, 0, 1024},
+    {'q', "quiet", 0, "no speeds, no progress", FLAG, AT(quiet), 0, 0, 0},
+    {'h', "help", 0, "this text", FLAG, AT(help), 0, 0, 0},
+    {0, "version", 0, "version and precision", FLAG, AT(version), 0, 0, 0}};
+enum { OPTIONS = sizeof options / sizeof *options };
+
+static void print_help(void) {
+    puts("usage: run MODEL [PROMPT] [options]\n\n"
+         "Continues PROMPT with a MetaLA model (a .safetensors file). PROMPT - reads it from standard input. A model\n"
+         "with a vocabulary of 256 reads and writes bytes, others numbers of tokens, separated by spaces.\n"
+         "The text goes to standard output, everything else to standard error.\n\n"
+         "  run model.safetensors \"Once upon a time\" --temperature 0.7\n"
+         "  run model.safetensors --prompt-file story.txt -n 0 --save-state story.state\n"
+         "  run model.safetensors --load-state story.state --samples 3\n"
+         "  run model.safetensors --eval story.txt");
+    for (const option *o = options; o < options + OPTIONS; o++) {
+        char left[40];
+        if (o->kind == HEADING) {
+            printf("\n%s\n", o->name);
+            continue;
+        }
+        const char letter[] = {o->letter ? '-' : ' ', o->letter ? o->letter : ' ', o->letter ? ',' : ' ', 0};
+        snprintf(left, sizeof left, "%s --%s %s", letter, o->name, o->argument ? o->argument : "");
+        printf("  %-25s ", left);
+        for (const char *c = o->help; *c; c++) *c == '\n' ? printf("\n%28s", "") : putchar(*c);
+        if (o->kind == COUNT || o->kind == NUMBER) printf(" [%g]", o->initial);
+        putchar('\n');
+    }
+    puts("\nOptions may be written --name value or --name=value; -- ends them.");
+}
+
+// Insertions, deletions and replacements that make b of a (Levenshtein), one row of the table at a time.
+static int edit_distance(const char *a, const char *b) {
+    int row[64], columns = (int)strlen(b);
+    if (columns > 63) return 64;
+    for (int j = 0; j <= columns; j++) row[j] = j;
+    for (int i = 1; *a; a++, i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (int j = 1; j <= columns; j++) {
+            int replaced = diagonal + (*a != b[j - 1]);
+            diagonal = row[j];
+            if (row[j - 1] < row[j]) row[j] = row[j - 1];
+            row[j] = row[j] + 1 < replaced ? row[j] + 1 : replaced;
+        }
+    }
+    return row[columns];
+}
+
+// The option that argv[i] names, as -n, --name or --name=value; *value is what follows the '='.
+static const option *find_option(const char *argument, const char **value) {
+    char name[64];
+    size_t length = strcspn(argument, "=");
+    *value = argument[length] ? argument + length + 1 : NULL;
+    snprintf(name, sizeof name, "%.*s", (int)(length < sizeof name ? length : sizeof name - 1), argument);
+    const option *nearest = NULL;
+    int least = 4;                                           // a hint further away than this would be none
+    for (const option *o = options; o < options + OPTIONS; o++) {
+        if (o->kind == HEADING) continue;
+        if (o->letter && name[1] == o->letter && !name[2]) return o;
+        int distance = name[1] == '-' ? edit_distance(name + 2, o->name) : 64;
+        if (!distance) return o;
+        if (distance < least) least = distance, nearest = o;
+    }
+    if (nearest) complain("unknown option %s; did you mean --%s?", name, nearest->name);
+    else complain("unknown option %s; run --help lists the options", name);
+    return NULL;
+}
+
+// A whole number, of digits only; -1 when text is not one or does not fit.
+static int parse_count(const char *text, uint64_t *count) {
+    char *end;
+    errno = 0;
+    unsigned long long n = strtoull(text, &end, 10);
+    *count = n;
+    return *text < '0' || *text > '9' || *end || errno ? -1 : 0;
+}
+
+static int parse_number(const char *text, double *number) {
+    char *end;
+    *number = strtod(text, &end);
+    return !*text || strspn(text, " \t\n\v\f\r") || *end || !isfinite(*number) ? -1 : 0;
+}
+
+static int set_option(settings *s, const option *o, const char *value) {
+    char *member = (char *)s + o->offset;
+    if (o->kind == FLAG) *(int *)(void *)member = 1;
+    if (o->kind == TEXT) *(const char **)(void *)member = value;
+    if (o->kind == TEXT && !*value) return complain("--%s: got nothing, expected %s", o->name, o->argument);
+    if (o->kind == COUNT) {
+        uint64_t count;
+        if (parse_count(value, &count) || (double)count < o->least || (double)count > o->most)
+            return complain("--%s: got '%s', expected a whole number from %.0f to %.0f", o->name, value, o->least,
+                            o->most);
+        *(uint64_t *)(void *)member = count;
+    }
+    if (o->kind == NUMBER) {
+        double number;
+        if (parse_number(value, &number) || number < o->least || number > o->most)
+            return complain("--%s: got '%s', expected a number from %g to %g", o->name, value, o->least, o->most);
+        *(double *)(void *)member = number;
+    }
+    return 0;
+}
+
+// What no single option can see.
+static int check_settings(settings *s) {
+    static const char *const forms[] = {"chunkwise", "recurrent", "parallel"};       // in the order of metala_form
+    int from_stdin = s->prompt && !strcmp(s->prompt, "-");
+    if (s->help || s->version) return 0;
+    if (!s->model) return complain("no model given; usage: run MODEL [PROMPT] [options], run --help says more");
+    if (s->prompt && s->prompt_file) return complain("got a prompt and --prompt-file, expected one of them");
+    if (s->chat + s->info + (s->eval != NULL) > 1) return complain("expected one of --chat, --info and --eval");
+    if (s->chat && from_stdin) return complain("--chat reads its lines from standard input, the prompt cannot be -");
+    if (s->chat && s->samples > 1) return complain("--chat has one sequence, expected --samples 1");
+    if ((s->info || s->eval) && (s->prompt || s->prompt_file || s->load_state || s->save_state))
+        return complain("%s starts from an empty state; expected no prompt, --load-state or --save-state",
+                        s->info ? "--info" : "--eval");
+    if (s->save_state && s->samples > 1) return complain("--save-state keeps one sequence, expected --samples 1");
+    for (int i = 0; i < 3 && s->form_name; i++)
+        if (!strcmp(s->form_name, forms[i])) {
+            s->form = (metala_form)i;
+            return 0;
+        }
+    return s->form_name ? complain("--form: got '%s', expected chunkwise, recurrent or parallel", s->form_name) : 0;
+}
+
+static int parse_options(settings *s, int argc, char **argv) {
+    int only_arguments = 0;
+    memset(s, 0, sizeof *s);
+    for (const option *o = options; o < options + OPTIONS; o++) {
+        if (o->kind == COUNT) *(uint64_t *)(void *)((char *)s + o->offset) = (uint64_t)o->initial;
+        if (o->kind == NUMBER) *(double *)(void *)((char *)s + o->offset) = o->initial;
+    }
+    for (int i = 1; i < argc; i++) {
+        const char *value;
+        if (!only_arguments && !strcmp(argv[i], "--")) only_arguments = 1;
+        else if (!only_arguments && argv[i][0] == '-' && argv[i][1]) {
+            const option *o = find_option(argv[i], &value);
+            if (!o) return -1;
+            if (o->kind == FLAG && value) return complain("--%s: got '%s', expected no value", o->name, value);
+            if (o->kind != FLAG && !value && !(value = argv[++i]))
+                return complain("--%s: got nothing, expected --%s %s", o->name, o->name, o->argument);
+            if (set_option(s, o, value)) return -1;
+        } else if (!s->model) s->model = argv[i];
+        else if (!s->prompt) s->prompt = argv[i];
+        else return complain("got a third argument '%s', expected MODEL and PROMPT; quote a prompt that has spaces",
+                             argv[i]);
+    }
+    return check_settings(s);
+}
+
+// ------------------------------------------------------------------------------------------------ terminal and time
+
+// The first Ctrl-C asks for a stop at the next token; the handler is gone then, so that a second one ends the program.
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int number) {
+    interrupted = 1;
+    signal(number, SIG_DFL);
+}
+
+static void watch_interrupts(void) {
+    interrupted = 0;
+    signal(SIGINT, on_interrupt);
+}
+
+#ifdef _POSIX_C_SOURCE
+static int is_terminal(FILE *stream) { return isatty(fileno(stream)); }
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+#else
+static int is_terminal(FILE *stream) {
+    (void)stream;
+    return 0;
+}
+static double seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
+#endif
+
+static uint64_t seed_from_clock(void) {
+    uint64_t state = (uint64_t)time(NULL) * 1000003 + (uint64_t)(1e6 * seconds());
+    return (metala_random(&state) >> 40) + 1;                // short enough to type
+}
+
+// ------------------------------------------------------------------------------------------------ tokens in and out
+
+// A sequence is what the model has read so far. The last token is chosen or given, but not read yet: reading it is
+// what gives the logits of the one after it.
+typedef struct {
+    metala_state *state;
+    int next;                           // that last token; -1 when there is none yet
+    int recent[WINDOW];                 // the last tokens, oldest first, `next` included
+    size_t recent_count;
+    uint64_t random;
+} sequence;
+
+typedef struct {
+    double likelihood;                  // the logit, later the probability up to a common factor
+    int token;
+} candidate;
+
+typedef struct {
+    const settings *s;
+    metala_context *ctx;
+    metala_model *model;
+    const metala_config *config;
+    metala_real *logits;                // (N)
+    candidate *candidates;              // (N)
+    int *stop;                          // the tokens of --stop
+    size_t stop_count;
+    int bytes;                          // tokens are bytes, not numbers
+    int last_written;                   // -1 at the start of a line of numbers
+    uint64_t seed;                      // 0 when the random numbers continue those of a saved state
+    size_t tokens_read, tokens_written;
+    double read_seconds, write_seconds;
+} program;
+
+static int library_failed(const program *p) { return complain("%s", metala_error(p->ctx)); }
+
+static void put_token(program *p, int token) {
+    if (p->bytes) putchar(token);
+    else printf(p->last_written < 0 ? "%d" : " %d", token);
+    p->last_written = token;
+}
+
+static int flush_output(void) {
+    if ((fflush(stdout) || ferror(stdout)) && !interrupted)  // Ctrl-C may interrupt a write as well
+        return complain("standard output: cannot be written, %s", strerror(errno));
+    return 0;
+}
+
+static int echo_prompt(program *p, const int *prompt, size_t count) {
+    for (size_t i = 0; i < count && !p->s->no_echo && p->s->tokens; i++) put_token(p, prompt[i]);
+    return flush_output();
+}
+
+// Ends the current line: needed after numbers, and after a text that does not end by itself.
+static int end_line(program *p) {
+    if (p->last_written >= 0 && !(p->bytes && p->last_written == '\n')) putchar('\n');
+    p->last_written = -1;
+    return flush_output();
+}
+
+// Reads a stream up to and including the byte `end`, or to its end (EOF). NULL when there is no memory.
+static char *read_stream(FILE *stream, int end, size_t *size) {
+    size_t room = 256;
+    char *text = malloc(room);
+    *size = 0;
+    for (int c = 0; text && c != end && (c = getc(stream)) != EOF;) {
+        text[(*size)++] = (char)c;
+        if (*size + 2 < room) continue;                     // for the 0, and a newline that chat may add
+        char *larger = room < SIZE_MAX / 2 ? realloc(text, room *= 2) : NULL;
+        if (!larger) free(text);
+        text = larger;
+    }
+    if (!text) complain("out of memory after %zu bytes of input", *size);
+    else text[*size] = 0;
+    return text;
+}
+
+// The tokens whose numbers stand in a text, separated by white space; `what` names the text in messages.
+static int *parse_tokens(const program *p, const char *what, const char *text, size_t *count) {
+    static const char space[] = " \t\r\n";
+    int *tokens = malloc((strlen(text) + 1) * sizeof *tokens);
+    *count = 0;
+    if (!tokens) complain("out of memory: %s has %zu bytes", what, strlen(text));
+    for (text += strspn(text, space); tokens && *text; text += strspn(text, space)) {
+        char word[24];
+        uint64_t number;
+        size_t length = strcspn(text, space);
+        snprintf(word, sizeof word, "%.*s", (int)(length < sizeof word ? length : sizeof word - 1), text);
+        text += length;
+        if (!parse_count(word, &number) && number < (uint64_t)p->config->vocab_size) tokens[(*count)++] = (int)number;
+        else {
+            complain("%s: word %zu is '%s', expected the number of a token, from 0 to %d", what, *count + 1, word,
+                     p->config->vocab_size - 1);
+            free(tokens);
+            tokens = NULL;
+        }
+    }
+    return tokens;
+}
+
+// The tokens of a text: its bytes, or the numbers in it. NULL on failure.
+static int *encode(const program *p, const char *what, const char *text, size_t size, size_t *count) {
+    if (!p->bytes) return parse_tokens(p, what, text, count);
+    int *tokens = malloc((size + 1) * sizeof *tokens);
+    if (!tokens) complain("out of memory: %s has %zu bytes", what, size);
+    for (*count = 0; tokens && *count < size; ++*count) tokens[*count] = (unsigned char)text[*count];
+    return tokens;
+}
+
+// The prompt of the command line, a file or standard input; no tokens when there is none.
+static int *read_prompt(const program *p, size_t *count) {
+    const settings *s = p->s;
+    const char *name = s->prompt_file ? s->prompt_file : "standard input";
+    if (!s->prompt_file && (!s->prompt || strcmp(s->prompt, "-")))
+        return encode(p, "prompt", s->prompt ? s->prompt : "", s->prompt ? strlen(s->prompt) : 0, count);
+    FILE *stream = s->prompt_file ? fopen(s->prompt_file, "rb") : stdin;
+    if (!stream) {
+        complain("%s: cannot be opened, %s", name, strerror(errno));
+        return NULL;
+    }
+    size_t size;
+    errno = 0;
+    char *text = read_stream(stream, EOF, &size);
+    int *tokens = NULL;
+    if (text && ferror(stream) && !interrupted) complain("%s: cannot be read, %s", name, strerror(errno));
+    else if (text) tokens = encode(p, name, text, size, count);
+    if (stream != stdin) fclose(stream);
+    free(text);
+    return tokens;
+}
+
+// ------------------------------------------------------------------------------------------------ sampling
+
+static int by_likelihood(const void *a, const void *b) {     // ties by token, so that every qsort gives one order
+    const candidate *x = a, *y = b;
+    if (x->likelihood != y->likelihood) return x->likelihood > y->likelihood ? -1 : 1;
+    return x->token < y->token ? -1 : x->token > y->token;
+}
+
+// Draws the next token from logits l (N); -1 when they are not numbers. In this order:
+//
+//     repeat penalty r    l_i ← l_i / r if l_i > 0, else l_i · r,  for the tokens of the window   (Keskar et al. 2019)
+//     temperature τ       w_i = exp((l_i - max l) / τ),  p_i = w_i / Σ w                          τ = 0: argmax l
+//     top-k               only the k largest
+//     top-p               only the shortest prefix, by falling p, with Σ p >= P                  (Holtzman et al. 2020)
+//     min-p               only p_i >= M max p
+//
+// Sums are taken in double, over candidates sorted from the largest.
+static int choose_token(const program *p, sequence *q) {
+    const settings *s = p->s;
+    const metala_real *l = p->logits;
+    candidate *c = p->candidates;
+    size_t N = (size_t)p->config->vocab_size, kept = N;
+    size_t window = s->repeat_window < q->recent_count ? (size_t)s->repeat_window : q->recent_count;
+    for (size_t i = 0; i < N; i++) {
+        if (!isfinite(l[i])) return -1;
+        c[i].likelihood = l[i];
+        c[i].token = (int)i;
+    }
+    for (size_t j = q->recent_count - window; j < q->recent_count; j++) {
+        int i = q->recent[j];                                // from l, so that a token is punished once
+        c[i].likelihood = l[i] > 0 ? l[i] / s->repeat_penalty : l[i] * s->repeat_penalty;
+    }
+    if (s->temperature <= 0) {
+        const candidate *best = c;
+        for (size_t i = 1; i < N; i++) best = c[i].likelihood > best->likelihood ? c + i : best;
+        return best->token;
+    }
+    qsort(c, N, sizeof *c, by_likelihood);
+    double most = c[0].likelihood, total = 0, sum = 0;
+    if (s->top_k && s->top_k < N) kept = (size_t)s->top_k;
+    for (size_t i = 0; i < kept; i++) total += c[i].likelihood = exp((c[i].likelihood - most) / s->temperature);
+    size_t end = 0;
+    do sum += c[end++].likelihood;                           // the first one always stays, its likelihood is 1
+    while (end < kept && sum < s->top_p * total && c[end].likelihood >= s->min_p);
+    double point = metala_uniform(&q->random) * sum;
+    for (size_t i = 0; i < end; i++)
+        if ((point -= c[i].likelihood) < 0) return c[i].token;
+    return c[end - 1].token;                                 // rounding
+}
+
+// ------------------------------------------------------------------------------------------------ reading and writing
+
+static void set_next(sequence *q, int token) {
+    if (q->recent_count == WINDOW) memmove(q->recent, q->recent + 1, --q->recent_count * sizeof *q->recent);
+    q->recent[q->recent_count++] = q->next = token;
+}
+
+// Lets the model read all of the tokens but the last, which becomes `next`. Ctrl-C stops between two pieces.
+static int read_tokens(program *p, sequence *q, const int *tokens, size_t count) {
+    double start = seconds();
+    size_t done = 0;
+    while (done < count && !interrupted) {
+        int piece[PIECE];
+        size_t n = 0;
+        while (n < PIECE && done < count) {
+            if (q->next >= 0) piece[n++] = q->next;
+            set_next(q, tokens[done++]);
+        }
+        if (n && metala_forward(p->ctx, q->state, p->s->form, piece, NULL, n, NULL)) return library_failed(p);
+    }
+    p->tokens_read += done;
+    p->read_seconds += seconds() - start;
+    return 0;
+}
+
+// Writes up to n tokens, each chosen from what the model expects after the one before.
+static int write_tokens(program *p, sequence *q, uint64_t n, const int *stop, size_t stop_count) {
+    const metala_config *c = p->config;
+    double start = seconds();
+    if (q->next < 0) set_next(q, c->bos_token_id >= 0 ? c->bos_token_id : c->vocab_size > '\n' ? '\n' : 0);
+    for (uint64_t written = 1; written <= n && !interrupted; written++) {
+        if (metala_step(p->ctx, q->state, &q->next, p->logits)) return library_failed(p);
+        int token = choose_token(p, q);
+        if (token < 0)
+            return complain("%s: the logits after token %llu are not finite numbers; the parameters are broken",
+                            p->s->model, (unsigned long long)metala_state_position(q->state));
+        set_next(q, token);
+        p->tokens_written++;
+        if (token == c->eos_token_id) break;
+        put_token(p, token);
+        if (flush_output()) return -1;
+        if (stop_count && written >= stop_count &&
+            !memcmp(stop, q->recent + q->recent_count - stop_count, stop_count * sizeof *stop))
+            break;
+    }
+    p->write_seconds += seconds() - start;
+    return 0;
+}
+
+// Tokens of the whole sequence: those in the state and the one that waits.
+static unsigned long long position(const sequence *q) { return metala_state_position(q->state) + (q->next >= 0); }
+
+static void report(const program *p, const sequence *q) {
+    if (p->s->quiet) return;
+    double read_rate = (double)p->tokens_read / (p->read_seconds + 1e-9);
+    double write_rate = (double)p->tokens_written / (p->write_seconds + 1e-9);
+    if (p->tokens_read) fprintf(stderr, "read %zu tokens, %.0f/s; ", p->tokens_read, read_rate);
+    if (p->tokens_written) fprintf(stderr, "wrote %zu tokens, %.0f/s; ", p->tokens_written, write_rate);
+    fprintf(stderr, "position %llu", position(q));
+    if (p->seed && p->s->temperature > 0) fprintf(stderr, "; seed %llu", (unsigned long long)p->seed);
+    fputc('\n', stderr);
+}
+
+// ------------------------------------------------------------------------------------------------ state files
+
+// A file that metala_state_load reads, with what a sequence has beside the state in its metadata.
+static int save_sequence(const program *p, const sequence *q, const char *path) {
+    const metala_config *c = p->config;
+    const size_t D = (size_t)c->width, H = (size_t)c->heads, layers = (size_t)c->layers;
+    metala_tensor *tensors = calloc(2 * layers, sizeof *tensors), *t = tensors;
+    const void **data = calloc(2 * layers, sizeof *data);
+    metala_real *numbers = malloc(metala_state_bytes(c)), *at = numbers;
+    char place[24], next[16], random[24], recent[12 * WINDOW + 1] = "", *end = recent;
+    int status = tensors && data && numbers ? 0 : complain("%s: out of memory", path);
+    for (size_t i = 0; i < 2 * layers && !status; i++, t++) {
+        int is_conv = i % 2 != 0;
+        snprintf(t->name, sizeof t->name, "%sstate.%zu", is_conv ? "conv_" : "", i / 2);
+        t->dtype = sizeof *at == sizeof(double) ? METALA_F64 : METALA_F32;
+        t->shape[t->ndim++] = 1;
+        t->shape[t->ndim++] = is_conv ? D : H;
+        t->shape[t->ndim++] = is_conv ? METALA_CONV : D / 2 / H;
+        if (!is_conv) t->shape[t->ndim++] = D / H;
+        t->count = is_conv ? D * METALA_CONV : D / 2 * (D / H);
+        if (metala_state_get(p->ctx, q->state, t->name, at)) status = library_failed(p);
+        data[i] = at;
+        at += t->count;
+    }
+    snprintf(place, sizeof place, "%llu", (unsigned long long)metala_state_position(q->state));
+    snprintf(next, sizeof next, "%d", q->next);
+    snprintf(random, sizeof random, "%llu", (unsigned long long)q->random);
+    for (size_t i = 0; i < q->recent_count; i++) end += sprintf(end, i ? " %d" : "%d", q->recent[i]);
+    const metala_pair pairs[] = {{"position", place}, {"next_token", next}, {"random", random}, {"recent", recent}};
+    if (!status && metala_file_write(p->ctx, path, tensors, data, 2 * layers, pairs, 4)) status = library_failed(p);
+    if (!status && !p->s->quiet) fprintf(stderr, "%s: saved at position %llu\n", path, position(q));
+    free(tensors);
+    free(data);
+    free(numbers);
+    return status;
+}
+
+// A state saved by the library alone has no more than the state: then there is no token that waits.
+static int load_metadata(program *p, const metala_file *file, const char *path, sequence *q) {
+    const char *next = metala_file_metadata(file, "next_token"), *random = metala_file_metadata(file, "random");
+    const char *recent = metala_file_metadata(file, "recent");
+    uint64_t token = 0;
+    q->next = -1;
+    q->recent_count = 0;
+    if (next && strcmp(next, "-1")) {
+        if (parse_count(next, &token) || token >= (uint64_t)p->config->vocab_size)
+            return complain("%s: next_token is '%s', expected a token of this model", path, next);
+        q->next = (int)token;
+    }
+    if (random && !p->s->seed) {
+        if (parse_count(random, &q->random)) return complain("%s: random is '%s', expected a number", path, random);
+        p->seed = 0;
+    }
+    size_t count = 0;
+    int *tokens = recent ? parse_tokens(p, path, recent, &count) : NULL;
+    if (recent && !tokens) return -1;
+    if (count > WINDOW) count = WINDOW;
+    if (count) memcpy(q->recent, tokens, count * sizeof *tokens);
+    q->recent_count = count;
+    free(tokens);
+    return 0;
+}
+
+// Changes nothing when it fails.
+static int load_sequence(program *p, sequence *q, const char *path) {
+    metala_file *file = metala_file_open(p->ctx, path);
+    if (!file) return library_failed(p);
+    sequence loaded = *q;
+    int status = load_metadata(p, file, path, &loaded);
+    metala_file_close(file);
+    if (!status && metala_state_load(p->ctx, q->state, path)) status = library_failed(p);
+    if (status) return -1;
+    *q = loaded;
+    if (!p->s->quiet) fprintf(stderr, "%s: continuing at position %llu\n", path, position(q));
+    return 0;
+}
+
+// ------------------------------------------------------------------------------------------------ generate
+
+// The prompt is read once; each sample continues a copy of the state. Sample i draws with seed + i.
+static int generate(program *p, sequence *q) {
+    const settings *s = p->s;
+    size_t count;
+    int *prompt = read_prompt(p, &count);
+    metala_state *fork = prompt && s->samples > 1 ? metala_state_create(p->ctx, p->model, 1) : NULL;
+    int status = !prompt ? -1 : s->samples > 1 && !fork ? library_failed(p) : read_tokens(p, q, prompt, count);
+    const sequence start = *q;
+    for (uint64_t i = 0; i < s->samples && !status && !interrupted; i++) {
+        if (i) puts("---");
+        if (fork) {
+            *q = start;
+            q->state = fork;
+            q->random += i;
+            if (metala_state_copy(p->ctx, fork, start.state)) status = library_failed(p);
+        }
+        if (!status) status = echo_prompt(p, prompt, count);
+        if (!status) status = write_tokens(p, q, s->tokens, p->stop, p->stop_count);
+        if (!status && (!p->bytes || s->samples > 1 || is_terminal(stdout))) status = end_line(p);
+    }
+    if (!status) report(p, q);
+    if (!status && s->save_state) status = save_sequence(p, q, s->save_state);
+    metala_state_free(fork);
+    free(prompt);
+    q->state = start.state;
+    return status;
+}
+
+// ------------------------------------------------------------------------------------------------ chat
+
+// Runs a line that starts with '/'; 1 ends the chat. A command that fails says so and changes nothing.
+static int run_command(program *p, sequence *q, char *line) {
+    line[strcspn(line, "\r\n")] = 0;
+    char *file = strchr(line, ' ');
+    if (file) *file++ = 0;
+    if (!strcmp(line, "/quit")) return 1;
+    if (!strcmp(line, "/reset")) {
+        if (metala_state_reset(p->ctx, q->state)) library_failed(p);
+        q->next = -1;
+        q->recent_count = 0;
+    } else if (!strcmp(line, "/save") && file) save_sequence(p, q, file);
+    else if (!strcmp(line, "/load") && file) load_sequence(p, q, file);
+    else if (!strcmp(line, "/help"))
+        fputs("/reset      forget everything\n/save FILE  save the state\n/load FILE  go back to a saved state\n"
+              "/quit       end, as does the end of the input; Ctrl-C ends a reply\n", stderr);
+    else complain("unknown command or no FILE: %s; /help lists the commands", line);
+    return 0;
+}
+
+// One line in, one reply out. The state reads what the screen shows: also the newline that ends a reply cut short.
+static int take_turn(program *p, sequence *q, const char *line, size_t size) {
+    static const int blank_line[] = {'\n', '\n'}, newline = '\n';
+    size_t count;
+    int *tokens = encode(p, "line", line, size, &count);
+    if (!tokens) return p->bytes ? -1 : 0;                   // numbers can be typed again
+    int status = read_tokens(p, q, tokens, count);
+    free(tokens);
+    if (!status && (p->stop || !p->bytes)) status = write_tokens(p, q, p->s->tokens, p->stop, p->stop_count);
+    else if (!status) status = write_tokens(p, q, p->s->tokens, blank_line, 2);
+    watch_interrupts();
+    if (!status && p->bytes && p->last_written >= 0 && p->last_written != '\n') status = read_tokens(p, q, &newline, 1);
+    return status ? -1 : end_line(p);
+}
+
+static int chat(program *p, sequence *q) {
+    size_t count;
+    int *prompt = read_prompt(p, &count), terminal = is_terminal(stdin);
+    int status = prompt && !echo_prompt(p, prompt, count) && !end_line(p) ? read_tokens(p, q, prompt, count) : -1;
+    for (int done = 0; !done && !status;) {
+        size_t size;
+        watch_interrupts();
+        if (terminal) fputs("> ", stderr);
+        char *line = read_stream(stdin, '\n', &size);
+        if (!line) status = -1;
+        else if (!size || interrupted) done = 1;
+        else if (*line == '/') done = run_command(p, q, line);
+        else {
+            if (line[size - 1] != '\n') strcpy(line + size++, "\n");   // the input's last line
+            status = take_turn(p, q, line, size);
+        }
+        free(line);
+    }
+    if (terminal) fputc('\n', stderr);
+    free(prompt);
+    if (!status) report(p, q);
+    return !status && p->s->save_state ? save_sequence(p, q, p->s->save_state) : status;
+}
+
+// ------------------------------------------------------------------------------------------------ evaluate
+
+static void show_progress(const program *p, size_t done, size_t total, double loss, double *shown) {
+    if (p->s->quiet || !is_terminal(stderr) || seconds() < *shown + 0.2) return;
+    fprintf(stderr, "\r%zu of %zu tokens, loss %.4f ", done, total, loss);
+    *shown = seconds();
+}
+
+// Adds up the cross-entropy of all sequences. A text is one sequence, cut into windows that continue each other, or,
+// with --context, start from nothing. The sequences of a safetensors dataset have nothing to do with each other.
+static int score_dataset(program *p, metala_state *state, const metala_dataset *d, int *inputs, int *targets,
+                         uint8_t *mask, double *nats, size_t *counted) {
+    const size_t T = metala_dataset_length(d), total = metala_dataset_tokens(d);
+    const int is_text = metala_dataset_is_text(d);
+    double shown = seconds();
+    for (size_t i = 0; i < metala_dataset_sequences(d) && !interrupted; i++) {
+        size_t n = T;
+        metala_dataset_sequence(d, i, inputs, targets, mask);
+        if (is_text && n > total - 1 - i * T) n = total - 1 - i * T;     // the last byte is only a target
+        if ((!is_text || p->s->context) && metala_state_reset(p->ctx, state)) return library_failed(p);
+        for (size_t t = 0; t < n && !interrupted; t += PIECE) {
+            size_t most = n - t < PIECE ? n - t : PIECE;
+            if (metala_score(p->ctx, state, p->s->form, inputs + t, targets + t, mask + t, most, nats, counted))
+                return library_failed(p);
+            p->tokens_read += most;
+            show_progress(p, i * T + t + most, total, *nats / (double)(*counted ? *counted : 1), &shown);
+        }
+    }
+    if (!p->s->quiet && is_terminal(stderr)) fputs("\r\033[K", stderr);
+    return 0;
+}
+
+static void print_score(const program *p, const metala_dataset *d, double loss, size_t counted) {
+    const char *unit = metala_dataset_is_text(d) ? "byte" : "token";
+    printf("%-12s %zu %ss", "predicted", counted, unit);
+    if (!metala_dataset_is_text(d)) printf(" of %zu sequences", metala_dataset_sequences(d));
+    else if (p->s->context) printf(", %zu at a time", metala_dataset_length(d));
+    printf("%s\n%-12s %.6f nats per %s\n", interrupted ? ", stopped early" : "", "loss", loss, unit);
+    printf("%-12s %.4f\n%-12s %.6f per %s\n", "perplexity", exp(loss), "bits", loss / log(2), unit);
+}
+
+static int evaluate(program *p, metala_state *state) {
+    const char *path = p->s->eval, *ending = strrchr(path, '.');
+    size_t window = (size_t)p->s->context, counted = 0;
+    if (!window && !(ending && !strcmp(ending, ".safetensors"))) window = PIECE;
+    metala_dataset *d = metala_dataset_open(p->ctx, path, window);
+    if (!d) return library_failed(p);
+    size_t T = metala_dataset_length(d);
+    int *inputs = malloc(T * sizeof *inputs), *targets = malloc(T * sizeof *targets), status;
+    uint8_t *mask = malloc(T);
+    double nats = 0, start = seconds();
+    if (!inputs || !targets || !mask) status = complain("out of memory: sequences of %zu tokens", T);
+    else if (metala_dataset_vocab(d) > p->config->vocab_size)
+        status = complain("%s: has tokens up to %d, expected at most %d, the model's last one", path,
+                          metala_dataset_vocab(d) - 1, p->config->vocab_size - 1);
+    else status = score_dataset(p, state, d, inputs, targets, mask, &nats, &counted);
+    double loss = nats / (double)counted;
+    if (!status && !counted) status = complain("%s: nothing to predict, all targets are %d", path, METALA_IGNORE);
+    else if (!status && !isfinite(loss))
+        status = complain("%s: the loss is %f, expected a finite number; the parameters are broken", p->s->model, loss);
+    else if (!status) print_score(p, d, loss, counted);
+    if (!status) status = flush_output();
+    if (!status && !p->s->quiet)
+        fprintf(stderr, "read %zu tokens, %.0f/s\n", p->tokens_read, (double)p->tokens_read / (seconds() - start));
+    metala_dataset_free(d);
+    free(inputs);
+    free(targets);
+    free(mask);
+    return status;
+}
+
+// ------------------------------------------------------------------------------------------------ inform
+
+static const char *size_text(char text[24], double bytes) {
+    static const char *const units[] = {"bytes", "kB", "MB", "GB", "TB", "PB"};
+    int i = 0;
+    while (bytes >= 1000 && i < 5) bytes /= 1000, i++;
+    snprintf(text, 24, i ? "%.2f %s" : "%.0f %s", bytes, units[i]);
+    return text;
+}
+
+static void print_config(const metala_config *c) {
+    printf("vocabulary   %d%s; pad %d, begin %d, end %d (-1: none)\n", c->vocab_size,
+           c->vocab_size == 256 ? " bytes" : "", c->pad_token_id, c->bos_token_id, c->eos_token_id);
+    printf("width        %d\nlayers       %d\n", c->width, c->layers);
+    printf("heads        %d, each with %d key and %d value channels\n", c->heads, c->width / 2 / c->heads,
+           c->width / c->heads);
+    printf("GLU width    %d%s\n", c->glu_dim, c->glu_bias ? ", with biases" : "");
+    printf("embedding    %s, %s\n", c->tie_word_embeddings ? "also the output layer" : "apart from the output layer",
+           c->scale_embedding ? "times the root of the width" : "not scaled");
+    printf("numerics     decay temperature %g, epsilon %g, of the head norm %g\n", c->tau, c->norm_eps,
+           c->head_norm_eps);
+    printf("ablations   %s%s%s%s%s\n", c->no_conv ? " no convolution" : "", c->no_augment ? " no augmentation" : "",
+           c->key_linear ? " linear keys" : "", c->fixed_decay ? " fixed decay" : "",
+           c->no_conv || c->no_augment || c->key_linear || c->fixed_decay ? "" : " none, this is MetaLA");
+}
+
+static void print_parameters(const metala_model *model) {
+    char text[24];
+    for (int i = 0; i < metala_model_tensors(model); i++) {
+        const metala_tensor *t = metala_model_tensor(model, i);
+        char shape[200] = "[", *end = shape + 1;
+        for (int j = 0; j < t->ndim; j++) end += sprintf(end, j ? ",%zu" : "%zu", t->shape[j]);
+        printf("  %-52s %-16s %12zu\n", t->name, strcat(shape, "]"), t->count);
+    }
+    printf("  %-52s %-16s %12zu\n  as float32 %s\n", "total", "", metala_model_size(model),
+           size_text(text, 4.0 * (double)metala_model_size(model)));
+}
+
+// Softmax attention of the same width keeps a key and a value of D numbers for every token and layer; the state keeps
+// K·V = D²/(2H²) numbers for each head and the convolution's inputs, however much it has read.
+static void print_state_size(const metala_config *c) {
+    static const double lengths[] = {1 << 10, 32 << 10, 1 << 20};
+    static const char *const names[] = {"1k", "32k", "1M"};
+    char text[24];
+    double state = (double)metala_state_bytes(c), token = 2.0 * c->width * c->layers * sizeof(metala_real);
+    printf("state of a sequence, whatever its length: %s\nkeys and values that softmax attention would keep:\n",
+           size_text(text, state));
+    printf("  %8.0f tokens %12s, as much as the state\n", ceil(state / token), size_text(text, state));
+    for (int i = 0; i < 3; i++)
+        printf("  %8s tokens %12s, %.0f times the state\n", names[i], size_text(text, token * lengths[i]),
+               token * lengths[i] / state);
+}
+
+static int inform(const program *p) {
+    print_config(p->config);
+    puts("\nparameters");
+    print_parameters(p->model);
+    putchar('\n');
+    print_state_size(p->config);
+    return flush_output();
+}
+
+// ------------------------------------------------------------------------------------------------ main
+
+static int run(program *p) {
+    const settings *s = p->s;
+    sequence q = {0};
+    p->model = metala_model_load(p->ctx, s->model);
+    if (!p->model) return library_failed(p);
+    p->config = metala_model_config(p->model);
+    p->bytes = p->config->vocab_size == 256;
+    if (s->info) return inform(p);
+    size_t N = (size_t)p->config->vocab_size;
+    p->logits = malloc(N * sizeof *p->logits);
+    p->candidates = malloc(N * sizeof *p->candidates);
+    if (!p->logits || !p->candidates) return complain("out of memory: a vocabulary of %zu tokens", N);
+    if (s->stop && !(p->stop = encode(p, "--stop", s->stop, strlen(s->stop), &p->stop_count))) return -1;
+    if (p->stop_count > WINDOW)
+        return complain("--stop: got %zu tokens, expected at most %d", p->stop_count, WINDOW);
+    q.state = metala_state_create(p->ctx, p->model, 1);
+    if (!q.state) return library_failed(p);
+    q.next = -1;
+    q.random = p->seed = s->seed ? s->seed : seed_from_clock();
+    watch_interrupts();
+    int status = s->load_state ? load_sequence(p, &q, s->load_state) : 0;
+    if (!status) status = s->eval ? evaluate(p, q.state) : s->chat ? chat(p, &q) : generate(p, &q);
+    metala_state_free(q.state);
+    return status;
+}
+
+int main(int argc, char **argv) {
+    settings s;
+    program p = {0};
+    if (parse_options(&s, argc, argv)) return 2;
+    if (s.help) print_help();
+    if (s.version && !s.help) printf("metala %s, float%d\n", METALA_VERSION, 8 * (int)sizeof(metala_real));
+    if (s.help || s.version) return flush_output() ? 1 : 0;
+    p.s = &s;
+    p.last_written = -1;
+    p.ctx = metala_open(NULL, (int)s.threads);
+    int status = p.ctx ? run(&p) : complain("%s", metala_error(NULL));
+    free(p.logits);
+    free(p.candidates);
+    free(p.stop);
+    metala_model_free(p.model);
+    metala_close(p.ctx);
+    return status ? 1 : interrupted ? 130 : 0;
+}

@@ -1,0 +1,1050 @@
+// train.c - trains a MetaLA model on the bytes of a file, or on sequences of tokens in a safetensors file.
+//
+// A step draws a batch, adds up its gradient and lets AdamW update the parameters. The batch and the learning rate are
+// functions of the number of the step, and everything else is in the checkpoint: a run that was stopped goes on with
+// the bits that it would have had anyway. The checkpoint is also the model that `run` loads.
+//
+// Contents: options - stopping and time - data - model - resuming and saving - validation - samples - a step -
+// progress - the loop - benchmark - main. Exit status: 0, 1 failure, 2 usage, 130 Ctrl-C, 143 SIGTERM.
+
+#if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
+#define _POSIX_C_SOURCE 200809L         // clock_gettime and execvp; everything else is C99
+#endif
+
+#include "metala.h"
+
+#include <errno.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#ifdef _POSIX_C_SOURCE
+#include <unistd.h>
+#endif
+
+// Every failure is one line on stderr; the -1 lets callers write `return complain(...)`.
+#ifdef __GNUC__
+__attribute__((format(printf, 1, 2)))
+#endif
+static int complain(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("train: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    va_end(arguments);
+    return -1;
+}
+
+// ------------------------------------------------------------------------------------------------ options
+
+enum { MOST_OPTIONS = 80 };
+
+typedef struct {
+    const char *data, *val, *init, *out, *keep_best, *prompt, *log;
+    int context, batch, accumulate, warmup, schedule, max_steps, stop_at, seed, form;
+    int resume, save_every, eval_every, eval_batches, sample_every, sample_tokens, log_every;
+    int quiet, threads, bench, help, version;
+    double val_fraction, init_std, residual_scale, learning_rate, min_lr, max_seconds, temperature;
+    metala_config config;
+    metala_adamw adamw;
+    double best_loss, seconds;           // so far: best validation loss, seconds of the runs before this one
+    int best_step;
+    const char *given[MOST_OPTIONS];     // what the command line says, in the order of `options`; or NULL
+    char *restored[MOST_OPTIONS];        // what the checkpoint says, where the command line is silent
+} settings;
+
+// Everything about an option: parsing, --help, the checkpoint's metadata and --resume follow from this table.
+// FLAG, WHOLE and CHOICE are an int in settings, NUMBER a double, TEXT a const char *.
+typedef enum { HEADING, FLAG, WHOLE, CHOICE, NUMBER, TEXT } option_kind;
+
+typedef struct {
+    option_kind kind;
+    const char *name, *alias, *argument, *initial, *help;    // help NULL: not for the command line
+    double least, most;
+    size_t offset;
+} option;
+
+#define AT(member) offsetof(settings, member)
+#define IS_GROUP(title) {HEADING, title, 0, 0, 0, 0, 0, 0, 0}
+#define IS_FLAG(name, alias, member, help) {FLAG, name, alias, 0, "0", help, 0, 1, AT(member)}
+#define IS_WHOLE(name, alias, argument, initial, least, member, help) \
+    {WHOLE, name, alias, argument, initial, help, least, 1e9, AT(member)}
+#define IS_NUMBER(name, alias, initial, least, most, member, help) \
+    {NUMBER, name, alias, "X", initial, help, least, most, AT(member)}
+#define IS_CHOICE(name, choices, initial, member, help) {CHOICE, name, 0, choices, initial, help, 0, 0, AT(member)}
+#define IS_TEXT(name, alias, argument, initial, member, help) \
+    {TEXT, name, alias, argument, initial, help, 0, 0, AT(member)}
+
+static const option options[] = {
+    IS_GROUP("Data"),
+    IS_TEXT("data", 0, "FILE", 0, data, "what to train on; --data itself may be left out"),
+    IS_TEXT("val", 0, "FILE", 0, val, "validation data; without it, the end of the training data is held out"),
+    IS_NUMBER("val-fraction", 0, "0.1", 0, 0.9, val_fraction, "how much of it; 0 = none"),
+    IS_WHOLE("context", "-T", "T", "256", 1, context, "tokens of a sequence; a .safetensors file has its own"),
+    IS_WHOLE("batch", "-B", "B", "8", 1, batch, "sequences of one gradient pass"),
+    IS_WHOLE("accumulate", 0, "N", "1", 1, accumulate, "gradient passes of one step"),
+
+    IS_GROUP("Model"),
+    IS_WHOLE("width", 0, "D", "256", 1, config.width, "channels"),
+    IS_WHOLE("layers", 0, "L", "4", 1, config.layers, "layers"),
+    IS_WHOLE("heads", 0, "H", "4", 1, config.heads, "heads; H divides D/2"),
+    IS_WHOLE("glu-dim", 0, "F", "0", 0, config.glu_dim, "channels in the GLU; 0 = 8/3 D, up to a multiple of 32"),
+    IS_WHOLE("vocab", 0, "N", "0", 0, config.vocab_size, "vocabulary; 0 = what the data needs, 256 for text"),
+    IS_FLAG("tie", 0, config.tie_word_embeddings, "the output layer is the embedding"),
+    IS_FLAG("glu-bias", 0, config.glu_bias, "biases in the GLU"),
+    IS_NUMBER("tau", 0, "16", 1e-3, 1e6, config.tau, "decay temperature"),
+    IS_FLAG("no-conv", 0, config.no_conv, "without the short convolution"),
+    IS_FLAG("no-augment", 0, config.no_augment, "without self-augmentation"),
+    IS_FLAG("key-linear", 0, config.key_linear, "keys of their own, in place of 1 - decay"),
+    IS_FLAG("fixed-decay", 0, config.fixed_decay, "a learned decay per channel, the same for every token"),
+    IS_NUMBER("init-std", 0, "0.02", 1e-9, 10, init_std, "standard deviation of the initial weights"),
+    IS_NUMBER("residual-scale", 0, "0", 0, 10, residual_scale,
+              "factor on those that end a residual branch; 0 = 1/sqrt(2L)"),
+
+    IS_GROUP("Optimisation"),
+    IS_NUMBER("learning-rate", "--lr", "0.002", 0, 1e30, learning_rate, "highest learning rate"),
+    IS_NUMBER("min-lr", 0, "0.1", 0, 1, min_lr, "where the schedule ends, as a fraction of --learning-rate"),
+    IS_WHOLE("warmup", 0, "N", "100", 0, warmup, "steps up to it; unless given, at most a tenth of --max-steps"),
+    IS_CHOICE("schedule", "cosine|constant|linear", "cosine", schedule, "from there on"),
+    IS_WHOLE("max-steps", 0, "N", "1500", 0, max_steps, "steps in all; 0 = no limit, as --max-seconds implies"),
+    IS_NUMBER("max-seconds", 0, "0", 0, 1e9, max_seconds, "seconds in all; 0 = no limit. With it the schedule follows\n"
+              "the clock as well, to the nearer limit: no two runs have the same bits"),
+    IS_NUMBER("beta1", 0, "0.9", 0, 0.999999, adamw.beta1, "AdamW: memory of the first moment"),
+    IS_NUMBER("beta2", 0, "0.95", 0, 0.9999999, adamw.beta2, "AdamW: memory of the second moment"),
+    IS_NUMBER("eps", 0, "1e-8", 1e-30, 1, adamw.eps, "AdamW: keeps the quotient finite"),
+    IS_NUMBER("weight-decay", 0, "0.1", 0, 100, adamw.weight_decay, "AdamW: decoupled weight decay"),
+    IS_NUMBER("clip", 0, "1", 0, 1e30, adamw.clip_norm, "longest gradient; 0 = any length"),
+    IS_WHOLE("seed", 0, "N", "1", 0, seed, "of initial weights, batches and samples"),
+    IS_CHOICE("form", "chunkwise|recurrent|parallel", "chunkwise", form, "how the scan is computed"),
+
+    IS_GROUP("Progress"),
+    IS_WHOLE("log-every", 0, "N", "25", 1, log_every, "steps between lines of progress"),
+    IS_TEXT("log", 0, "FILE.csv", 0, log, "progress as a table; --resume appends"),
+    IS_WHOLE("eval-every", 0, "N", "250", 0, eval_every, "steps between validations; 0 = only the last"),
+    IS_WHOLE("eval-batches", 0, "N", "64", 0, eval_batches, "batches of a validation, spread over its data; 0 = all"),
+    IS_WHOLE("save-every", 0, "N", "500", 0, save_every, "steps between checkpoints; 0 = only the last"),
+    IS_TEXT("keep-best", 0, "FILE", 0, keep_best, "also keep the checkpoint with the best validation loss"),
+    IS_WHOLE("sample-every", 0, "N", "500", 0, sample_every, "steps between samples of text; 0 = none"),
+    IS_WHOLE("sample-tokens", 0, "N", "300", 1, sample_tokens, "length of a sample"),
+    IS_TEXT("prompt", 0, "TEXT", "\n", prompt, "what a sample continues"),
+    IS_NUMBER("temperature", 0, "0.8", 0, 100, temperature, "of a sample; 0 = the likeliest"),
+    IS_NUMBER("best-loss", 0, "0", -1e300, 1e300, best_loss, 0),
+    IS_WHOLE("best-step", 0, "N", "0", 0, best_step, 0),
+    IS_NUMBER("seconds", 0, "0", 0, 1e300, seconds, 0),
+
+    IS_GROUP("This run alone (what is above comes back with --resume)"),
+    IS_TEXT("out", "-o", "FILE", "model.safetensors", out, "checkpoint; run loads it too"),
+    IS_FLAG("resume", 0, resume, "go on from --out with its settings; those given here win"),
+    IS_TEXT("init", 0, "FILE", 0, init, "start from this model; its configuration holds"),
+    IS_WHOLE("stop-at", 0, "N", "0", 0, stop_at, "stop after step N, as Ctrl-C would; the schedule stays. 0 = do not"),
+    IS_WHOLE("threads", 0, "N", "0", 0, threads, "0 = one per processor; the numbers are the same"),
+    IS_FLAG("quiet", "-q", quiet, "no progress, only errors"),
+    IS_FLAG("bench", 0, bench, "time the step of these sizes (6 layers unless given), without data"),
+    IS_FLAG("help", "-h", help, "this text"),
+    IS_FLAG("version", 0, version, "version and precision")};
+enum { OPTIONS = sizeof options / sizeof *options };
+typedef char options_fit[sizeof options / sizeof *options <= 80 ? 1 : -1];      // `given` has room
+
+static const option *option_named(const char *name) {
+    const option *o = options;
+    while (o->kind == HEADING || strcmp(o->name, name)) o++;
+    return o;
+}
+
+static int is_config(const option *o) {
+    return o->kind != HEADING && o->offset >= AT(config) && o->offset < AT(config) + sizeof(metala_config);
+}
+
+// Goes into the checkpoint's metadata and comes back with --resume.
+static int is_kept(const option *o) { return o->kind != HEADING && o < option_named("out") && !is_config(o); }
+
+static int is_given(const settings *s, const char *name) { return s->given[option_named(name) - options] != NULL; }
+
+static void print_help(void) {
+    puts("usage: train FILE [options]\n\n"
+         "Trains a MetaLA model on the bytes of FILE, or on the sequences of a .safetensors file with the tensors\n"
+         "inputs [N,T] and targets [N,T] or labels [N], and writes it to model.safetensors.\n\n"
+         "  train corpus.txt\n"
+         "  train corpus.txt --max-seconds 600 --layers 6 --out large.safetensors\n"
+         "  train --resume --out large.safetensors          go on after Ctrl-C\n"
+         "  train --bench --width 512");
+    for (const option *o = options; o < options + OPTIONS; o++) {
+        char left[80];
+        if (o->kind != HEADING && !o->help) continue;
+        if (o->kind == HEADING) {
+            printf("\n%s\n", o->name);
+            continue;
+        }
+        snprintf(left, sizeof left, "--%s%s%s %s", o->name, o->alias ? ", " : "", o->alias ? o->alias : "",
+                 o->argument ? o->argument : "");
+        printf(strlen(left) > 25 ? "  %s\n%28s" : "  %-25s %s", left, "");
+        for (const char *c = o->help; *c; c++) *c == '\n' ? printf("\n%28s", "") : putchar(*c);
+        if (o->kind != FLAG && o->initial) printf(*o->initial == '\n' ? " [a newline]" : " [%s]", o->initial);
+        putchar('\n');
+    }
+    puts("\nOptions may be written --name value or --name=value; an option without a value can be turned off by =0.\n"
+         "Ctrl-C finishes the step and writes the checkpoint; a second one does not wait.\n"
+         "Exit status: 0 finished, 1 failure, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.");
+}
+
+// Insertions, deletions and replacements that make b of a (Levenshtein), one row of the table at a time.
+static int edit_distance(const char *a, const char *b) {
+    int row[64], columns = (int)strlen(b);
+    if (columns > 63) return 64;
+    for (int j = 0; j <= columns; j++) row[j] = j;
+    for (int i = 1; *a; a++, i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (int j = 1; j <= columns; j++) {
+            int replaced = diagonal + (*a != b[j - 1]);
+            diagonal = row[j];
+            if (row[j - 1] < row[j]) row[j] = row[j - 1];
+            row[j] = row[j] + 1 < replaced ? row[j] + 1 : replaced;
+        }
+    }
+    return row[columns];
+}
+
+// The option that an argument names, as --name, --name=value or an alias; *value is what follows the '='.
+static const option *find_option(const char *argument, const char **value) {
+    char name[64];
+    size_t length = strcspn(argument, "=");
+    *value = argument[length] ? argument + length + 1 : NULL;
+    snprintf(name, sizeof name, "%.*s", (int)(length < sizeof name ? length : sizeof name - 1), argument);
+    const option *nearest = NULL;
+    int least = 4;                                           // a hint further away than this would be none
+    for (const option *o = options; o < options + OPTIONS; o++) {
+        if (!o->help) continue;
+        if (o->alias && !strcmp(name, o->alias)) return o;
+        int distance = name[1] == '-' ? edit_distance(name + 2, o->name) : 64;
+        if (!distance) return o;
+        if (distance < least) least = distance, nearest = o;
+    }
+    if (nearest) complain("unknown option %s; did you mean --%s?", name, nearest->name);
+    else complain("unknown option %s; train --help lists the options", name);
+    return NULL;
+}
+
+// The index of `name` among choices a|b|c, or -1.
+static int find_choice(const char *choices, const char *name) {
+    for (int i = 0;; i++) {
+        size_t length = strcspn(choices, "|");
+        if (strlen(name) == length && !strncmp(choices, name, length)) return i;
+        if (!choices[length]) return -1;
+        choices += length + 1;
+    }
+}
+
+static int parse_number(const char *text, double *number) {
+    char *end;
+    *number = strtod(text, &end);
+    return !*text || strspn(text, " \t\n\v\f\r") || *end || !isfinite(*number) ? -1 : 0;
+}
+
+static int set_option(settings *s, const option *o, const char *value) {
+    void *member = (char *)s + o->offset;
+    double number;
+    if (o->kind == TEXT) {
+        *(const char **)member = value;
+        return value && !*value ? complain("--%s: got nothing, expected %s", o->name, o->argument) : 0;
+    }
+    if (o->kind == CHOICE) {
+        *(int *)member = find_choice(o->argument, value);
+        return *(int *)member < 0 ? complain("--%s: got '%s', expected %s", o->name, value, o->argument) : 0;
+    }
+    if (parse_number(value, &number) || number < o->least || number > o->most ||
+        (o->kind != NUMBER && strspn(value, "0123456789") != strlen(value)))
+        return complain("--%s: got '%s', expected a %s from %.15g to %.15g", o->name, value,
+                        o->kind == NUMBER ? "number" : "whole number", o->least, o->most);
+    if (o->kind == NUMBER) *(double *)member = number;
+    else *(int *)member = (int)number;
+    return 0;
+}
+
+// The value as set_option would read it; `room` holds numbers.
+enum { ROOM = 32 };
+static const char *value_text(const settings *s, const option *o, char room[ROOM]) {
+    const void *member = (const char *)s + o->offset;
+    if (o->kind == TEXT) return *(const char *const *)member;
+    if (o->kind == NUMBER) snprintf(room, ROOM, "%.17g", *(const double *)member);
+    else if (o->kind != CHOICE) snprintf(room, ROOM, "%d", *(const int *)member);
+    else {
+        const char *name = o->argument;
+        for (int i = *(const int *)member; i > 0; i--) name += strcspn(name, "|") + 1;
+        snprintf(room, ROOM, "%.*s", (int)strcspn(name, "|"), name);
+    }
+    return room;
+}
+
+// What no single option can see.
+static int check_settings(settings *s) {
+    const char *const files[] = {s->out, s->keep_best, s->log, s->data, s->val, s->init};   // the first 3 are written
+    if (s->help || s->version || s->bench) return 0;
+    if (!s->data && !s->resume) return complain("no data given; usage: train FILE [options], train --help says more");
+    if (s->resume && s->init) return complain("got --resume and --init, expected one of them");
+    for (int i = 0; i < 3; i++)
+        for (int j = i + 1; j < 6; j++)
+            if (files[i] && files[j] && !strcmp(files[i], files[j]) && files[j] != s->init)
+                return complain("%s would be overwritten; --out, --keep-best and --log need names of their own", files[j]);
+    return 0;
+}
+
+static int parse_options(settings *s, int argc, char **argv) {
+    int only_arguments = 0;
+    memset(s, 0, sizeof *s);
+    s->config = metala_config_default();
+    for (const option *o = options; o < options + OPTIONS; o++)
+        if (o->kind != HEADING && set_option(s, o, o->initial)) return -1;
+    for (int i = 1; i < argc; i++) {
+        const option *o = option_named("data");
+        const char *value = argv[i];
+        if (!only_arguments && !strcmp(argv[i], "--")) {
+            only_arguments = 1;
+            continue;
+        }
+        if (!only_arguments && argv[i][0] == '-' && argv[i][1]) {
+            o = find_option(argv[i], &value);
+            if (!o) return -1;
+            if (o->kind == FLAG && !value) value = "1";
+            if (!value && !(value = argv[++i]))
+                return complain("--%s: got nothing, expected %s", o->name, o->argument);
+        } else if (s->data) return complain("got a second argument '%s', expected one file of data", argv[i]);
+        if (set_option(s, o, value)) return -1;
+        s->given[o - options] = value;
+    }
+    return check_settings(s);
+}
+
+// ------------------------------------------------------------------------------------------------ stopping and time
+
+// The first Ctrl-C asks for a stop after this step; the handler is gone then, so that a second one ends the program.
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int number) {
+    interrupted = number;
+    signal(number, SIG_DFL);
+}
+
+#ifdef _POSIX_C_SOURCE
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+#else
+static double seconds(void) { return (double)time(NULL); }    // clock() would add up the threads
+#endif
+
+typedef struct {
+    settings *s;
+    metala_context *ctx;
+    metala_dataset *train, *val;         // val may be NULL
+    metala_model *model;
+    metala_trainer *trainer;
+    metala_state *state;                 // of a batch of validation sequences
+    metala_real *logits;                 // (B,T,N) of such a batch, when their accuracy is counted; or NULL
+    int *inputs, *targets;               // (B,T)
+    uint8_t *mask;                       // (B,T)
+    FILE *log;
+    double start;                        // when the run would have started, had it run without a break
+    int saved;                           // step of the checkpoint in --out, -1 for none
+    int log_failed;
+} program;
+
+typedef struct {                         // since the last line of progress
+    int steps;
+    double loss, norm, seconds;          // sums over the steps
+    double val_loss, accuracy;           // of the last one, when `evaluated`
+    int evaluated;
+} interval;
+
+static int library_failed(const program *p) { return complain("%s", metala_error(p->ctx)); }
+static int step_of(const program *p) { return (int)metala_trainer_step(p->trainer); }
+static int is_text(const program *p) { return metala_dataset_is_text(p->train); }
+
+#ifdef __GNUC__
+__attribute__((format(printf, 2, 3)))
+#endif
+static void say(const program *p, const char *format, ...) {
+    va_list arguments;
+    if (p->s->quiet) return;
+    va_start(arguments, format);
+    vprintf(format, arguments);
+    va_end(arguments);
+}
+
+// ------------------------------------------------------------------------------------------------ data
+
+static metala_dataset *open_data(program *p, const char *path) {
+    size_t length = strlen(path), dot = sizeof ".safetensors" - 1;
+    int has_length = length >= dot && !strcmp(path + length - dot, ".safetensors") && !is_given(p->s, "context");
+    metala_dataset *d = metala_dataset_open(p->ctx, path, has_length ? 0 : (size_t)p->s->context);
+    if (!d) library_failed(p);
+    return d;
+}
+
+// Below this there is more to lose by holding data out than to learn from it.
+static int can_be_split(const metala_dataset *d) {
+    return metala_dataset_is_text(d) ? metala_dataset_tokens(d) >= 100 : metala_dataset_sequences(d) >= 10;
+}
+
+static int load_data(program *p) {
+    settings *s = p->s;
+    if (!(p->train = open_data(p, s->data))) return -1;
+    if (s->val) {
+        if (!(p->val = open_data(p, s->val))) return -1;
+        if (metala_dataset_is_text(p->val) != is_text(p))
+            return complain("%s is text and %s is not; expected the same kind", is_text(p) ? s->data : s->val,
+                            is_text(p) ? s->val : s->data);
+    } else if (s->val_fraction > 0 && can_be_split(p->train)) {
+        p->val = metala_dataset_split(p->ctx, p->train, s->val_fraction);
+        if (!p->val) return library_failed(p);
+    }
+    s->context = (int)metala_dataset_length(p->train);
+    return 0;
+}
+
+static size_t longest_sequence(const program *p) {
+    size_t T = metala_dataset_length(p->train), val = p->val ? metala_dataset_length(p->val) : 0;
+    return T > val ? T : val;
+}
+
+static void describe_data(const program *p) {
+    const char *unit = is_text(p) ? "bytes" : "sequences";
+    size_t train = is_text(p) ? metala_dataset_tokens(p->train) : metala_dataset_sequences(p->train), val = 0;
+    if (p->val) val = is_text(p) ? metala_dataset_tokens(p->val) : metala_dataset_sequences(p->val);
+    say(p, "data     %s: %zu %s", p->s->data, train, unit);
+    if (!is_text(p)) say(p, " of %d tokens", p->s->context);
+    if (p->val)
+        say(p, " to train on, %zu for validation%s%s\n", val, p->s->val ? " in " : "", p->s->val ? p->s->val : "");
+    else say(p, ", no validation%s\n", p->s->val_fraction > 0 ? ": too few to hold some out (--val FILE)" : "");
+}
+
+// ------------------------------------------------------------------------------------------------ model
+
+// The configuration of a file holds; what the command line says about it must agree.
+static int adopt_config(program *p, const char *path, const metala_config *config) {
+    settings *s = p->s, wanted = *s;
+    s->config = *config;
+    for (const option *o = options; o < options + OPTIONS; o++) {
+        char want[ROOM], have[ROOM];
+        if (!s->given[o - options] || !is_config(o)) continue;
+        if (strcmp(value_text(&wanted, o, want), value_text(s, o, have)))
+            return complain("--%s: got %s, but %s has %s; leave it out or train anew", o->name, want, path, have);
+    }
+    return 0;
+}
+
+static void complete_config(program *p) {
+    metala_config *c = &p->s->config;
+    if (c->glu_dim == 0) c->glu_dim = (int)((8.0 / 3 * c->width + 31) / 32) * 32;
+    if (c->vocab_size == 0 && p->train) c->vocab_size = metala_dataset_vocab(p->train);
+    if (c->vocab_size == 0) c->vocab_size = 256;
+    if (p->val && !is_given(p->s, "vocab") && metala_dataset_vocab(p->val) > c->vocab_size)
+        c->vocab_size = metala_dataset_vocab(p->val);
+}
+
+static int new_model(program *p) {
+    const settings *s = p->s;
+    complete_config(p);
+    p->model = metala_model_create(p->ctx, &s->config);
+    double scale = s->residual_scale > 0 ? s->residual_scale : 1 / sqrt(2.0 * s->config.layers);
+    if (!p->model) return library_failed(p);
+    return metala_model_init(p->ctx, p->model, (uint64_t)s->seed, s->init_std, scale) ? library_failed(p) : 0;
+}
+
+static int old_model(program *p, const char *path) {
+    p->model = metala_model_load(p->ctx, path);
+    if (!p->model) return library_failed(p);
+    return adopt_config(p, path, metala_model_config(p->model));
+}
+
+static int check_vocabulary(const program *p) {
+    const metala_dataset *const sets[] = {p->train, p->val};
+    const char *const names[] = {p->s->data, p->s->val ? p->s->val : p->s->data};
+    for (int i = 0; i < 2; i++)
+        if (sets[i] && metala_dataset_vocab(sets[i]) > p->s->config.vocab_size)
+            return complain("%s needs a vocabulary of %d, the model has %d", names[i], metala_dataset_vocab(sets[i]),
+                            p->s->config.vocab_size);
+    return 0;
+}
+
+// Everything that a step needs, and a validation.
+static int allocate(program *p, size_t T) {
+    const settings *s = p->s;
+    size_t rows = (size_t)s->batch * T, N = (size_t)s->config.vocab_size;
+    enum { MOST_LOGITS = 1 << 24 };
+    p->trainer = metala_trainer_create(p->ctx, p->model, s->batch, T);
+    if (!p->trainer) return library_failed(p);
+    p->inputs = calloc(rows, sizeof *p->inputs);
+    p->targets = calloc(rows, sizeof *p->targets);
+    p->mask = calloc(rows, 1);
+    if (!p->inputs || !p->targets || !p->mask) return complain("out of memory: a batch of %zu tokens", rows);
+    if (p->val && !(p->state = metala_state_create(p->ctx, p->model, s->batch))) return library_failed(p);
+    if (p->val && !is_text(p) && rows <= MOST_LOGITS / N) p->logits = malloc(rows * N * sizeof *p->logits);
+    return 0;
+}
+
+static const char *count_text(char text[ROOM], double n) {
+    snprintf(text, ROOM, n < 1e4 ? "%.0f" : n < 1e6 ? "%.1fk" : n < 1e9 ? "%.2fM" : "%.2fG",
+             n < 1e4 ? n : n < 1e6 ? n / 1e3 : n < 1e9 ? n / 1e6 : n / 1e9);
+    return text;
+}
+
+static void describe_model(const program *p) {
+    const metala_config *c = &p->s->config;
+    metala_memory m = metala_trainer_memory(c, p->s->batch, longest_sequence(p), metala_context_threads(p->ctx));
+    char count[ROOM];
+    say(p, "model    D%d L%d H%d F%d N%d", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size);
+    say(p, "%s%s%s%s%s%s: %s parameters\n", c->tie_word_embeddings ? " tied" : "", c->glu_bias ? " glu-bias" : "",
+        c->no_conv ? " no-conv" : "", c->no_augment ? " no-augment" : "", c->key_linear ? " key-linear" : "",
+        c->fixed_decay ? " fixed-decay" : "", count_text(count, (double)metala_model_size(p->model)));
+    say(p, "memory   %.1f MB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch %.1f\n",
+        (double)m.total / 1e6, (double)m.parameters / 1e6, (double)m.gradients / 1e6, (double)m.moments / 1e6,
+        (double)m.activations / 1e6, (double)m.scratch / 1e6);
+}
+
+static void describe_settings(const program *p) {
+    const settings *s = p->s;
+    char form[ROOM], schedule[ROOM];
+    double tokens = (double)s->accumulate * s->batch * s->context, all = (double)metala_dataset_tokens(p->train);
+    say(p, "step     %d x %d = %.0f tokens, %s, %d thread%s", s->accumulate * s->batch, s->context, tokens,
+        value_text(s, option_named("form"), form), metala_context_threads(p->ctx),
+        metala_context_threads(p->ctx) > 1 ? "s" : "");
+    if (s->max_steps) say(p, "; %d steps pass %.3g times over the data", s->max_steps, tokens * s->max_steps / all);
+    if (s->max_seconds > 0) say(p, "; %g seconds", s->max_seconds);
+    say(p, "\nAdamW    learning rate %g, %s to %g, warm-up %d; betas %g %g, weight decay %g, clip %g\n", s->learning_rate,
+        value_text(s, option_named("schedule"), schedule),
+        s->learning_rate * (!strcmp(schedule, "constant") ? 1 : s->min_lr), s->warmup, s->adamw.beta1, s->adamw.beta2,
+        s->adamw.weight_decay, s->adamw.clip_norm);
+}
+
+// ------------------------------------------------------------------------------------------------ resuming and saving
+
+static const char *kept_key(const option *o, char key[ROOM]) {
+    snprintf(key, ROOM, "train.%s", o->name);
+    return key;
+}
+
+// One setting of the checkpoint: taken over, or reported when the command line says otherwise.
+static int restore_option(settings *s, const option *o, const char *value) {
+    char room[ROOM];
+    const char *given = s->given[o - options] ? value_text(s, o, room) : NULL;
+    if (given) {
+        if (strcmp(given, value)) complain("--%s is now %s, was %s", o->name, s->given[o - options], value);
+        return 0;
+    }
+    char *copy = malloc(strlen(value) + 1);
+    if (!copy) return complain("out of memory");
+    s->restored[o - options] = strcpy(copy, value);
+    return set_option(s, o, copy);
+}
+
+static int restore_settings(program *p) {
+    settings *s = p->s;
+    int found = 0, status = 0;
+    metala_file *f = metala_file_open(p->ctx, s->out);
+    if (!f) return library_failed(p);
+    for (const option *o = options; o < options + OPTIONS && !status; o++) {
+        char key[ROOM];
+        const char *value = is_kept(o) ? metala_file_metadata(f, kept_key(o, key)) : NULL;
+        if (value) found = 1;
+        if (value && restore_option(s, o, value)) status = complain("%s: its setting %s is damaged", s->out, key);
+    }
+    metala_file_close(f);
+    if (!status && !found) return complain("%s: no settings in it; start from it with --init", s->out);
+    return status ? status : check_settings(s);
+}
+
+// A checkpoint whose loss is not finite is worth nothing and must not replace a good one: looks at the next batch.
+static int check_health(program *p);
+
+static int save(program *p, const char *path) {
+    settings *s = p->s;
+    metala_pair pairs[OPTIONS];
+    char keys[OPTIONS][ROOM], values[OPTIONS][ROOM];
+    size_t count = 0;
+    if (check_health(p)) return -1;
+    if (s->max_seconds > 0) s->seconds = seconds() - p->start;
+    for (int i = 0; i < OPTIONS; i++) {
+        const char *value = is_kept(&options[i]) ? value_text(s, &options[i], values[i]) : NULL;
+        if (!value) continue;
+        pairs[count].key = kept_key(&options[i], keys[i]);
+        pairs[count++].value = value;
+    }
+    return metala_checkpoint_save(p->ctx, p->trainer, path, pairs, count) ? library_failed(p) : 0;
+}
+
+static int save_checkpoint(program *p) {
+    if (p->saved == step_of(p)) return 0;
+    if (save(p, p->s->out)) return -1;
+    p->saved = step_of(p);
+    return 0;
+}
+
+// Hours of training should not end at a folder that is not there.
+static int check_writable(const char *path) {
+    size_t length = strlen(path) + sizeof ".tmp";
+    char *name = malloc(length);
+    if (!name) return complain("out of memory");
+    snprintf(name, length, "%s.tmp", path);                   // what saving will write first
+    FILE *stream = fopen(name, "wb");
+    if (!stream) complain("%s: cannot be written: %s", name, strerror(errno));
+    else fclose(stream), remove(name);
+    free(name);
+    return stream ? 0 : -1;
+}
+
+static int check_outputs(const program *p) {
+    const settings *s = p->s;
+    if (check_writable(s->out) || (s->keep_best && check_writable(s->keep_best))) return -1;
+    FILE *stream = s->resume ? NULL : fopen(s->out, "rb");
+    if (stream) {
+        complain("%s is there already and will be replaced; --resume would go on with it", s->out);
+        fclose(stream);
+    }
+    return 0;
+}
+
+// ------------------------------------------------------------------------------------------------ validation
+
+static uint8_t *mask_or_null(const program *p, size_t rows) { return memchr(p->mask, 0, rows) ? p->mask : NULL; }
+
+// The validation sequences number i to i + B - 1 out of `wanted`, which are spread evenly over all.
+static void load_validation(program *p, size_t i, size_t wanted) {
+    size_t T = metala_dataset_length(p->val), all = metala_dataset_sequences(p->val);
+    for (size_t b = 0; b < (size_t)p->s->batch; b++) {
+        size_t j = i + b < wanted ? i + b : wanted - 1;       // beyond the end: any sequence, without targets
+        int *targets = p->targets + b * T;
+        metala_dataset_sequence(p->val, (size_t)((double)j * (double)all / (double)wanted), p->inputs + b * T, targets,
+                                p->mask + b * T);
+        for (size_t t = 0; t < T && i + b >= wanted; t++) targets[t] = METALA_IGNORE;
+    }
+}
+
+// Cross-entropy of one position, log Σ exp(l_i) - l_target, and whether the target is the likeliest.
+static void tally(const metala_real *l, size_t N, int target, double *nats, size_t *right) {
+    size_t best = 0;
+    double sum = 0;
+    for (size_t i = 0; i < N; i++)
+        if (l[i] > l[best]) best = i;
+    for (size_t i = 0; i < N; i++) sum += exp((double)(l[i] - l[best]));
+    *nats += log(sum) + (double)(l[best] - l[target]);
+    *right += best == (size_t)target;
+}
+
+static int score_with_accuracy(program *p, size_t rows, double *nats, size_t *counted, size_t *right) {
+    size_t N = (size_t)p->s->config.vocab_size;
+    if (metala_forward(p->ctx, p->state, (metala_form)p->s->form, p->inputs, mask_or_null(p, rows),
+                       rows / (size_t)p->s->batch, p->logits))
+        return -1;
+    for (size_t row = 0; row < rows; row++)
+        if (p->targets[row] != METALA_IGNORE) {
+            tally(p->logits + row * N, N, p->targets[row], nats, right);
+            ++*counted;
+        }
+    return 0;
+}
+
+// Mean loss over the validation targets. Leaves `evaluated` 0 when Ctrl-C came first.
+static int evaluate(program *p, interval *now) {
+    size_t B = (size_t)p->s->batch, T = metala_dataset_length(p->val), wanted = metala_dataset_sequences(p->val);
+    size_t most = (size_t)p->s->eval_batches * B, counted = 0, right = 0;
+    double nats = 0;
+    if (most && most < wanted) wanted = most;
+    for (size_t i = 0; i < wanted; i += B) {
+        if (interrupted) return 0;
+        load_validation(p, i, wanted);
+        metala_state_reset(p->ctx, p->state);
+        if (p->logits ? score_with_accuracy(p, B * T, &nats, &counted, &right)
+                      : metala_score(p->ctx, p->state, (metala_form)p->s->form, p->inputs, p->targets,
+                                     mask_or_null(p, B * T), T, &nats, &counted))
+            return library_failed(p);
+    }
+    if (!counted) return complain("the validation data has no target that counts");
+    now->val_loss = nats / (double)counted;
+    now->accuracy = (double)right / (double)counted;
+    now->evaluated = 1;
+    return 0;
+}
+
+static int evaluate_and_keep_best(program *p, interval *now) {
+    settings *s = p->s;
+    if (evaluate(p, now)) return -1;
+    if (!now->evaluated || !isfinite(now->val_loss) || (s->best_step && now->val_loss >= s->best_loss)) return 0;
+    s->best_loss = now->val_loss;
+    s->best_step = step_of(p);
+    return s->keep_best ? save(p, s->keep_best) : 0;
+}
+
+// ------------------------------------------------------------------------------------------------ samples
+
+// p_i = exp((l_i - max l) / τ) / Σ; τ = 0: the likeliest. `l` is overwritten.
+static int choose_token(metala_real *l, int N, double temperature, uint64_t *random) {
+    int best = 0;
+    double sum = 0;
+    for (int i = 0; i < N; i++)
+        if (l[i] > l[best]) best = i;
+    if (temperature <= 0) return best;
+    double most = (double)l[best];
+    for (int i = 0; i < N; i++) sum += l[i] = (metala_real)exp(((double)l[i] - most) / temperature);
+    sum *= metala_uniform(random);
+    for (int i = 0; i < N; i++)
+        if ((sum -= (double)l[i]) < 0) return i;
+    return best;
+}
+
+// Bytes that could reprogram a terminal are shown as '?'.
+static void put_byte(int c) { putchar((c < ' ' && c != '\n' && c != '\t') || c == 127 ? '?' : c); }
+
+static int sample(program *p) {
+    const settings *s = p->s;
+    if (!is_text(p) || s->config.vocab_size != 256 || s->quiet) return 0;
+    uint64_t random = (uint64_t)s->seed + ((uint64_t)step_of(p) << 32);
+    size_t length = strlen(s->prompt);
+    int N = s->config.vocab_size, status = -1;
+    metala_state *state = metala_state_create(p->ctx, p->model, 1);
+    metala_real *logits = malloc((size_t)N * sizeof *logits);
+    int *tokens = malloc(length * sizeof *tokens);
+    if (!logits || !tokens) complain("out of memory: a sample");
+    if (!state) library_failed(p);
+    if (!state || !logits || !tokens) goto done;
+    for (size_t i = 0; i < length; i++) tokens[i] = (unsigned char)s->prompt[i];
+    printf("------ sample at step %d\n%s", step_of(p), *s->prompt == '\n' ? "" : s->prompt);
+    status = metala_prefill(p->ctx, state, tokens, NULL, length, logits);
+    for (int i = 0; i < s->sample_tokens && !status && !interrupted; i++) {
+        int token = choose_token(logits, N, s->temperature, &random);
+        if (i > 0 || token != '\n') put_byte(token);
+        status = metala_step(p->ctx, state, &token, logits);
+    }
+    puts("\n------");
+    fflush(stdout);
+    if (status) library_failed(p);
+done:
+    metala_state_free(state);
+    free(logits);
+    free(tokens);
+    return status;
+}
+
+// ------------------------------------------------------------------------------------------------ a step
+
+// How far the schedule has come, 0 to 1.
+static double progress(const program *p, int step) {
+    const settings *s = p->s;
+    double by_steps = s->max_steps > s->warmup ? (double)(step - s->warmup) / (s->max_steps - s->warmup) : 0;
+    double by_seconds = s->max_seconds > 0 ? (seconds() - p->start) / s->max_seconds : 0;
+    return fmax(0, fmin(1, fmax(by_steps, by_seconds)));
+}
+
+// Learning rate of the update after `step` updates: a linear warm-up, then x = 0 … 1 along
+//     cosine  m + (1-m) (1 + cos πx)/2      constant  1      linear  m + (1-m) (1-x)       m = --min-lr
+static double learning_rate(const program *p, int step) {
+    const settings *s = p->s;
+    double x = progress(p, step), left = s->schedule == 0 ? 0.5 * (1 + cos(3.141592653589793 * x)) : 1 - x;
+    double factor = s->schedule == 1 ? 1 : s->min_lr + (1 - s->min_lr) * left;
+    if (step < s->warmup) factor *= (step + 1.0) / s->warmup;
+    return s->learning_rate * factor;
+}
+
+// Adds weight times the gradient of batch number `index` of the stream.
+static int add_gradient(program *p, uint64_t index, double weight, double *loss) {
+    const settings *s = p->s;
+    size_t T = (size_t)s->context;
+    metala_dataset_batch(p->train, (uint64_t)s->seed, index, s->batch, p->inputs, p->targets, p->mask);
+    if (metala_gradient(p->ctx, p->trainer, (metala_form)s->form, p->inputs, p->targets,
+                        mask_or_null(p, (size_t)s->batch * T), s->batch, T, weight, loss))
+        return library_failed(p);
+    return 0;
+}
+
+static int diverged(const program *p, const char *what, double value) {
+    char kept[ROOM + 20] = "no checkpoint was written yet";
+    if (p->saved >= 0) snprintf(kept, sizeof kept, "the checkpoint is that of step %d", p->saved);
+    return complain("step %d: the %s is %g, training has diverged; %s%s%s; try a lower --learning-rate than %g or a"
+                    " longer --warmup than %d", step_of(p) + 1, what, value, p->saved >= 0 ? p->s->out : "",
+                    p->saved >= 0 ? ": " : "", kept, p->s->learning_rate, p->s->warmup);
+}
+
+static int check_health(program *p) {
+    double loss;
+    uint64_t index = (uint64_t)step_of(p) * (uint64_t)p->s->accumulate;
+    if (add_gradient(p, index, 0, &loss)) return -1;
+    metala_trainer_zero(p->ctx, p->trainer);
+    return isfinite(loss) ? 0 : diverged(p, "loss", loss);
+}
+
+// One update by the mean gradient of accumulate × B sequences.
+static int train_step(program *p, interval *now) {
+    metala_adamw adamw = p->s->adamw;
+    double began = seconds(), loss = 0, norm = 0;
+    int passes = p->s->accumulate;
+    for (int i = 0; i < passes; i++) {
+        double part;
+        if (add_gradient(p, (uint64_t)step_of(p) * (uint64_t)passes + (uint64_t)i, 1.0 / passes, &part)) return -1;
+        loss += part / passes;
+    }
+    if (!isfinite(loss)) return diverged(p, "loss", loss);
+    adamw.learning_rate = learning_rate(p, step_of(p));
+    if (metala_update(p->ctx, p->trainer, &adamw, &norm))
+        return isfinite(norm) ? library_failed(p) : diverged(p, "gradient norm", norm);
+    now->steps++;
+    now->loss += loss;
+    now->norm += norm;
+    now->seconds += seconds() - began;
+    return 0;
+}
+
+// ------------------------------------------------------------------------------------------------ progress
+
+static int open_log(program *p) {
+    const char *path = p->s->log;
+    if (!path) return 0;
+    p->log = fopen(path, p->s->resume ? "a" : "w");
+    if (!p->log) return complain("%s: cannot be written: %s", path, strerror(errno));
+    fseek(p->log, 0, SEEK_END);
+    if (ftell(p->log) <= 0)
+        fputs("step,tokens,seconds,loss,val_loss,val_accuracy,gradient_norm,learning_rate,tokens_per_second\n", p->log);
+    return fflush(p->log) || ferror(p->log) ? complain("%s: cannot be written: %s", path, strerror(errno)) : 0;
+}
+
+// A log that fails later does not end the training, only its exit status tells.
+static void write_log(program *p, const interval *now, double tokens_per_second) {
+    if (!p->log) return;
+    double tokens = (double)p->s->accumulate * p->s->batch * p->s->context;
+    fprintf(p->log, "%d,%.0f,%.3f,%.9g,", step_of(p), tokens * step_of(p), seconds() - p->start,
+            now->loss / now->steps);
+    if (now->evaluated) fprintf(p->log, "%.9g", now->val_loss);
+    fputc(',', p->log);
+    if (now->evaluated && p->logits) fprintf(p->log, "%.9g", now->accuracy);
+    fprintf(p->log, ",%.9g,%.9g,%.1f\n", now->norm / now->steps, learning_rate(p, step_of(p) - 1), tokens_per_second);
+    if (!fflush(p->log) && !ferror(p->log)) return;
+    complain("%s: cannot be written: %s; training goes on without it", p->s->log, strerror(errno));
+    fclose(p->log);
+    p->log = NULL;
+    p->log_failed = 1;
+}
+
+static const char *time_text(char text[ROOM], double s) {
+    if (s < 100) snprintf(text, ROOM, "%.0fs", s);
+    else if (s < 6000) snprintf(text, ROOM, "%dm %02ds", (int)s / 60, (int)s % 60);
+    else snprintf(text, ROOM, "%.0fh %02dm", floor(s / 3600), (int)(fmod(s, 3600) / 60));
+    return text;
+}
+
+static void print_header(const program *p) {
+    say(p, "\n%13s %9s", "step", "loss");
+    if (p->val) say(p, " %9s %10s", "val loss", is_text(p) ? "bits/byte" : "perplexity");
+    if (p->val && p->logits) say(p, " %8s", "accuracy");
+    say(p, " %9s %9s %9s %8s %8s\n", "gradient", "rate", "tokens/s", "GFLOP/s", "left");
+}
+
+static void print_progress(program *p, const interval *now) {
+    const settings *s = p->s;
+    char step[ROOM], left[ROOM] = "";
+    double tokens = (double)s->accumulate * s->batch * s->context, each = now->seconds / now->steps, rest = -1;
+    double speed = each > 0 ? tokens / each : 0;
+    if (s->max_steps) snprintf(step, sizeof step, "%d/%d", step_of(p), s->max_steps);
+    else snprintf(step, sizeof step, "%d", step_of(p));
+    if (s->max_steps) rest = (s->max_steps - step_of(p)) * each;
+    if (s->max_seconds > 0 && (rest < 0 || s->max_seconds - (seconds() - p->start) < rest))
+        rest = fmax(0, s->max_seconds - (seconds() - p->start));
+    say(p, "%13s %9.4f", step, now->loss / now->steps);
+    if (p->val && now->evaluated) {
+        say(p, " %9.4f %10.4f", now->val_loss, is_text(p) ? now->val_loss / log(2) : exp(now->val_loss));
+        if (p->logits) say(p, " %7.2f%%", 100 * now->accuracy);
+    } else if (p->val) say(p, " %9s %10s%s", "", "", p->logits ? "         " : "");
+    say(p, " %9.3f %9.2e %9.0f %8.1f %8s\n", now->norm / now->steps, learning_rate(p, step_of(p) - 1), speed,
+        6e-9 * (double)metala_model_size(p->model) * speed, rest < 0 ? "" : time_text(left, rest));
+    fflush(stdout);
+    write_log(p, now, speed);
+}
+
+// ------------------------------------------------------------------------------------------------ the loop
+
+static int is_due(int step, int every) { return every > 0 && step % every == 0; }
+
+static int is_finished(const program *p) {
+    const settings *s = p->s;
+    return (s->max_steps && step_of(p) >= s->max_steps) ||
+           (s->max_seconds > 0 && seconds() - p->start >= s->max_seconds);
+}
+
+static int is_stopped(const program *p) { return interrupted || (p->s->stop_at && step_of(p) >= p->s->stop_at); }
+
+// Steps until the end or a stop, and between them what is due.
+static int train(program *p) {
+    const settings *s = p->s;
+    interval now = {0};
+    print_header(p);
+    for (int finished = 0, stopped = 0; !finished && !stopped;) {
+        if (train_step(p, &now)) return -1;
+        int step = step_of(p);
+        finished = is_finished(p);
+        if (p->val && (finished || is_due(step, s->eval_every)) && evaluate_and_keep_best(p, &now)) return -1;
+        stopped = is_stopped(p);
+        if (finished || stopped || now.evaluated || is_due(step, s->log_every)) {
+            print_progress(p, &now);
+            memset(&now, 0, sizeof now);
+        }
+        if (!stopped && is_due(step, s->sample_every) && sample(p)) return -1;
+        if ((finished || stopped || is_due(step, s->save_every)) && save_checkpoint(p)) return -1;
+    }
+    return 0;
+}
+
+// A word as a shell takes it.
+static void say_word(const program *p, const char *word) {
+    if (!word[strcspn(word, " \t\n\"'\\$&|;<>()*?[]{}`!#~")]) {
+        say(p, " %s", word);
+        return;
+    }
+    say(p, " '");
+    for (; *word; word++) say(p, *word == '\'' ? "'\\''" : "%c", *word);
+    say(p, "'");
+}
+
+static void report(const program *p, const char *command) {
+    const settings *s = p->s;
+    if (s->best_step)
+        say(p, "\nbest validation loss %.4f (%.4f %s) at step %d%s%s\n", s->best_loss,
+            is_text(p) ? s->best_loss / log(2) : exp(s->best_loss), is_text(p) ? "bits per byte" : "perplexity",
+            s->best_step, s->keep_best ? ", kept in " : "", s->keep_best ? s->keep_best : "");
+    say(p, "%s: the model after step %d\n", s->out, step_of(p));
+    if (is_finished(p)) return;
+    say(p, "stopped; go on with:");
+    say_word(p, command);
+    say(p, " --resume");
+    if (is_given(s, "out")) say(p, " --out"), say_word(p, s->out);
+    if (is_given(s, "threads")) say(p, " --threads %d", s->threads);
+    say(p, "\n");
+}
+
+// ------------------------------------------------------------------------------------------------ benchmark
+
+static int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+// The median time of a training step on random tokens.
+static int bench(program *p) {
+    enum { WARM = 2, TIMED = 9 };
+    settings *s = p->s;
+    const metala_config *c = &s->config;
+    uint64_t random = (uint64_t)s->seed;
+    double times[TIMED], loss, norm;
+    char count[ROOM], form[ROOM];
+    if (!is_given(s, "layers")) s->config.layers = metala_config_default().layers;
+    if (s->init ? old_model(p, s->init) : new_model(p)) return -1;
+    if (allocate(p, (size_t)s->context)) return -1;
+    s->adamw.learning_rate = s->learning_rate;
+    for (int i = 0; i < s->batch * s->context; i++) {
+        p->inputs[i] = (int)(metala_random(&random) % (uint64_t)c->vocab_size);
+        p->targets[i] = (int)(metala_random(&random) % (uint64_t)c->vocab_size);
+    }
+    for (int i = 0; i < WARM + TIMED; i++) {
+        double began = seconds();
+        if (interrupted) return 0;
+        if (metala_gradient(p->ctx, p->trainer, (metala_form)s->form, p->inputs, p->targets, NULL, s->batch,
+                            (size_t)s->context, 1, &loss) || metala_update(p->ctx, p->trainer, &s->adamw, &norm))
+            return library_failed(p);
+        if (i >= WARM) times[i - WARM] = seconds() - began;
+    }
+    qsort(times, TIMED, sizeof *times, by_size);
+    double step = times[TIMED / 2], parameters = (double)metala_model_size(p->model);
+    double speed = step > 0 ? (double)s->batch * s->context / step : 0;
+    printf("bench D%d L%d H%d F%d N%d B%d T%d P %s: ", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size, s->batch,
+           s->context, count_text(count, parameters));
+    printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %d threads\n", 1e3 * step, speed, 6e-9 * parameters * speed,
+           value_text(s, option_named("form"), form), metala_context_threads(p->ctx));
+    return 0;
+}
+
+// ------------------------------------------------------------------------------------------------ main
+
+static int prepare(program *p) {
+    settings *s = p->s;
+    if (s->resume && restore_settings(p)) return -1;
+    if (!s->resume && s->max_seconds > 0 && !is_given(s, "max-steps")) s->max_steps = 0;
+    if (!s->resume && s->max_steps && !is_given(s, "warmup") && s->warmup > s->max_steps / 10)
+        s->warmup = s->max_steps / 10;
+    if (load_data(p)) return -1;
+    if (s->resume ? old_model(p, s->out) : s->init ? old_model(p, s->init) : new_model(p)) return -1;
+    if (check_vocabulary(p)) return -1;
+    describe_data(p);
+    describe_model(p);
+    describe_settings(p);
+    fflush(stdout);
+    if (check_outputs(p) || allocate(p, longest_sequence(p))) return -1;
+    p->saved = -1;
+    if (!s->resume) return 0;
+    if (metala_checkpoint_load(p->ctx, p->trainer, s->out)) return library_failed(p);
+    p->saved = step_of(p);
+    say(p, "resumed  %s after step %d\n", s->out, step_of(p));
+    return 0;
+}
+
+static int run(program *p, const char *command) {
+    signal(SIGINT, on_interrupt);
+    signal(SIGTERM, on_interrupt);
+    if (p->s->bench) return bench(p);
+    if (prepare(p)) return -1;
+    p->start = seconds() - p->s->seconds;
+    if (is_finished(p)) return complain("nothing left to do at step %d; a larger --max-steps or --max-seconds goes on",
+                                        step_of(p));
+    if (p->s->stop_at && step_of(p) >= p->s->stop_at)
+        return complain("--stop-at %d: step %d is done already", p->s->stop_at, step_of(p));
+    if (open_log(p) || train(p)) return -1;
+    report(p, command);
+    return p->log_failed ? -1 : 0;
+}
+
+#if defined _OPENMP && defined _POSIX_C_SOURCE
+// OpenMP's threads wait for work by spinning. Where other programs want the processors too, each end of a loop then
+// waits for a thread that is not running, and a step takes ten times as long. The OpenMP runtime reads its settings
+// when it is loaded, so the program starts itself once more; where that fails, it goes on as it is.
+static void wait_asleep(char **argv) {
+    if (getenv("OMP_WAIT_POLICY") || setenv("OMP_WAIT_POLICY", "passive", 1)) return;
+    execvp(argv[0], argv);
+}
+#endif
+
+static int close_all(program *p) {
+    int status = 0;
+    if (p->log && fclose(p->log)) status = complain("%s: cannot be written: %s", p->s->log, strerror(errno));
+    for (int i = 0; i < MOST_OPTIONS; i++) free(p->s->restored[i]);
+    metala_trainer_free(p->trainer);
+    metala_state_free(p->state);
+    metala_model_free(p->model);
+    metala_dataset_free(p->val);
+    metala_dataset_free(p->train);
+    metala_close(p->ctx);
+    free(p->logits);
+    free(p->inputs);
+    free(p->targets);
+    free(p->mask);
+    if (fflush(stdout) || ferror(stdout)) status = complain("standard output: cannot be written: %s", strerror(errno));
+    return status;
+}
+
+int main(int argc, char **argv) {
+    settings s;
+    program p = {0};
+#if defined _OPENMP && defined _POSIX_C_SOURCE
+    wait_asleep(argv);
+#endif
+    if (parse_options(&s, argc, argv)) return 2;
+    p.s = &s;
+    int status = 0;
+    if (s.help) print_help();
+    else if (s.version) printf("metala %s, float%d\n", METALA_VERSION, 8 * (int)sizeof(metala_real));
+    else if ((p.ctx = metala_open(NULL, s.threads)) == NULL) status = complain("%s", metala_error(NULL));
+    else status = run(&p, argv[0]);
+    if (close_all(&p)) status = -1;
+    return status ? 1 : interrupted ? 128 + (int)interrupted : 0;
+}
