@@ -42,6 +42,7 @@ static int complain(const char *format, ...) {
 // ------------------------------------------------------------------------------------------------ options
 
 enum { MOST_OPTIONS = 80 };
+enum { COSINE, CONSTANT, LINEAR };        // --schedule
 
 typedef struct {
     const char *data, *val, *init, *out, *keep_best, *prompt, *log;
@@ -289,7 +290,7 @@ static int check_settings(settings *s) {
     for (int i = 0; i < 3; i++)
         for (int j = i + 1; j < 6; j++)
             if (files[i] && files[j] && !strcmp(files[i], files[j]) && files[j] != s->init)
-                return complain("%s would be overwritten; --out, --keep-best and --log need names of their own", files[j]);
+                return complain("%s would be overwritten; give --out, --keep-best and --log other names", files[j]);
     return 0;
 }
 
@@ -517,10 +518,10 @@ static void describe_settings(const program *p) {
         metala_context_threads(p->ctx) > 1 ? "s" : "");
     if (s->max_steps) say(p, "; %d steps pass %.3g times over the data", s->max_steps, tokens * s->max_steps / all);
     if (s->max_seconds > 0) say(p, "; %g seconds", s->max_seconds);
-    say(p, "\nAdamW    learning rate %g, %s to %g, warm-up %d; betas %g %g, weight decay %g, clip %g\n", s->learning_rate,
-        value_text(s, option_named("schedule"), schedule),
-        s->learning_rate * (!strcmp(schedule, "constant") ? 1 : s->min_lr), s->warmup, s->adamw.beta1, s->adamw.beta2,
-        s->adamw.weight_decay, s->adamw.clip_norm);
+    value_text(s, option_named("schedule"), schedule);
+    say(p, "\nAdamW    learning rate %g, %s to %g, warm-up %d; betas %g %g, weight decay %g, clip %g\n",
+        s->learning_rate, schedule, s->learning_rate * (s->schedule == CONSTANT ? 1 : s->min_lr), s->warmup,
+        s->adamw.beta1, s->adamw.beta2, s->adamw.weight_decay, s->adamw.clip_norm);
 }
 
 // ------------------------------------------------------------------------------------------------ resuming and saving
@@ -745,8 +746,8 @@ static double progress(const program *p, int step) {
 //     cosine  m + (1-m) (1 + cos πx)/2      constant  1      linear  m + (1-m) (1-x)       m = --min-lr
 static double learning_rate(const program *p, int step) {
     const settings *s = p->s;
-    double x = progress(p, step), left = s->schedule == 0 ? 0.5 * (1 + cos(3.141592653589793 * x)) : 1 - x;
-    double factor = s->schedule == 1 ? 1 : s->min_lr + (1 - s->min_lr) * left;
+    double x = progress(p, step), left = s->schedule == COSINE ? 0.5 * (1 + cos(3.141592653589793 * x)) : 1 - x;
+    double factor = s->schedule == CONSTANT ? 1 : s->min_lr + (1 - s->min_lr) * left;
     if (step < s->warmup) factor *= (step + 1.0) / s->warmup;
     return s->learning_rate * factor;
 }
@@ -958,8 +959,8 @@ static int bench(program *p) {
     qsort(times, TIMED, sizeof *times, by_size);
     double step = times[TIMED / 2], parameters = (double)metala_model_size(p->model);
     double speed = step > 0 ? (double)s->batch * s->context / step : 0;
-    printf("bench D%d L%d H%d F%d N%d B%d T%d P %s: ", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size, s->batch,
-           s->context, count_text(count, parameters));
+    printf("bench D%d L%d H%d F%d N%d B%d T%d P %s: ", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size,
+           s->batch, s->context, count_text(count, parameters));
     printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %d threads\n", 1e3 * step, speed, 6e-9 * parameters * speed,
            value_text(s, option_named("form"), form), metala_context_threads(p->ctx));
     return 0;

@@ -110,14 +110,15 @@ enum {
 typedef struct { int verb, who, whom, thing; const char *words; } beat;
 
 static const char *const usual_words[VERBS] = {             // of beats that bring none of their own
-    [OPEN] = "[One [|sunny |warm |fine ][day|day|morning], {who full} [went|walked] to {place} with {whom full}."
-             "|One [|sunny |warm |quiet ][day|day|morning], {who full} and {whom full} [met|played|were] {at}."
+    [OPEN] = "[One [||sunny |warm |fine ][day|day|morning], {who full} [went|walked] to {place} with {whom full}."
+             "|One [||sunny |warm |quiet ][day|day|morning], {who full} and {whom full} [met|played|were] {at}."
              "|Once there was {a who} named {who}. One day, {who he} [went to {place}|played {at}] with {whom full}."
-             "|Once there were two friends, {who full} and {whom full}. They [often played|liked to play] {at}.]",
+             "|Once there were two friends, {who full} and {whom full}. One day, they [went to {place}|"
+             "played {at}|met {at}].]",
     [JOIN] = "{Who full} [came, too|came along|was there, too|came to play with them].",
     [OWNS] = "{Who} had {a thing}[|||, and {who he} [liked|loved] it very much].",
     [GIVES] = "{Who} gave the {thing} to {whom}.",
-    [LOSES] = "[Then|Suddenly|After a while], {who} stopped. \"Oh no! Where is my {thing noun}?\" [{who he} cried|"
+    [LOSES] = "[But then|Suddenly|After a while,] {who} stopped. \"Oh no! Where is my {thing noun}?\" [{who he} cried|"
               "cried {who}|asked {who}]. The {thing} was [gone|lost].",
     [SEARCHES] = "{Who} [looked|searched] {wrong}, but [the {thing noun} was not there|{who he} did not find it].",
     [FINDS] = "[Then {who} looked {spot}, and there was the {thing}!|{Who} looked {spot} and found the {thing}!|"
@@ -239,7 +240,7 @@ static const plot plots[] = {
     {OWNS, HERO, 0, TOY, 0},
     {OWNS, FRIEND, 0, OTHER, 0},
     {TELL, 0, 0, 0,
-        "\n[Soon|Then|After a while], dark clouds came, and it began to rain. \"My {other noun} will get wet!\" said "
+        "\n[Soon|Then|After a while,] dark clouds came, and it began to rain. \"My {other noun} will get wet!\" said "
         "{friend}. \"Come under my {toy noun},\" said {hero}. \"There is room for two.\" They sat close together and "
         "[told stories|sang a song|listened to the rain]."},
     {MAYBE | GIVES, FRIEND, HERO, OTHER, "{Who} was so thankful that {who he} gave the {thing} to {whom}."},
@@ -414,9 +415,8 @@ typedef struct {
     const char *traits[PEOPLE], *work;
     int role[PARTS];                                        // who plays which part
     thing things[THINGS];
-    int subject, lost;                                      // the thing that is spoken of, and the one that was lost
+    int subject, lost, asked;                               // things: spoken of, lost, asked about; or THINGS
     int place, spot, searches;
-    int asked_about, asked_which;                           // the last question
     size_t length;
     char text[4096];
 } story;
@@ -620,7 +620,7 @@ static void sum_up(story *s) {
             say(s, "[Now|So now|So] {owner} had both the {toy} and the {other}.");
             return;
         }
-        say(s, i != TOY ? "and " : t[i].owner != t[i].first ? "[|So |Now ]" : "[|So ]");
+        say(s, i != TOY ? "and " : t[i].owner != t[i].first ? "[|So |Now ]" : "");
         put_text(s, t[i].owner != t[i].first ? "{owner} had the {thing}"
                   : t[i].giver ? "{owner} had the {thing} again" : "{owner} still had the {thing}");
         put_word(s, i == TOY ? "," : ".");
@@ -631,8 +631,7 @@ static bool can_ask(const story *s, int q, int which) {
     const thing *t = &s->things[which];
     int held = 0;
     for (int i = 0; i < THINGS; i++) held += s->things[i].owner == t->owner;
-    return t->noun && t->food == questions[q].food && s->role[questions[q].about]
-        && (questions[q].about != s->asked_about || which != s->asked_which)
+    return t->noun && t->food == questions[q].food && s->role[questions[q].about] && which != s->asked
         && (questions[q].when != MOVED || t->giver)
         && (questions[q].when != ALONE || held == 1)
         && (questions[q].when != LOST || which == s->lost);
@@ -640,29 +639,29 @@ static bool can_ask(const story *s, int q, int which) {
 
 static void ask(story *s) {
     int q, which;
+    bool again = s->asked < THINGS;                         // then about something else
     do {
         q = below(s, COUNT(questions));
         which = below(s, THINGS);
         speak_of(s, which);
     } while (!can_ask(s, q, which));
+    s->asked = which;
     s->role[ANSWER] = s->role[questions[q].about];
     s->role[SPEAKER] = HERO + below(s, s->plot->people);
-    say(s, s->asked_about ? "\"And " : "\"");
+    say(s, again ? "\"And " : "\"");
     size_t at = s->length;
     put_text(s, questions[q].ask);
-    if (!s->asked_about) capitalise(s, at);
-    put_text(s, s->asked_about ? "\" asked {elder}. \"" : "\" [asked {elder}|{elder he} asked]. \"");
+    if (!again) capitalise(s, at);
+    put_text(s, again ? "\" asked {elder}. \"" : "\" [asked {elder}|{elder he} asked]. \"");
     put_text(s, s->role[SPEAKER] == s->role[ANSWER] ? questions[q].answer_of_oneself : questions[q].answer);
     put_text(s, ",\" said {speaker}.");
-    s->asked_about = questions[q].about;
-    s->asked_which = which;
 }
 
 // A new plot, and for it a place, people and things, of which no two are alike.
 static void set_the_stage(story *s) {
     static const character nobody = {"nobody", "nobody", false, HE};
     uint64_t names = 0, manners = 0, things = 0, looks = 0;
-    *s = (story){.random = s->random, .lost = THINGS, .searches = 1};
+    *s = (story){.random = s->random, .lost = THINGS, .asked = THINGS, .searches = 1};
     s->plot = &plots[below(s, COUNT(plots))];
     s->place = below(s, COUNT(places));
     s->spot = below(s, SPOTS);
@@ -735,7 +734,8 @@ static bool parse(const char *text, bool suffix, uint64_t *number) {
 
 int main(int count, char **arguments) {
     enum { SHORTEST = 80, LONGEST = 160 };                  // words in a story
-    uint64_t bytes = 4000000, seed = 1, written = 0;
+    uint64_t bytes = 4000000, written = 0;
+    story s = {.random = 1};
     for (int i = 1; i < count; i++) {
         const char *argument = arguments[i];
         size_t length = strcspn(argument, "=");
@@ -750,7 +750,7 @@ int main(int count, char **arguments) {
             return 2;
         }
         const char *value = argument[length] ? argument + length + 1 : i + 1 < count ? arguments[++i] : "nothing";
-        if (!parse(value, is_bytes, is_bytes ? &bytes : &seed)) {
+        if (!parse(value, is_bytes, is_bytes ? &bytes : &s.random)) {
             fprintf(stderr, "stories: %.*s got '%s', expected a number such as %s; see stories --help\n",
                     (int)length, argument, value, is_bytes ? "500000, 500k or 4M" : "1");
             return 2;
@@ -759,7 +759,6 @@ int main(int count, char **arguments) {
 #ifdef _WIN32
     _setmode(1, _O_BINARY);                                 // a newline is one byte everywhere
 #endif
-    story s = {.random = seed};
     for (;;) {
         int words;
         do words = tell(&s); while (words < SHORTEST || words > LONGEST);
