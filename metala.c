@@ -2861,10 +2861,12 @@ int metala_file_write(metala_context *ctx, const char *path, const metala_tensor
     }
     bad |= fflush(stream) != 0 || ferror(stream);
     bad |= fclose(stream) != 0;
-    if (bad) fail(ctx, "%s: writing failed, is the disk full? %llu bytes are needed; %s is as it was", temporary,
-                  (unsigned long long)(8 + header.length + at), path);
-    else if (rename(temporary, path) && (remove(path) || rename(temporary, path)))   // some systems do not replace
-        fail(ctx, "%s: cannot be replaced by %s; check the permissions", path, temporary);
+#ifdef _WIN32
+    if (!bad) remove(path);                                          // rename does not replace there
+#endif
+    if (bad) fail(ctx, "%s: writing failed, is the disk full? %llu bytes are needed; nothing was replaced", temporary,
+                  (unsigned long long)(8 + header.length + at));
+    else if (rename(temporary, path)) fail(ctx, "%s: cannot be written; is it a folder, or not yours?", path);
     else status = 0;
     if (status) remove(temporary);
 done:

@@ -850,9 +850,22 @@ static int run(program *p) {
     return status;
 }
 
+#if defined _OPENMP && defined _POSIX_C_SOURCE
+// OpenMP's threads spin while they wait for each other, which on a busy machine starves the one that they wait for. How
+// they wait is read from the environment before main() begins: so it is set here, and the program started again, once.
+static void wait_asleep(char **argv) {
+    if (getenv("OMP_WAIT_POLICY") || setenv("OMP_WAIT_POLICY", "passive", 1) || setenv("GOMP_SPINCOUNT", "2000", 0))
+        return;
+    execvp(argv[0], argv);               // returns only when it failed; all works without it
+}
+#endif
+
 int main(int argc, char **argv) {
     settings s;
     program p = {0};
+#if defined _OPENMP && defined _POSIX_C_SOURCE
+    wait_asleep(argv);
+#endif
     if (parse_options(&s, argc, argv)) return 2;
     if (s.help) print_help();
     if (s.version && !s.help) printf("metala %s, float%d\n", METALA_VERSION, 8 * (int)sizeof(metala_real));

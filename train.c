@@ -14,6 +14,7 @@
 #include "metala.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -31,6 +32,7 @@ __attribute__((format(printf, 1, 2)))
 #endif
 static int complain(const char *format, ...) {
     va_list arguments;
+    fflush(stdout);                                          // in the order in which things happened
     va_start(arguments, format);
     fputs("train: ", stderr);
     vfprintf(stderr, format, arguments);
@@ -72,8 +74,8 @@ typedef struct {
 #define AT(member) offsetof(settings, member)
 #define IS_GROUP(title) {HEADING, title, 0, 0, 0, 0, 0, 0, 0}
 #define IS_FLAG(name, alias, member, help) {FLAG, name, alias, 0, "0", help, 0, 1, AT(member)}
-#define IS_WHOLE(name, alias, argument, initial, least, member, help) \
-    {WHOLE, name, alias, argument, initial, help, least, 1e9, AT(member)}
+#define IS_WHOLE(name, alias, argument, initial, least, most, member, help) \
+    {WHOLE, name, alias, argument, initial, help, least, most, AT(member)}
 #define IS_NUMBER(name, alias, initial, least, most, member, help) \
     {NUMBER, name, alias, "X", initial, help, least, most, AT(member)}
 #define IS_CHOICE(name, choices, initial, member, help) {CHOICE, name, 0, choices, initial, help, 0, 0, AT(member)}
@@ -85,16 +87,16 @@ static const option options[] = {
     IS_TEXT("data", 0, "FILE", 0, data, "what to train on; --data itself may be left out"),
     IS_TEXT("val", 0, "FILE", 0, val, "validation data; without it, the end of the training data is held out"),
     IS_NUMBER("val-fraction", 0, "0.1", 0, 0.9, val_fraction, "how much of it; 0 = none"),
-    IS_WHOLE("context", "-T", "T", "256", 1, context, "tokens of a sequence; a .safetensors file has its own"),
-    IS_WHOLE("batch", "-B", "B", "8", 1, batch, "sequences of one gradient pass"),
-    IS_WHOLE("accumulate", 0, "N", "1", 1, accumulate, "gradient passes of one step"),
+    IS_WHOLE("context", "-T", "T", "256", 1, 1e9, context, "tokens of a sequence; a .safetensors file has its own"),
+    IS_WHOLE("batch", "-B", "B", "8", 1, 1e9, batch, "sequences of one gradient pass"),
+    IS_WHOLE("accumulate", 0, "N", "1", 1, 1e9, accumulate, "gradient passes of one step"),
 
     IS_GROUP("Model"),
-    IS_WHOLE("width", 0, "D", "256", 1, config.width, "channels"),
-    IS_WHOLE("layers", 0, "L", "4", 1, config.layers, "layers"),
-    IS_WHOLE("heads", 0, "H", "4", 1, config.heads, "heads; H divides D/2"),
-    IS_WHOLE("glu-dim", 0, "F", "0", 0, config.glu_dim, "channels in the GLU; 0 = 8/3 D, up to a multiple of 32"),
-    IS_WHOLE("vocab", 0, "N", "0", 0, config.vocab_size, "vocabulary; 0 = what the data needs, 256 for text"),
+    IS_WHOLE("width", 0, "D", "256", 1, 1 << 24, config.width, "channels"),
+    IS_WHOLE("layers", 0, "L", "4", 1, 1e9, config.layers, "layers"),
+    IS_WHOLE("heads", 0, "H", "4", 1, 1e9, config.heads, "heads; H divides D/2"),
+    IS_WHOLE("glu-dim", 0, "F", "0", 0, 1e9, config.glu_dim, "channels in the GLU; 0 = 8/3 D, up to a multiple of 32"),
+    IS_WHOLE("vocab", 0, "N", "0", 0, 1e9, config.vocab_size, "vocabulary; 0 = what the data needs, 256 for text"),
     IS_FLAG("tie", 0, config.tie_word_embeddings, "the output layer is the embedding"),
     IS_FLAG("glu-bias", 0, config.glu_bias, "biases in the GLU"),
     IS_NUMBER("tau", 0, "16", 1e-3, 1e6, config.tau, "decay temperature"),
@@ -109,9 +111,9 @@ static const option options[] = {
     IS_GROUP("Optimisation"),
     IS_NUMBER("learning-rate", "--lr", "0.002", 0, 1e30, learning_rate, "highest learning rate"),
     IS_NUMBER("min-lr", 0, "0.1", 0, 1, min_lr, "where the schedule ends, as a fraction of --learning-rate"),
-    IS_WHOLE("warmup", 0, "N", "100", 0, warmup, "steps up to it; unless given, at most a tenth of --max-steps"),
+    IS_WHOLE("warmup", 0, "N", "100", 0, 1e9, warmup, "steps up to it; unless given, at most a tenth of --max-steps"),
     IS_CHOICE("schedule", "cosine|constant|linear", "cosine", schedule, "from there on"),
-    IS_WHOLE("max-steps", 0, "N", "1500", 0, max_steps, "steps in all; 0 = no limit, as --max-seconds implies"),
+    IS_WHOLE("max-steps", 0, "N", "1500", 0, 1e9, max_steps, "steps in all; 0 = no limit, as --max-seconds implies"),
     IS_NUMBER("max-seconds", 0, "0", 0, 1e9, max_seconds, "seconds in all; 0 = no limit. With it the schedule follows\n"
               "the clock as well, to the nearer limit: no two runs have the same bits"),
     IS_NUMBER("beta1", 0, "0.9", 0, 0.999999, adamw.beta1, "AdamW: memory of the first moment"),
@@ -119,30 +121,30 @@ static const option options[] = {
     IS_NUMBER("eps", 0, "1e-8", 1e-30, 1, adamw.eps, "AdamW: keeps the quotient finite"),
     IS_NUMBER("weight-decay", 0, "0.1", 0, 100, adamw.weight_decay, "AdamW: decoupled weight decay"),
     IS_NUMBER("clip", 0, "1", 0, 1e30, adamw.clip_norm, "longest gradient; 0 = any length"),
-    IS_WHOLE("seed", 0, "N", "1", 0, seed, "of initial weights, batches and samples"),
+    IS_WHOLE("seed", 0, "N", "1", 0, INT_MAX, seed, "of initial weights, batches and samples"),
     IS_CHOICE("form", "chunkwise|recurrent|parallel", "chunkwise", form, "how the scan is computed"),
 
     IS_GROUP("Progress"),
-    IS_WHOLE("log-every", 0, "N", "25", 1, log_every, "steps between lines of progress"),
+    IS_WHOLE("log-every", 0, "N", "25", 1, 1e9, log_every, "steps between lines of progress"),
     IS_TEXT("log", 0, "FILE.csv", 0, log, "progress as a table; --resume appends"),
-    IS_WHOLE("eval-every", 0, "N", "250", 0, eval_every, "steps between validations; 0 = only the last"),
-    IS_WHOLE("eval-batches", 0, "N", "64", 0, eval_batches, "batches of a validation, spread over its data; 0 = all"),
-    IS_WHOLE("save-every", 0, "N", "500", 0, save_every, "steps between checkpoints; 0 = only the last"),
+    IS_WHOLE("eval-every", 0, "N", "250", 0, 1e9, eval_every, "steps between validations; 0 = only the last"),
+    IS_WHOLE("eval-batches", 0, "N", "64", 0, 1e9, eval_batches, "batches of one, spread over the data; 0 = all of it"),
+    IS_WHOLE("save-every", 0, "N", "500", 0, 1e9, save_every, "steps between checkpoints; 0 = only the last"),
     IS_TEXT("keep-best", 0, "FILE", 0, keep_best, "also keep the checkpoint with the best validation loss"),
-    IS_WHOLE("sample-every", 0, "N", "500", 0, sample_every, "steps between samples of text; 0 = none"),
-    IS_WHOLE("sample-tokens", 0, "N", "300", 1, sample_tokens, "length of a sample"),
+    IS_WHOLE("sample-every", 0, "N", "500", 0, 1e9, sample_every, "steps between samples of text; 0 = none"),
+    IS_WHOLE("sample-tokens", 0, "N", "300", 1, 1e9, sample_tokens, "length of a sample"),
     IS_TEXT("prompt", 0, "TEXT", "\n", prompt, "what a sample continues"),
     IS_NUMBER("temperature", 0, "0.8", 0, 100, temperature, "of a sample; 0 = the likeliest"),
     IS_NUMBER("best-loss", 0, "0", -1e300, 1e300, best_loss, 0),
-    IS_WHOLE("best-step", 0, "N", "0", 0, best_step, 0),
+    IS_WHOLE("best-step", 0, "N", "0", 0, INT_MAX, best_step, 0),
     IS_NUMBER("seconds", 0, "0", 0, 1e300, seconds, 0),
 
     IS_GROUP("This run alone (what is above comes back with --resume)"),
     IS_TEXT("out", "-o", "FILE", "model.safetensors", out, "checkpoint; run loads it too"),
     IS_FLAG("resume", 0, resume, "go on from --out with its settings; those given here win"),
     IS_TEXT("init", 0, "FILE", 0, init, "start from this model; its configuration holds"),
-    IS_WHOLE("stop-at", 0, "N", "0", 0, stop_at, "stop after step N, as Ctrl-C would; the schedule stays. 0 = do not"),
-    IS_WHOLE("threads", 0, "N", "0", 0, threads, "0 = one per processor; the numbers are the same"),
+    IS_WHOLE("stop-at", 0, "N", "0", 0, 1e9, stop_at, "stop after step N, as Ctrl-C would; the schedule stays"),
+    IS_WHOLE("threads", 0, "N", "0", 0, 1024, threads, "0 = one per processor; the numbers are the same"),
     IS_FLAG("quiet", "-q", quiet, "no progress, only errors"),
     IS_FLAG("bench", 0, bench, "time the step of these sizes (6 layers unless given), without data"),
     IS_FLAG("help", "-h", help, "this text"),
@@ -561,7 +563,7 @@ static int restore_settings(program *p) {
     return status ? status : check_settings(s);
 }
 
-// A checkpoint whose loss is not finite is worth nothing and must not replace a good one: looks at the next batch.
+// Looks at the next batch: parameters whose loss or gradient is not finite must not replace a good checkpoint.
 static int check_health(program *p);
 
 static int save(program *p, const char *path) {
@@ -764,19 +766,33 @@ static int add_gradient(program *p, uint64_t index, double weight, double *loss)
 }
 
 static int diverged(const program *p, const char *what, double value) {
-    char kept[ROOM + 20] = "no checkpoint was written yet";
-    if (p->saved >= 0) snprintf(kept, sizeof kept, "the checkpoint is that of step %d", p->saved);
-    return complain("step %d: the %s is %g, training has diverged; %s%s%s; try a lower --learning-rate than %g or a"
-                    " longer --warmup than %d", step_of(p) + 1, what, value, p->saved >= 0 ? p->s->out : "",
-                    p->saved >= 0 ? ": " : "", kept, p->s->learning_rate, p->s->warmup);
+    char kept[2 * ROOM] = "";
+    if (p->saved >= 0) snprintf(kept, sizeof kept, " is still that of step %d", p->saved);
+    return complain("step %d: the %s is %s, training has diverged; %s%s; try a lower --learning-rate than %g or a"
+                    " longer --warmup than %d", step_of(p) + 1, what, isnan(value) ? "not a number" : "infinite",
+                    p->saved >= 0 ? p->s->out : "no checkpoint was written yet", kept, p->s->learning_rate,
+                    p->s->warmup);
+}
+
+// The accumulated gradient's length; without memory for a copy, NaN.
+static double gradient_norm(program *p) {
+    double sum = 0;
+    for (int i = 0; i < metala_model_tensors(p->model); i++) {
+        const metala_tensor *t = metala_model_tensor(p->model, i);
+        metala_real *g = malloc(t->count * sizeof *g);
+        if (!g || metala_trainer_gradient(p->ctx, p->trainer, t->name, g)) sum = NAN;
+        for (size_t j = 0; g && j < t->count; j++) sum += (double)g[j] * (double)g[j];
+        free(g);
+    }
+    return sqrt(sum);
 }
 
 static int check_health(program *p) {
-    double loss;
-    uint64_t index = (uint64_t)step_of(p) * (uint64_t)p->s->accumulate;
-    if (add_gradient(p, index, 0, &loss)) return -1;
+    double loss, norm;
+    if (add_gradient(p, (uint64_t)step_of(p) * (uint64_t)p->s->accumulate, 1, &loss)) return -1;
+    norm = gradient_norm(p);
     metala_trainer_zero(p->ctx, p->trainer);
-    return isfinite(loss) ? 0 : diverged(p, "loss", loss);
+    return !isfinite(loss) ? diverged(p, "loss", loss) : !isfinite(norm) ? diverged(p, "gradient", norm) : 0;
 }
 
 // One update by the mean gradient of accumulate × B sequences.
@@ -792,7 +808,7 @@ static int train_step(program *p, interval *now) {
     if (!isfinite(loss)) return diverged(p, "loss", loss);
     adamw.learning_rate = learning_rate(p, step_of(p));
     if (metala_update(p->ctx, p->trainer, &adamw, &norm))
-        return isfinite(norm) ? library_failed(p) : diverged(p, "gradient norm", norm);
+        return isfinite(norm) ? library_failed(p) : diverged(p, "gradient", norm);
     now->steps++;
     now->loss += loss;
     now->norm += norm;
@@ -996,22 +1012,24 @@ static int run(program *p, const char *command) {
     if (p->s->bench) return bench(p);
     if (prepare(p)) return -1;
     p->start = seconds() - p->s->seconds;
-    if (is_finished(p)) return complain("nothing left to do at step %d; a larger --max-steps or --max-seconds goes on",
-                                        step_of(p));
-    if (p->s->stop_at && step_of(p) >= p->s->stop_at)
-        return complain("--stop-at %d: step %d is done already", p->s->stop_at, step_of(p));
+    if (is_finished(p) || is_stopped(p)) {
+        say(p, "nothing left to do; a larger --max-steps, --max-seconds or --stop-at goes on\n");
+        return 0;
+    }
     if (open_log(p) || train(p)) return -1;
     report(p, command);
     return p->log_failed ? -1 : 0;
 }
 
 #if defined _OPENMP && defined _POSIX_C_SOURCE
-// OpenMP's threads wait for work by spinning. Where other programs want the processors too, each end of a loop then
-// waits for a thread that is not running, and a step takes ten times as long. The OpenMP runtime reads its settings
-// when it is loaded, so the program starts itself once more; where that fails, it goes on as it is.
+// OpenMP's threads spin while they wait for work. Where other programs want the processors too, every loop then ends
+// with waiting for a thread that is not running, and a step takes ten times as long. The runtime reads its settings
+// when it is loaded, so the program starts itself once more with these: spin briefly, then sleep. (GNU's runtime knows
+// how long, others sleep at once.) Whoever sets OMP_WAIT_POLICY has the last word.
 static void wait_asleep(char **argv) {
-    if (getenv("OMP_WAIT_POLICY") || setenv("OMP_WAIT_POLICY", "passive", 1)) return;
-    execvp(argv[0], argv);
+    if (getenv("OMP_WAIT_POLICY") || setenv("OMP_WAIT_POLICY", "passive", 1) || setenv("GOMP_SPINCOUNT", "2000", 0))
+        return;
+    execvp(argv[0], argv);               // returns only when it failed; all works without it
 }
 #endif
 
