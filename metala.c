@@ -787,7 +787,7 @@ static void cross_entropy_forward(metala_context *ctx, real *loss, real *lse, co
             sum += total(e, n);
         }
         lse[row] = most + (real)log(sum);
-        loss[row] = targets[row] == METALA_IGNORE ? 0 : lse[row] - x[targets[row]];
+        loss[row] = targets[row] == METALA_IGNORE ? 0 : most - x[targets[row]] + (real)log(sum);
     }
 }
 

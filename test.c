@@ -1,0 +1,2740 @@
+// test.c - every claim of metala.c, checked: one line for each check with the measured error and its tolerance.
+//
+//   ./test                      all checks           ./test --list          their names
+//   ./test --only TEXT          those whose name contains TEXT
+//   ./test --golden DIR         also the golden files in DIR (or the environment variable METALA_GOLDEN)
+//   ./test FILE...              only compare with these golden files
+//   ./test --stop               stop at the first failure
+//
+// Everything is compared with plain loops in double precision that are written here once more, from the equations and
+// without looking at metala.c: the reference. Where the reference is a forward pass, gradients are its slopes by
+// five-point differences. An error is max |got - expected| / max |expected| over a tensor. Tolerances are a small
+// multiple of what was measured with gcc and clang, with and without vector instructions: TOLERANCE(float32, float64).
+//
+// Contents: checks - numbers - scalar functions - kernels - matrix products - the scan - AdamW - the model - states -
+// training - files - data - memory that runs out - golden files - main.
+
+#include "metala.h"
+
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+typedef metala_real real;
+enum { IS_DOUBLE = sizeof(real) == sizeof(double) };
+#define TOLERANCE(single_precision, double_precision) (IS_DOUBLE ? (double_precision) : (single_precision))
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+#define DIMS(...) ((const size_t[]){__VA_ARGS__, 0})
+
+// ------------------------------------------------------------------------------------------------ checks
+
+static struct {
+    const char *only, *golden;
+    int list, stop;
+    size_t passed, failed;
+} run;
+
+static struct {                          // the check that is running
+    char name[160], parts[400], problem[600];
+    double tolerance;
+    void *memory[4096];                  // freed when it ends
+    size_t memories;
+} now;
+
+// Zeroed memory for n things, until the check ends.
+static void *take(size_t n, size_t size) {
+    void *memory = calloc(n ? n : 1, size);
+    if (!memory || now.memories == COUNT(now.memory)) {
+        fprintf(stderr, "test: out of memory\n");
+        exit(1);
+    }
+    return now.memory[now.memories++] = memory;
+}
+static real *reals(size_t n) { return take(n, sizeof(real)); }
+static double *doubles(size_t n) { return take(n, sizeof(double)); }
+
+// Starts a check; 0 when it is not wanted. tolerance 0: the check compares exactly, or not at all.
+static int begin(double tolerance, const char *format, ...) {
+    va_list arguments;
+    memset(&now, 0, sizeof now);
+    now.tolerance = tolerance;
+    va_start(arguments, format);
+    vsnprintf(now.name, sizeof now.name, format, arguments);
+    va_end(arguments);
+    if ((run.only && !strstr(now.name, run.only)) || (run.stop && run.failed)) return 0;
+    if (run.list) puts(now.name);
+    return !run.list;
+}
+
+// The first problem of a check is the one that is shown.
+static void problem(const char *format, ...) {
+    va_list arguments;
+    if (*now.problem) return;
+    va_start(arguments, format);
+    vsnprintf(now.problem, sizeof now.problem, format, arguments);
+    va_end(arguments);
+}
+
+static void expect(int truth, const char *format, ...) {
+    char text[300];
+    va_list arguments;
+    if (truth) return;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    problem("expected: %s", text);
+}
+
+static void note(const char *format, ...) {
+    size_t used = strlen(now.parts);
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(now.parts + used, sizeof now.parts - used, format, arguments);
+    va_end(arguments);
+}
+
+static void end_check(void) {
+    char tolerance[32] = "";
+    if (now.tolerance > 0) snprintf(tolerance, sizeof tolerance, " (%.0e)", now.tolerance);
+    printf("%-52s%s%s   %s\n", now.name, now.parts, tolerance, *now.problem ? "FAILED" : "ok");
+    if (*now.problem) printf("    %s\n    again: ./test --only \"%s\"\n", now.problem, now.name);
+    fflush(stdout);
+    *now.problem ? run.failed++ : run.passed++;
+    while (now.memories) free(now.memory[--now.memories]);
+}
+
+static void show_element(const char *part, const size_t *dims, size_t index, double got, double expected,
+                         size_t wrong) {
+    char at[100] = "";
+    size_t left = 1, used = 0;
+    for (int i = 0; dims[i]; i++) left *= dims[i];
+    for (int i = 0; dims[i]; i++) {
+        left /= dims[i];
+        used += (size_t)snprintf(at + used, sizeof at - used, i ? ",%zu" : "%zu", index / left % dims[i]);
+    }
+    problem("%s[%s]: got %.9g, expected %.9g; %zu elements are wrong", part, at, got, expected, wrong);
+}
+
+// Compares a tensor with the reference: got (real) or got64 (double), dims ends with 0.
+static void compare_numbers(const char *part, const real *got, const double *got64, const double *expected,
+                            const size_t *dims, double tolerance) {
+    size_t n = 1, wrong = 0, first = 0;
+    double most = 0, worst = 0;
+    for (int i = 0; dims[i]; i++) n *= dims[i];
+    for (size_t i = 0; i < n; i++) most = fmax(most, fabs(expected[i]));
+    for (size_t i = 0; i < n; i++) {
+        double error = fabs((got ? (double)got[i] : got64[i]) - expected[i]) / (most > 0 ? most : 1);
+        if (!(error <= worst)) worst = error;                        // true for NaN as well
+        if (!(error <= tolerance) && wrong++ == 0) first = i;
+    }
+    note(" %s %.1e", part, worst);
+    if (wrong) show_element(part, dims, first, got ? (double)got[first] : got64[first], expected[first], wrong);
+}
+
+static void compare(const char *part, const real *got, const double *expected, const size_t *dims) {
+    compare_numbers(part, got, NULL, expected, dims, now.tolerance);
+}
+static void compare_doubles(const char *part, const double *got, const double *expected, const size_t *dims) {
+    compare_numbers(part, NULL, got, expected, dims, now.tolerance);
+}
+
+static void same_bits(const char *what, const real *a, const real *b, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (memcmp(a + i, b + i, sizeof *a)) {
+            problem("%s: number %zu of %zu is %.17g and %.17g, expected the same bits", what, i, n, (double)a[i],
+                    (double)b[i]);
+            return;
+        }
+}
+
+// ------------------------------------------------------------------------------------------------ numbers
+
+static uint64_t random_state;            // every check sets it, so that each can run alone
+static double uniform(double least, double most) { return least + (most - least) * metala_uniform(&random_state); }
+static double normal(void) {
+    double sum = -6;
+    for (int i = 0; i < 12; i++) sum += metala_uniform(&random_state);
+    return sum;
+}
+static int below(int n) { return (int)(metala_random(&random_state) % (uint64_t)n); }
+
+// x = (real)x: reference and kernel get the same numbers.
+static void round_to_real(real *to, double *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = to[i] = (real)x[i];
+}
+static void fill_normal(double *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = normal();
+}
+static void fill_nan(real *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = (real)NAN;
+}
+
+static double logistic(double x) { return x < 0 ? exp(x) / (1 + exp(x)) : 1 / (1 + exp(-x)); }
+static double log_logistic(double z) { return fmin(z, 0) - log1p(exp(-fabs(z))); }
+static double swish(double x) { return x * logistic(x); }
+
+// df/dx at *x by five-point differences, error O(h^4).
+static double slope(double *x, double h, double (*f)(const void *), const void *data) {
+    double at = *x, value[4];
+    static const double step[] = {1, -1, 2, -2};
+    for (int i = 0; i < 4; i++) {
+        *x = at + step[i] * h;
+        value[i] = f(data);
+    }
+    *x = at;
+    return (8 * (value[0] - value[1]) - (value[2] - value[3])) / (12 * h);
+}
+
+// The entries of the backend table that were called; at the end all must have been.
+static char called[256];
+#define CALL(member) (called[offsetof(metala_backend, member) / sizeof(void (*)(void))] = 1, be->member)
+
+static metala_context *ctx;              // of one thread; that others give the same bits is a check of its own
+static const metala_backend *be;
+
+// ------------------------------------------------------------------------------------------------ scalar functions
+
+// metala.c's exp, sigmoid and so on are reached through the kernels that are made of them. Every binade of the
+// argument, both signs: error relative to the value itself, which a comparison of tensors would not show.
+enum { IN_BINADE = 200 };
+
+static double relative_error(double got, double expected) {
+    if (got == expected || (isinf(got) && got * expected > 0 && fabs(expected) > (IS_DOUBLE ? DBL_MAX : FLT_MAX)))
+        return 0;
+    if (fabs(expected) < (IS_DOUBLE ? DBL_MIN : FLT_MIN))                    // denormal: half of the last place
+        return fabs(got - expected) / (IS_DOUBLE ? DBL_MIN : FLT_MIN);
+    return fabs(got - expected) / fabs(expected);
+}
+
+// Points of a check: x from ±2^-40 to ±2^7, and what f makes of them.
+static size_t binades(real *x, double most) {
+    size_t n = 0;
+    random_state = 11;
+    for (int binade = -40; binade <= 7; binade++)
+        for (int i = 0; i < IN_BINADE; i++) {
+            double size = ldexp(1 + metala_uniform(&random_state), binade);
+            if (size > most) continue;
+            x[n++] = (real)size;
+            x[n++] = (real)-size;
+        }
+    x[n++] = 0;
+    return n;
+}
+
+static void check_scalar(const char *name, double tolerance, double most, double (*f)(double),
+                         void (*kernel)(real *y, const real *x, size_t n)) {
+    enum { ROOM = 2 * 48 * IN_BINADE + 1 };
+    if (!begin(tolerance, "scalar %s in every binade", name)) return;
+    real *x = reals(ROOM), *y = reals(ROOM);
+    size_t n = binades(x, most);
+    double worst = 0;
+    kernel(y, x, n);
+    for (size_t i = 0; i < n; i++) {
+        double error = relative_error((double)y[i], f((double)x[i]));
+        if (!(error <= worst)) worst = error;
+        if (!(error <= tolerance)) problem("at %.9g: got %.9g, expected %.9g", (double)x[i], (double)y[i],
+                                           f((double)x[i]));
+    }
+    note(" %.1e", worst);
+    end_check();
+}
+
+static void kernel_silu(real *y, const real *x, size_t n) {
+    real *ones = reals(n);
+    for (size_t i = 0; i < n; i++) ones[i] = 1;
+    CALL(silu_gate_forward)(ctx, y, x, ones, n);
+}
+static void kernel_silu_slope(real *y, const real *x, size_t n) {
+    real *ones = reals(n), *unused = reals(n);
+    for (size_t i = 0; i < n; i++) ones[i] = 1;
+    CALL(silu_gate_backward)(ctx, y, unused, ones, x, ones, n);
+}
+static void kernel_decay(real *y, const real *x, size_t n) { CALL(gate_forward)(ctx, y, NULL, x, n, 16); }
+static void kernel_key(real *y, const real *x, size_t n) { CALL(gate_forward)(ctx, reals(n), y, x, n, 16); }
+static void kernel_sigmoid(real *y, const real *x, size_t n) { CALL(gate_forward)(ctx, y, NULL, x, n, 1); }
+static void kernel_sigmoid_of_minus(real *y, const real *x, size_t n) { CALL(gate_forward)(ctx, reals(n), y, x, n, 1); }
+static void kernel_exp(real *y, const real *x, size_t n) {           // softmax with a log-sum of 0 is exp
+    real zero = 0;
+    int target = (int)n;
+    real *logits = reals(n + 1), *out = reals(n + 1);
+    memcpy(logits, x, n * sizeof *x);
+    CALL(cross_entropy_backward)(ctx, out, logits, &zero, &target, 1, n + 1, 1);
+    memcpy(y, out, n * sizeof *y);
+}
+static double swish_slope(double x) { return logistic(x) * (1 + x * logistic(-x)); }
+static double decay(double z) { return exp(log_logistic(z) / 16); }
+static double key(double z) { return -expm1(log_logistic(z) / 16); }
+static double minus_logistic(double z) { return logistic(-z); }
+
+static void check_scalars(void) {
+    check_scalar("exp", TOLERANCE(2e-7, 1e-15), 200, exp, kernel_exp);
+    check_scalar("sigmoid", TOLERANCE(1e-5, 1e-13), 80, logistic, kernel_sigmoid);
+    check_scalar("1 - sigmoid", TOLERANCE(1e-5, 1e-13), 80, minus_logistic, kernel_sigmoid_of_minus);
+    check_scalar("silu", TOLERANCE(5e-7, 1e-15), 80, swish, kernel_silu);
+    check_scalar("silu'", TOLERANCE(1e-5, 1e-13), 1, swish_slope, kernel_silu_slope);
+    check_scalar("decay", TOLERANCE(1e-6, 1e-15), 120, decay, kernel_decay);
+    check_scalar("key", TOLERANCE(1e-6, 1e-15), 80, key, kernel_key);
+
+    if (begin(0, "scalar functions of NaN and infinity")) {
+        const real x[] = {(real)NAN, (real)INFINITY, (real)-INFINITY, (real)1e30, (real)-1e30};
+        real decay_of[5], key_of[5], silu_of[5];
+        CALL(gate_forward)(ctx, decay_of, key_of, x, 5, 16);
+        kernel_silu(silu_of, x, 5);
+        expect(isnan(decay_of[0]) && isnan(key_of[0]) && isnan(silu_of[0]), "NaN stays NaN");
+        expect(decay_of[1] == 1 && key_of[1] == 0, "decay 1 and key 0 of infinity");
+        expect(decay_of[2] == 0 && key_of[2] == 1, "decay 0 and key 1 of -infinity");
+        expect(decay_of[3] == 1 && decay_of[4] == 0 && key_of[3] == 0 && key_of[4] == 1, "the same of ±1e30");
+        expect(silu_of[1] == (real)INFINITY && silu_of[3] == x[3] && silu_of[4] == 0, "silu of large numbers");
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ kernels
+
+// A kernel as the test sees it: tensors in, tensors out, a reference in double, and how to call it. The first
+// `differentiable` inputs have a gradient; the first `weighted` outputs contribute to it. Its backward is compared
+// with the slopes of  loss = Σ weight ⊙ output  of the reference.
+enum { MOST = 5, SAMPLES = 40 };
+
+typedef struct { size_t B, T, D, H, K, V, N; int variant; } shape;
+
+typedef struct {
+    const char *name;
+    const char *in_names[MOST], *out_names[MOST];
+    int inputs, differentiable, outputs, weighted;
+    unsigned added;                      // bit i: the backward adds to the gradient of input i
+    int equal_weights;                   // every weight is WEIGHT
+    double step;                         // of the differences: small against the smallest inputs
+    double tolerance, gradient_tolerance;
+    void (*sizes)(const shape *s, size_t *in, size_t *out);
+    void (*fill)(const shape *s, double *const *in);                 // on top of normal numbers; or NULL
+    void (*reference)(const shape *s, double *const *in, double *const *out);
+    void (*forward)(const shape *s, real *const *in, real *const *out);
+    void (*backward)(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din);
+} operation;
+#define WEIGHT 0.25
+
+typedef struct {
+    const operation *op;
+    const shape *s;
+    double *in[MOST], *out[MOST], *base[MOST], *weight[MOST];
+    size_t in_size[MOST], out_size[MOST];
+} operation_case;
+
+// Σ weight ⊙ (output - output where the slope is taken): constants would only cost digits.
+static double operation_loss(const void *data) {
+    const operation_case *c = data;
+    double loss = 0;
+    c->op->reference(c->s, c->in, c->out);
+    for (int o = 0; o < c->op->weighted; o++)
+        for (size_t i = 0; i < c->out_size[o]; i++) loss += c->weight[o][i] * (c->out[o][i] - c->base[o][i]);
+    return loss;
+}
+
+static void operation_backward(const operation *op, operation_case *c, real *const *in, real *const *out) {
+    real *dout[MOST] = {0}, *din[MOST] = {0};
+    double *before[MOST] = {0};
+    for (int o = 0; o < op->weighted; o++) {
+        c->weight[o] = doubles(c->out_size[o]);
+        c->base[o] = doubles(c->out_size[o]);
+        memcpy(c->base[o], c->out[o], c->out_size[o] * sizeof(double));
+        dout[o] = reals(c->out_size[o]);
+        fill_normal(c->weight[o], c->out_size[o]);
+        for (size_t i = 0; i < c->out_size[o] && op->equal_weights; i++) c->weight[o][i] = WEIGHT;
+        round_to_real(dout[o], c->weight[o], c->out_size[o]);
+    }
+    for (int i = 0; i < op->differentiable; i++) {
+        before[i] = doubles(c->in_size[i]);
+        din[i] = reals(c->in_size[i]);
+        if (op->added >> i & 1) {
+            fill_normal(before[i], c->in_size[i]);
+            round_to_real(din[i], before[i], c->in_size[i]);
+        } else fill_nan(din[i], c->in_size[i]);
+    }
+    op->backward(c->s, in, out, dout, din);
+    for (int i = 0; i < op->differentiable; i++) {
+        char name[20];
+        size_t n = c->in_size[i] < SAMPLES ? c->in_size[i] : SAMPLES;
+        double *got = doubles(n), *expected = doubles(n);
+        for (size_t j = 0; j < n; j++) {                             // all elements, or samples from first to last
+            size_t at = n > 1 ? j * (c->in_size[i] - 1) / (n - 1) : 0;
+            got[j] = (double)din[i][at] - before[i][at];
+            expected[j] = slope(&c->in[i][at], op->step, operation_loss, c);
+        }
+        snprintf(name, sizeof name, "d%s", op->in_names[i]);
+        compare_numbers(name, NULL, got, expected, DIMS(n), op->gradient_tolerance);
+    }
+}
+
+static void check_operation(const operation *op, const shape *s) {
+    operation_case c = {op, s, {0}, {0}, {0}, {0}, {0}, {0}};
+    real *in[MOST] = {0}, *out[MOST] = {0};
+    if (!begin(op->tolerance, "%s B%zu T%zu D%zu H%zu N%zu %d", op->name, s->B, s->T, s->D, s->H, s->N, s->variant))
+        return;
+    random_state = 7 + s->T;
+    op->sizes(s, c.in_size, c.out_size);
+    for (int i = 0; i < op->inputs; i++) {
+        c.in[i] = doubles(c.in_size[i]);
+        in[i] = reals(c.in_size[i]);
+        fill_normal(c.in[i], c.in_size[i]);
+    }
+    if (op->fill) op->fill(s, c.in);
+    for (int i = 0; i < op->inputs; i++) round_to_real(in[i], c.in[i], c.in_size[i]);
+    for (int o = 0; o < op->outputs; o++) {
+        c.out[o] = doubles(c.out_size[o]);
+        out[o] = reals(c.out_size[o]);
+        fill_nan(out[o], c.out_size[o]);
+    }
+    op->reference(s, c.in, c.out);
+    op->forward(s, in, out);
+    for (int o = 0; o < op->outputs; o++) compare(op->out_names[o], out[o], c.out[o], DIMS(s->B, c.out_size[o] / s->B));
+    if (op->backward) operation_backward(op, &c, in, out);
+    expect(!metala_context_failed(ctx), "no failure in the context");
+    end_check();
+}
+
+// ---- Tokens, targets and masks, the same for reference and kernel.
+
+enum { PAD = 2 };
+static int token_at(const shape *s, size_t row) { return (int)((row * 7 + row / 3) % s->N); }
+static int target_at(const shape *s, size_t row) {
+    return row % 4 == 1 ? METALA_IGNORE : (int)((row * 5 + 1) % s->N);
+}
+static int mask_at(size_t row) { return row % 5 != 3; }
+static int *token_list(const shape *s, int (*at)(const shape *, size_t)) {
+    int *list = take(s->B * s->T, sizeof *list);
+    for (size_t row = 0; row < s->B * s->T; row++) list[row] = at(s, row);
+    return list;
+}
+static uint8_t *mask_list(const shape *s) {
+    uint8_t *list = take(s->B * s->T, 1);
+    for (size_t row = 0; row < s->B * s->T; row++) list[row] = (uint8_t)mask_at(row);
+    return list;
+}
+static size_t rows_of(const shape *s) { return s->B * s->T; }
+
+// ---- Embedding. The second input is the table once more, for the padding token, whose row has no gradient.
+
+static void embedding_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = in[1] = s->N * s->D, out[0] = rows_of(s) * s->D;
+}
+static void embedding_fill(const shape *s, double *const *in) { memcpy(in[1], in[0], s->N * s->D * sizeof(double)); }
+static int pad_of(const shape *s) { return s->variant ? PAD : -1; }
+static void embedding_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t row = 0; row < rows_of(s); row++)
+        for (size_t d = 0; d < s->D; d++) {
+            int token = token_at(s, row);
+            out[0][row * s->D + d] = 1.5 * in[token == pad_of(s)][(size_t)token * s->D + d];
+        }
+}
+static void embedding_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(embedding_forward)(ctx, out[0], token_list(s, token_at), in[0], rows_of(s), s->D, 1.5);
+}
+static void embedding_backward(const shape *s, real *const *in, real *const *out, real *const *dout,
+                               real *const *din) {
+    (void)in, (void)out;
+    CALL(embedding_backward)(ctx, din[0], dout[0], token_list(s, token_at), rows_of(s), s->D, 1.5, pad_of(s));
+}
+
+// ---- RMS norm; variant 1 with a mask. One row is so small that the epsilon matters.
+
+static void rms_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = rows_of(s) * s->D, out[1] = rows_of(s);
+}
+static void rms_fill(const shape *s, double *const *in) {
+    for (size_t d = 0; d < s->D; d++) in[0][d] *= 2e-3;
+}
+static void rms_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t row = 0; row < rows_of(s); row++) {
+        const double *x = in[0] + row * s->D;
+        double sum = 0;
+        for (size_t d = 0; d < s->D; d++) sum += x[d] * x[d];
+        out[1][row] = pow(sum / (double)s->D + 1e-6, -0.5);
+        for (size_t d = 0; d < s->D; d++)
+            out[0][row * s->D + d] = s->variant && !mask_at(row) ? 0 : x[d] * out[1][row];
+    }
+}
+static void rms_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(rms_forward)(ctx, out[0], out[1], in[0], s->variant ? mask_list(s) : NULL, rows_of(s), s->D, 1e-6);
+}
+static void rms_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    CALL(rms_backward)(ctx, din[0], dout[0], in[0], out[1], s->variant ? mask_list(s) : NULL, rows_of(s), s->D);
+}
+
+// ---- Convolution; variant 1 continues after inputs that came before.
+
+static void conv_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = out[1] = rows_of(s) * s->D, in[1] = s->D * 4, in[2] = s->B * 4 * s->D;
+}
+static void conv_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t b = 0; b < s->B; b++)
+        for (size_t t = 0; t < s->T; t++)
+            for (size_t d = 0; d < s->D; d++) {
+                double c = 0;
+                for (size_t j = 0; j < 4; j++) {
+                    if (t + j >= 3) c += in[1][d * 4 + j] * in[0][(b * s->T + t + j - 3) * s->D + d];
+                    else if (s->variant) c += in[1][d * 4 + j] * in[2][(b * 4 + t + j + 1) * s->D + d];
+                }
+                out[1][(b * s->T + t) * s->D + d] = c;
+                out[0][(b * s->T + t) * s->D + d] = swish(c);
+            }
+}
+static void conv_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(conv_forward)(ctx, out[0], out[1], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+}
+static void conv_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    CALL(conv_backward)(ctx, din[0], din[1], dout[0], out[1], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T,
+                        s->D);
+}
+
+// ---- Mask.
+
+static void mask_sizes(const shape *s, size_t *in, size_t *out) { in[0] = out[0] = rows_of(s) * s->D; }
+static void mask_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) out[0][i] = mask_at(i / s->D) * in[0][i];
+}
+static void mask_forward(const shape *s, real *const *in, real *const *out) {
+    memcpy(out[0], in[0], rows_of(s) * s->D * sizeof(real));
+    CALL(mask_rows)(ctx, out[0], mask_list(s), rows_of(s), s->D);
+}
+static void mask_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)in, (void)out;
+    memcpy(din[0], dout[0], rows_of(s) * s->D * sizeof(real));
+    CALL(mask_rows)(ctx, din[0], mask_list(s), rows_of(s), s->D);
+}
+
+// ---- Gate; variant 1: the key is not tied. The kernel takes the gradient in log α, which is α times that in α.
+
+static void gate_sizes(const shape *s, size_t *in, size_t *out) { in[0] = out[0] = out[1] = rows_of(s) * s->D; }
+static void gate_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) in[0][i] *= 4;
+}
+static void gate_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        out[0][i] = pow(logistic(in[0][i]), 1.0 / 16);
+        out[1][i] = s->variant ? 0 : 1 - out[0][i];
+    }
+}
+static void gate_forward(const shape *s, real *const *in, real *const *out) {
+    if (s->variant) memset(out[1], 0, rows_of(s) * s->D * sizeof(real));
+    CALL(gate_forward)(ctx, out[0], s->variant ? NULL : out[1], in[0], rows_of(s) * s->D, 16);
+}
+static void gate_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t n = rows_of(s) * s->D;
+    real *da = reals(n);
+    for (size_t i = 0; i < n; i++) da[i] = out[0][i] * dout[0][i];
+    CALL(gate_backward)(ctx, din[0], da, s->variant ? NULL : dout[1], in[0], out[0], n, 16);
+}
+
+// ---- Self-augmentation: inputs q, k, v, b, o.
+
+static void augment_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = in[1] = rows_of(s) * s->H * s->K, in[2] = in[4] = out[0] = rows_of(s) * s->H * s->V, in[3] = s->H * s->K;
+}
+static void augment_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t r = 0; r < rows_of(s) * s->H; r++) {
+        double w = 0;
+        for (size_t i = 0; i < s->K; i++) w += in[0][r * s->K + i] * in[1][r * s->K + i] * in[3][r % s->H * s->K + i];
+        for (size_t j = 0; j < s->V; j++) out[0][r * s->V + j] = in[4][r * s->V + j] + logistic(w * in[2][r * s->V + j]);
+    }
+}
+static void augment_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(augment_forward)(ctx, out[0], in[4], in[0], in[1], in[2], in[3], rows_of(s), s->H, s->K, s->V);
+}
+static void augment_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(augment_backward)(ctx, din[0], din[1], din[2], din[3], dout[0], in[0], in[1], in[2], in[3], rows_of(s), s->H,
+                           s->K, s->V);
+}
+
+// ---- Head norm. One head is almost constant, so that the epsilon matters.
+
+static void head_norm_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = rows_of(s) * s->H * s->V, out[1] = rows_of(s) * s->H;
+}
+static void head_norm_fill(const shape *s, double *const *in) {
+    for (size_t j = 0; j < s->V; j++) in[0][j] = 0.5 + 4e-3 * in[0][j];
+}
+static void head_norm_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t r = 0; r < rows_of(s) * s->H; r++) {
+        const double *p = in[0] + r * s->V;
+        double mean = 0, variance = 0;
+        for (size_t j = 0; j < s->V; j++) mean += p[j] / (double)s->V;
+        for (size_t j = 0; j < s->V; j++) variance += (p[j] - mean) * (p[j] - mean) / (double)s->V;
+        out[1][r] = pow(variance + 1e-5, -0.5);
+        for (size_t j = 0; j < s->V; j++) out[0][r * s->V + j] = (p[j] - mean) * out[1][r];
+    }
+}
+static void head_norm_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(head_norm_forward)(ctx, out[0], out[1], in[0], rows_of(s), s->H, s->V, 1e-5);
+}
+static void head_norm_backward(const shape *s, real *const *in, real *const *out, real *const *dout,
+                               real *const *din) {
+    (void)in;
+    CALL(head_norm_backward)(ctx, din[0], dout[0], out[0], out[1], rows_of(s), s->H, s->V);
+}
+
+// ---- Gated product and sum.
+
+static void two_sizes(const shape *s, size_t *in, size_t *out) { in[0] = in[1] = out[0] = rows_of(s) * s->D; }
+static void silu_gate_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) out[0][i] = swish(in[0][i]) * in[1][i];
+}
+static void silu_gate_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(silu_gate_forward)(ctx, out[0], in[0], in[1], rows_of(s) * s->D);
+}
+static void silu_gate_backward(const shape *s, real *const *in, real *const *out, real *const *dout,
+                               real *const *din) {
+    (void)out;
+    CALL(silu_gate_backward)(ctx, din[0], din[1], dout[0], in[0], in[1], rows_of(s) * s->D);
+}
+static void add_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) out[0][i] = in[0][i] + in[1][i];
+}
+static void add_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(add)(ctx, out[0], in[0], in[1], rows_of(s) * s->D);
+}
+
+// ---- Cross-entropy over N classes; one row has logits that overflow an exponential.
+
+static void cross_entropy_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = rows_of(s) * s->N, out[0] = out[1] = rows_of(s);
+}
+static void cross_entropy_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < s->N; i++) in[0][i] = 900 + 3 * in[0][i];
+}
+static void cross_entropy_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t row = 0; row < rows_of(s); row++) {
+        const double *x = in[0] + row * s->N;
+        double most = x[0], sum = 0;
+        int target = target_at(s, row);
+        for (size_t i = 0; i < s->N; i++) most = fmax(most, x[i]);
+        for (size_t i = 0; i < s->N; i++) sum += exp(x[i] - most);
+        out[1][row] = most + log(sum);
+        out[0][row] = target == METALA_IGNORE ? 0 : out[1][row] - x[target];
+    }
+}
+static void cross_entropy_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(cross_entropy_forward)(ctx, out[0], out[1], in[0], token_list(s, target_at), rows_of(s), s->N);
+}
+static void cross_entropy_backward(const shape *s, real *const *in, real *const *out, real *const *dout,
+                                   real *const *din) {
+    (void)dout;
+    CALL(cross_entropy_backward)(ctx, din[0], in[0], out[1], token_list(s, target_at), rows_of(s), s->N, WEIGHT);
+}
+
+static void check_kernels(void) {
+    const operation operations[] = {
+        {"embedding", {"E", "E"}, {"x"}, 2, 1, 1, 1, 1, 0, 1e-3, TOLERANCE(2e-7, 1e-15), TOLERANCE(1e-6, 1e-11),
+         embedding_sizes, embedding_fill, embedding_reference, embedding_forward, embedding_backward},
+        {"rms", {"x"}, {"n", "r"}, 1, 1, 2, 1, 1, 0, 1e-5, TOLERANCE(5e-7, 1e-14), TOLERANCE(1e-6, 1e-9),
+         rms_sizes, rms_fill, rms_reference, rms_forward, rms_backward},
+        {"conv", {"n", "w", "tail"}, {"u", "c"}, 3, 2, 2, 1, 2, 0, 1e-3, TOLERANCE(5e-7, 1e-14), TOLERANCE(1e-6, 1e-10),
+         conv_sizes, NULL, conv_reference, conv_forward, conv_backward},
+        {"mask", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, TOLERANCE(1e-30, 1e-30), TOLERANCE(1e-7, 1e-11),
+         mask_sizes, NULL, mask_reference, mask_forward, mask_backward},
+        {"gate", {"z"}, {"alpha", "k"}, 1, 1, 2, 2, 0, 0, 1e-3, TOLERANCE(5e-7, 1e-14), TOLERANCE(2e-6, 1e-10),
+         gate_sizes, gate_fill, gate_reference, gate_forward, gate_backward},
+        {"augment", {"q", "k", "v", "b", "o"}, {"p"}, 5, 4, 1, 1, 15, 0, 1e-3, TOLERANCE(5e-7, 1e-14),
+         TOLERANCE(2e-6, 1e-9), augment_sizes, NULL, augment_reference, augment_forward, augment_backward},
+        {"head norm", {"p"}, {"n", "rho"}, 1, 1, 2, 1, 0, 0, 1e-5, TOLERANCE(5e-5, 1e-12), TOLERANCE(5e-5, 1e-8),
+         head_norm_sizes, head_norm_fill, head_norm_reference, head_norm_forward, head_norm_backward},
+        {"silu gate", {"a", "b"}, {"y"}, 2, 2, 1, 1, 0, 0, 1e-3, TOLERANCE(5e-7, 1e-14), TOLERANCE(1e-6, 1e-10),
+         two_sizes, NULL, silu_gate_reference, silu_gate_forward, silu_gate_backward},
+        {"add", {"a", "b"}, {"y"}, 2, 0, 1, 1, 0, 0, 0, TOLERANCE(1e-7, 1e-15), 0,
+         two_sizes, NULL, add_reference, add_forward, NULL},
+        {"cross-entropy", {"logits"}, {"loss", "lse"}, 1, 1, 2, 1, 0, 1, 1e-2, TOLERANCE(5e-7, 1e-14),
+         TOLERANCE(5e-5, 1e-8), cross_entropy_sizes, cross_entropy_fill, cross_entropy_reference,
+         cross_entropy_forward, cross_entropy_backward},
+    };
+    static const shape shapes[] = {      // B T D H K V N variant
+        {1, 1, 2, 1, 1, 2, 3, 0}, {2, 5, 6, 3, 1, 2, 7, 1}, {3, 19, 40, 4, 5, 10, 61, 1}, {2, 70, 48, 3, 8, 16, 300, 0},
+        {4, 64, 66, 1, 33, 66, 97, 1}, {1, 3, 130, 1, 65, 130, 1000, 1}, {5, 2, 37, 1, 7, 37, 11, 1}};
+    for (size_t o = 0; o < COUNT(operations); o++)
+        for (size_t i = 0; i < COUNT(shapes); i++) check_operation(&operations[o], &shapes[i]);
+
+    if (begin(0, "conv tail keeps the last four inputs")) {
+        enum { D = 3 };
+        for (int T = 1; T <= 6; T++) {
+            real tail[2 * 4 * D], n[2 * 6 * D];
+            for (int i = 0; i < 2 * 4 * D; i++) tail[i] = (real)(-1 - i);
+            for (int i = 0; i < 2 * T * D; i++) n[i] = (real)(100 + i);
+            CALL(conv_tail)(ctx, tail, n, 2, (size_t)T, D);
+            for (int b = 0; b < 2; b++)
+                for (int i = 0; i < 4 * D; i++) {
+                    int from = i + T * D;                            // place in (old tail, new inputs)
+                    double expected = from < 4 * D ? -1 - (b * 4 * D + from) : 100 + b * T * D + from - 4 * D;
+                    expect(tail[b * 4 * D + i] == (real)expected, "T %d: sequence %d, place %d holds %g, not %g", T, b,
+                           i, expected, (double)tail[b * 4 * D + i]);
+                }
+        }
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ matrix products
+
+// All elements of y = x Wᵀ + bias, dx = dy W, dW += dyᵀ x and dbias += Σ dy, over sizes below, at and above the tiles'
+// and blocks' edges.
+static void check_matmul(size_t rows, size_t out, size_t in, int with_bias, int accumulate) {
+    if (!begin(TOLERANCE(2e-6, 1e-14), "matmul %zux%zux%zu%s%s", rows, out, in, with_bias ? " bias" : "",
+               accumulate ? " accumulate" : ""))
+        return;
+    random_state = rows + out + in;
+    double *x = doubles(rows * in), *w = doubles(out * in), *bias = doubles(out), *dy = doubles(rows * out);
+    double *y = doubles(rows * out), *dx = doubles(rows * in), *dw = doubles(out * in), *dbias = doubles(out);
+    real *rx = reals(rows * in), *rw = reals(out * in), *rbias = reals(out), *rdy = reals(rows * out);
+    real *ry = reals(rows * out), *rdx = reals(rows * in), *rdw = reals(out * in), *rdbias = reals(out);
+    struct { double *number; real *rounded; size_t n; } random[] = {
+        {x, rx, rows * in}, {w, rw, out * in}, {bias, rbias, out}, {dy, rdy, rows * out}, {dx, rdx, rows * in},
+        {dw, rdw, out * in}, {dbias, rdbias, out}};
+    for (size_t i = 0; i < COUNT(random); i++) {
+        fill_normal(random[i].number, random[i].n);
+        round_to_real(random[i].rounded, random[i].number, random[i].n);
+    }
+    if (!accumulate) {
+        memset(dx, 0, rows * in * sizeof *dx);
+        fill_nan(rdx, rows * in);
+    }
+    fill_nan(ry, rows * out);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t o = 0; o < out; o++) {
+            double sum = with_bias ? bias[o] : 0, d = dy[r * out + o];
+            for (size_t i = 0; i < in; i++) sum += x[r * in + i] * w[o * in + i];
+            for (size_t i = 0; i < in; i++) dx[r * in + i] += d * w[o * in + i];
+            for (size_t i = 0; i < in; i++) dw[o * in + i] += d * x[r * in + i];
+            y[r * out + o] = sum;
+            if (with_bias) dbias[o] += d;
+        }
+    CALL(matmul_forward)(ctx, ry, rx, rw, with_bias ? rbias : NULL, rows, out, in);
+    CALL(matmul_backward)(ctx, rdx, rdw, with_bias ? rdbias : NULL, rdy, rx, rw, rows, out, in, accumulate);
+    compare("y", ry, y, DIMS(rows, out));
+    if (in) compare("dx", rdx, dx, DIMS(rows, in));
+    if (in) compare("dw", rdw, dw, DIMS(out, in));
+    compare("dbias", rdbias, dbias, DIMS(out));
+    end_check();
+}
+
+static void check_matmuls(void) {
+    static const size_t sizes[] = {1, 2, 4, 5, 7, 16, 31, 33, 65};
+    for (size_t i = 0; i < COUNT(sizes); i++)
+        for (size_t j = 0; j < COUNT(sizes); j += 2)
+            check_matmul(sizes[i], sizes[j], sizes[(i + j) % COUNT(sizes)], i % 2, j % 4 == 2);
+    check_matmul(3, 8, 0, 1, 0);                             // no inputs: y = bias
+    check_matmul(9, 8, 0, 1, 0);
+    check_matmul(4, 300, 515, 1, 0);                         // few rows, as in generation
+    check_matmul(101, 130, 258, 0, 1);                       // more than one block of the sum
+    check_matmul(258, 37, 600, 1, 1);
+    check_matmul(7, 2100, 40, 1, 0);                         // more than one block of columns
+    check_matmul(200, 70, 2070, 0, 0);
+
+    if (begin(0, "matmul: 1 to 5 threads give the same bits")) {
+        static const size_t shapes[][3] = {{3, 700, 300}, {5, 900, 70}, {130, 70, 300}, {700, 33, 40}, {13, 2100, 64}};
+        for (size_t s = 0; s < COUNT(shapes); s++) {
+            size_t rows = shapes[s][0], out = shapes[s][1], in = shapes[s][2];
+            real *x = reals(rows * in), *w = reals(out * in), *bias = reals(out), *y[2], *dx[2], *dw[2];
+            random_state = s;
+            for (size_t i = 0; i < rows * in; i++) x[i] = (real)normal();
+            for (size_t i = 0; i < out * in; i++) w[i] = (real)normal();
+            for (size_t i = 0; i < out; i++) bias[i] = (real)normal();
+            for (int i = 0; i < 2; i++) y[i] = reals(rows * out), dx[i] = reals(rows * in), dw[i] = reals(out * in);
+            for (int threads = 1; threads <= 5; threads++) {
+                metala_context *c = metala_open(NULL, threads);
+                int i = threads > 1;
+                memset(dw[i], 0, out * in * sizeof(real));
+                CALL(matmul_forward)(c, y[i], x, w, bias, rows, out, in);
+                CALL(matmul_backward)(c, dx[i], dw[i], NULL, y[0], x, w, rows, out, in, 0);
+                same_bits("y", y[0], y[i], rows * out);
+                same_bits("dx", dx[0], dx[i], rows * in);
+                same_bits("dw", dw[0], dw[i], out * in);
+                metala_close(c);
+            }
+        }
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ the scan
+
+// The recurrence and its gradient in double, straight from the definition, keeping every state.
+typedef struct { size_t B, T, H, K, V; } scan_shape;
+typedef struct { double *q, *k, *v, *alpha, *S0, *weight, *weight_S, *o, *S, *states, *dq, *dk, *dv, *da, *dS0; } scan_case;
+#define SCALE 0.7
+
+static void scan_reference(const scan_shape *s, const scan_case *c) {
+    size_t K = s->K, V = s->V, KV = K * V;
+    for (size_t b = 0; b < s->B; b++)
+        for (size_t h = 0; h < s->H; h++) {
+            double *S = c->S + (b * s->H + h) * KV;
+            memcpy(S, c->S0 + (b * s->H + h) * KV, KV * sizeof *S);
+            for (size_t t = 0; t < s->T; t++) {
+                size_t at = (b * s->T + t) * s->H + h;
+                for (size_t j = 0; j < V; j++) {
+                    double o = 0;
+                    for (size_t i = 0; i < K; i++) {
+                        double *x = &S[i * V + j];
+                        *x = c->alpha[at * K + i] * *x + c->k[at * K + i] * c->v[at * V + j];
+                        o += c->q[at * K + i] * *x;
+                    }
+                    c->o[at * V + j] = SCALE * o;
+                }
+                memcpy(c->states + ((b * s->H + h) * s->T + t) * KV, S, KV * sizeof *S);
+            }
+        }
+}
+
+static void scan_reference_backward(const scan_shape *s, const scan_case *c) {
+    size_t K = s->K, V = s->V, KV = K * V;
+    for (size_t b = 0; b < s->B; b++)
+        for (size_t h = 0; h < s->H; h++) {
+            const double *start = c->S0 + (b * s->H + h) * KV, *states = c->states + (b * s->H + h) * s->T * KV;
+            double *G = c->dS0 + (b * s->H + h) * KV;                // Γ, then G, then Γ of the token before
+            memcpy(G, c->weight_S + (b * s->H + h) * KV, KV * sizeof *G);
+            for (size_t t = s->T; t-- > 0;) {
+                size_t at = (b * s->T + t) * s->H + h;
+                const double *after = states + t * KV, *before = t ? after - KV : start;
+                for (size_t i = 0; i < K; i++)
+                    for (size_t j = 0; j < V; j++) {
+                        double *g = &G[i * V + j], d = c->weight[at * V + j];
+                        *g += SCALE * c->q[at * K + i] * d;
+                        c->dq[at * K + i] += SCALE * after[i * V + j] * d;
+                        c->dk[at * K + i] += *g * c->v[at * V + j];
+                        c->dv[at * V + j] += *g * c->k[at * K + i];
+                        c->da[at * K + i] += c->alpha[at * K + i] * *g * before[i * V + j];
+                        *g *= c->alpha[at * K + i];
+                    }
+            }
+        }
+}
+
+typedef struct { const scan_shape *s; const scan_case *c; } scan_loss_data;
+static double scan_loss(const void *data) {
+    const scan_shape *s = ((const scan_loss_data *)data)->s;
+    const scan_case *c = ((const scan_loss_data *)data)->c;
+    double loss = 0;
+    scan_reference(s, c);
+    for (size_t i = 0; i < s->B * s->T * s->H * s->V; i++) loss += c->weight[i] * c->o[i];
+    for (size_t i = 0; i < s->B * s->H * s->K * s->V; i++) loss += c->weight_S[i] * c->S[i];
+    return loss;
+}
+
+// Gates: soft, as at the start of training; mixed, with every logit from -120 to 110; hard, α of 0 and 1 among them.
+enum { SOFT, MIXED, HARD };
+static const char *const gate_names[] = {"soft", "mixed", "hard"};
+
+static void fill_scan(const scan_shape *s, scan_case *c, int gates, int from_zero) {
+    size_t nk = s->B * s->T * s->H * s->K, nv = s->B * s->T * s->H * s->V, nS = s->B * s->H * s->K * s->V;
+    double **const of_k[] = {&c->q, &c->k, &c->alpha, &c->dq, &c->dk, &c->da}, **const of_v[] = {&c->v, &c->weight,
+        &c->o, &c->dv}, **const of_S[] = {&c->S0, &c->weight_S, &c->S, &c->dS0};
+    random_state = s->T * 31 + s->K;
+    for (size_t i = 0; i < COUNT(of_k); i++) *of_k[i] = doubles(nk);
+    for (size_t i = 0; i < COUNT(of_v); i++) *of_v[i] = doubles(nv);
+    for (size_t i = 0; i < COUNT(of_S); i++) *of_S[i] = doubles(nS);
+    c->states = doubles(nS * s->T);
+    fill_normal(c->q, nk);
+    fill_normal(c->v, nv);
+    fill_normal(c->weight, nv);
+    if (!from_zero) fill_normal(c->S0, nS), fill_normal(c->weight_S, nS);
+    for (size_t i = 0; i < nk; i++) {
+        double z = gates == SOFT ? 0.5 * normal() : uniform(-120, 110);
+        c->alpha[i] = (real)exp(log_logistic(z) / 16);
+        if (gates == HARD && below(4) == 0) c->alpha[i] = below(2);
+        c->k[i] = 1 - c->alpha[i];
+    }
+}
+
+static void check_scan(metala_form form, const scan_shape *s, int gates, int from_zero) {
+    static const char *const forms[] = {"chunkwise", "recurrent", "parallel"};
+    if (!begin(TOLERANCE(3e-6, 5e-15), "scan %s B%zu T%zu H%zu K%zu V%zu %s%s", forms[form], s->B, s->T, s->H, s->K,
+               s->V, gate_names[gates], from_zero ? " from zero" : ""))
+        return;
+    scan_case c;
+    size_t nk = s->B * s->T * s->H * s->K, nv = s->B * s->T * s->H * s->V, nS = s->B * s->H * s->K * s->V;
+    size_t KV = s->K * s->V, chunks = (s->T + METALA_CHUNK - 1) / METALA_CHUNK;
+    fill_scan(s, &c, gates, from_zero);
+    real *q = reals(nk), *k = reals(nk), *alpha = reals(nk), *v = reals(nv), *weight = reals(nv), *o = reals(nv);
+    real *S = reals(nS), *states = reals(nS * chunks), *dq = reals(nk), *dk = reals(nk), *da = reals(nk);
+    real *dv = reals(nv), *dS = reals(nS);
+    round_to_real(q, c.q, nk), round_to_real(k, c.k, nk), round_to_real(alpha, c.alpha, nk);
+    round_to_real(v, c.v, nv), round_to_real(weight, c.weight, nv);
+    round_to_real(S, c.S0, nS), round_to_real(dS, c.weight_S, nS);
+    fill_nan(o, nv), fill_nan(dq, nk), fill_nan(dk, nk), fill_nan(da, nk), fill_nan(dv, nv);
+    fill_nan(states, nS * chunks);
+    scan_reference(s, &c);
+    scan_reference_backward(s, &c);
+    CALL(scan_forward)(ctx, form, o, from_zero ? NULL : S, states, q, k, v, alpha, s->B, s->T, s->H, s->K, s->V, SCALE);
+    CALL(scan_backward)(ctx, form, dq, dk, dv, da, from_zero ? NULL : dS, weight, states, q, k, v, alpha, s->B, s->T,
+                        s->H, s->K, s->V, SCALE);
+    compare("o", o, c.o, DIMS(s->B, s->T, s->H, s->V));
+    if (!from_zero) compare("S", S, c.S, DIMS(s->B, s->H, s->K, s->V));
+    compare("dq", dq, c.dq, DIMS(s->B, s->T, s->H, s->K));
+    compare("dk", dk, c.dk, DIMS(s->B, s->T, s->H, s->K));
+    compare("dv", dv, c.dv, DIMS(s->B, s->T, s->H, s->V));
+    compare("da", da, c.da, DIMS(s->B, s->T, s->H, s->K));
+    if (!from_zero) compare("dS", dS, c.dS0, DIMS(s->B, s->H, s->K, s->V));
+    double *expected = doubles(nS * chunks);                         // the states before every 64th token
+    for (size_t bh = 0; bh < s->B * s->H && form != METALA_PARALLEL; bh++)
+        for (size_t n = 0; n < chunks; n++)
+            memcpy(expected + (bh * chunks + n) * KV,
+                   n ? c.states + (bh * s->T + n * METALA_CHUNK - 1) * KV : c.S0 + bh * KV, KV * sizeof *expected);
+    if (form != METALA_PARALLEL) compare("states", states, expected, DIMS(s->B, s->H, chunks, s->K, s->V));
+    end_check();
+}
+
+static void check_scans(void) {
+    if (begin(1e-9, "scan reference: gradients are slopes")) {       // the yardstick itself
+        const scan_shape s = {2, 5, 2, 3, 4};
+        scan_case c;
+        fill_scan(&s, &c, SOFT, 0);
+        scan_reference(&s, &c);
+        scan_reference_backward(&s, &c);
+        scan_loss_data data = {&s, &c};
+        size_t nk = s.B * s.T * s.H * s.K, nv = s.B * s.T * s.H * s.V, nS = s.B * s.H * s.K * s.V;
+        struct { const char *name; double *x, *gradient; size_t n; } parts[] = {
+            {"dq", c.q, c.dq, nk}, {"dk", c.k, c.dk, nk}, {"dv", c.v, c.dv, nv}, {"dS", c.S0, c.dS0, nS},
+            {"da", c.alpha, c.da, nk}};
+        for (size_t p = 0; p < COUNT(parts); p++) {
+            double *expected = doubles(parts[p].n);
+            for (size_t i = 0; i < parts[p].n; i++) expected[i] = slope(&parts[p].x[i], 1e-3, scan_loss, &data);
+            for (size_t i = 0; i < nk && p == 4; i++) expected[i] *= c.alpha[i];     // in log α
+            compare_doubles(parts[p].name, parts[p].gradient, expected, DIMS(parts[p].n));
+        }
+        end_check();
+    }
+    static const scan_shape shapes[] = {{1, 1, 1, 1, 1}, {2, 3, 2, 1, 2}, {1, 15, 3, 5, 7}, {1, 16, 1, 4, 8},
+        {2, 17, 2, 3, 16}, {1, 63, 1, 8, 16}, {1, 64, 2, 2, 33}, {1, 65, 1, 9, 5}, {2, 130, 3, 8, 16},
+        {1, 200, 1, 17, 31}, {1, 70, 2, 32, 64}};
+    static const metala_form forms[] = {METALA_RECURRENT, METALA_PARALLEL, METALA_CHUNKWISE};
+    for (size_t i = 0; i < COUNT(shapes); i++)
+        for (int gates = SOFT; gates <= HARD; gates++)
+            for (size_t f = 0; f < COUNT(forms); f++)
+                check_scan(forms[f], &shapes[i], gates, (i + (size_t)gates) % 3 == 0);
+}
+
+// ------------------------------------------------------------------------------------------------ AdamW, memory
+
+static void check_optimizer(void) {
+    if (begin(TOLERANCE(5e-7, 1e-15), "adamw over three steps")) {
+        enum { N = 5000 };
+        const metala_adamw a = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0};
+        double *p = doubles(N), *m = doubles(N), *v = doubles(N), *g = doubles(N);
+        real *rp = reals(N), *rm = reals(N), *rv = reals(N), *rg = reals(N);
+        random_state = 3;
+        fill_normal(p, N);
+        round_to_real(rp, p, N);
+        for (int step = 1; step <= 3; step++) {
+            double decays = step == 2 ? 0 : a.weight_decay;
+            fill_normal(g, N);
+            round_to_real(rg, g, N);
+            CALL(adamw)(ctx, rp, rm, rv, rg, N, &a, (uint64_t)step, 0.5, decays);
+            for (int i = 0; i < N; i++) {
+                double d = 0.5 * g[i];
+                p[i] -= a.learning_rate * decays * p[i];
+                m[i] = a.beta1 * m[i] + (1 - a.beta1) * d;
+                v[i] = a.beta2 * v[i] + (1 - a.beta2) * d * d;
+                p[i] -= a.learning_rate * (m[i] / (1 - pow(a.beta1, step))) /
+                        (sqrt(v[i] / (1 - pow(a.beta2, step))) + a.eps);
+            }
+        }
+        compare("p", rp, p, DIMS(N)), compare("m", rm, m, DIMS(N)), compare("v", rv, v, DIMS(N));
+        end_check();
+    }
+    if (begin(TOLERANCE(1e-6, 1e-14), "sum of squares")) {
+        static const size_t sizes[] = {1, 7, 4096, 4097, 30001};
+        for (size_t s = 0; s < COUNT(sizes); s++) {
+            real *x = reals(sizes[s]);
+            double expected = 0;
+            random_state = sizes[s];
+            for (size_t i = 0; i < sizes[s]; i++) {
+                x[i] = (real)normal();
+                expected += (double)x[i] * (double)x[i];
+            }
+            double got = CALL(sum_squares)(ctx, x, sizes[s]);
+            compare_doubles("Σ", &got, &expected, DIMS(1));
+        }
+        end_check();
+    }
+    if (begin(0, "backend memory is zeroed, copied, cleared")) {
+        unsigned char here[100], back[100], *a = CALL(alloc)(100), *b = CALL(alloc)(100);
+        for (int i = 0; i < 100; i++) here[i] = (unsigned char)(i + 1);
+        CALL(download)(ctx, back, a, 100);
+        for (int i = 0; i < 100; i++) expect(back[i] == 0, "fresh memory is zero, byte %d is %d", i, back[i]);
+        CALL(upload)(ctx, a, here, 100);
+        CALL(copy)(ctx, b, a, 99);
+        CALL(download)(ctx, back, b, 100);
+        expect(!memcmp(here, back, 99) && back[99] == 0, "99 bytes come back");
+        CALL(zero)(ctx, b, 50);
+        CALL(download)(ctx, back, b, 100);
+        expect(back[0] == 0 && back[49] == 0 && back[50] == 51, "50 bytes are cleared");
+        expect(CALL(alloc)(SIZE_MAX) == NULL && CALL(alloc)(SIZE_MAX / 2) == NULL, "no memory of half the world");
+        CALL(free)(a), CALL(free)(b), CALL(free)(NULL);
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ the model
+
+// The whole model in double, token by token, from the equations on top of metala.h.
+typedef struct {
+    const metala_model *model;
+    double *theta;                       // the parameters, laid out as the model's
+    const int *tokens, *targets;         // (B,T)
+    const uint8_t *mask;                 // (B,T) or NULL
+    size_t B, T;
+    double *logits;                      // (B,T,N)
+    double *S, *tails;                   // (L,B,H,K,V), (L,B,4,D) oldest first, after T tokens
+} reference;
+
+static const double *theta_of(const reference *r, int layer, const char *name) {
+    char full[128];
+    if (layer < 0) snprintf(full, sizeof full, "%s", name);
+    else snprintf(full, sizeof full, "model.layers.%d.%s", layer, name);
+    for (int i = 0; i < metala_model_tensors(r->model); i++)
+        if (!strcmp(metala_model_tensor(r->model, i)->name, full))
+            return r->theta + metala_model_tensor(r->model, i)->offset;
+    return NULL;
+}
+
+// y = W x + bias
+static void linear(double *y, const double *x, const double *w, const double *bias, size_t out, size_t in) {
+    for (size_t o = 0; o < out; o++) {
+        y[o] = bias ? bias[o] : 0;
+        for (size_t i = 0; i < in; i++) y[o] += w[o * in + i] * x[i];
+    }
+}
+
+static void normalise(double *n, const double *x, size_t D, double eps) {
+    double sum = 0;
+    for (size_t d = 0; d < D; d++) sum += x[d] * x[d];
+    for (size_t d = 0; d < D; d++) n[d] = x[d] / sqrt(sum / (double)D + eps);
+}
+
+// x += mixer(rms(x));  x += GLU(rms(x)).  S (H,K,V), tail (4,D), work: some vectors.
+static void reference_layer(const reference *r, int l, double *x, double *S, double *tail, double m, double *work) {
+    const metala_config *c = metala_model_config(r->model);
+    size_t D = (size_t)c->width, H = (size_t)c->heads, K = D / 2 / H, V = D / H, F = (size_t)c->glu_dim;
+    double *n = work, *u = n + D, *q = u + D, *z = q + D, *k = z + D, *v = k + D, *g = v + D, *y = g + D, *a = y + D;
+    double *prod = a + F;
+    const double *w = theta_of(r, l, "token_mixer.conv1d.weight"), *balance = theta_of(r, l, "token_mixer.aug_balance");
+    normalise(n, x, D, c->norm_eps);
+    memmove(tail, tail + D, 3 * D * sizeof *tail);
+    for (size_t d = 0; d < D; d++) tail[3 * D + d] = n[d] *= m;
+    for (size_t d = 0; d < D; d++) {
+        u[d] = c->no_conv ? n[d] : 0;
+        for (size_t j = 0; j < 4 && !c->no_conv; j++) u[d] += w[d * 4 + j] * tail[j * D + d];
+        if (!c->no_conv) u[d] = swish(u[d]);
+    }
+    linear(q, u, theta_of(r, l, "token_mixer.q_proj.weight"), NULL, D / 2, D);
+    if (c->fixed_decay) memcpy(z, theta_of(r, l, "token_mixer.decay_logit"), D / 2 * sizeof *z);
+    else linear(z, u, theta_of(r, l, "token_mixer.k_gate.weight"), NULL, D / 2, D);
+    if (c->key_linear) linear(k, u, theta_of(r, l, "token_mixer.k_proj.weight"), NULL, D / 2, D);
+    linear(v, u, theta_of(r, l, "token_mixer.v_proj.weight"), NULL, D, D);
+    linear(g, u, theta_of(r, l, "token_mixer.g_proj.weight"), theta_of(r, l, "token_mixer.g_proj.bias"), D, D);
+    for (size_t h = 0; h < H; h++) {
+        double along = 0, mean = 0, variance = 0, *out = y + h * V;
+        memset(out, 0, V * sizeof *out);
+        for (size_t i = 0; i < K; i++) {
+            size_t at = h * K + i;
+            double alpha = exp(log_logistic(z[at]) / c->tau);
+            if (!c->key_linear) k[at] = 1 - alpha;
+            if (!c->no_augment) along += q[at] * k[at] * balance[at];
+            for (size_t j = 0; j < V; j++) {
+                double *s = &S[at * V + j];
+                *s = alpha * *s + k[at] * m * v[h * V + j];
+                out[j] += q[at] * *s / sqrt((double)K);
+            }
+        }
+        for (size_t j = 0; j < V && !c->no_augment; j++) out[j] += logistic(along * m * v[h * V + j]);
+        for (size_t j = 0; j < V; j++) mean += out[j] / (double)V;
+        for (size_t j = 0; j < V; j++) variance += (out[j] - mean) * (out[j] - mean) / (double)V;
+        for (size_t j = 0; j < V; j++) out[j] = swish(g[h * V + j]) * (out[j] - mean) / sqrt(variance + c->head_norm_eps);
+    }
+    linear(u, y, theta_of(r, l, "token_mixer.out_proj.weight"), NULL, D, D);
+    for (size_t d = 0; d < D; d++) x[d] += u[d];
+    normalise(n, x, D, c->norm_eps);
+    linear(a, n, theta_of(r, l, "channel_mixer.l1.weight"), theta_of(r, l, "channel_mixer.l1.bias"), F, D);
+    linear(prod, n, theta_of(r, l, "channel_mixer.l2.weight"), theta_of(r, l, "channel_mixer.l2.bias"), F, D);
+    for (size_t f = 0; f < F; f++) prod[f] *= swish(a[f]);
+    linear(u, prod, theta_of(r, l, "channel_mixer.l3.weight"), theta_of(r, l, "channel_mixer.l3.bias"), D, F);
+    for (size_t d = 0; d < D; d++) x[d] += u[d];
+}
+
+static void reference_forward(const reference *r) {
+    const metala_config *c = metala_model_config(r->model);
+    size_t D = (size_t)c->width, N = (size_t)c->vocab_size, S_size = D / 2 * (D / (size_t)c->heads);
+    double *x = malloc((10 * D + 2 * (size_t)c->glu_dim) * sizeof *x), *work = x + D;
+    const double *E = theta_of(r, -1, "model.embed_tokens.weight"), *head = theta_of(r, -1, "lm_head.weight");
+    memset(r->S, 0, (size_t)c->layers * r->B * S_size * sizeof *r->S);
+    memset(r->tails, 0, (size_t)c->layers * r->B * 4 * D * sizeof *r->tails);
+    for (size_t row = 0; row < r->B * r->T; row++) {
+        size_t b = row / r->T;
+        for (size_t d = 0; d < D; d++)
+            x[d] = E[(size_t)r->tokens[row] * D + d] * (c->scale_embedding ? sqrt((double)D) : 1);
+        for (int l = 0; l < c->layers; l++) {
+            size_t at = (size_t)l * r->B + b;
+            reference_layer(r, l, x, r->S + at * S_size, r->tails + at * 4 * D, r->mask ? r->mask[row] : 1, work);
+        }
+        normalise(work, x, D, c->norm_eps);
+        linear(r->logits + row * N, work, head ? head : E, NULL, N, D);
+    }
+    free(x);
+}
+
+static double cross_entropy(const double *logits, size_t N, int target) {
+    double most = logits[0], sum = 0;
+    for (size_t i = 0; i < N; i++) most = fmax(most, logits[i]);
+    for (size_t i = 0; i < N; i++) sum += exp(logits[i] - most);
+    return most + log(sum) - logits[target];
+}
+
+static double reference_loss(const void *data) {
+    const reference *r = data;
+    size_t N = (size_t)metala_model_config(r->model)->vocab_size, counted = 0;
+    double sum = 0;
+    reference_forward(r);
+    for (size_t row = 0; row < r->B * r->T; row++)
+        if (r->targets[row] != METALA_IGNORE) {
+            sum += cross_entropy(r->logits + row * N, N, r->targets[row]);
+            counted++;
+        }
+    return sum / (double)counted;
+}
+
+// A model with parameters of ordinary size everywhere, so that every path matters.
+static metala_model *random_model(const metala_config *c, uint64_t seed) {
+    metala_model *m = metala_model_create(ctx, c);
+    if (!m) {
+        problem("%s", metala_error(ctx));
+        return NULL;
+    }
+    random_state = seed;
+    for (int i = 0; i < metala_model_tensors(m); i++) {
+        const metala_tensor *t = metala_model_tensor(m, i);
+        real *x = malloc(t->count * sizeof *x);
+        size_t in = t->ndim > 1 ? t->count / t->shape[0] : 1;
+        for (size_t j = 0; j < t->count; j++) x[j] = (real)(normal() * (in > 1 ? 1.2 / sqrt((double)in) : 0.5));
+        if (strstr(t->name, "k_gate"))
+            for (size_t j = 0; j < t->count; j++) x[j] *= 4;
+        metala_model_set(ctx, m, t->name, x);
+        free(x);
+    }
+    return m;
+}
+
+// The reference of a model on random tokens; sequence b starts with b masked tokens when `masked`.
+static reference make_reference(const metala_model *m, size_t B, size_t T, int masked) {
+    const metala_config *c = metala_model_config(m);
+    size_t D = (size_t)c->width, rows = B * T, L = (size_t)c->layers;
+    int *tokens = take(rows, sizeof *tokens), *targets = take(rows, sizeof *targets);
+    uint8_t *mask = take(rows, 1);
+    reference r = {m, doubles(metala_model_size(m)), tokens, targets, masked ? mask : NULL, B, T,
+                   doubles(rows * (size_t)c->vocab_size), doubles(L * B * D / 2 * (D / (size_t)c->heads)),
+                   doubles(L * B * 4 * D)};
+    for (size_t row = 0; row < rows; row++) {
+        tokens[row] = below(c->vocab_size);
+        targets[row] = below(6) ? below(c->vocab_size) : METALA_IGNORE;
+        mask[row] = row % T >= row / T && row % T != T - 2;
+    }
+    targets[0] = 0;
+    for (int i = 0; i < metala_model_tensors(m); i++) {
+        const metala_tensor *t = metala_model_tensor(m, i);
+        real *x = reals(t->count);
+        metala_model_get(ctx, m, t->name, x);
+        for (size_t j = 0; j < t->count; j++) r.theta[t->offset + j] = (double)x[j];
+    }
+    return r;
+}
+
+static metala_config small_config(void) {
+    metala_config c = metala_config_default();
+    c.vocab_size = 29, c.width = 12, c.layers = 2, c.heads = 2, c.glu_dim = 20;
+    return c;
+}
+
+static const metala_form all_forms[] = {METALA_RECURRENT, METALA_PARALLEL, METALA_CHUNKWISE};
+static const char *form_name(metala_form form) {
+    return form == METALA_RECURRENT ? "recurrent" : form == METALA_PARALLEL ? "parallel" : "chunkwise";
+}
+
+// Logits and state of a forward pass, loss and gradients of a training pass, against the reference and its slopes.
+static void check_model(const char *what, const metala_config *c, metala_form form, size_t B, size_t T, int masked) {
+    if (!begin(TOLERANCE(2e-5, 1e-10), "model %s %s B%zu T%zu%s", what, form_name(form), B, T, masked ? " masked" : ""))
+        return;
+    metala_model *m = random_model(c, 5);
+    reference r = make_reference(m, B, T, masked);
+    size_t N = (size_t)c->vocab_size, H = (size_t)c->heads, D = (size_t)c->width, K = D / 2 / H, V = D / H;
+    double loss, expected_loss = reference_loss(&r);
+    real *logits = reals(B * T * N);
+    metala_state *s = metala_state_create(ctx, m, (int)B);
+    metala_trainer *t = metala_trainer_create(ctx, m, (int)B, T);
+    if (metala_forward(ctx, s, form, r.tokens, r.mask, T, logits)) problem("%s", metala_error(ctx));
+    compare("logits", logits, r.logits, DIMS(B, T, N));
+    double worst_state = 0;
+    for (int l = 0; l < c->layers; l++) {
+        char name[32];
+        real *S = reals(B * H * K * V), *tail = reals(B * D * 4);
+        snprintf(name, sizeof name, "state.%d", l);
+        if (metala_state_get(ctx, s, name, S)) problem("%s", metala_error(ctx));
+        snprintf(name, sizeof name, "conv_state.%d", l);
+        if (metala_state_get(ctx, s, name, tail)) problem("%s", metala_error(ctx));
+        for (size_t i = 0; i < B * H * K * V; i++)
+            worst_state = fmax(worst_state, fabs((double)S[i] - r.S[(size_t)l * B * H * K * V + i]));
+        for (size_t i = 0; i < B * D * 4 && !c->no_conv; i++) {
+            size_t b = i / (4 * D), d = i / 4 % D, j = i % 4;
+            worst_state = fmax(worst_state, fabs((double)tail[i] - r.tails[(((size_t)l * B + b) * 4 + j) * D + d]));
+        }
+    }
+    note(" states %.1e", worst_state);
+    expect(worst_state <= now.tolerance, "states within tolerance");
+    if (metala_gradient(ctx, t, form, r.tokens, r.targets, r.mask, (int)B, T, 1, &loss))
+        problem("%s", metala_error(ctx));
+    compare_doubles("loss", &loss, &expected_loss, DIMS(1));
+    double worst = 0;
+    for (int i = 0; i < metala_model_tensors(m); i++) {              // some elements of every parameter
+        const metala_tensor *p = metala_model_tensor(m, i);
+        real *gradient = reals(p->count);
+        size_t n = p->count < 6 ? p->count : 6;
+        double most = 0, error = 0;
+        metala_trainer_gradient(ctx, t, p->name, gradient);
+        for (size_t j = 0; j < p->count; j++) most = fmax(most, fabs((double)gradient[j]));
+        for (size_t j = 0; j < n; j++) {
+            size_t at = n > 1 ? j * (p->count - 1) / (n - 1) : 0;
+            double expected = slope(&r.theta[p->offset + at], 3e-5, reference_loss, &r), got = (double)gradient[at];
+            error = fmax(error, fabs(got - expected) / most);
+            if (!(fabs(got - expected) <= TOLERANCE(1e-4, 1e-8) * most))
+                problem("gradient of %s[%zu]: got %.9g, expected %.9g", p->name, at, got, expected);
+        }
+        if (!(most > 0)) problem("gradient of %s is zero everywhere", p->name);
+        worst = fmax(worst, error);
+    }
+    note(" gradients %.1e", worst);
+    metala_state_free(s);
+    metala_trainer_free(t);
+    metala_model_free(m);
+    end_check();
+}
+
+static void check_models(void) {
+    struct { const char *name; int conv, augment, key, fixed, tie, bias, scale, glu; } variants[] = {
+        {"metala", 0, 0, 0, 0, 0, 0, 0, 20}, {"tied, scaled, biases", 0, 0, 0, 0, 1, 1, 1, 20},
+        {"no-conv", 1, 0, 0, 0, 0, 0, 0, 20}, {"no-augment", 0, 1, 0, 0, 0, 0, 0, 7},
+        {"key-linear", 0, 0, 1, 0, 0, 0, 0, 20}, {"fixed-decay", 0, 0, 0, 1, 0, 0, 0, 20},
+        {"all ablations", 1, 1, 1, 1, 1, 1, 0, 33}};
+    for (size_t i = 0; i < COUNT(variants); i++)
+        for (size_t f = 0; f < COUNT(all_forms); f++) {
+            metala_config c = small_config();
+            c.no_conv = variants[i].conv, c.no_augment = variants[i].augment, c.key_linear = variants[i].key;
+            c.fixed_decay = variants[i].fixed, c.tie_word_embeddings = variants[i].tie, c.glu_bias = variants[i].bias;
+            c.scale_embedding = variants[i].scale, c.glu_dim = variants[i].glu;
+            check_model(variants[i].name, &c, all_forms[f], 2, 19, i == 1 || i == 2);
+        }
+    metala_config c = small_config();
+    c.layers = 1, c.width = 6, c.heads = 3;                          // K = 1
+    check_model("K1", &c, METALA_CHUNKWISE, 3, 9, 1);
+    c.heads = 1, c.tau = 4, c.norm_eps = 0.1, c.head_norm_eps = 0.2;
+    check_model("other constants", &c, METALA_CHUNKWISE, 1, 70, 0);
+
+    if (begin(0, "model configurations that cannot be are refused")) {
+        metala_config bad[13];
+        for (size_t i = 0; i < COUNT(bad); i++) bad[i] = metala_config_default();
+        bad[0].vocab_size = 0, bad[1].width = 255, bad[2].layers = 0, bad[3].heads = 3, bad[4].glu_dim = -5;
+        bad[5].heads = 256, bad[6].tau = 0, bad[7].norm_eps = -1, bad[8].head_norm_eps = NAN, bad[9].width = 1 << 30;
+        bad[10].heads = -4, bad[11].tau = NAN, bad[12].norm_eps = INFINITY;
+        for (size_t i = 0; i < COUNT(bad); i++) {
+            expect(metala_config_check(ctx, &bad[i]) == -1, "configuration %zu is refused", i);
+            expect(metala_model_create(ctx, &bad[i]) == NULL, "no model of configuration %zu", i);
+            expect(strstr(metala_error(ctx), "configuration: ") != NULL, "a reason, not '%s'", metala_error(ctx));
+        }
+        bad[0] = metala_config_default();
+        expect(metala_config_check(ctx, &bad[0]) == 0, "the default is accepted");
+        end_check();
+    }
+
+    if (begin(0, "initial parameters have the stated distribution")) {
+        metala_config of = metala_config_default();
+        of.width = 64, of.layers = 2, of.glu_dim = 96, of.pad_token_id = 2, of.fixed_decay = 0;
+        metala_model *a = metala_model_create(ctx, &of), *b = metala_model_create(ctx, &of);
+        expect(!metala_model_init(ctx, a, 42, 0.05, 0.5) && !metala_model_init(ctx, b, 42, 0.05, 0.5), "initialises");
+        for (int i = 0; i < metala_model_tensors(a); i++) {
+            const metala_tensor *t = metala_model_tensor(a, i);
+            real *x = reals(t->count), *y = reals(t->count);
+            double sum = 0, square = 0, most = 0;
+            metala_model_get(ctx, a, t->name, x), metala_model_get(ctx, b, t->name, y);
+            same_bits(t->name, x, y, t->count);
+            for (size_t j = 0; j < t->count; j++)
+                sum += (double)x[j], square += (double)x[j] * (double)x[j], most = fmax(most, fabs((double)x[j]));
+            double mean = sum / (double)t->count, std = sqrt(square / (double)t->count), expected = 0.05;
+            if (strstr(t->name, "out_proj") || strstr(t->name, "l3.")) expected = 0.025;
+            if (strstr(t->name, "conv1d")) expected = sqrt(1.0 / 12);
+            if (strstr(t->name, "aug_balance") || strstr(t->name, "bias")) expected = 0;
+            double margin = 5 / sqrt((double)t->count);
+            expect(fabs(std - expected) <= margin * expected, "%s has deviation %g, not %g", t->name, expected, std);
+            expect(fabs(mean) <= margin * expected, "%s has mean 0, not %g", t->name, mean);
+            if (strstr(t->name, "conv1d")) expect(most <= 0.5 && most > 0.49, "conv1d reaches 0.5, not %g", most);
+            for (size_t d = 0; d < 64 && i == 0; d++) expect(x[PAD * 64 + d] == 0, "the padding token's row is 0");
+            expect(i != 0 || x[0] != 0, "other rows are not");
+        }
+        real first[64], second[64];
+        metala_model_init(ctx, b, 43, 0, 1);
+        real *x = reals(256 * 64);
+        metala_model_get(ctx, a, "model.embed_tokens.weight", x), memcpy(first, x, sizeof first);
+        metala_model_get(ctx, b, "model.embed_tokens.weight", x), memcpy(second, x, sizeof second);
+        expect(memcmp(first, second, sizeof first) != 0, "another seed, other numbers");
+        metala_model_free(a), metala_model_free(b);
+        end_check();
+    }
+    if (begin(0, "parameters by name")) {
+        metala_config of = small_config();
+        metala_model *m = random_model(&of, 1);
+        real one = 1;
+        expect(metala_model_get(ctx, m, "no.such", &one) && strstr(metala_error(ctx), "no.such"), "unknown to get");
+        expect(metala_model_set(ctx, m, "no.such", &one) && strstr(metala_error(ctx), "no.such"), "unknown to set");
+        expect(!metala_model_tensor(m, -1) && !metala_model_tensor(m, metala_model_tensors(m)), "none out of range");
+        metala_model_free(m);
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ states
+
+static char scratch_folder[200];
+static const char *scratch_path(const char *name) {
+    static char path[4][300];            // a few at a time
+    static int turn;
+    turn = (turn + 1) % 4;
+    snprintf(path[turn], sizeof path[turn], "%s%s", scratch_folder, name);
+    return path[turn];
+}
+
+static void write_bytes(const char *path, const void *bytes, size_t n) {
+    FILE *stream = fopen(path, "wb");
+    int bad = !stream || fwrite(bytes, 1, n, stream) != n;
+    if (stream && fclose(stream)) bad = 1;
+    if (bad) problem("%s: cannot be written", path);
+}
+
+static unsigned char *read_bytes(const char *path, size_t *n) {
+    FILE *stream = fopen(path, "rb");
+    size_t room = 1 << 22;
+    unsigned char *bytes = take(room, 1);
+    *n = stream ? fread(bytes, 1, room, stream) : 0;
+    if (!stream || *n == room) problem("%s: cannot be read", path);
+    if (stream) fclose(stream);
+    return bytes;
+}
+
+// The same tokens read in pieces, whose sizes vary, give the logits of reading them at once.
+static void check_streaming(metala_form form, size_t T, int step, int masked) {
+    if (!begin(TOLERANCE(2e-5, 1e-11), "state %s in pieces of %d T%zu%s", form_name(form), step, T,
+               masked ? " masked" : ""))
+        return;
+    metala_config c = small_config();
+    metala_model *m = random_model(&c, 8);
+    reference r = make_reference(m, 2, T, masked);
+    size_t N = (size_t)c.vocab_size;
+    metala_state *s = metala_state_create(ctx, m, 2);
+    real *logits = reals(2 * T * N), *piece = reals(2 * T * N);
+    reference_forward(&r);
+    for (size_t t = 0, n; t < T; t += n) {
+        int *tokens = take(2 * T, sizeof *tokens);
+        uint8_t *mask = take(2 * T, 1);
+        n = step ? (size_t)step : 1 + (size_t)below(40);
+        if (n > T - t) n = T - t;
+        for (size_t b = 0; b < 2; b++)
+            for (size_t i = 0; i < n; i++) {
+                tokens[b * n + i] = r.tokens[b * T + t + i];
+                mask[b * n + i] = r.mask ? r.mask[b * T + t + i] : 1;
+            }
+        int failed = n == 1 && !masked ? metala_step(ctx, s, tokens, piece)
+                                       : metala_forward(ctx, s, form, tokens, masked ? mask : NULL, n, piece);
+        if (failed) problem("%s", metala_error(ctx));
+        for (size_t b = 0; b < 2; b++) memcpy(logits + (b * T + t) * N, piece + b * n * N, n * N * sizeof *piece);
+        expect(metala_state_position(s) == t + n, "the position is %zu", t + n);
+    }
+    compare("logits", logits, r.logits, DIMS(2, T, N));
+    metala_state_free(s);
+    metala_model_free(m);
+    end_check();
+}
+
+static void check_states(void) {
+    for (size_t f = 0; f < COUNT(all_forms); f++) {
+        check_streaming(all_forms[f], 100, 1, 0);
+        check_streaming(all_forms[f], 100, 0, 0);
+        check_streaming(all_forms[f], 60, 3, 1);
+        check_streaming(all_forms[f], 300, 300, 0);                  // longer than what goes through the layers at once
+    }
+    if (begin(TOLERANCE(2e-5, 1e-11), "state prefill, then steps")) {
+        metala_config c = small_config();
+        metala_model *m = random_model(&c, 9);
+        reference r = make_reference(m, 2, 90, 0);
+        size_t N = (size_t)c.vocab_size;
+        metala_state *s = metala_state_create(ctx, m, 2), *fork = metala_state_create(ctx, m, 2);
+        metala_state *loaded = metala_state_create(ctx, m, 2);
+        int prompt[2 * 70], token[2];
+        real *logits = reals(2 * N), *forked = reals(2 * N), *again = reals(2 * N), *all = reals(21 * 2 * N);
+        double *expected = doubles(21 * 2 * N);
+        reference_forward(&r);
+        for (int b = 0; b < 2; b++) memcpy(prompt + b * 70, r.tokens + b * 90, 70 * sizeof *prompt);
+        if (metala_prefill(ctx, s, prompt, NULL, 70, logits)) problem("%s", metala_error(ctx));
+        for (size_t t = 70; !*now.problem && t <= 90; t++) {
+            memcpy(all + (t - 70) * 2 * N, logits, 2 * N * sizeof *all);
+            for (size_t b = 0; b < 2; b++)
+                memcpy(expected + ((t - 70) * 2 + b) * N, r.logits + (b * 90 + t - 1) * N, N * sizeof *expected);
+            if (t == 75) {                                           // a fork, and a state from a file, are the same state
+                if (metala_state_copy(ctx, fork, s) || metala_state_save(ctx, s, scratch_path("state.tmp")) ||
+                    metala_state_load(ctx, loaded, scratch_path("state.tmp")))
+                    problem("%s", metala_error(ctx));
+                expect(metala_state_position(loaded) == 75 && metala_state_position(fork) == 75, "position 75");
+            }
+            if (t == 90) break;
+            token[0] = r.tokens[t], token[1] = r.tokens[90 + t];
+            if (metala_step(ctx, s, token, logits)) problem("%s", metala_error(ctx));
+            if (t < 75) continue;
+            metala_step(ctx, fork, token, forked);
+            metala_step(ctx, loaded, token, again);
+            same_bits("fork", logits, forked, 2 * N);
+            same_bits("loaded", logits, again, 2 * N);
+        }
+        compare("logits", all, expected, DIMS(21, 2, N));
+        metala_state_reset(ctx, s);
+        expect(metala_state_position(s) == 0, "position 0 after a reset");
+        metala_prefill(ctx, s, prompt, NULL, 70, logits);
+        metala_state_reset(ctx, fork);
+        metala_prefill(ctx, fork, prompt, NULL, 70, forked);
+        same_bits("after a reset", logits, forked, 2 * N);
+        remove(scratch_path("state.tmp"));
+        metala_state_free(s), metala_state_free(fork), metala_state_free(loaded);
+        metala_model_free(m);
+        end_check();
+    }
+    if (begin(TOLERANCE(1e-5, 1e-11), "state: left padding changes nothing")) {
+        enum { T = 40, LEFT = 13 };
+        metala_config c = small_config();
+        metala_model *m = random_model(&c, 10);
+        size_t N = (size_t)c.vocab_size;
+        int tokens[T + LEFT];
+        uint8_t mask[T + LEFT];
+        real *plain = reals(T * N), *padded = reals((T + LEFT) * N);
+        double *expected = doubles(T * N);
+        for (int t = 0; t < T + LEFT; t++) tokens[t] = below(c.vocab_size), mask[t] = t >= LEFT;
+        for (size_t f = 0; f < COUNT(all_forms); f++) {
+            metala_state *a = metala_state_create(ctx, m, 1), *b = metala_state_create(ctx, m, 1);
+            metala_forward(ctx, a, METALA_RECURRENT, tokens + LEFT, NULL, T, plain);
+            metala_forward(ctx, b, all_forms[f], tokens, mask, T + LEFT, padded);
+            for (size_t i = 0; i < T * N; i++) expected[i] = (double)plain[i];
+            compare(form_name(all_forms[f]), padded + LEFT * N, expected, DIMS(T, N));
+            metala_state_free(a), metala_state_free(b);
+        }
+        metala_model_free(m);
+        end_check();
+    }
+    if (begin(TOLERANCE(1e-6, 1e-12), "state: scores are the reference's loss")) {
+        metala_config c = small_config();
+        metala_model *m = random_model(&c, 12);
+        reference r = make_reference(m, 3, 290, 0);
+        double expected = reference_loss(&r), nats = 0, got;
+        size_t counted = 0, targets = 0;
+        metala_state *s = metala_state_create(ctx, m, 3);
+        for (size_t i = 0; i < 3 * 290; i++) targets += r.targets[i] != METALA_IGNORE;
+        if (metala_score(ctx, s, METALA_CHUNKWISE, r.tokens, r.targets, NULL, 290, &nats, &counted))
+            problem("%s", metala_error(ctx));
+        expect(counted == targets, "%zu targets counted, not %zu", targets, counted);
+        got = nats / (double)counted;
+        compare_doubles("loss", &got, &expected, DIMS(1));
+        metala_state_free(s);
+        metala_model_free(m);
+        end_check();
+    }
+    if (begin(0, "state: one model, several threads and contexts")) {
+        enum { THREADS = 4, STEPS = 30 };
+        metala_config c = small_config();
+        metala_model *m = random_model(&c, 13), *other = random_model(&c, 14);
+        size_t N = (size_t)c.vocab_size;
+        real *logits = reals(THREADS * N);
+        int failed = 0;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(THREADS) reduction(+ : failed)
+#endif
+        for (int i = 0; i < THREADS; i++) {                          // thread 3 uses the other model
+            metala_context *own = metala_open(NULL, 1);
+            metala_state *s = metala_state_create(own, i < 3 ? m : other, 1);
+            for (int t = 0; t < STEPS; t++) {
+                int token = t * 5 % 29;
+                failed += metala_step(own, s, &token, logits + (size_t)i * N) != 0;
+            }
+            metala_state_free(s);
+            metala_close(own);
+        }
+        expect(!failed, "no step fails");
+        same_bits("threads 0 and 1", logits, logits + N, N);
+        same_bits("threads 0 and 2", logits, logits + 2 * N, N);
+        expect(memcmp(logits, logits + 3 * N, N * sizeof *logits) != 0, "another model, other logits");
+        metala_model_free(m), metala_model_free(other);
+        end_check();
+    }
+    if (begin(0, "state: misuse is refused")) {
+        metala_config c = small_config();
+        metala_model *m = random_model(&c, 15), *other = random_model(&c, 15);
+        metala_state *s = metala_state_create(ctx, m, 2), *one = metala_state_create(ctx, m, 1);
+        metala_state *foreign = metala_state_create(ctx, other, 2);
+        int token[2] = {3, 29}, target[2] = {0, -1}, good[2] = {1, 2};
+        double nats = 0;
+        size_t counted = 0;
+        real *logits = reals(2 * 29), *before = reals(2 * 29);
+        expect(!metala_state_create(ctx, m, 0) && strstr(metala_error(ctx), "at least 1"), "0 sequences");
+        expect(metala_step(ctx, s, token, logits) && strstr(metala_error(ctx), "29"), "a token beyond the vocabulary");
+        token[1] = -100;
+        expect(metala_step(ctx, s, token, logits) != 0, "a token of -100");
+        expect(metala_score(ctx, s, METALA_RECURRENT, good, target, NULL, 1, &nats, &counted) != 0, "a target of -1");
+        expect(metala_forward(ctx, s, METALA_CHUNKWISE, good, NULL, 0, NULL) != 0, "no tokens");
+        expect(metala_state_position(s) == 0, "the state has not moved");
+        expect(metala_state_copy(ctx, s, one) && strstr(metala_error(ctx), "2"), "a copy to another batch size");
+        expect(metala_state_copy(ctx, s, foreign) && strstr(metala_error(ctx), "model"), "a copy to another model");
+        expect(metala_state_get(ctx, s, "state.2", logits) && metala_state_get(ctx, s, "state.-1", logits) &&
+               metala_state_get(ctx, s, "state.0x", logits) && metala_state_get(ctx, s, "S", logits), "unknown names");
+        expect(metala_state_save(ctx, s, "no/such/folder/state") && strstr(metala_error(ctx), "no/such/folder"),
+               "a folder that is not there");
+        metala_step(ctx, s, good, before);
+        expect(!metala_state_save(ctx, one, scratch_path("state.tmp")), "saves");
+        expect(metala_state_load(ctx, s, scratch_path("state.tmp")) && strstr(metala_error(ctx), "[2,2,3,6]"),
+               "a file of another batch size, not '%s'", metala_error(ctx));
+        expect(metala_state_position(s) == 1, "a failed load changes nothing");
+        expect(metala_state_bytes(&c) == 2 * (2 * 3 * 6 + 4 * 12) * sizeof(real), "bytes of a state");
+        remove(scratch_path("state.tmp"));
+        metala_state_free(s), metala_state_free(one), metala_state_free(foreign);
+        metala_model_free(m), metala_model_free(other);
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ training
+
+static metala_config training_config(void) {
+    metala_config c = small_config();
+    c.width = 64, c.heads = 4, c.glu_dim = 96, c.vocab_size = 61;
+    return c;
+}
+static const metala_adamw training_adamw = {3e-3, 0.9, 0.95, 1e-8, 0.1, 1};
+
+// Steps first + 1 to last of a run whose batches depend on the step alone. Returns the last loss.
+static double train_steps(metala_context *c, metala_trainer *t, int first, int last) {
+    enum { B = 4, T = 70 };
+    int inputs[B * T], targets[B * T];
+    double loss = 0, norm;
+    for (int step = first; step < last; step++) {
+        uint64_t random = (uint64_t)step + 1;
+        for (int i = 0; i < B * T; i++) {
+            inputs[i] = (int)(metala_random(&random) % 61);
+            targets[i] = (inputs[i] * 3 + step % 2) % 61;
+        }
+        if (metala_gradient(c, t, METALA_CHUNKWISE, inputs, targets, NULL, B, T, 1, &loss) ||
+            metala_update(c, t, &training_adamw, &norm))
+            problem("%s", metala_error(c));
+    }
+    return loss;
+}
+
+static real *all_parameters(const metala_model *m) {
+    real *all = reals(metala_model_size(m));
+    for (int i = 0; i < metala_model_tensors(m); i++) {
+        const metala_tensor *t = metala_model_tensor(m, i);
+        metala_model_get(ctx, m, t->name, all + t->offset);
+    }
+    return all;
+}
+
+static metala_model *fresh_model(void) {
+    metala_config c = training_config();
+    metala_model *m = metala_model_create(ctx, &c);
+    metala_model_init(ctx, m, 1, 0.05, 1);
+    return m;
+}
+
+// Three steps of a small model against AdamW in double on slopes of the reference: everything together.
+static void check_trace(void) {
+    if (!begin(TOLERANCE(5e-5, 1e-7), "training: three steps of the reference")) return;
+    metala_config c = small_config();
+    c.width = 4, c.layers = 1, c.heads = 1, c.glu_dim = 5, c.vocab_size = 6;
+    const metala_adamw a = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5};
+    metala_model *m = random_model(&c, 21);
+    metala_trainer *t = metala_trainer_create(ctx, m, 2, 9);
+    reference r = make_reference(m, 2, 9, 0);
+    size_t n = metala_model_size(m);
+    double *g = doubles(n), *first = doubles(n), *second = doubles(n), loss[3], norm[3], expected_loss[3];
+    double expected_norm[3];
+    for (int step = 1; step <= 3; step++) {
+        if (metala_gradient(ctx, t, METALA_CHUNKWISE, r.tokens, r.targets, NULL, 2, 9, 1, &loss[step - 1]) ||
+            metala_update(ctx, t, &a, &norm[step - 1]))
+            problem("%s", metala_error(ctx));
+        double sum = 0;
+        expected_loss[step - 1] = reference_loss(&r);
+        for (size_t i = 0; i < n; i++) {
+            g[i] = slope(&r.theta[i], 2e-4, reference_loss, &r);
+            sum += g[i] * g[i];
+        }
+        expected_norm[step - 1] = sqrt(sum);
+        for (int i = 0; i < metala_model_tensors(m); i++) {
+            const metala_tensor *p = metala_model_tensor(m, i);
+            for (size_t j = p->offset; j < p->offset + p->count; j++) {
+                double d = g[j] * fmin(1, a.clip_norm / (sqrt(sum) + 1e-6));
+                if (p->ndim > 1) r.theta[j] *= 1 - a.learning_rate * a.weight_decay;
+                first[j] = a.beta1 * first[j] + (1 - a.beta1) * d;
+                second[j] = a.beta2 * second[j] + (1 - a.beta2) * d * d;
+                r.theta[j] -= a.learning_rate / (1 - pow(a.beta1, step)) * first[j] /
+                              (sqrt(second[j] / (1 - pow(a.beta2, step))) + a.eps);
+            }
+        }
+    }
+    compare_doubles("loss", loss, expected_loss, DIMS(3));
+    compare_doubles("norm", norm, expected_norm, DIMS(3));
+    compare("parameters", all_parameters(m), r.theta, DIMS(n));
+    expect(metala_trainer_step(t) == 3, "three updates counted");
+    metala_trainer_free(t);
+    metala_model_free(m);
+    end_check();
+}
+
+static void check_training(void) {
+    check_trace();
+    if (begin(0, "training: 1, 2, 3 and 5 threads give the same bits")) {
+        static const int threads[] = {1, 2, 3, 5};
+        real *first = NULL;
+        for (size_t i = 0; i < COUNT(threads); i++) {
+            metala_context *c = metala_open(NULL, threads[i]);
+            metala_model *m = fresh_model();
+            metala_trainer *t = metala_trainer_create(c, m, 4, 70);
+            train_steps(c, t, 0, 3);
+            real *now_all = all_parameters(m);
+            if (first) same_bits("parameters", first, now_all, metala_model_size(m));
+            else first = now_all;
+            metala_trainer_free(t);
+            metala_model_free(m);
+            metala_close(c);
+        }
+        end_check();
+    }
+    if (begin(0, "training: a resumed run has the same bits")) {
+        metala_model *a = fresh_model(), *b = fresh_model();
+        metala_trainer *whole = metala_trainer_create(ctx, a, 4, 70), *half = metala_trainer_create(ctx, b, 4, 70);
+        const metala_pair extra = {"note", "two \"words\"\\\n"};
+        double first_loss = train_steps(ctx, whole, 0, 1), last_loss = train_steps(ctx, whole, 1, 6);
+        train_steps(ctx, half, 0, 3);
+        if (metala_checkpoint_save(ctx, half, scratch_path("half.tmp"), &extra, 1)) problem("%s", metala_error(ctx));
+        metala_trainer_free(half), metala_model_free(b);
+        b = metala_model_load(ctx, scratch_path("half.tmp"));        // a checkpoint is a model
+        half = b ? metala_trainer_create(ctx, b, 4, 70) : NULL;
+        if (!half || metala_checkpoint_load(ctx, half, scratch_path("half.tmp"))) problem("%s", metala_error(ctx));
+        else {
+            expect(metala_trainer_step(half) == 3, "three updates counted");
+            train_steps(ctx, half, 3, 6);
+            same_bits("parameters", all_parameters(a), all_parameters(b), metala_model_size(a));
+            metala_checkpoint_save(ctx, whole, scratch_path("a.tmp"), NULL, 0);
+            metala_checkpoint_save(ctx, half, scratch_path("b.tmp"), NULL, 0);
+            size_t n_a, n_b;
+            unsigned char *of_a = read_bytes(scratch_path("a.tmp"), &n_a), *of_b = read_bytes(scratch_path("b.tmp"), &n_b);
+            expect(n_a == n_b && !memcmp(of_a, of_b, n_a), "equal checkpoints, moments included");
+        }
+        metala_file *f = metala_file_open(ctx, scratch_path("half.tmp"));
+        const char *text = f ? metala_file_metadata(f, "note") : NULL;
+        expect(text && !strcmp(text, extra.value), "the caller's metadata comes back");
+        metala_file_close(f);
+        expect(last_loss < first_loss, "the loss falls from %g to %g", first_loss, last_loss);
+        remove(scratch_path("half.tmp")), remove(scratch_path("a.tmp")), remove(scratch_path("b.tmp"));
+        metala_trainer_free(whole), metala_trainer_free(half);
+        metala_model_free(a), metala_model_free(b);
+        end_check();
+    }
+    if (begin(TOLERANCE(3e-6, 1e-13), "training: gradients accumulate")) {
+        enum { T = 33 };
+        metala_config c = small_config();
+        metala_model *m = random_model(&c, 31);
+        metala_trainer *t = metala_trainer_create(ctx, m, 2, T + 5);
+        size_t n = metala_model_size(m);
+        int inputs[2 * T], targets[2 * T];
+        double loss[3], *expected = doubles(n);
+        real *gradient = reals(n);
+        for (int i = 0; i < 2 * T; i++) inputs[i] = below(29), targets[i] = below(29);
+        for (int pass = 0; pass < 2; pass++) {
+            if (pass == 0) metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 2, T, 1, &loss[0]);
+            else for (int b = 0; b < 2; b++)
+                metala_gradient(ctx, t, METALA_CHUNKWISE, inputs + b * T, targets + b * T, NULL, 1, T, 0.5, &loss[1 + b]);
+            for (int i = 0; i < metala_model_tensors(m); i++) {
+                const metala_tensor *p = metala_model_tensor(m, i);
+                metala_trainer_gradient(ctx, t, p->name, gradient + p->offset);
+            }
+            for (size_t i = 0; i < n && pass == 0; i++) expected[i] = (double)gradient[i];
+            metala_trainer_zero(ctx, t);
+        }
+        compare("gradients", gradient, expected, DIMS(n));
+        loss[1] = (loss[1] + loss[2]) / 2;
+        compare_doubles("loss", &loss[1], &loss[0], DIMS(1));
+        metala_trainer_free(t);
+        metala_model_free(m);
+        end_check();
+    }
+    if (begin(0, "training: a gradient that is not finite changes nothing")) {
+        metala_model *m = fresh_model();
+        metala_trainer *t = metala_trainer_create(ctx, m, 4, 70);
+        real *bias = reals(64);
+        double loss = 0, norm = 0;
+        int inputs[3] = {1, 2, 3}, targets[3] = {2, 3, 4};
+        train_steps(ctx, t, 0, 1);
+        metala_model_get(ctx, m, "model.layers.1.token_mixer.g_proj.bias", bias);
+        bias[5] = (real)NAN;
+        metala_model_set(ctx, m, "model.layers.1.token_mixer.g_proj.bias", bias);
+        real *before = all_parameters(m);
+        metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 1, 3, 1, &loss);
+        expect(isnan(loss), "NaN reaches the loss, not %g", loss);
+        expect(metala_update(ctx, t, &training_adamw, &norm) && strstr(metala_error(ctx), "not finite"),
+               "the update is refused");
+        expect(metala_trainer_step(t) == 1, "no update counted");
+        same_bits("parameters", before, all_parameters(m), metala_model_size(m));
+        bias[5] = 0;
+        metala_model_set(ctx, m, "model.layers.1.token_mixer.g_proj.bias", bias);
+        train_steps(ctx, t, 1, 2);
+        expect(metala_trainer_step(t) == 2, "training goes on once the parameters are numbers");
+        metala_trainer_free(t);
+        metala_model_free(m);
+        end_check();
+    }
+    if (begin(0, "training: misuse is refused")) {
+        metala_config c = small_config();
+        metala_model *m = random_model(&c, 33);
+        metala_trainer *t = metala_trainer_create(ctx, m, 2, 4);
+        int inputs[10] = {0}, targets[10] = {0};
+        double loss;
+        size_t count;
+        expect(!metala_trainer_create(ctx, m, 0, 4) && !metala_trainer_create(ctx, m, 1, 0) &&
+               !metala_trainer_create(ctx, m, 65536, (size_t)1 << 40), "batches that cannot be");
+        expect(metala_trainer_activation(ctx, t, "final_norm", NULL, &count) != 0, "activations before any gradient");
+        expect(metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 3, 1, 1, &loss) &&
+               metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 1, 5, 1, &loss) &&
+               metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 0, 1, 1, &loss), "a batch too large");
+        inputs[1] = 29;
+        expect(metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 1, 2, 1, &loss) &&
+               strstr(metala_error(ctx), "29"), "a token beyond the vocabulary");
+        inputs[1] = 0, targets[1] = -99;
+        expect(metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 1, 2, 1, &loss) &&
+               strstr(metala_error(ctx), "-99"), "a target of -99");
+        targets[0] = targets[1] = METALA_IGNORE;
+        expect(metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 1, 2, 1, &loss) &&
+               strstr(metala_error(ctx), "no target"), "no target that counts");
+        targets[0] = 0;
+        expect(!metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 1, 2, 1, &loss), "a good batch");
+        expect(!metala_trainer_activation(ctx, t, "layer1.glu_prod", NULL, &count) && count == 2 * 20, "2 × F numbers");
+        expect(metala_trainer_activation(ctx, t, "layer2.q", NULL, &count) &&
+               metala_trainer_activation(ctx, t, "layer0.no", NULL, &count) &&
+               metala_trainer_activation(ctx, t, "q", NULL, &count), "unknown activations");
+        expect(metala_checkpoint_save(ctx, t, "no/such/folder/x", NULL, 0) != 0, "a folder that is not there");
+        metala_memory memory = metala_trainer_memory(&c, 2, 4, 1);
+        expect(memory.total == memory.parameters + memory.gradients + memory.moments + memory.activations +
+               memory.scratch && memory.parameters == metala_model_size(m) * sizeof(real), "memory adds up");
+        metala_trainer_free(t);
+        metala_model_free(m);
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ files
+
+static void write_safetensors(const char *path, const char *header, const void *data, size_t n) {
+    size_t length = strlen(header);
+    unsigned char *bytes = take(8 + length + n, 1);
+    for (int i = 0; i < 8; i++) bytes[i] = (unsigned char)((uint64_t)length >> 8 * i);
+    memcpy(bytes + 8, header, length);
+    if (n) memcpy(bytes + 8 + length, data, n);
+    write_bytes(path, bytes, 8 + length + n);
+}
+
+// The file must be refused, with a message that names it and contains `reason`.
+static void refused(const char *what, int failed, const char *path, const char *reason) {
+    const char *error = metala_error(ctx);
+    if (!failed) problem("%s is accepted", what);
+    else if (!strstr(error, path) || !strstr(error, reason) || strchr(error, '\n'))
+        problem("%s: the message is '%s', expected one line with %s and '%s'", what, error, path, reason);
+}
+
+static int cannot_open(const char *path) {
+    metala_file *f = metala_file_open(ctx, path);
+    metala_file_close(f);
+    return !f;
+}
+
+static void check_conversions(void) {
+    if (begin(0, "file: all half precision and bfloat16 numbers")) {
+        enum { N = 65536 };
+        const char *path = scratch_path("halves.tmp");
+        unsigned char *data = take(4 * N, 1);
+        double *h = doubles(N), *b = doubles(N);
+        for (int i = 0; i < 2 * N; i++) data[2 * i] = (unsigned char)i, data[2 * i + 1] = (unsigned char)(i >> 8);
+        write_safetensors(path, "{\"h\":{\"dtype\":\"F16\",\"shape\":[65536],\"data_offsets\":[0,131072]},"
+                          "\"b\":{\"dtype\":\"BF16\",\"shape\":[2,32768],\"data_offsets\":[131072,262144]}}", data, 4 * N);
+        metala_file *f = metala_file_open(ctx, path);
+        if (!f || metala_file_read(ctx, f, metala_file_find(f, "h"), METALA_F64, h) ||
+            metala_file_read(ctx, f, metala_file_find(f, "b"), METALA_F64, b))
+            problem("%s", metala_error(ctx));
+        for (int i = 0; i < N && !*now.problem; i++) {
+            int exponent = i >> 10 & 31, fraction = i & 1023, wide = i >> 7 & 255, narrow = i & 127;
+            double half = exponent == 31 ? (fraction ? NAN : INFINITY)
+                        : exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+            double brain = wide == 255 ? (narrow ? NAN : INFINITY)
+                         : wide ? ldexp(128 + narrow, wide - 134) : ldexp(narrow, -133);
+            double sign = i >> 15 ? -1 : 1;
+            if (isnan(half) ? !isnan(h[i]) : h[i] != sign * half) problem("F16 %04x is %g, got %g", i, sign * half, h[i]);
+            if (isnan(brain) ? !isnan(b[i]) : b[i] != sign * brain) problem("BF16 %04x is %g, got %g", i, sign * brain, b[i]);
+        }
+        metala_file_close(f);
+        remove(path);
+        end_check();
+    }
+    if (begin(0, "file: integers of every type")) {
+        static const struct { const char *type; unsigned char bytes[8]; int n; int32_t value; int fits; } cases[] = {
+            {"I8", {0x80}, 1, -128, 1}, {"U8", {0xff}, 1, 255, 1}, {"BOOL", {1}, 1, 1, 1},
+            {"I16", {0, 0x80}, 2, -32768, 1}, {"U16", {0xff, 0xff}, 2, 65535, 1},
+            {"I32", {0, 0, 0, 0x80}, 4, INT32_MIN, 1}, {"I32", {1, 2, 0, 0}, 4, 513, 1},
+            {"U32", {0xff, 0xff, 0xff, 0x7f}, 4, INT32_MAX, 1}, {"U32", {0, 0, 0, 0x80}, 4, 0, 0},
+            {"I64", {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, 8, -1, 1},
+            {"I64", {0, 0, 0, 0, 1}, 8, 0, 0}, {"I64", {0, 0, 0, 0, 0, 0, 0, 0x80}, 8, 0, 0},
+            {"I64", {0, 0, 0, 0x80, 0xff, 0xff, 0xff, 0xff}, 8, INT32_MIN, 1}};
+        for (size_t i = 0; i < COUNT(cases); i++) {
+            const char *path = scratch_path("integer.tmp");
+            char header[100];
+            int32_t x = 77;
+            float y;
+            snprintf(header, sizeof header, "{\"x\":{\"dtype\":\"%s\",\"shape\":[],\"data_offsets\":[0,%d]}}",
+                     cases[i].type, cases[i].n);
+            write_safetensors(path, header, cases[i].bytes, (size_t)cases[i].n);
+            metala_file *f = metala_file_open(ctx, path);
+            if (!f) problem("%s", metala_error(ctx));
+            else {
+                int status = metala_file_read(ctx, f, metala_file_tensor(f, 0), METALA_I32, &x);
+                expect((status == 0) == cases[i].fits, "case %zu: %s %s", i, cases[i].type,
+                       cases[i].fits ? "fits" : "does not fit");
+                expect(status || x == cases[i].value, "case %zu: %s is %d, not %d", i, cases[i].type,
+                       (int)cases[i].value, (int)x);
+                expect(metala_file_read(ctx, f, metala_file_tensor(f, 0), METALA_F32, &y) != 0,
+                       "integers are not read as floats");
+            }
+            metala_file_close(f);
+            remove(path);
+        }
+        end_check();
+    }
+    if (begin(0, "file: what is written is read")) {
+        const char *path = scratch_path("write.tmp");
+        const double d[2] = {1.0 / 3, -1e300};
+        const float s[3] = {0.1f, -0.0f, 3e38f};
+        const int32_t i[2] = {-5, INT32_MAX};
+        const uint16_t u[1] = {65535};
+        const uint8_t b[2] = {0, 255};
+        const void *const data[] = {d, s, i, u, b, d};
+        const metala_tensor tensors[] = {
+            {"d", METALA_F64, 1, {2}, 2, 0, 0}, {"s", METALA_F32, 2, {3, 1}, 3, 0, 0}, {"i", METALA_I32, 1, {2}, 2, 0, 0},
+            {"a \"quoted\" name", METALA_U16, 1, {1}, 1, 0, 0}, {"b", METALA_U8, 3, {1, 2, 1}, 2, 0, 0},
+            {"none", METALA_F32, 2, {0, 4}, 0, 0, 0}};
+        const metala_pair pairs[] = {{"key", "value \\ \" \n\t\x01 \xc3\xa9"}, {"", ""}};
+        double back[3];
+        float single[3];
+        int32_t whole[2];
+        if (metala_file_write(ctx, path, tensors, data, 6, pairs, 2)) problem("%s", metala_error(ctx));
+        metala_file *f = metala_file_open(ctx, path);
+        if (!f) problem("%s", metala_error(ctx));
+        else {
+            expect(metala_file_tensors(f) == 6, "six tensors");
+            expect(!metala_file_read(ctx, f, metala_file_find(f, "d"), METALA_F64, back) && back[0] == d[0] &&
+                   back[1] == d[1], "F64 as it was");
+            expect(!metala_file_read(ctx, f, metala_file_find(f, "s"), METALA_F32, single) && !memcmp(single, s, 12),
+                   "F32 as it was");
+            expect(!metala_file_read(ctx, f, metala_file_find(f, "s"), METALA_F64, back) && back[0] == (double)s[0],
+                   "F32 read as F64");
+            expect(!metala_file_read(ctx, f, metala_file_find(f, "i"), METALA_I32, whole) && whole[0] == -5 &&
+                   whole[1] == INT32_MAX, "I32 as it was");
+            expect(!metala_file_read(ctx, f, metala_file_find(f, "a \"quoted\" name"), METALA_I32, whole) &&
+                   whole[0] == 65535, "U16 as it was");
+            expect(!metala_file_read(ctx, f, metala_file_find(f, "b"), METALA_I32, whole) && whole[1] == 255, "U8");
+            expect(metala_file_read(ctx, f, metala_file_find(f, "d"), METALA_I32, whole) != 0, "F64 is not I32");
+            expect(metala_file_find(f, "none") && metala_file_find(f, "none")->count == 0, "an empty tensor");
+            expect(!metala_file_find(f, "D") && !metala_file_tensor(f, 6), "nothing else");
+            for (int p = 0; p < 2; p++)
+                expect(metala_file_metadata(f, pairs[p].key) && !strcmp(metala_file_metadata(f, pairs[p].key),
+                       pairs[p].value), "metadata %d as it was", p);
+            expect(!metala_file_metadata(f, "no"), "no other metadata");
+        }
+        metala_file_close(f);
+        size_t n;
+        unsigned char *before = read_bytes(path, &n);
+        expect(before[8] == '{' && (8 + before[0] + 256 * before[1]) % 8 == 0, "the data starts at a multiple of 8");
+        remove(path);
+        expect(metala_file_write(ctx, "no/such/folder/file", tensors, data, 6, NULL, 0) &&
+               strstr(metala_error(ctx), "no/such/folder/file"), "a folder that is not there");
+        end_check();
+    }
+}
+
+static void check_headers(void) {
+    if (begin(0, "file: headers that lie are refused")) {
+        static const struct { const char *header, *reason; } cases[] = {
+            {"", "header"}, {"[]", "object"}, {"{", "expected"}, {"{}x", "after the end"}, {"{\"a\":1}", "object"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},\"a\":{\"dtype\":\"F32\",\"shape\":[1],"
+             "\"data_offsets\":[4,8]}}", "twice"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"b\":{\"dtype\":\"F32\",\"shape\":[1],"
+             "\"data_offsets\":[4,8]}}", "overlap"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}", "hole"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", "cover"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,8]}}", "12 bytes"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,0]}}", "do not lie"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]}}", "do not lie"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4],\"data_offsets\":[0,8]}}", "too large"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[18446744073709551618],\"data_offsets\":[0,8]}}", "too large"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[9223372036854775807],\"data_offsets\":[0,8]}}", "too large"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[-2],\"data_offsets\":[0,8]}}", "whole number"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2.0],\"data_offsets\":[0,8]}}", "whole number"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2e0],\"data_offsets\":[0,8]}}", "whole number"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,2],\"data_offsets\":[0,8]}}", "8 dimensions"},
+            {"{\"a\":{\"dtype\":\"F31\",\"shape\":[2],\"data_offsets\":[0,8]}}", "dtype"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2]}}", "needs dtype"},
+            {"{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", "needs dtype"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8],\"more\":1}}", "unknown member"},
+            {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0]}}", "two whole numbers"},
+            {"{\"__metadata__\":{\"a\":1},\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", "string"},
+            {"{\"__metadata__\":{},\"__metadata__\":{}}", "twice"},
+            {"{\"a\\x\":{}}", "escape"}, {"{\"a\\ud800\":{}}", "surrogate"}, {"{\"a\\ud800\\u0041\":{}}", "surrogate"},
+            {"{\"a\\u0000\":{}}", "NUL"}, {"{\"a\\u00g0\":{}}", "hexadecimal"}, {"{\"a\n\":{}}", "control"},
+            {"{\"a", "without end"}, {"{\"a\\", "header"}, {"{\"a\\\"", "without end"},
+            {"{\"a23456789012345678901234567890123456789012345678901234567890123456789012345678901234567890123456789012"
+             "3456789012345678901234567890\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", "127 bytes"}};
+        for (size_t i = 0; i < COUNT(cases); i++) {
+            const char *path = scratch_path("header.tmp");
+            write_safetensors(path, cases[i].header, "12345678", 8);
+            refused(cases[i].header, cannot_open(path), path, cases[i].reason);
+            remove(path);
+        }
+        static const unsigned char lengths[][9] = {
+            {0}, {1, 0, 0, 0, 0, 0, 0, 0, '{'}, {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, '{'},
+            {0, 0, 0, 0, 0, 0, 0, 0x80, '{'}, {0xff, 0xff, 0xff, 0x7f, 0, 0, 0, 0, '{'}, {0, 0, 0, 0, 0, 0, 0, 0, '{'}};
+        for (size_t i = 0; i < COUNT(lengths); i++) {
+            const char *path = scratch_path("length.tmp");
+            write_bytes(path, lengths[i], 9);
+            refused("a length that lies", cannot_open(path), path, "header");
+            remove(path);
+        }
+        expect(cannot_open("no/such/file") && strstr(metala_error(ctx), "no/such/file"), "a missing file is refused");
+        expect(cannot_open(".") != 0, "a folder is refused");
+        end_check();
+    }
+    if (begin(0, "file: headers of other writers are accepted")) {
+        const char *path = scratch_path("other.tmp");
+        write_safetensors(path, " { \"\\u0061\\ud83d\\ude00\\/\" :\t{\"shape\" : [ ] ,\"data_offsets\":[ 0 , 8 ], \"dtype\":\"F64\"}"
+                          ",\n\"empty\":{\"dtype\":\"I8\",\"shape\":[0],\"data_offsets\":[8,8]} ,"
+                          "\"__metadata__\":{\"k\":\"v\"}}   ", "\0\0\0\0\0\0\xf0?", 8);
+        metala_file *f = metala_file_open(ctx, path);
+        double x = 0;
+        if (!f) problem("%s", metala_error(ctx));
+        else {
+            const metala_tensor *t = metala_file_find(f, "a\xf0\x9f\x98\x80/");
+            expect(t && t->ndim == 0 && t->count == 1, "a scalar under an escaped name");
+            expect(t && !metala_file_read(ctx, f, t, METALA_F64, &x) && x == 1, "which is 1, not %g", x);
+            expect(metala_file_metadata(f, "k") && !strcmp(metala_file_metadata(f, "k"), "v"), "metadata at the end");
+        }
+        metala_file_close(f);
+        remove(path);
+        end_check();
+    }
+}
+
+static void check_model_files(void) {
+    metala_config c = small_config();
+    c.width = 4, c.layers = 1, c.heads = 1, c.glu_dim = 3, c.vocab_size = 5, c.glu_bias = 1, c.pad_token_id = 1;
+    c.tau = 8, c.norm_eps = 1e-5, c.scale_embedding = 1, c.key_linear = 1;
+    if (begin(0, "file: a model is saved and loaded as it was")) {
+        const char *path = scratch_path("model.tmp");
+        metala_model *m = random_model(&c, 41), *back = NULL;
+        if (metala_model_save(ctx, m, path) || !(back = metala_model_load(ctx, path))) problem("%s", metala_error(ctx));
+        else {
+            const metala_config *d = metala_model_config(back);
+            same_bits("parameters", all_parameters(m), all_parameters(back), metala_model_size(m));
+            expect(d->vocab_size == c.vocab_size && d->width == c.width && d->layers == c.layers && d->heads == c.heads &&
+                   d->glu_dim == c.glu_dim && d->glu_bias == c.glu_bias && d->pad_token_id == 1 &&
+                   d->bos_token_id == -1 && d->eos_token_id == -1 && d->tau == 8 && d->norm_eps == 1e-5 &&
+                   d->head_norm_eps == c.head_norm_eps && d->scale_embedding && d->key_linear && !d->no_conv &&
+                   !d->no_augment && !d->fixed_decay && !d->tie_word_embeddings, "every member of the configuration");
+        }
+        metala_trainer *t = metala_trainer_create(ctx, m, 1, 2);
+        refused("a model as a checkpoint", metala_checkpoint_load(ctx, t, path), path, "not a checkpoint");
+        metala_state *s = metala_state_create(ctx, m, 1);
+        refused("a model as a state", metala_state_load(ctx, s, path), path, "not a saved state");
+        metala_state_free(s), metala_trainer_free(t);
+        metala_model_free(m), metala_model_free(back);
+        remove(path);
+        end_check();
+    }
+    if (begin(0, "file: cut short at every byte")) {
+        const char *path = scratch_path("whole.tmp");
+        metala_model *m = random_model(&c, 42);
+        metala_trainer *t = metala_trainer_create(ctx, m, 1, 2);
+        metala_state *s = metala_state_create(ctx, m, 1);
+        real *before = all_parameters(m);
+        size_t n, cut_at = 0;
+        for (int kind = 0; kind < 2; kind++) {
+            if (kind == 0 ? metala_checkpoint_save(ctx, t, path, NULL, 0) : metala_state_save(ctx, s, path))
+                problem("%s", metala_error(ctx));
+            unsigned char *bytes = read_bytes(path, &n);
+            for (size_t length = 0; length < n && !*now.problem; length++, cut_at++) {
+                const char *cut = scratch_path("cut.tmp");
+                write_bytes(cut, bytes, length);
+                refused("a cut file", cannot_open(cut), cut, "");
+                if (kind == 0) {
+                    metala_model *loaded = metala_model_load(ctx, cut);
+                    refused("a cut model", !loaded, cut, "");
+                    refused("a cut checkpoint", metala_checkpoint_load(ctx, t, cut), cut, "");
+                } else refused("a cut state", metala_state_load(ctx, s, cut), cut, "");
+            }
+        }
+        note(" %zu places", cut_at);
+        same_bits("parameters after failed loads", before, all_parameters(m), metala_model_size(m));
+        remove(path), remove(scratch_path("cut.tmp"));
+        metala_state_free(s), metala_trainer_free(t), metala_model_free(m);
+        end_check();
+    }
+    if (begin(0, "file: every byte of a header damaged")) {
+        const char *path = scratch_path("whole.tmp"), *damaged = scratch_path("damaged.tmp");
+        static const unsigned char values[] = {0, '"', '{', '}', ']', ',', '\\', '0', '9', 'a', 0x80, 0xff};
+        metala_model *m = random_model(&c, 43);
+        size_t n, header, opened = 0, tried = 0;
+        if (metala_model_save(ctx, m, path)) problem("%s", metala_error(ctx));
+        unsigned char *bytes = read_bytes(path, &n);
+        header = 8 + bytes[0] + 256u * bytes[1];
+        for (size_t at = 0; at < header && !*now.problem; at++)
+            for (size_t v = 0; v < COUNT(values); v++) {
+                unsigned char kept = bytes[at];
+                if (kept == values[v] || (v < 11 && at % 3 != 0 && at > 40)) continue;
+                bytes[at] = values[v];
+                write_bytes(damaged, bytes, n);
+                bytes[at] = kept;
+                metala_model *loaded = metala_model_load(ctx, damaged);
+                tried++;
+                if (!loaded) refused("a damaged model", 1, damaged, "");
+                opened += loaded != NULL;                            // a metadata value may still make sense
+                metala_model_free(loaded);
+            }
+        note(" %zu damages, %zu harmless", tried, opened);
+        expect(opened < tried / 4, "most damages are noticed");
+        remove(path), remove(damaged);
+        metala_model_free(m);
+        end_check();
+    }
+    if (begin(0, "file: configurations and tensors that do not fit")) {
+        // One tensor of a model is enough: everything below is refused before the next one is looked for.
+        static const struct { const char *metadata, *reason; } cases[] = {
+            {"", "config.json"},
+            {"\"decoder_embed_dim\":\"4\"", "vocab_size"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"3\"", "divide"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"one\",\"decoder_attention_heads\":\"1\"",
+             "decoder_layers is \"one\""},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
+             "\"glu_act\":\"relu\"", "relu"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
+             "\"norm_type\":\"layernorm\"", "layernorm"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
+             "\"bias\":\"maybe\"", "true or false"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
+             "\"tau\":\"x\"", "a number"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\"",
+             "conv1d.weight is missing"},
+            {"\"vocab_size\":\"16777216\",\"decoder_embed_dim\":\"16777216\",\"decoder_layers\":\"100\","
+             "\"decoder_attention_heads\":\"1\"", "missing"}};
+        static const float data[20] = {0};
+        for (size_t i = 0; i < COUNT(cases); i++) {
+            const char *path = scratch_path("config.tmp");
+            char header[700];
+            snprintf(header, sizeof header, "{\"__metadata__\":{%s},\"model.embed_tokens.weight\":{\"dtype\":\"F32\","
+                     "\"shape\":[5,4],\"data_offsets\":[0,80]}}", cases[i].metadata);
+            write_safetensors(path, header, data, sizeof data);
+            metala_model *m = metala_model_load(ctx, path);
+            refused(cases[i].metadata, !m, "", cases[i].reason);
+            metala_model_free(m);
+            remove(path);
+        }
+        metala_config other = c;
+        other.width = 8;
+        metala_model *m = random_model(&c, 44), *n = random_model(&other, 44);
+        metala_trainer *a = metala_trainer_create(ctx, m, 1, 2), *b = metala_trainer_create(ctx, n, 1, 2);
+        const char *path = scratch_path("shape.tmp");
+        if (metala_checkpoint_save(ctx, a, path, NULL, 0)) problem("%s", metala_error(ctx));
+        refused("a checkpoint of another width", metala_checkpoint_load(ctx, b, path), path, "[5,4], this model (D=8) needs [5,8]");
+        remove(path);
+        metala_trainer_free(a), metala_trainer_free(b), metala_model_free(m), metala_model_free(n);
+        end_check();
+    }
+    if (begin(0, "file: config.json beside a model, authors' defaults")) {
+        // As transformers writes it: the model's file has no configuration, the tied head no tensor of its own.
+        const char *path = scratch_path("authors.tmp"), *config = scratch_path("config.json");
+        FILE *there = fopen(config, "rb");
+        if (there) {
+            fclose(there);
+            problem("%s is in the way", config);
+        } else {
+            metala_config tied = c;
+            tied.glu_dim = 4, tied.tie_word_embeddings = 1, tied.pad_token_id = 2, tied.glu_bias = 0, tied.key_linear = 0;
+            metala_model *m = random_model(&tied, 45), *back;
+            size_t n = (size_t)metala_model_tensors(m);
+            metala_tensor *tensors = take(n, sizeof *tensors);
+            const void **data = take(n, sizeof *data);
+            real *all = all_parameters(m);
+            for (size_t i = 0; i < n; i++) tensors[i] = *metala_model_tensor(m, (int)i), data[i] = all + tensors[i].offset;
+            if (metala_file_write(ctx, path, tensors, data, n, NULL, 0)) problem("%s", metala_error(ctx));
+            static const char text[] = "{\n  \"architectures\": [\"x\", {\"y\": [1, 2]}], \"vocab_size\": 5,\n"
+                "  \"decoder_embed_dim\": 4, \"decoder_layers\": 1, \"decoder_attention_heads\": 1, \"glu_dim\": -1,\n"
+                "  \"no_scale_embedding\": false, \"bos_token_id\": null, \"tau\": 8.0, \"norm_eps\": 1e-05,\n"
+                "  \"nested\": {\"vocab_size\": 7}, \"text\": \"a \\\"b\\\" {\"\n}\n";
+            write_bytes(config, text, sizeof text - 1);
+            back = metala_model_load(ctx, path);
+            if (!back) problem("%s", metala_error(ctx));
+            else {
+                const metala_config *d = metala_model_config(back);
+                same_bits("parameters", all, all_parameters(back), metala_model_size(m));
+                expect(d->tie_word_embeddings && d->glu_dim == 4 && d->pad_token_id == 2 && d->scale_embedding &&
+                       d->tau == 8 && d->bos_token_id == -1, "the authors' defaults");
+            }
+            for (size_t cut = 0; cut < sizeof text - 3; cut++) {     // cut short, it must be refused
+                write_bytes(config, text, cut);
+                metala_model *half = metala_model_load(ctx, path);
+                refused("a cut config.json", !half, "config.json", "");
+                metala_model_free(half);
+            }
+            metala_model_free(m), metala_model_free(back);
+            remove(path), remove(config);
+        }
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ data
+
+static void check_data(void) {
+    if (begin(0, "data: a text in windows, split, drawn")) {
+        enum { SIZE = 1000, T = 32 };
+        const char *path = scratch_path("text.tmp");
+        unsigned char text[SIZE];
+        int inputs[4 * T], targets[4 * T], again[4 * T];
+        uint8_t mask[4 * T];
+        for (int i = 0; i < SIZE; i++) text[i] = (unsigned char)(i * 7 + i / 256);
+        write_bytes(path, text, SIZE);
+        metala_dataset *d = metala_dataset_open(ctx, path, T);
+        metala_dataset *tail = d ? metala_dataset_split(ctx, d, 0.1) : NULL;
+        if (!tail) problem("%s", metala_error(ctx));
+        else {
+            expect(metala_dataset_tokens(d) == 900 && metala_dataset_tokens(tail) == 100, "900 and 100 bytes");
+            expect(metala_dataset_length(d) == T && metala_dataset_vocab(d) == 256 && metala_dataset_is_text(d), "text");
+            expect(metala_dataset_sequences(d) == 29 && metala_dataset_sequences(tail) == 4, "899 and 99 targets");
+            for (int part = 0; part < 2; part++) {
+                size_t size = part ? 100 : 900, seen = 0;
+                const unsigned char *own = text + (part ? 900 : 0);
+                for (size_t i = 0; i < metala_dataset_sequences(part ? tail : d); i++) {
+                    metala_dataset_sequence(part ? tail : d, i, inputs, targets, mask);
+                    for (size_t t = 0; t < T; t++) {
+                        size_t at = i * T + t;
+                        seen += mask[t];
+                        if (at + 1 < size) expect(mask[t] && inputs[t] == own[at] && targets[t] == own[at + 1],
+                                                  "part %d, byte %zu", part, at);
+                        else expect(!mask[t] && targets[t] == METALA_IGNORE, "nothing after the end");
+                    }
+                }
+                expect(seen == size - 1, "every byte but the first is a target once");
+            }
+            int last = 0, first = 0;
+            for (uint64_t index = 0; index < 2000; index++) {
+                metala_dataset_batch(d, 5, index, 4, inputs, targets, mask);
+                for (int b = 0; b < 4; b++) {
+                    int start = -1;
+                    for (int at = 0; at + T < 900 && start < 0; at++)
+                        if (inputs[b * T] == text[at] && inputs[b * T + T - 1] == text[at + T - 1] &&
+                            targets[b * T + T - 1] == text[at + T]) start = at;
+                    expect(start >= 0, "a batch holds windows of the text");
+                    first += inputs[b * T] == text[0] && start == 0;
+                    last += targets[b * T + T - 1] == text[899] && inputs[b * T + T - 1] == text[898];
+                    for (int t = 1; t < T; t++) expect(inputs[b * T + t] == targets[b * T + t - 1], "targets follow");
+                }
+            }
+            expect(first && last, "first and last byte are drawn (%d, %d)", first, last);
+            metala_dataset_batch(d, 5, 7, 4, inputs, targets, mask);
+            metala_dataset_batch(d, 5, 7, 4, again, targets, mask);
+            expect(!memcmp(inputs, again, sizeof again), "the same batch for the same seed and index");
+            metala_dataset_batch(d, 6, 7, 4, again, targets, mask);
+            expect(memcmp(inputs, again, sizeof again) != 0, "another for another seed");
+            metala_dataset_batch(d, 5, 8, 4, again, targets, mask);
+            expect(memcmp(inputs, again, sizeof again) != 0, "another for another index");
+            expect(!metala_dataset_split(ctx, d, 0) && !metala_dataset_split(ctx, d, 1), "no split of 0 or 1");
+        }
+        metala_dataset_free(d);                                      // the part outlives the whole
+        if (tail) metala_dataset_sequence(tail, 0, inputs, targets, mask);
+        expect(!tail || inputs[0] == text[900], "a part lives without the whole");
+        metala_dataset_free(tail);
+        write_bytes(path, text, 10);                                 // shorter than a window
+        d = metala_dataset_open(ctx, path, T);
+        if (!d) problem("%s", metala_error(ctx));
+        else {
+            metala_dataset_batch(d, 1, 1, 2, inputs, targets, mask);
+            expect(inputs[0] == text[0] && targets[8] == text[9] && targets[9] == METALA_IGNORE && !mask[9], "a short text");
+        }
+        metala_dataset_free(d);
+        write_bytes(path, text, 1);
+        refused("a text of one byte", !metala_dataset_open(ctx, path, T), path, "at least 2");
+        refused("a window of nothing", !metala_dataset_open(ctx, path, 0), path, "at least 1");
+        remove(path);
+        refused("a missing text", !metala_dataset_open(ctx, path, T), path, "cannot be opened");
+        end_check();
+    }
+    if (begin(0, "data: sequences with targets, labels, masks")) {
+        enum { N = 10, T = 3 };
+        const char *path = scratch_path("sequences.safetensors");
+        uint16_t inputs[N * T];
+        int32_t targets[N * T], labels[N];
+        uint8_t mask[N * T];
+        int in[2 * T], out[2 * T];
+        uint8_t shown[2 * T];
+        for (int i = 0; i < N * T; i++) inputs[i] = (uint16_t)(500 + i), targets[i] = i % 4 ? i : -100, mask[i] = i % 3 != 0;
+        for (int i = 0; i < N; i++) labels[i] = 900 + i;
+        const void *const data[] = {inputs, targets, mask, inputs, labels};
+        const metala_tensor tensors[] = {
+            {"inputs", METALA_U16, 2, {N, T}, 0, 0, 0}, {"targets", METALA_I32, 2, {N, T}, 0, 0, 0},
+            {"mask", METALA_U8, 2, {N, T}, 0, 0, 0}, {"inputs", METALA_U16, 2, {N, T}, 0, 0, 0},
+            {"labels", METALA_I32, 1, {N}, 0, 0, 0}};
+        const metala_pair vocab = {"vocab_size", "2000"};
+        if (metala_file_write(ctx, path, tensors, data, 3, NULL, 0)) problem("%s", metala_error(ctx));
+        metala_dataset *d = metala_dataset_open(ctx, path, 0);
+        if (!d) problem("%s", metala_error(ctx));
+        else {
+            expect(metala_dataset_sequences(d) == N && metala_dataset_length(d) == T && !metala_dataset_is_text(d) &&
+                   metala_dataset_vocab(d) == 530 && metala_dataset_tokens(d) == N * T, "sizes");
+            metala_dataset_sequence(d, 2, in, out, shown);
+            for (int t = 0; t < T; t++)
+                expect(in[t] == inputs[2 * T + t] && out[t] == targets[2 * T + t] && shown[t] == mask[2 * T + t],
+                       "sequence 2, place %d", t);
+            for (uint64_t epoch = 0; epoch < 3; epoch++) {           // five batches of two see each sequence once
+                int seen[N] = {0};
+                for (uint64_t i = 0; i < 5; i++) {
+                    metala_dataset_batch(d, 9, 5 * epoch + i, 2, in, out, shown);
+                    seen[(in[0] - 500) / T]++, seen[(in[T] - 500) / T]++;
+                }
+                for (int i = 0; i < N; i++) expect(seen[i] == 1, "sequence %d once in an epoch, not %d times", i, seen[i]);
+            }
+            metala_dataset *part = metala_dataset_split(ctx, d, 0.3);
+            expect(part && metala_dataset_sequences(part) == 3 && metala_dataset_sequences(d) == 7, "7 and 3 sequences");
+            if (part) metala_dataset_sequence(part, 0, in, out, shown);
+            expect(in[0] == inputs[7 * T], "the split takes the end");
+            metala_dataset_free(part);
+        }
+        metala_dataset_free(d);
+        refused("sequences that are too long", !metala_dataset_open(ctx, path, 2), path, "at most 2");
+        if (metala_file_write(ctx, path, tensors + 3, data + 3, 2, &vocab, 1)) problem("%s", metala_error(ctx));
+        d = metala_dataset_open(ctx, path, 0);
+        if (!d) problem("%s", metala_error(ctx));
+        else {
+            metala_dataset_sequence(d, 4, in, out, shown);
+            expect(out[0] == METALA_IGNORE && out[1] == METALA_IGNORE && out[2] == 904 && shown[0], "a label at the end");
+            expect(metala_dataset_vocab(d) == 2000, "the stated vocabulary");
+        }
+        metala_dataset_free(d);
+        static const struct { const char *header, *reason; } cases[] = {
+            {"{\"x\":{\"dtype\":\"I8\",\"shape\":[1,4],\"data_offsets\":[0,4]}}", "inputs"},
+            {"{\"inputs\":{\"dtype\":\"I8\",\"shape\":[1,4],\"data_offsets\":[0,4]}}", "neither"},
+            {"{\"inputs\":{\"dtype\":\"I8\",\"shape\":[4],\"data_offsets\":[0,4]}}", "[N,T]"},
+            {"{\"inputs\":{\"dtype\":\"F32\",\"shape\":[1,1],\"data_offsets\":[0,4]}}", "whole numbers"},
+            {"{\"inputs\":{\"dtype\":\"I8\",\"shape\":[1,2],\"data_offsets\":[0,2]},\"targets\":{\"dtype\":\"I8\","
+             "\"shape\":[2,1],\"data_offsets\":[2,4]}}", "[1,2]"},
+            {"{\"inputs\":{\"dtype\":\"I8\",\"shape\":[2,1],\"data_offsets\":[0,2]},\"labels\":{\"dtype\":\"I8\","
+             "\"shape\":[1],\"data_offsets\":[2,3]},\"targets\":{\"dtype\":\"I8\",\"shape\":[1],\"data_offsets\":[3,4]}}", "both"},
+            {"{\"inputs\":{\"dtype\":\"I8\",\"shape\":[2,1],\"data_offsets\":[0,2]},\"labels\":{\"dtype\":\"I16\","
+             "\"shape\":[1],\"data_offsets\":[2,4]}}", "[2]"},
+            {"{\"inputs\":{\"dtype\":\"I8\",\"shape\":[1,2],\"data_offsets\":[0,2]},\"targets\":{\"dtype\":\"I8\","
+             "\"shape\":[1,2],\"data_offsets\":[2,4]}}", "-1"}};
+        for (size_t i = 0; i < COUNT(cases); i++) {
+            write_safetensors(path, cases[i].header, i == 7 ? "\1\2\3\xff" : "\1\2\3\4", 4);
+            refused(cases[i].header, !metala_dataset_open(ctx, path, 0), path, cases[i].reason);
+        }
+        remove(path);
+        end_check();
+    }
+    if (begin(0, "random numbers are splitmix64's, and uniform")) {
+        uint64_t state = 0;                                          // the first outputs for seed 0, as published
+        expect(metala_random(&state) == 0xE220A8397B1DCDAFu && metala_random(&state) == 0x6E789E6AA1B965F4u, "values");
+        double sum = 0, least = 1, most = 0;
+        for (int i = 0; i < 100000; i++) {
+            double x = metala_uniform(&state);
+            sum += x, least = fmin(least, x), most = fmax(most, x);
+        }
+        expect(fabs(sum / 100000 - 0.5) < 0.005 && least >= 0 && least < 1e-3 && most < 1 && most > 0.999,
+               "uniform in [0,1): mean %g, %g to %g", sum / 100000, least, most);
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ memory that runs out
+
+// A backend whose memory runs out after some allocations: everything must fail in order and leave nothing behind.
+static long allocations_left, allocations_alive;
+static void *scarce_alloc(size_t bytes) {
+    void *memory = allocations_left-- > 0 ? metala_cpu()->alloc(bytes) : NULL;
+    allocations_alive += memory != NULL;
+    return memory;
+}
+static void scarce_free(void *memory) {
+    allocations_alive -= memory != NULL;
+    metala_cpu()->free(memory);
+}
+
+static int use_everything(metala_context *c) {
+    metala_config config = small_config();
+    metala_model *m = metala_model_create(c, &config);
+    metala_trainer *t = m ? metala_trainer_create(c, m, 2, 8) : NULL;
+    metala_state *s = t ? metala_state_create(c, m, 2) : NULL;
+    int tokens[16] = {0}, failed = !s || metala_forward(c, s, METALA_CHUNKWISE, tokens, NULL, 8, NULL);
+    metala_state_free(s), metala_trainer_free(t), metala_model_free(m);
+    return failed;
+}
+
+static void check_memory(void) {
+    if (begin(0, "memory that runs out is reported, and none is lost")) {
+        metala_backend scarce = *metala_cpu();
+        scarce.alloc = scarce_alloc, scarce.free = scarce_free;
+        metala_context *c = metala_open(&scarce, 1);
+        int failures = 0;
+        for (long n = 0;; n++) {
+            allocations_left = n;
+            int failed = use_everything(c);
+            expect(allocations_alive == 0, "after %ld allocations all is freed, %ld are not", n, allocations_alive);
+            if (!failed) break;
+            failures++;
+            expect(strstr(metala_error(c), "out of memory") != NULL, "says so, not '%s'", metala_error(c));
+            if (n > 1000) break;
+        }
+        note(" %d places", failures);
+        expect(failures >= 10 && failures < 1000, "more than ten allocations, each fails once");
+        expect(!strcmp(metala_error(NULL), "out of memory"), "a context that cannot be had");
+        metala_close(c);
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ golden files
+
+// Tensors computed with the authors' code in double precision. Everything in a file is compared; a tensor that this
+// code does not know is a failure, and so is one that it does not find.
+typedef struct {
+    metala_file *file;
+    const char *path;
+    metala_model *model;
+    const metala_config *config;
+    size_t B, T, N;
+    int *tokens, *labels;
+    uint8_t *mask;
+    char *seen;                          // for each tensor of the file
+} golden;
+
+static double *golden_numbers(golden *g, const char *name, size_t *count) {
+    for (size_t i = 0; i < metala_file_tensors(g->file); i++) {
+        const metala_tensor *t = metala_file_tensor(g->file, i);
+        if (strcmp(t->name, name)) continue;
+        double *x = doubles(t->count);
+        if (metala_file_read(ctx, g->file, t, METALA_F64, x)) problem("%s", metala_error(ctx));
+        g->seen[i] = 1;
+        *count = t->count;
+        return x;
+    }
+    *count = 0;
+    return NULL;
+}
+
+static int32_t *golden_integers(golden *g, const char *name, size_t *count) {
+    const metala_tensor *t = metala_file_find(g->file, name);
+    if (!t) return NULL;
+    int32_t *x = take(t->count, sizeof *x);
+    if (metala_file_read(ctx, g->file, t, METALA_I32, x)) problem("%s", metala_error(ctx));
+    for (size_t i = 0; i < metala_file_tensors(g->file); i++) g->seen[i] |= metala_file_tensor(g->file, i) == t;
+    if (count) *count = t->count;
+    return x;
+}
+
+// Compares `got` with the file's tensor and remembers the largest error; nothing happens when the file has no such
+// tensor.
+static void golden_compare(golden *g, const char *name, const real *got, const real *minus, size_t n, double *worst) {
+    size_t count, wrong = 0;
+    double *expected = golden_numbers(g, name, &count), most = 0;
+    if (!expected) return;
+    if (count != n) {
+        problem("%s has %zu numbers, expected %zu", name, count, n);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) most = fmax(most, fabs(expected[i]));
+    for (size_t i = 0; i < n; i++) {
+        double x = (double)got[i] - (minus ? (double)minus[i] : 0), error = fabs(x - expected[i]) / (most > 0 ? most : 1);
+        if (!(error <= *worst)) *worst = error;
+        if (!(error <= now.tolerance) && !wrong++)
+            problem("%s[%zu]: got %.9g, expected %.9g", name, i, x, expected[i]);
+    }
+}
+
+static int golden_open(golden *g, const char *path) {
+    memset(g, 0, sizeof *g);
+    g->path = path;
+    g->file = metala_file_open(ctx, path);
+    g->model = g->file ? metala_model_load(ctx, path) : NULL;
+    if (!g->model) {
+        problem("%s", metala_error(ctx));
+        metala_file_close(g->file);
+        return -1;
+    }
+    g->seen = take(metala_file_tensors(g->file), 1);
+    g->config = metala_model_config(g->model);
+    const metala_tensor *ids = metala_file_find(g->file, "input_ids");
+    if (!ids || ids->ndim != 2) {
+        problem("%s: no input_ids [B,T]", path);
+        return -1;
+    }
+    g->B = ids->shape[0], g->T = ids->shape[1], g->N = (size_t)g->config->vocab_size;
+    g->tokens = golden_integers(g, "input_ids", NULL);
+    g->labels = golden_integers(g, "labels", NULL);
+    int32_t *mask = golden_integers(g, "attention_mask", NULL);
+    if (mask) g->mask = take(g->B * g->T, 1);
+    for (size_t i = 0; mask && i < g->B * g->T; i++) g->mask[i] = (uint8_t)mask[i];
+    return 0;
+}
+
+static void golden_close(golden *g) {
+    metala_model_free(g->model);
+    metala_file_close(g->file);
+}
+
+// All names that can occur, so that a check of one kind can tell what belongs to the others.
+static int known_name(const char *name) {
+    static const char *const names[] = {"input_ids", "labels", "attention_mask", "logits", "loss", "final_norm",
+        "logits_prefill", "logits_decode", "gen_tokens", "gen_logits", "grad_norm", "loss_after", "lm_head.weight"};
+    static const char *const prefixes[] = {"model.", "grad.model.", "grad.lm_head.", "layer0.", "state.", "conv_state.",
+        "prefill.state.", "prefill.conv_state.", "step1.", "step10."};
+    for (size_t i = 0; i < COUNT(names); i++)
+        if (!strcmp(name, names[i])) return 1;
+    for (size_t i = 0; i < COUNT(prefixes); i++)
+        if (!strncmp(name, prefixes[i], strlen(prefixes[i]))) return 1;
+    return 0;
+}
+
+static void golden_states(golden *g, const metala_state *s, const char *prefix, double *worst) {
+    size_t D = (size_t)g->config->width, H = (size_t)g->config->heads, n[2] = {g->B * D / 2 * (D / H), g->B * D * 4};
+    real *x = reals(n[0] > n[1] ? n[0] : n[1]);
+    for (int l = 0; l < g->config->layers; l++)
+        for (int which = 0; which < 2; which++) {
+            char name[40], full[60];
+            snprintf(name, sizeof name, "%sstate.%d", which ? "conv_" : "", l);
+            snprintf(full, sizeof full, "%s%s", prefix, name);
+            if (metala_state_get(ctx, s, name, x)) problem("%s", metala_error(ctx));
+            golden_compare(g, full, x, NULL, n[which], worst);
+        }
+}
+
+static real *golden_activation(golden *g, const metala_trainer *t, const char *name, size_t *n) {
+    if (metala_trainer_activation(ctx, t, name, NULL, n)) problem("%s", metala_error(ctx));
+    real *x = reals(*n);
+    if (metala_trainer_activation(ctx, t, name, x, n)) problem("%s: %s", g->path, metala_error(ctx));
+    return x;
+}
+
+// Logits, loss, the steps of layer 0, states, gradients.
+static void golden_pass(const char *path, const char *short_name, metala_form form) {
+    golden g;
+    static const char *const steps[] = {"input", "token_norm", "conv_out", "q", "k_gate", "v", "g", "alpha", "scan_out",
+        "aug_out", "group_norm", "gated", "mixer_residual", "channel_norm", "glu_prod", "output"};
+    double logits_worst = 0, loss_worst = 0, steps_worst = 0, states_worst = 0, gradients_worst = 0, loss = 0;
+    if (!begin(TOLERANCE(1e-4, 1e-11), "golden %s %s", short_name, form_name(form))) return;
+    if (golden_open(&g, path)) {
+        end_check();
+        return;
+    }
+    double ask = now.tolerance;          // the loosest; each kind has its own, as measured with other implementations
+    size_t n, rows = g.B * g.T;
+    real *logits = reals(rows * g.N);
+    metala_state *s = metala_state_create(ctx, g.model, (int)g.B);
+    if (metala_forward(ctx, s, form, g.tokens, g.mask, g.T, logits)) problem("%s", metala_error(ctx));
+    now.tolerance = TOLERANCE(2e-5, ask);
+    golden_compare(&g, "logits", logits, NULL, rows * g.N, &logits_worst);
+    now.tolerance = TOLERANCE(5e-6, ask);
+    golden_states(&g, s, "", &states_worst);
+    metala_trainer *t = metala_trainer_create(ctx, g.model, (int)g.B, g.T);
+    if (!g.labels || metala_gradient(ctx, t, form, g.tokens, g.labels, g.mask, (int)g.B, g.T, 1, &loss))
+        problem("%s", g.labels ? metala_error(ctx) : "no labels");
+    double *expected = golden_numbers(&g, "loss", &n);
+    if (expected) loss_worst = fabs(loss - *expected);
+    expect(expected && loss_worst <= TOLERANCE(5e-6, ask), "loss %.9g, got %.9g", expected ? *expected : 0, loss);
+    now.tolerance = TOLERANCE(3e-5, ask);
+    for (size_t i = 0; i < COUNT(steps) && !*now.problem; i++) {
+        char name[60];
+        snprintf(name, sizeof name, "layer0.%s", steps[i]);
+        real *x = golden_activation(&g, t, name, &n);
+        golden_compare(&g, name, x, NULL, n, &steps_worst);
+    }
+    if (!*now.problem) {                                             // two steps that are sums here
+        real *in = golden_activation(&g, t, "layer0.input", &n), *h = golden_activation(&g, t, "layer0.mixer_residual", &n);
+        real *out = golden_activation(&g, t, "layer0.output", &n), *last = golden_activation(&g, t, "final_norm", &n);
+        golden_compare(&g, "layer0.mixer_out", h, in, n, &steps_worst);
+        golden_compare(&g, "layer0.glu_out", out, h, n, &steps_worst);
+        golden_compare(&g, "final_norm", last, NULL, n, &steps_worst);
+    }
+    now.tolerance = ask;
+    for (int i = 0; i < metala_model_tensors(g.model); i++) {
+        const metala_tensor *p = metala_model_tensor(g.model, i);
+        char name[160];
+        real *gradient = reals(p->count);
+        snprintf(name, sizeof name, "grad.%s", p->name);
+        metala_trainer_gradient(ctx, t, p->name, gradient);
+        golden_compare(&g, name, gradient, NULL, p->count, &gradients_worst);
+        golden_numbers(&g, p->name, &n);                             // the parameter itself is an input
+    }
+    for (size_t i = 0; i < metala_file_tensors(g.file); i++)
+        expect(g.seen[i], "every tensor of the file compared, %s is not", metala_file_tensor(g.file, i)->name);
+    note(" logits %.1e loss %.1e layer %.1e states %.1e gradients %.1e", logits_worst, loss_worst, steps_worst,
+         states_worst, gradients_worst);
+    metala_trainer_free(t);
+    metala_state_free(s);
+    golden_close(&g);
+    end_check();
+}
+
+// Prefill, then token by token; then greedy generation.
+static void golden_decode(const char *path, const char *short_name, metala_form form) {
+    golden g;
+    double full_worst = 0, prefill_worst = 0, decode_worst = 0, states_worst = 0, gen_worst = 0;
+    if (!begin(TOLERANCE(2e-5, 1e-11), "golden %s %s", short_name, form_name(form))) return;
+    if (golden_open(&g, path)) {
+        end_check();
+        return;
+    }
+    size_t n, B = g.B, T = g.T, N = g.N, L;
+    const char *stated = metala_file_metadata(g.file, "prefill_len");
+    L = stated ? strtoul(stated, NULL, 10) : 0;
+    int32_t *generated = golden_integers(&g, "gen_tokens", &n);
+    size_t G = generated ? n / B : 0;
+    if (L < 1 || L >= T || G <= L) {
+        problem("prefill_len %zu, %zu tokens, %zu generated: not a decoding test", L, T, G);
+        golden_close(&g);
+        end_check();
+        return;
+    }
+    metala_state *s = metala_state_create(ctx, g.model, (int)B);
+    real *full = reals(B * T * N), *prefill = reals(B * L * N), *decode = reals(B * (T - L) * N), *step = reals(B * N);
+    real *gen = reals(B * (G - L) * N);
+    int *head = take(B * L, sizeof *head), *token = take(B, sizeof *token);
+    for (size_t b = 0; b < B; b++) memcpy(head + b * L, g.tokens + b * T, L * sizeof *head);
+    int failed = metala_forward(ctx, s, form, g.tokens, NULL, T, full);
+    metala_state_reset(ctx, s);
+    failed |= metala_forward(ctx, s, form, head, NULL, L, prefill);
+    golden_compare(&g, "logits", full, NULL, B * T * N, &full_worst);
+    golden_compare(&g, "logits_prefill", prefill, NULL, B * L * N, &prefill_worst);
+    now.tolerance = TOLERANCE(5e-6, 1e-11);
+    golden_states(&g, s, "prefill.", &states_worst);
+    for (size_t t = L; t < T; t++) {
+        for (size_t b = 0; b < B; b++) token[b] = g.tokens[b * T + t];
+        failed |= metala_step(ctx, s, token, step);
+        for (size_t b = 0; b < B; b++) memcpy(decode + (b * (T - L) + t - L) * N, step + b * N, N * sizeof *step);
+    }
+    golden_states(&g, s, "", &states_worst);
+    now.tolerance = TOLERANCE(2e-5, 1e-11);
+    golden_compare(&g, "logits_decode", decode, NULL, B * (T - L) * N, &decode_worst);
+    metala_state_reset(ctx, s);
+    failed |= metala_prefill(ctx, s, head, NULL, L, step);
+    for (size_t t = L; t < G; t++) {
+        for (size_t b = 0; b < B; b++) {
+            token[b] = 0;
+            memcpy(gen + (b * (G - L) + t - L) * N, step + b * N, N * sizeof *step);
+            for (size_t i = 1; i < N; i++)
+                if (step[b * N + i] > step[b * N + (size_t)token[b]]) token[b] = (int)i;
+            expect(token[b] == generated[b * G + t], "greedy token %zu of sequence %zu is %d, not %d", t, b,
+                   (int)generated[b * G + t], token[b]);
+        }
+        failed |= metala_step(ctx, s, token, step);
+    }
+    golden_compare(&g, "gen_logits", gen, NULL, B * (G - L) * N, &gen_worst);
+    if (failed) problem("%s", metala_error(ctx));
+    for (int i = 0; i < metala_model_tensors(g.model); i++) golden_numbers(&g, metala_model_tensor(g.model, i)->name, &n);
+    for (size_t i = 0; i < metala_file_tensors(g.file); i++)
+        expect(g.seen[i], "every tensor of the file compared, %s is not", metala_file_tensor(g.file, i)->name);
+    note(" logits %.1e prefill %.1e steps %.1e states %.1e generated %.1e", full_worst, prefill_worst, decode_worst,
+         states_worst, gen_worst);
+    metala_state_free(s);
+    golden_close(&g);
+    end_check();
+}
+
+static double golden_setting(golden *g, const char *key) {
+    const char *text = metala_file_metadata(g->file, key);
+    if (!text) problem("%s: no %s in the metadata", g->path, key);
+    return text ? strtod(text, NULL) : 0;
+}
+
+// Ten AdamW steps on one batch.
+static void golden_trace(const char *path, const char *short_name, metala_form form) {
+    golden g;
+    if (!begin(TOLERANCE(1e-5, 1e-11), "golden %s %s", short_name, form_name(form))) return;
+    if (golden_open(&g, path)) {
+        end_check();
+        return;
+    }
+    const metala_adamw a = {golden_setting(&g, "lr"), golden_setting(&g, "beta1"), golden_setting(&g, "beta2"),
+        golden_setting(&g, "adam_eps"), golden_setting(&g, "weight_decay"), golden_setting(&g, "clip_norm")};
+    size_t n, n_norm, n_after;
+    double *loss = golden_numbers(&g, "loss", &n), *norm = golden_numbers(&g, "grad_norm", &n_norm);
+    double *after = golden_numbers(&g, "loss_after", &n_after), worst[2] = {0, 0}, loss_worst = 0, norm_worst = 0;
+    metala_trainer *t = metala_trainer_create(ctx, g.model, (int)g.B, g.T);
+    expect(loss && norm && after && n == n_norm && n_after == 1 && g.labels, "loss, grad_norm, loss_after, labels");
+    for (size_t step = 0; step <= n && !*now.problem; step++) {
+        double got_loss = 0, got_norm = 0, expected = step < n ? loss[step] : *after;
+        if (metala_gradient(ctx, t, form, g.tokens, g.labels, g.mask, (int)g.B, g.T, 1, &got_loss))
+            problem("%s", metala_error(ctx));
+        loss_worst = fmax(loss_worst, fabs(got_loss - expected));
+        if (step == n) break;
+        if (metala_update(ctx, t, &a, &got_norm)) problem("%s", metala_error(ctx));
+        norm_worst = fmax(norm_worst, fabs(got_norm - norm[step]) / norm[step]);
+        for (int i = 0; i < metala_model_tensors(g.model) && (step == 0 || step + 1 == n); i++) {
+            const metala_tensor *p = metala_model_tensor(g.model, i);
+            char name[160];
+            size_t count;
+            snprintf(name, sizeof name, "step%zu.%s", step + 1, p->name);
+            double *want = golden_numbers(&g, name, &count), limit = TOLERANCE(step ? 1e-5 : 5e-6, 1e-11);
+            real *x = reals(p->count);
+            metala_model_get(ctx, g.model, p->name, x);
+            expect(want && count == p->count, "the file has %s", name);
+            for (size_t j = 0; want && j < p->count; j++) {
+                double error = fabs((double)x[j] - want[j]);         // absolute
+                worst[step > 0] = fmax(worst[step > 0], error);
+                if (!(error <= limit)) problem("%s[%zu]: got %.9g, expected %.9g", name, j, (double)x[j], want[j]);
+            }
+            golden_numbers(&g, p->name, &count);
+        }
+    }
+    expect(loss_worst <= TOLERANCE(5e-6, 1e-11), "losses within tolerance");
+    expect(norm_worst <= TOLERANCE(1e-4, 1e-11), "gradient norms within tolerance");
+    for (size_t i = 0; i < metala_file_tensors(g.file); i++)
+        expect(g.seen[i], "every tensor of the file compared, %s is not", metala_file_tensor(g.file, i)->name);
+    note(" loss %.1e norm %.1e after 1 step %.1e, after %zu %.1e", loss_worst, norm_worst, worst[0], n, worst[1]);
+    metala_trainer_free(t);
+    golden_close(&g);
+    end_check();
+}
+
+static int check_golden(const char *path) {
+    const char *name = path;
+    for (const char *c = path; *c; c++)
+        if (*c == '/' || *c == '\\') name = c + 1;
+    metala_file *f = metala_file_open(ctx, path);
+    int decode = f && metala_file_find(f, "gen_tokens"), trace = f && metala_file_find(f, "grad_norm");
+    if (!f) {
+        fprintf(stderr, "test: %s\n", metala_error(ctx));
+        return -1;
+    }
+    for (size_t i = 0; i < metala_file_tensors(f); i++)
+        if (!known_name(metala_file_tensor(f, i)->name)) {
+            if (begin(0, "golden %s names", name)) {
+                problem("%s is a tensor that this test does not know", metala_file_tensor(f, i)->name);
+                end_check();
+            }
+            break;
+        }
+    metala_file_close(f);
+    for (size_t i = 0; i < COUNT(all_forms); i++) {
+        if (decode) golden_decode(path, name, all_forms[i]);
+        else if (trace) golden_trace(path, name, all_forms[i]);
+        else golden_pass(path, name, all_forms[i]);
+    }
+    return 0;
+}
+
+static void check_golden_folder(void) {
+    static const char *const names[] = {"tiny", "odd", "stress", "padding", "decode", "tied", "bf16", "train_trace"};
+    size_t found = 0;
+    for (size_t i = 0; i < COUNT(names); i++) {
+        char path[1000];
+        snprintf(path, sizeof path, "%s/%s.safetensors", run.golden, names[i]);
+        FILE *stream = fopen(path, "rb");
+        if (!stream) continue;
+        fclose(stream);
+        found++;
+        check_golden(path);
+    }
+    if (!found && !run.list) printf("%s: no golden files there, not compared\n", run.golden);
+}
+
+// ------------------------------------------------------------------------------------------------ main
+
+static void check_table(void) {
+    if (run.only || run.list || run.stop) return;
+    if (!begin(0, "every entry of the backend table was called")) return;
+    size_t first = offsetof(metala_backend, alloc) / sizeof(void (*)(void));
+    size_t end = sizeof(metala_backend) / sizeof(void (*)(void));
+    for (size_t i = first; i < end; i++) expect(called[i], "entry %zu has a check of its own", i - first);
+    note(" %zu entries", end - first);
+    end_check();
+}
+
+static int usage(const char *problem_text, const char *argument) {
+    fprintf(stderr, "test: %s %s; usage: test [--golden DIR] [--only TEXT] [--list] [--stop] [FILE...]\n", problem_text,
+            argument);
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    int files = 0, status = 0;
+    run.golden = getenv("METALA_GOLDEN");
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--list")) run.list = 1;
+        else if (!strcmp(argv[i], "--stop")) run.stop = 1;
+        else if (!strcmp(argv[i], "--only") || !strcmp(argv[i], "--golden")) {
+            if (i + 1 == argc) return usage("no value after", argv[i]);
+            if (argv[i][2] == 'o') run.only = argv[++i];
+            else run.golden = argv[++i];
+        } else if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
+            puts("usage: test [options] [FILE...]\n\n"
+                 "Checks metala.c, or compares it with golden FILEs alone.\n\n"
+                 "  --golden DIR   compare with the golden files in DIR too [environment variable METALA_GOLDEN]\n"
+                 "  --only TEXT    only checks whose name contains TEXT\n"
+                 "  --list         names of the checks\n"
+                 "  --stop         stop at the first failure\n\n"
+                 "Exit status: 0 all passed, 1 failures, 2 wrong usage.");
+            return 0;
+        } else if (argv[i][0] == '-') return usage("unknown option", argv[i]);
+        else argv[++files] = argv[i];
+    }
+    FILE *there = fopen("build/test.tmp", "wb");             // files go to build/ where there is such a folder
+    if (there) fclose(there), remove("build/test.tmp"), strcpy(scratch_folder, "build/");
+    ctx = metala_open(NULL, 1);
+    if (!ctx) return usage("out of", "memory");
+    be = metala_context_backend(ctx);
+    for (int i = 1; i <= files; i++) status |= check_golden(argv[i]);
+    if (!files) {
+        check_scalars();
+        check_kernels();
+        check_matmuls();
+        check_scans();
+        check_optimizer();
+        check_models();
+        check_states();
+        check_training();
+        check_conversions();
+        check_headers();
+        check_model_files();
+        check_data();
+        check_memory();
+        check_table();
+        if (run.golden) check_golden_folder();
+    }
+    metala_close(ctx);
+    if (run.list) return 0;
+    printf("%zu passed, %zu failed\n", run.passed, run.failed);
+    return run.failed || status || !run.passed ? 1 : 0;
+}
