@@ -65,7 +65,7 @@ test64: build/flags
 SANITIZE = $(or $(WARNINGS),-std=c99) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 asan: build/flags
 	$(CC) $(SANITIZE) $(LDFLAGS) -o build/test-asan test.c metala.c $(LDLIBS)
-	build/test-asan --golden $(GOLDEN)
+	ASAN_OPTIONS=allocator_may_return_null=1 build/test-asan --golden $(GOLDEN)
 
 mutants: build/flags
 	CC='$(CC)' CFLAGS='$(WARNINGS) -O1 $(NATIVE)' tests/mutants.sh $(COUNT)

@@ -245,8 +245,8 @@ static inline real silu_slope(real x) {
     return s * (1 + x * (1 - s));
 }
 
-// A vec is one register of LANES numbers. gcc and clang have such a type; elsewhere it is a single number and the same
-// code is merely slower. Used for sums and for the tile of the matrix product, where a plain loop would need the
+// A vec is one register of LANES numbers. gcc and clang have such a type, unless the machine computes with more digits
+// than float has; elsewhere a vec is a single number and the same code is merely slower. Used for sums and for the tile of the matrix product, where a plain loop would need the
 // compiler's leave to reorder additions; every other loop in this file is plain and left to the compiler.
 #if defined __AVX512F__
 enum { VEC_BYTES = 64 };
@@ -255,7 +255,7 @@ enum { VEC_BYTES = 32 };
 #else
 enum { VEC_BYTES = 16 };
 #endif
-#if defined __GNUC__
+#if defined __GNUC__ && (FLT_EVAL_METHOD == 0 || FLT_EVAL_METHOD == 16)
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef real vec_at __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
 enum { LANES = VEC_BYTES / sizeof(real) };

@@ -21,6 +21,7 @@
 #include <string.h>
 #include <time.h>
 #ifdef _POSIX_C_SOURCE
+#include <sys/stat.h>
 #include <unistd.h>
 #endif
 
@@ -380,6 +381,10 @@ static int *parse_tokens(const program *p, const char *what, const char *text, s
 
 // The tokens of a text: its bytes, or the numbers in it. NULL on failure.
 static int *encode(const program *p, const char *what, const char *text, size_t size, size_t *count) {
+    if (!p->bytes && memchr(text, 0, size)) {
+        complain("%s: a byte is 0, expected numbers of tokens", what);
+        return NULL;
+    }
     if (!p->bytes) return parse_tokens(p, what, text, count);
     int *tokens = malloc((size + 1) * sizeof *tokens);
     if (!tokens) complain("out of memory: %s has %zu bytes", what, size);
@@ -524,6 +529,23 @@ static void report(const program *p, const sequence *q) {
 
 // ------------------------------------------------------------------------------------------------ state files
 
+// A state replaces the file of its name. That must not be the model or the prompt, and cannot be a folder; where POSIX
+// can tell, ./a is a, and a device such as /dev/null is not replaced either.
+static int check_target(const program *p, const char *path) {
+    const char *const read[] = {p->s->model, p->s->prompt_file};
+    for (int i = 0; i < 2; i++) {
+        int same = read[i] && !strcmp(path, read[i]);
+#ifdef _POSIX_C_SOURCE
+        struct stat to, from;
+        int there = !stat(path, &to);
+        if (there && !S_ISREG(to.st_mode)) return complain("%s: is not a regular file; give another name", path);
+        if (there && read[i] && !stat(read[i], &from)) same = to.st_dev == from.st_dev && to.st_ino == from.st_ino;
+#endif
+        if (same) return complain("%s would be overwritten; give the state another name", read[i]);
+    }
+    return 0;
+}
+
 // A file that metala_state_load reads, with what a sequence has beside the state in its metadata.
 static int save_sequence(const program *p, const sequence *q, const char *path) {
     const metala_config *c = p->config;
@@ -532,7 +554,7 @@ static int save_sequence(const program *p, const sequence *q, const char *path) 
     const void **data = calloc(2 * layers, sizeof *data);
     metala_real *numbers = malloc(metala_state_bytes(c)), *at = numbers;
     char place[24], next[16], random[24], recent[12 * WINDOW + 1] = "", *end = recent;
-    int status = tensors && data && numbers ? 0 : complain("%s: out of memory", path);
+    int status = tensors && data && numbers ? check_target(p, path) : complain("%s: out of memory", path);
     for (size_t i = 0; i < 2 * layers && !status; i++, t++) {
         int is_conv = i % 2 != 0;
         snprintf(t->name, sizeof t->name, "%sstate.%zu", is_conv ? "conv_" : "", i / 2);
@@ -844,6 +866,7 @@ static int run(program *p) {
     q.next = -1;
     q.random = p->seed = s->seed ? s->seed : seed_from_clock();
     watch_interrupts();
+    if (s->save_state && check_target(p, s->save_state)) return metala_state_free(q.state), -1;
     int status = s->load_state ? load_sequence(p, &q, s->load_state) : 0;
     if (!status) status = s->eval ? evaluate(p, q.state) : s->chat ? chat(p, &q) : generate(p, &q);
     metala_state_free(q.state);

@@ -23,6 +23,7 @@
 #include <string.h>
 #include <time.h>
 #ifdef _POSIX_C_SOURCE
+#include <sys/stat.h>
 #include <unistd.h>
 #endif
 
@@ -31,13 +32,15 @@
 __attribute__((format(printf, 1, 2)))
 #endif
 static int complain(const char *format, ...) {
+    char line[640];
     va_list arguments;
     fflush(stdout);                                          // in the order in which things happened
     va_start(arguments, format);
-    fputs("train: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
+    vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
+    for (char *c = line; *c; c++)                            // whatever a file name contains
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    fprintf(stderr, "train: %s\n", line);
     return -1;
 }
 
@@ -283,6 +286,15 @@ static const char *value_text(const settings *s, const option *o, char room[ROOM
     return room;
 }
 
+// Whether two names are one file, which ./a and a are too, where POSIX can tell.
+static int is_same_file(const char *a, const char *b) {
+#ifdef _POSIX_C_SOURCE
+    struct stat x, y;
+    if (!stat(a, &x) && !stat(b, &y)) return x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+#endif
+    return !strcmp(a, b);
+}
+
 // What no single option can see.
 static int check_settings(settings *s) {
     const char *const files[] = {s->out, s->keep_best, s->log, s->data, s->val, s->init};   // the first 3 are written
@@ -291,7 +303,7 @@ static int check_settings(settings *s) {
     if (s->resume && s->init) return complain("got --resume and --init, expected one of them");
     for (int i = 0; i < 3; i++)
         for (int j = i + 1; j < 6; j++)
-            if (files[i] && files[j] && !strcmp(files[i], files[j]) && files[j] != s->init)
+            if (files[i] && files[j] && is_same_file(files[i], files[j]) && (files[j] != s->init || files[i] == s->log))
                 return complain("%s would be overwritten; give --out, --keep-best and --log other names", files[j]);
     return 0;
 }
@@ -453,7 +465,6 @@ static void complete_config(program *p) {
 
 static int new_model(program *p) {
     const settings *s = p->s;
-    complete_config(p);
     p->model = metala_model_create(p->ctx, &s->config);
     double scale = s->residual_scale > 0 ? s->residual_scale : 1 / sqrt(2.0 * s->config.layers);
     if (!p->model) return library_failed(p);
@@ -498,14 +509,32 @@ static const char *count_text(char text[ROOM], double n) {
     return text;
 }
 
+static metala_memory memory_of(const program *p, size_t T) {
+    return metala_trainer_memory(&p->s->config, p->s->batch, T, metala_context_threads(p->ctx));
+}
+
+// A system that promises more memory than it has ends the program without a word once it is used.
+static int check_memory(const program *p, size_t T) {
+#if defined _POSIX_C_SOURCE && defined _SC_PHYS_PAGES
+    double wanted = (double)memory_of(p, T).total;
+    double there = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (there > 0 && wanted > there)
+        return complain("out of memory: training needs %.1f MB, this machine has %.1f MB; try a smaller --batch,"
+                        " --context, --width or --layers", wanted / 1e6, there / 1e6);
+#else
+    (void)p, (void)T;
+#endif
+    return 0;
+}
+
 static void describe_model(const program *p) {
     const metala_config *c = &p->s->config;
-    metala_memory m = metala_trainer_memory(c, p->s->batch, longest_sequence(p), metala_context_threads(p->ctx));
+    metala_memory m = memory_of(p, longest_sequence(p));
     char count[ROOM];
     say(p, "model    D%d L%d H%d F%d N%d", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size);
     say(p, "%s%s%s%s%s%s: %s parameters\n", c->tie_word_embeddings ? " tied" : "", c->glu_bias ? " glu-bias" : "",
         c->no_conv ? " no-conv" : "", c->no_augment ? " no-augment" : "", c->key_linear ? " key-linear" : "",
-        c->fixed_decay ? " fixed-decay" : "", count_text(count, (double)metala_model_size(p->model)));
+        c->fixed_decay ? " fixed-decay" : "", count_text(count, (double)(m.parameters / sizeof(metala_real))));
     say(p, "memory   %.1f MB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch %.1f\n",
         (double)m.total / 1e6, (double)m.parameters / 1e6, (double)m.gradients / 1e6, (double)m.moments / 1e6,
         (double)m.activations / 1e6, (double)m.scratch / 1e6);
@@ -589,8 +618,13 @@ static int save_checkpoint(program *p) {
     return 0;
 }
 
-// Hours of training should not end at a folder that is not there.
+// Hours of training should not end at a folder that is not there. Saving replaces the file by name: a folder cannot
+// be replaced, and a device such as /dev/null must not be.
 static int check_writable(const char *path) {
+#ifdef _POSIX_C_SOURCE
+    struct stat is;
+    if (!stat(path, &is) && !S_ISREG(is.st_mode)) return complain("%s: is not a regular file; give another name", path);
+#endif
     size_t length = strlen(path) + sizeof ".tmp";
     char *name = malloc(length);
     if (!name) return complain("out of memory");
@@ -957,7 +991,8 @@ static int bench(program *p) {
     double times[TIMED], loss, norm;
     char count[ROOM], form[ROOM];
     if (!is_given(s, "layers")) s->config.layers = metala_config_default().layers;
-    if (s->init ? old_model(p, s->init) : new_model(p)) return -1;
+    complete_config(p);
+    if (s->init ? old_model(p, s->init) : check_memory(p, (size_t)s->context) || new_model(p)) return -1;
     if (allocate(p, (size_t)s->context)) return -1;
     s->adamw.learning_rate = s->learning_rate;
     for (int i = 0; i < s->batch * s->context; i++) {
@@ -991,13 +1026,16 @@ static int prepare(program *p) {
     if (!s->resume && s->max_steps && !is_given(s, "warmup") && s->warmup > s->max_steps / 10)
         s->warmup = s->max_steps / 10;
     if (load_data(p)) return -1;
-    if (s->resume ? old_model(p, s->out) : s->init ? old_model(p, s->init) : new_model(p)) return -1;
+    if ((s->resume || s->init) && old_model(p, s->resume ? s->out : s->init)) return -1;
+    if (!p->model) complete_config(p);
+    if (metala_config_check(p->ctx, &s->config)) return library_failed(p);
     if (check_vocabulary(p)) return -1;
     describe_data(p);
     describe_model(p);
     describe_settings(p);
     fflush(stdout);
-    if (check_outputs(p) || allocate(p, longest_sequence(p))) return -1;
+    if (check_outputs(p) || check_memory(p, longest_sequence(p)) || (!p->model && new_model(p))) return -1;
+    if (allocate(p, longest_sequence(p))) return -1;
     p->saved = -1;
     if (!s->resume) return 0;
     if (metala_checkpoint_load(p->ctx, p->trainer, s->out)) return library_failed(p);
@@ -1013,7 +1051,8 @@ static int run(program *p, const char *command) {
     if (prepare(p)) return -1;
     p->start = seconds() - p->s->seconds;
     if (is_finished(p) || is_stopped(p)) {
-        say(p, "nothing left to do; a larger --max-steps, --max-seconds or --stop-at goes on\n");
+        if (interrupted) say(p, "stopped before the first step\n");
+        else say(p, "nothing left to do; a larger --max-steps, --max-seconds or --stop-at goes on\n");
         return 0;
     }
     if (open_log(p) || train(p)) return -1;

@@ -732,6 +732,16 @@ static bool parse(const char *text, bool suffix, uint64_t *number) {
     return digits && !*end && value <= UINT64_MAX / unit;
 }
 
+// Wrong usage: one line, whatever the arguments contain.
+static int complain(const char *what, size_t length, const char *got, const char *expected) {
+    char line[256];
+    snprintf(line, sizeof line, "%.*s%s'%.99s', expected %s", (int)length, what, length ? ": got " : "got ", got, expected);
+    for (char *c = line; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    fprintf(stderr, "stories: %s; see stories --help\n", line);
+    return 2;
+}
+
 int main(int count, char **arguments) {
     enum { SHORTEST = 80, LONGEST = 160 };                  // words in a story
     uint64_t bytes = 4000000, written = 0;
@@ -745,16 +755,10 @@ int main(int count, char **arguments) {
             fputs(help, stdout);
             goto finish;
         }
-        if (!is_bytes && !is_seed) {
-            fprintf(stderr, "stories: got %s, expected --bytes N or --seed S; see stories --help\n", argument);
-            return 2;
-        }
+        if (!is_bytes && !is_seed) return complain("", 0, argument, "--bytes N or --seed S");
         const char *value = argument[length] ? argument + length + 1 : i + 1 < count ? arguments[++i] : "nothing";
-        if (!parse(value, is_bytes, is_bytes ? &bytes : &s.random)) {
-            fprintf(stderr, "stories: %.*s got '%s', expected a number such as %s; see stories --help\n",
-                    (int)length, argument, value, is_bytes ? "500000, 500k or 4M" : "1");
-            return 2;
-        }
+        if (!parse(value, is_bytes, is_bytes ? &bytes : &s.random))
+            return complain(argument, length, value, is_bytes ? "a number such as 500000, 500k or 4M" : "a number such as 1");
     }
 #ifdef _WIN32
     _setmode(1, _O_BINARY);                                 // a newline is one byte everywhere
