@@ -1559,8 +1559,8 @@ int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, doubl
 
 // ============================================================== 8. Forward and backward through the layers
 
-// What one layer computes for `rows` tokens, in the order of computation. Training keeps it for every layer;
-// inference has one set that all layers use in turn.
+// What one layer computes for `rows` tokens, in the order of computation. Inference has one set that all layers use in
+// turn; training keeps for every layer what metala_keep says, and has one set for the rest.
 typedef struct {
     real *input;                                              // x, the residual stream into the layer
     real *input_r, *token_norm;                               // rms
@@ -1576,36 +1576,39 @@ typedef struct {
     real *output;                                             // x' = h + W_3 glu_prod; the next layer's input
 } activations;
 
-// The members, their names for metala_trainer_activation, and their numbers per token (or states).
+// The members, their names for metala_trainer_activation, their numbers per token (or states), and what it would cost
+// to compute them again for the backward: nothing is kept that is CHEAP, unless everything is.
 enum width { PER_D, PER_HALF_D, PER_F, PER_HEAD, PER_TOKEN, PER_STATE };
+enum cost { CHEAP, COSTLY, NEEDED };
 static const struct activation_member {
     const char *name;
     size_t member;
     enum width width;
+    enum cost cost;
 } activation_members[] = {
-    {"input", offsetof(activations, input), PER_D},
-    {"input_r", offsetof(activations, input_r), PER_TOKEN},
-    {"token_norm", offsetof(activations, token_norm), PER_D},
-    {"conv_in", offsetof(activations, conv_in), PER_D},
-    {"conv_out", offsetof(activations, conv_out), PER_D},
-    {"q", offsetof(activations, q), PER_HALF_D},
-    {"k_gate", offsetof(activations, z), PER_HALF_D},
-    {"k", offsetof(activations, k), PER_HALF_D},
-    {"v", offsetof(activations, v), PER_D},
-    {"g", offsetof(activations, g), PER_D},
-    {"alpha", offsetof(activations, alpha), PER_HALF_D},
-    {"states", offsetof(activations, states), PER_STATE},
-    {"scan_out", offsetof(activations, scan_out), PER_D},
-    {"aug_out", offsetof(activations, aug_out), PER_D},
-    {"rho", offsetof(activations, rho), PER_HEAD},
-    {"group_norm", offsetof(activations, group_norm), PER_D},
-    {"gated", offsetof(activations, gated), PER_D},
-    {"mixer_residual", offsetof(activations, mixer_residual), PER_D},
-    {"residual_r", offsetof(activations, residual_r), PER_TOKEN},
-    {"channel_norm", offsetof(activations, channel_norm), PER_D},
-    {"l1", offsetof(activations, l1), PER_F},
-    {"l2", offsetof(activations, l2), PER_F},
-    {"glu_prod", offsetof(activations, glu_prod), PER_F},
+    {"input", offsetof(activations, input), PER_D, NEEDED},
+    {"input_r", offsetof(activations, input_r), PER_TOKEN, CHEAP},
+    {"token_norm", offsetof(activations, token_norm), PER_D, CHEAP},
+    {"conv_in", offsetof(activations, conv_in), PER_D, CHEAP},
+    {"conv_out", offsetof(activations, conv_out), PER_D, CHEAP},
+    {"q", offsetof(activations, q), PER_HALF_D, COSTLY},
+    {"k_gate", offsetof(activations, z), PER_HALF_D, COSTLY},
+    {"k", offsetof(activations, k), PER_HALF_D, CHEAP},                // COSTLY when it is a projection
+    {"v", offsetof(activations, v), PER_D, COSTLY},
+    {"g", offsetof(activations, g), PER_D, COSTLY},
+    {"alpha", offsetof(activations, alpha), PER_HALF_D, CHEAP},
+    {"states", offsetof(activations, states), PER_STATE, COSTLY},
+    {"scan_out", offsetof(activations, scan_out), PER_D, CHEAP},       // no backward reads it
+    {"aug_out", offsetof(activations, aug_out), PER_D, COSTLY},
+    {"rho", offsetof(activations, rho), PER_HEAD, CHEAP},
+    {"group_norm", offsetof(activations, group_norm), PER_D, CHEAP},
+    {"gated", offsetof(activations, gated), PER_D, CHEAP},
+    {"mixer_residual", offsetof(activations, mixer_residual), PER_D, COSTLY},
+    {"residual_r", offsetof(activations, residual_r), PER_TOKEN, CHEAP},
+    {"channel_norm", offsetof(activations, channel_norm), PER_D, CHEAP},
+    {"l1", offsetof(activations, l1), PER_F, COSTLY},
+    {"l2", offsetof(activations, l2), PER_F, COSTLY},
+    {"glu_prod", offsetof(activations, glu_prod), PER_F, CHEAP},
 };
 enum { ACTIVATION_MEMBERS = sizeof activation_members / sizeof *activation_members };
 
@@ -1617,20 +1620,22 @@ static size_t member_count(const metala_config *c, enum width width, size_t B, s
     return times(times(B, T), each);
 }
 
-// Sets the pointers of one layer in a block of memory and returns how many numbers that takes; block may be NULL.
+// Sets the pointers of the members whose cost lies in a range, in a block of memory, and returns how many numbers that
+// takes; block may be NULL.
 static size_t place_activations(activations *a, real *block, const metala_config *c, size_t B, size_t T,
-                                int with_states) {
+                                enum cost least, enum cost most, int with_states) {
     size_t used = 0;
     for (int i = 0; i < ACTIVATION_MEMBERS; i++) {
         const struct activation_member *member = &activation_members[i];
         real **pointer = (real **)(void *)((char *)a + member->member);
-        if (member->width == PER_STATE && !with_states) continue;
+        enum cost cost = c->key_linear && member->member == offsetof(activations, k) ? COSTLY : member->cost;
+        if (cost < least || cost > most || (member->width == PER_STATE && !with_states)) continue;
         if (block) *pointer = block + used;
         used += round_up(member_count(c, member->width, B, T), 16);
         if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
     }
     if (block && c->no_conv) a->conv_out = a->token_norm;     // u = n
-    if (block && c->no_augment) a->aug_out = a->scan_out;     // p = o
+    if (block && c->no_augment) a->scan_out = a->aug_out;     // p = o
     return used;
 }
 
@@ -1689,6 +1694,23 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
     be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * F);
     be->matmul_forward(ctx, a->output, a->glu_prod, P + w->l3, parameter(m, w->l3_bias), rows, D, F);
     be->add(ctx, a->output, a->mixer_residual, a->output, rows * D);
+}
+
+// Fills in what is CHEAP, from what layer_forward left in the rest; the scan and the matrix products are not repeated.
+static void layer_recompute(metala_context *ctx, const metala_model *m, int layer, const activations *a,
+                            const pass *p) {
+    const metala_backend *be = m->backend;
+    const metala_config *c = &m->config;
+    size_t rows = p->rows, D = p->D;
+    be->rms_forward(ctx, a->token_norm, a->input_r, a->input, p->mask, rows, D, c->norm_eps);
+    if (!c->no_conv)
+        be->conv_forward(ctx, a->conv_out, a->conv_in, a->token_norm, m->parameters + m->layers[layer].conv, NULL, p->B,
+                         p->T, D);
+    be->gate_forward(ctx, a->alpha, c->key_linear ? NULL : a->k, a->z, rows * D / 2, c->tau);
+    be->head_norm_forward(ctx, a->group_norm, a->rho, a->aug_out, rows, p->H, p->V, c->head_norm_eps);
+    be->silu_gate_forward(ctx, a->gated, a->g, a->group_norm, rows * D);
+    be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
+    be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * p->F);
 }
 
 // Gradients of one layer's activations; one set serves all layers.
@@ -1762,6 +1784,7 @@ struct metala_trainer {
     metala_model *model;
     const metala_backend *backend;
     size_t B, T;                        // the largest batch
+    metala_keep keep;
     size_t last_B, last_T;              // of the last gradient, whose activations are there
     uint64_t step;
     real *grads, *first, *second;       // gradients, AdamW's m and v, each laid out like the parameters
@@ -1793,23 +1816,27 @@ static size_t place_trainer(metala_trainer *t, real *block) {
         if (parts[i].count > SIZE_MAX / 64 - used) return SIZE_MAX / 64;
         used += round_up(parts[i].count, 16);
     }
+    activations shared = {0};                                 // what is not kept, for each layer in turn
+    enum cost least = t->keep == METALA_KEEP_ALL ? CHEAP : t->keep == METALA_KEEP_COSTLY ? COSTLY : NEEDED;
+    if (least > CHEAP) used += place_activations(&shared, block ? block + used : NULL, c, B, T, CHEAP, least - 1, 1);
     for (int l = 0; l < c->layers; l++) {
-        activations unused, *a = block ? &t->layers[l] : &unused;
-        used += place_activations(a, block ? block + used : NULL, c, B, T, 1);
+        activations a = shared;
+        used += place_activations(&a, block ? block + used : NULL, c, B, T, least, NEEDED, 1);
         if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
-        if (block && l > 0) t->layers[l - 1].output = a->input;
+        if (block) t->layers[l] = a;
+        if (block && l > 0) t->layers[l - 1].output = a.input;
     }
     if (block) t->layers[c->layers - 1].output = t->final_input;
     return used;
 }
 
-metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, int threads) {
+metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, metala_keep keep, int threads) {
     metala_memory memory = {0};
     metala_context *ctx = metala_open(NULL, threads);
     metala_model *m = ctx ? model_outline(ctx, config) : NULL;
     if (m) {
         metala_trainer t = {0};
-        t.model = m, t.B = (size_t)B, t.T = T;
+        t.model = m, t.B = (size_t)B, t.T = T, t.keep = keep;
         size_t K = (size_t)(config->width / 2 / config->heads), V = 2 * K, rows = times((size_t)B, T);
         size_t conv = times(rows, (size_t)config->width);
         size_t scan = times((size_t)ctx->threads, chunkwise_scratch(K, V) + K * V);
@@ -1838,7 +1865,7 @@ void metala_trainer_free(metala_trainer *t) {
     free(t);
 }
 
-metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T) {
+metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T, metala_keep keep) {
     if (B < 1 || T < 1 || times((size_t)B, T) > INT_MAX) {
         fail(ctx, "training: the batch must have at least 1 and at most %d tokens, got %d sequences of %zu", INT_MAX, B,
              T);
@@ -1848,7 +1875,7 @@ metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, 
     metala_trainer *t = calloc(1, sizeof *t);
     size_t parameter_bytes = times(model->size, sizeof(real)), rows = (size_t)B * T, numbers = 0;
     if (t) {
-        t->model = model, t->backend = be, t->B = (size_t)B, t->T = T;
+        t->model = model, t->backend = be, t->B = (size_t)B, t->T = T, t->keep = keep;
         numbers = place_trainer(t, NULL);
         t->layers = calloc((size_t)model->config.layers, sizeof *t->layers);
         t->host_loss = malloc(times(rows, sizeof(real)));
@@ -1911,7 +1938,11 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
     head_loss(ctx, t, t->grads, rows, weight / (double)counted);
     be->zero(ctx, t->dx, rows * D * sizeof(real));
     be->rms_backward(ctx, t->dx, t->d_final, t->final_input, t->final_r, NULL, rows, D);
-    for (int l = c->layers - 1; l >= 0; l--) layer_backward(ctx, m, l, &t->layers[l], &t->d, t->grads, t->dx, &p);
+    for (int l = c->layers - 1; l >= 0; l--) {                // what the layer above has overwritten comes back first
+        if (t->keep == METALA_KEEP_COSTLY) layer_recompute(ctx, m, l, &t->layers[l], &p);
+        if (t->keep == METALA_KEEP_INPUTS && l < c->layers - 1) layer_forward(ctx, m, l, &t->layers[l], &p, NULL, NULL);
+        layer_backward(ctx, m, l, &t->layers[l], &t->d, t->grads, t->dx, &p);
+    }
     be->embedding_backward(ctx, t->grads + m->embedding, t->dx, t->tokens, rows, D, embedding_scale(c),
                            c->pad_token_id);
 
@@ -1966,6 +1997,7 @@ int metala_trainer_activation(metala_context *ctx, const metala_trainer *t, cons
     size_t n = 0;
     int layer, used = 0;
     if (!t->last_B) return fail(ctx, "activation %s: no gradient was computed yet", name);
+    if (t->keep != METALA_KEEP_ALL) return fail(ctx, "activation %s: only a trainer that keeps all has it", name);
     if (!strcmp(name, "final_norm")) {
         from = t->final_norm;
         n = member_count(c, PER_D, t->last_B, t->last_T);
@@ -2048,7 +2080,7 @@ static int reserve(metala_context *ctx, metala_state *s, size_t n) {
     const metala_backend *be = s->backend;
     const metala_config *c = &s->model->config;
     size_t rows = times(s->B, n), D = (size_t)c->width, N = (size_t)c->vocab_size;
-    size_t layer = place_activations(&s->a, NULL, c, s->B, n, 0), logits = head_rows(c, rows);
+    size_t layer = place_activations(&s->a, NULL, c, s->B, n, CHEAP, NEEDED, 0), logits = head_rows(c, rows);
     if (logits < s->B) logits = s->B;
     size_t numbers = layer + times(rows, D) + 3 * rows + times(s->B, D) + times(logits, N);
     free_buffers(s);
@@ -2066,7 +2098,7 @@ static int reserve(metala_context *ctx, metala_state *s, size_t n) {
         return fail_memory(ctx, "a state's buffers", (double)numbers * sizeof(real));
     }
     memset(&s->a, 0, sizeof s->a);
-    real *at = s->memory + place_activations(&s->a, s->memory, c, s->B, n, 0);
+    real *at = s->memory + place_activations(&s->a, s->memory, c, s->B, n, CHEAP, NEEDED, 0);
     s->a.output = s->a.input;                              // the residual stream is updated in place
     s->final_norm = at, at += rows * D;
     s->final_r = at, at += rows;

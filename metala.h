@@ -197,9 +197,16 @@ typedef struct {               // AdamW with decoupled weight decay and global-n
     double learning_rate, beta1, beta2, eps, weight_decay, clip_norm;   // clip_norm 0: no clipping
 } metala_adamw;
 
-metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, int threads);
+// What the forward pass keeps of each layer for the backward pass; the rest is computed again. The bits are the same.
+typedef enum {
+    METALA_KEEP_COSTLY,        // results of matrix products and of the scan, about 6 D + 2 F numbers per token and layer
+    METALA_KEEP_ALL,           // everything, about 14 D + 3 F; metala_trainer_activation needs it
+    METALA_KEEP_INPUTS         // the input of each layer, D; another forward pass, a third more work
+} metala_keep;
+
+metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, metala_keep keep, int threads);
 // The model is updated in place and must outlive the trainer.
-metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T);
+metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T, metala_keep keep);
 void metala_trainer_free(metala_trainer *trainer);
 // Mean cross-entropy over the targets that are not METALA_IGNORE, and weight times its gradient added to the
 // gradients. inputs, targets, mask (B,T), mask may be NULL; B and T at most those of the trainer.
@@ -210,8 +217,8 @@ int metala_gradient(metala_context *ctx, metala_trainer *trainer, metala_form fo
 int metala_update(metala_context *ctx, metala_trainer *trainer, const metala_adamw *adamw, double *norm);
 uint64_t metala_trainer_step(const metala_trainer *trainer);                 // updates done
 int metala_trainer_zero(metala_context *ctx, metala_trainer *trainer);       // forget the accumulated gradients
-// Copy out the gradient of a parameter, or an activation of the last metala_gradient call, by the names used in the
-// reading guide: "layer<i>.input", ".token_norm", ".conv_out", ".q", ".k_gate", ".k", ".v", ".g", ".alpha",
+// Copy out the gradient of a parameter, or, from a trainer that keeps all, an activation of the last metala_gradient
+// call, by these names: "layer<i>.input", ".token_norm", ".conv_out", ".q", ".k_gate", ".k", ".v", ".g", ".alpha",
 // ".scan_out", ".aug_out", ".group_norm", ".gated", ".mixer_residual", ".channel_norm", ".glu_prod", ".output", or
 // "final_norm". *count receives the number of elements; out may be NULL to ask for it.
 int metala_trainer_gradient(metala_context *ctx, const metala_trainer *trainer, const char *name, metala_real *out);

@@ -1173,7 +1173,7 @@ static void check_model(const char *what, const metala_config *c, metala_form fo
     double loss, expected_loss = reference_loss(&r);
     real *logits = reals(B * T * N);
     metala_state *s = metala_state_create(ctx, m, (int)B);
-    metala_trainer *t = metala_trainer_create(ctx, m, (int)B, T);
+    metala_trainer *t = metala_trainer_create(ctx, m, (int)B, T, METALA_KEEP_ALL);
     if (metala_forward(ctx, s, form, r.tokens, r.mask, T, logits)) problem("%s", metala_error(ctx));
     compare("logits", logits, r.logits, DIMS(B, T, N));
     double worst_state = 0;
@@ -1565,7 +1565,7 @@ static void check_trace(void) {
     c.width = 4, c.layers = 1, c.heads = 1, c.glu_dim = 5, c.vocab_size = 6;
     const metala_adamw a = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5};
     metala_model *m = random_model(&c, 21);
-    metala_trainer *t = metala_trainer_create(ctx, m, 2, 9);
+    metala_trainer *t = metala_trainer_create(ctx, m, 2, 9, METALA_KEEP_ALL);
     reference r = make_reference(m, 2, 9, 0);
     size_t n = metala_model_size(m);
     double *g = doubles(n), *first = doubles(n), *second = doubles(n), loss[3], norm[3], expected_loss[3];
@@ -1610,7 +1610,7 @@ static void check_training(void) {
         for (size_t i = 0; i < COUNT(threads); i++) {
             metala_context *c = metala_open(NULL, threads[i]);
             metala_model *m = fresh_model();
-            metala_trainer *t = metala_trainer_create(c, m, 4, 70);
+            metala_trainer *t = metala_trainer_create(c, m, 4, 70, METALA_KEEP_ALL);
             train_steps(c, t, 0, 3);
             real *now_all = all_parameters(m);
             if (first) same_bits("parameters", first, now_all, metala_model_size(m));
@@ -1623,14 +1623,14 @@ static void check_training(void) {
     }
     if (begin(0, "training: a resumed run has the same bits")) {
         metala_model *a = fresh_model(), *b = fresh_model();
-        metala_trainer *whole = metala_trainer_create(ctx, a, 4, 70), *half = metala_trainer_create(ctx, b, 4, 70);
+        metala_trainer *whole = metala_trainer_create(ctx, a, 4, 70, METALA_KEEP_ALL), *half = metala_trainer_create(ctx, b, 4, 70, METALA_KEEP_ALL);
         const metala_pair extra = {"note", "two \"words\"\\\n"};
         double first_loss = train_steps(ctx, whole, 0, 1), last_loss = train_steps(ctx, whole, 1, 6);
         train_steps(ctx, half, 0, 3);
         if (metala_checkpoint_save(ctx, half, scratch_path("half.tmp"), &extra, 1)) problem("%s", metala_error(ctx));
         metala_trainer_free(half), metala_model_free(b);
         b = metala_model_load(ctx, scratch_path("half.tmp"));        // a checkpoint is a model
-        half = b ? metala_trainer_create(ctx, b, 4, 70) : NULL;
+        half = b ? metala_trainer_create(ctx, b, 4, 70, METALA_KEEP_ALL) : NULL;
         if (!half || metala_checkpoint_load(ctx, half, scratch_path("half.tmp"))) problem("%s", metala_error(ctx));
         else {
             expect(metala_trainer_step(half) == 3, "three updates counted");
@@ -1652,11 +1652,43 @@ static void check_training(void) {
         metala_model_free(a), metala_model_free(b);
         end_check();
     }
+    if (begin(0, "training: what is kept for the backward changes no bit")) {
+        static const struct { const char *name; int conv, augment, key; } variants[] = {
+            {"metala", 0, 0, 0}, {"no-conv", 1, 0, 0}, {"no-augment", 0, 1, 0}, {"key-linear", 0, 0, 1}};
+        for (size_t i = 0; i < COUNT(variants); i++) {
+            metala_config c = small_config();
+            c.layers = 3, c.no_conv = variants[i].conv, c.no_augment = variants[i].augment, c.key_linear = variants[i].key;
+            metala_model *m = random_model(&c, 30);
+            reference r = make_reference(m, 2, 70, 1);
+            size_t n = metala_model_size(m), numbers[3];
+            real *gradients[3];
+            for (int keep = METALA_KEEP_COSTLY; keep <= METALA_KEEP_INPUTS; keep++) {
+                metala_trainer *t = metala_trainer_create(ctx, m, 2, 70, (metala_keep)keep);
+                gradients[keep] = reals(n);
+                for (int twice = 0; twice < 2; twice++)
+                    if (metala_gradient(ctx, t, METALA_CHUNKWISE, r.tokens, r.targets, r.mask, 2, 70, 1, NULL))
+                        problem("%s", metala_error(ctx));
+                for (int p = 0; p < metala_model_tensors(m); p++)
+                    metala_trainer_gradient(ctx, t, metala_model_tensor(m, p)->name,
+                                            gradients[keep] + metala_model_tensor(m, p)->offset);
+                numbers[keep] = metala_trainer_memory(&c, 2, 70, (metala_keep)keep, 1).activations;
+                expect(keep == METALA_KEEP_ALL || metala_trainer_activation(ctx, t, "layer0.q", NULL, NULL),
+                       "activations only where all are kept");
+                metala_trainer_free(t);
+            }
+            same_bits(variants[i].name, gradients[METALA_KEEP_ALL], gradients[METALA_KEEP_COSTLY], n);
+            same_bits(variants[i].name, gradients[METALA_KEEP_ALL], gradients[METALA_KEEP_INPUTS], n);
+            expect(numbers[METALA_KEEP_COSTLY] < numbers[METALA_KEEP_ALL] &&
+                   numbers[METALA_KEEP_INPUTS] < numbers[METALA_KEEP_COSTLY], "less memory");
+            metala_model_free(m);
+        }
+        end_check();
+    }
     if (begin(TOLERANCE(3e-7, 1.5e-15), "training: gradients accumulate")) {
         enum { T = 33 };
         metala_config c = small_config();
         metala_model *m = random_model(&c, 31);
-        metala_trainer *t = metala_trainer_create(ctx, m, 2, T + 5);
+        metala_trainer *t = metala_trainer_create(ctx, m, 2, T + 5, METALA_KEEP_ALL);
         size_t n = metala_model_size(m);
         int inputs[2 * T], targets[2 * T];
         double loss[3], *expected = doubles(n);
@@ -1682,7 +1714,7 @@ static void check_training(void) {
     }
     if (begin(0, "training: a gradient that is not finite changes nothing")) {
         metala_model *m = fresh_model();
-        metala_trainer *t = metala_trainer_create(ctx, m, 4, 70);
+        metala_trainer *t = metala_trainer_create(ctx, m, 4, 70, METALA_KEEP_ALL);
         real *bias = reals(64);
         double loss = 0, norm = 0;
         int inputs[3] = {1, 2, 3}, targets[3] = {2, 3, 4};
@@ -1708,12 +1740,12 @@ static void check_training(void) {
     if (begin(0, "training: misuse is refused")) {
         metala_config c = small_config();
         metala_model *m = random_model(&c, 33);
-        metala_trainer *t = metala_trainer_create(ctx, m, 2, 4);
+        metala_trainer *t = metala_trainer_create(ctx, m, 2, 4, METALA_KEEP_ALL);
         int inputs[10] = {0}, targets[10] = {0};
         double loss;
         size_t count;
-        expect(!metala_trainer_create(ctx, m, 0, 4) && !metala_trainer_create(ctx, m, 1, 0) &&
-               !metala_trainer_create(ctx, m, 65536, SIZE_MAX / 65536), "batches that cannot be");
+        expect(!metala_trainer_create(ctx, m, 0, 4, METALA_KEEP_ALL) && !metala_trainer_create(ctx, m, 1, 0, METALA_KEEP_ALL) &&
+               !metala_trainer_create(ctx, m, 65536, SIZE_MAX / 65536, METALA_KEEP_ALL), "batches that cannot be");
         expect(metala_trainer_activation(ctx, t, "final_norm", NULL, &count) != 0, "activations before any gradient");
         expect(metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 3, 1, 1, &loss) &&
                metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 1, 5, 1, &loss) &&
@@ -1734,7 +1766,7 @@ static void check_training(void) {
                metala_trainer_activation(ctx, t, "layer0.no", NULL, &count) &&
                metala_trainer_activation(ctx, t, "q", NULL, &count), "unknown activations");
         expect(metala_checkpoint_save(ctx, t, "no/such/folder/x", NULL, 0) != 0, "a folder that is not there");
-        metala_memory memory = metala_trainer_memory(&c, 2, 4, 1);
+        metala_memory memory = metala_trainer_memory(&c, 2, 4, METALA_KEEP_ALL, 1);
         expect(memory.total == memory.parameters + memory.gradients + memory.moments + memory.activations +
                memory.scratch && memory.parameters == metala_model_size(m) * sizeof(real), "memory adds up");
         metala_trainer_free(t);
@@ -1967,7 +1999,7 @@ static void check_model_files(void) {
                    d->head_norm_eps == c.head_norm_eps && d->scale_embedding && d->key_linear && !d->no_conv &&
                    !d->no_augment && !d->fixed_decay && !d->tie_word_embeddings, "every member of the configuration");
         }
-        metala_trainer *t = metala_trainer_create(ctx, m, 1, 2);
+        metala_trainer *t = metala_trainer_create(ctx, m, 1, 2, METALA_KEEP_ALL);
         refused("a model as a checkpoint", metala_checkpoint_load(ctx, t, path), path, "not a checkpoint");
         metala_state *s = metala_state_create(ctx, m, 1);
         refused("a model as a state", metala_state_load(ctx, s, path), path, "not a saved state");
@@ -1979,7 +2011,7 @@ static void check_model_files(void) {
     if (begin(0, "file: cut short at every byte")) {
         const char *path = scratch_path("whole.tmp");
         metala_model *m = random_model(&c, 42);
-        metala_trainer *t = metala_trainer_create(ctx, m, 1, 2);
+        metala_trainer *t = metala_trainer_create(ctx, m, 1, 2, METALA_KEEP_ALL);
         metala_state *s = metala_state_create(ctx, m, 1);
         real *before = all_parameters(m);
         size_t n, cut_at = 0;
@@ -2066,7 +2098,7 @@ static void check_model_files(void) {
         metala_config other = c;
         other.width = 8;
         metala_model *m = random_model(&c, 44), *n = random_model(&other, 44);
-        metala_trainer *a = metala_trainer_create(ctx, m, 1, 2), *b = metala_trainer_create(ctx, n, 1, 2);
+        metala_trainer *a = metala_trainer_create(ctx, m, 1, 2, METALA_KEEP_ALL), *b = metala_trainer_create(ctx, n, 1, 2, METALA_KEEP_ALL);
         const char *path = scratch_path("shape.tmp");
         if (metala_checkpoint_save(ctx, a, path, NULL, 0)) problem("%s", metala_error(ctx));
         refused("a checkpoint of another width", metala_checkpoint_load(ctx, b, path), path, "[5,4], this model (D=8) needs [5,8]");
@@ -2297,7 +2329,7 @@ static void scarce_free(void *memory) {
 static int use_everything(metala_context *c) {
     metala_config config = small_config();
     metala_model *m = metala_model_create(c, &config);
-    metala_trainer *t = m ? metala_trainer_create(c, m, 2, 8) : NULL;
+    metala_trainer *t = m ? metala_trainer_create(c, m, 2, 8, METALA_KEEP_ALL) : NULL;
     metala_state *s = t ? metala_state_create(c, m, 2) : NULL;
     int tokens[16] = {0}, failed = !s || metala_forward(c, s, METALA_CHUNKWISE, tokens, NULL, 8, NULL);
     metala_state_free(s), metala_trainer_free(t), metala_model_free(m);
@@ -2469,7 +2501,7 @@ static void golden_pass(const char *path, const char *short_name, metala_form fo
     golden_compare(&g, "logits", logits, NULL, rows * g.N, &logits_worst);
     now.tolerance = TOLERANCE(5e-6, ask);
     golden_states(&g, s, "", &states_worst);
-    metala_trainer *t = metala_trainer_create(ctx, g.model, (int)g.B, g.T);
+    metala_trainer *t = metala_trainer_create(ctx, g.model, (int)g.B, g.T, METALA_KEEP_ALL);
     if (!g.labels || metala_gradient(ctx, t, form, g.tokens, g.labels, g.mask, (int)g.B, g.T, 1, &loss))
         problem("%s", g.labels ? metala_error(ctx) : "no labels");
     double *expected = golden_numbers(&g, "loss", &n);
@@ -2593,7 +2625,7 @@ static void golden_trace(const char *path, const char *short_name, metala_form f
     size_t n, n_norm, n_after;
     double *loss = golden_numbers(&g, "loss", &n), *norm = golden_numbers(&g, "grad_norm", &n_norm);
     double *after = golden_numbers(&g, "loss_after", &n_after), worst[2] = {0, 0}, loss_worst = 0, norm_worst = 0;
-    metala_trainer *t = metala_trainer_create(ctx, g.model, (int)g.B, g.T);
+    metala_trainer *t = metala_trainer_create(ctx, g.model, (int)g.B, g.T, METALA_KEEP_ALL);
     expect(loss && norm && after && n == n_norm && n_after == 1 && g.labels, "loss, grad_norm, loss_after, labels");
     for (size_t step = 0; step <= n && !*now.problem; step++) {
         double got_loss = 0, got_norm = 0, expected = step < n ? loss[step] : *after;

@@ -5,7 +5,7 @@
 // the bits that it would have had anyway. The checkpoint is also the model that `run` loads.
 //
 // Contents: options - stopping and time - data - model - resuming and saving - validation - samples - a step -
-// progress - the loop - benchmark - main. Exit status: 0, 1 failure, 2 usage, 130 Ctrl-C, 143 SIGTERM.
+// progress - the loop - profile - benchmark - main. Exit status: 0, 1 failure, 2 usage, 130 Ctrl-C, 143 SIGTERM.
 
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L         // clock_gettime and execvp; everything else is C99
@@ -53,7 +53,7 @@ typedef struct {
     const char *data, *val, *init, *out, *keep_best, *prompt, *log;
     int context, batch, accumulate, warmup, schedule, max_steps, stop_at, seed, form;
     int resume, save_every, eval_every, eval_batches, sample_every, sample_tokens, log_every;
-    int quiet, threads, bench, help, version;
+    int quiet, threads, checkpoint_layers, profile, bench, help, version;
     double val_fraction, init_std, residual_scale, learning_rate, min_lr, max_seconds, temperature;
     metala_config config;
     metala_adamw adamw;
@@ -148,6 +148,9 @@ static const option options[] = {
     IS_TEXT("init", 0, "FILE", 0, init, "start from this model; its configuration holds"),
     IS_WHOLE("stop-at", 0, "N", "0", 0, 1e9, stop_at, "stop after step N, as Ctrl-C would; the schedule stays"),
     IS_WHOLE("threads", 0, "N", "0", 0, 1024, threads, "0 = one per processor; the numbers are the same"),
+    IS_FLAG("checkpoint-layers", 0, checkpoint_layers, "keep only what enters each layer and compute it again: less memory,\n"
+            "a third more work, the same numbers"),
+    IS_FLAG("profile", 0, profile, "at the end, the time that each kernel took"),
     IS_FLAG("quiet", "-q", quiet, "no progress, only errors"),
     IS_FLAG("bench", 0, bench, "time the step of these sizes (6 layers unless given), without data"),
     IS_FLAG("help", "-h", help, "this text"),
@@ -487,12 +490,16 @@ static int check_vocabulary(const program *p) {
     return 0;
 }
 
+static metala_keep kept_activations(const settings *s) {
+    return s->checkpoint_layers ? METALA_KEEP_INPUTS : METALA_KEEP_COSTLY;
+}
+
 // Everything that a step needs, and a validation.
 static int allocate(program *p, size_t T) {
     const settings *s = p->s;
     size_t rows = (size_t)s->batch * T, N = (size_t)s->config.vocab_size;
     enum { MOST_LOGITS = 1 << 24 };
-    p->trainer = metala_trainer_create(p->ctx, p->model, s->batch, T);
+    p->trainer = metala_trainer_create(p->ctx, p->model, s->batch, T, kept_activations(s));
     if (!p->trainer) return library_failed(p);
     p->inputs = calloc(rows, sizeof *p->inputs);
     p->targets = calloc(rows, sizeof *p->targets);
@@ -510,7 +517,8 @@ static const char *count_text(char text[ROOM], double n) {
 }
 
 static metala_memory memory_of(const program *p, size_t T) {
-    return metala_trainer_memory(&p->s->config, p->s->batch, T, metala_context_threads(p->ctx));
+    return metala_trainer_memory(&p->s->config, p->s->batch, T, kept_activations(p->s),
+                                 metala_context_threads(p->ctx));
 }
 
 // A system that promises more memory than it has ends the program without a word once it is used.
@@ -975,6 +983,124 @@ static void report(const program *p, const char *command) {
     say(p, "\n");
 }
 
+// ------------------------------------------------------------------------------------------------ profile
+
+// --profile: the CPU's backend table with a clock around every kernel. Each wrapper has its kernel's arguments.
+enum kernel { EMBEDDING, RMS, CONV, MATMUL, MASK, GATE, SCAN, AUGMENT, HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM,
+              ADAMW, KERNELS };
+static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "matrix products",
+    "mask", "gate", "decay scan", "self-augmentation", "head norm", "gated products", "residual add", "cross-entropy",
+    "gradient norm", "AdamW"};
+static struct { double seconds[2], operations[2]; long calls[2]; } spent[KERNELS];     // forward, backward
+
+static void clocked(enum kernel kernel, int backward, double began, double operations) {
+    spent[kernel].seconds[backward] += seconds() - began;
+    spent[kernel].operations[backward] += operations;
+    spent[kernel].calls[backward]++;
+}
+
+typedef metala_context ctx_t;
+typedef metala_real real;
+typedef const metala_real in_t;
+#define CLOCKED(function, kernel, backward, operations, parameters, arguments) \
+    static void clocked_##function parameters {                                \
+        double began = seconds();                                              \
+        metala_cpu()->function arguments;                                      \
+        clocked(kernel, backward, began, operations);                          \
+    }
+CLOCKED(embedding_forward, EMBEDDING, 0, 0, (ctx_t *c, real *x, const int *t, in_t *E, size_t r, size_t D, double s),
+        (c, x, t, E, r, D, s))
+CLOCKED(embedding_backward, EMBEDDING, 1, 0,
+        (ctx_t *c, real *dE, in_t *dx, const int *t, size_t r, size_t D, double s, int pad), (c, dE, dx, t, r, D, s, pad))
+CLOCKED(rms_forward, RMS, 0, 0,
+        (ctx_t *c, real *n, real *s, in_t *x, const uint8_t *m, size_t r, size_t D, double eps), (c, n, s, x, m, r, D, eps))
+CLOCKED(rms_backward, RMS, 1, 0,
+        (ctx_t *c, real *dx, in_t *dn, in_t *x, in_t *s, const uint8_t *m, size_t r, size_t D), (c, dx, dn, x, s, m, r, D))
+CLOCKED(conv_forward, CONV, 0, 0,
+        (ctx_t *c, real *u, real *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
+        (c, u, p, n, w, tail, B, T, D))
+CLOCKED(conv_backward, CONV, 1, 0,
+        (ctx_t *c, real *dn, real *dw, in_t *du, in_t *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
+        (c, dn, dw, du, p, n, w, tail, B, T, D))
+CLOCKED(matmul_forward, MATMUL, 0, 2.0 * (double)r * (double)out * (double)in,
+        (ctx_t *c, real *y, in_t *x, in_t *w, in_t *b, size_t r, size_t out, size_t in), (c, y, x, w, b, r, out, in))
+CLOCKED(matmul_backward, MATMUL, 1, 2.0 * ((dx != NULL) + (dw != NULL)) * (double)r * (double)out * (double)in,
+        (ctx_t *c, real *dx, real *dw, real *db, in_t *dy, in_t *x, in_t *w, size_t r, size_t out, size_t in, int add),
+        (c, dx, dw, db, dy, x, w, r, out, in, add))
+CLOCKED(mask_rows, MASK, 0, 0, (ctx_t *c, real *x, const uint8_t *m, size_t r, size_t D), (c, x, m, r, D))
+CLOCKED(gate_forward, GATE, 0, 0, (ctx_t *c, real *a, real *k, in_t *z, size_t n, double tau), (c, a, k, z, n, tau))
+CLOCKED(gate_backward, GATE, 1, 0,
+        (ctx_t *c, real *dz, in_t *da, in_t *dk, in_t *z, in_t *a, size_t n, double tau), (c, dz, da, dk, z, a, n, tau))
+CLOCKED(scan_forward, SCAN, 0, 4.0 * (double)(B * T * H * K) * (double)V,
+        (ctx_t *c, metala_form f, real *o, real *S, real *states, in_t *q, in_t *k, in_t *v, in_t *a, size_t B, size_t T,
+         size_t H, size_t K, size_t V, double s), (c, f, o, S, states, q, k, v, a, B, T, H, K, V, s))
+CLOCKED(scan_backward, SCAN, 1, 12.0 * (double)(B * T * H * K) * (double)V,
+        (ctx_t *c, metala_form f, real *dq, real *dk, real *dv, real *da, real *dS, in_t *dO, in_t *states, in_t *q,
+         in_t *k, in_t *v, in_t *a, size_t B, size_t T, size_t H, size_t K, size_t V, double s),
+        (c, f, dq, dk, dv, da, dS, dO, states, q, k, v, a, B, T, H, K, V, s))
+CLOCKED(augment_forward, AUGMENT, 0, 0,
+        (ctx_t *c, real *p, in_t *o, in_t *q, in_t *k, in_t *v, in_t *b, size_t r, size_t H, size_t K, size_t V),
+        (c, p, o, q, k, v, b, r, H, K, V))
+CLOCKED(augment_backward, AUGMENT, 1, 0,
+        (ctx_t *c, real *dq, real *dk, real *dv, real *db, in_t *dp, in_t *q, in_t *k, in_t *v, in_t *b, size_t r,
+         size_t H, size_t K, size_t V), (c, dq, dk, dv, db, dp, q, k, v, b, r, H, K, V))
+CLOCKED(head_norm_forward, HEAD_NORM, 0, 0,
+        (ctx_t *c, real *n, real *rho, in_t *p, size_t r, size_t H, size_t V, double eps), (c, n, rho, p, r, H, V, eps))
+CLOCKED(head_norm_backward, HEAD_NORM, 1, 0,
+        (ctx_t *c, real *dp, in_t *dn, in_t *n, in_t *rho, size_t r, size_t H, size_t V), (c, dp, dn, n, rho, r, H, V))
+CLOCKED(silu_gate_forward, SILU_GATE, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(silu_gate_backward, SILU_GATE, 1, 0, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
+        (c, da, db, dy, a, b, n))
+CLOCKED(add, ADD, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(cross_entropy_forward, CROSS_ENTROPY, 0, 0,
+        (ctx_t *c, real *loss, real *lse, in_t *l, const int *t, size_t r, size_t N), (c, loss, lse, l, t, r, N))
+CLOCKED(cross_entropy_backward, CROSS_ENTROPY, 1, 0,
+        (ctx_t *c, real *dl, in_t *l, in_t *lse, const int *t, size_t r, size_t N, double w), (c, dl, l, lse, t, r, N, w))
+CLOCKED(adamw, ADAMW, 1, 0,
+        (ctx_t *c, real *p, real *m, real *v, in_t *g, size_t n, const metala_adamw *a, uint64_t step, double scale,
+         double decay), (c, p, m, v, g, n, a, step, scale, decay))
+static double clocked_sum_squares(ctx_t *c, in_t *x, size_t n) {
+    double began = seconds(), sum = metala_cpu()->sum_squares(c, x, n);
+    clocked(NORM, 1, began, 0);
+    return sum;
+}
+
+static metala_backend clocked_backend(void) {
+    metala_backend b = *metala_cpu();
+#define USE(function) b.function = clocked_##function
+    USE(embedding_forward), USE(embedding_backward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
+    USE(conv_backward), USE(matmul_forward), USE(matmul_backward), USE(mask_rows), USE(gate_forward), USE(gate_backward);
+    USE(scan_forward), USE(scan_backward), USE(augment_forward), USE(augment_backward), USE(head_norm_forward);
+    USE(head_norm_backward), USE(silu_gate_forward), USE(silu_gate_backward), USE(add), USE(cross_entropy_forward);
+    USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
+#undef USE
+    return b;
+}
+
+// One direction of one kernel: milliseconds of a step, share of everything, GFLOP/s where operations are counted.
+static void print_spent(int kernel, int backward, double steps, double all) {
+    double s = spent[kernel].seconds[backward], operations = spent[kernel].operations[backward];
+    char rate[ROOM] = "";
+    if (operations > 0) snprintf(rate, sizeof rate, "%.1f", 1e-9 * operations / s);
+    if (spent[kernel].calls[backward]) printf(" %10.2f %6.1f%% %8s", 1e3 * s / steps, 100 * s / all, rate);
+    else printf(" %10s %7s %8s", "", "", "");
+}
+
+// What is computed again for the backward counts as forward.
+static void print_profile(double steps) {
+    double all = 0;
+    for (int k = 0; k < KERNELS; k++) all += spent[k].seconds[0] + spent[k].seconds[1];
+    printf("\n%-19s %10s %7s %8s %10s %7s %8s\n", "kernel, ms of a step", "forward", "share", "GFLOP/s", "backward",
+           "share", "GFLOP/s");
+    for (int k = 0; k < KERNELS; k++)
+        if (spent[k].calls[0] || spent[k].calls[1]) {
+            printf("%-20s", kernel_names[k]);
+            print_spent(k, 0, steps, all);
+            print_spent(k, 1, steps, all);
+            putchar('\n');
+        }
+}
+
 // ------------------------------------------------------------------------------------------------ benchmark
 
 static int by_size(const void *a, const void *b) {
@@ -1008,6 +1134,7 @@ static int bench(program *p) {
         if (i >= WARM) times[i - WARM] = seconds() - began;
     }
     qsort(times, TIMED, sizeof *times, by_size);
+    if (s->profile) print_profile(WARM + TIMED);
     double step = times[TIMED / 2], parameters = (double)metala_model_size(p->model);
     double speed = step > 0 ? (double)s->batch * s->context / step : 0;
     printf("bench D%d L%d H%d F%d N%d B%d T%d P %s: ", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size,
@@ -1055,8 +1182,10 @@ static int run(program *p, const char *command) {
         else say(p, "nothing left to do; a larger --max-steps, --max-seconds or --stop-at goes on\n");
         return 0;
     }
+    int first = step_of(p);
     if (open_log(p) || train(p)) return -1;
     report(p, command);
+    if (p->s->profile) print_profile(step_of(p) - first);
     return p->log_failed ? -1 : 0;
 }
 
@@ -1093,6 +1222,7 @@ static int close_all(program *p) {
 int main(int argc, char **argv) {
     settings s;
     program p = {0};
+    metala_backend clocks = clocked_backend();
 #if defined _OPENMP && defined _POSIX_C_SOURCE
     wait_asleep(argv);
 #endif
@@ -1101,7 +1231,7 @@ int main(int argc, char **argv) {
     int status = 0;
     if (s.help) print_help();
     else if (s.version) printf("metala %s, float%d\n", METALA_VERSION, 8 * (int)sizeof(metala_real));
-    else if ((p.ctx = metala_open(NULL, s.threads)) == NULL) status = complain("%s", metala_error(NULL));
+    else if ((p.ctx = metala_open(s.profile ? &clocks : NULL, s.threads)) == NULL) status = complain("%s", metala_error(NULL));
     else status = run(&p, argv[0]);
     if (close_all(&p)) status = -1;
     return status ? 1 : interrupted ? 128 + (int)interrupted : 0;
