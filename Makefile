@@ -4,8 +4,10 @@
 #   make demo           a corpus of stories, two minutes of training, a story told
 #   make test           all checks             make test64   the same in double precision, with tighter tolerances
 #   make asan           all checks under the address and undefined-behaviour sanitizers
+#   make test-programs  tries every flag and every error of the programs
 #   make mutants        plants faults in metala.c and requires that the checks notice each (COUNT=6 for a sample)
-#   make bench          speed of a training step, beside PyTorch where python3 has it
+#   make bench          speed of every kernel, as a share of what this machine can do, and of training steps
+#   make bench-peers    a training step in turn with PyTorch's, where python3 has torch
 #   make clean
 #
 #   make CC=clang       another compiler       make PORTABLE=1   for any machine with this instruction set
@@ -67,11 +69,24 @@ asan: build/flags
 	$(CC) $(SANITIZE) $(LDFLAGS) -o build/test-asan test.c metala.c $(LDLIBS)
 	ASAN_OPTIONS=allocator_may_return_null=1 build/test-asan --golden $(GOLDEN)
 
+test-programs: all
+	tests/programs.sh
+
 mutants: build/flags
 	CC='$(CC)' CFLAGS='$(WARNINGS) -O1 $(NATIVE)' tests/mutants.sh $(COUNT)
 
-bench: train
+build/bench: build/bench.o build/metala.o
+	$(LINK)
+build/bench.o: bench/bench.c metala.h build/flags
+	$(CC) $(CFLAGS) -I. -c -o $@ $<
+bench: build/bench train
+	build/bench
+	./train --bench
+	./train --bench --width 512 --layers 8 --heads 8 --glu-dim 1408 --vocab 8192
+
+bench-peers: train
 	bench/bench.sh
+	bench/bench.sh --width 512 --layers 8 --heads 8 --glu-dim 1408 --vocab 8192
 
 demo: train run data/stories
 	data/stories --bytes 4M > build/stories.txt
@@ -81,4 +96,4 @@ demo: train run data/stories
 clean:
 	rm -rf build train run test data/stories
 
-.PHONY: all test test64 asan mutants bench demo clean FORCE
+.PHONY: all test test64 asan test-programs mutants bench bench-peers demo clean FORCE
