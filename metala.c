@@ -135,12 +135,29 @@ static size_t thread_number(void) { return 0; }
 // Start of part i when n things are shared out evenly over `parts`.
 static size_t share(size_t n, size_t parts, size_t i) { return n / parts * i + (n % parts < i ? n % parts : i); }
 
+// Two hardware threads of one core share its multipliers, so that a second one would only wait. Linux says which belong
+// together; elsewhere all processors count.
+#ifdef _OPENMP
+static int physical_cores(void) {
+    int cores = 0, processors = omp_get_num_procs();
+    for (int cpu = 0, first = 0;; cpu++) {
+        char path[80];
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        FILE *list = fopen(path, "r");
+        if (!list) break;
+        cores += fscanf(list, "%d", &first) == 1 && first == cpu;
+        fclose(list);
+    }
+    return cores > 0 && cores < processors ? cores : processors;
+}
+#endif
+
 metala_context *metala_open(const metala_backend *backend, int threads) {
     metala_context *ctx = calloc(1, sizeof *ctx);
     if (!ctx) return NULL;
     ctx->backend = backend ? backend : metala_cpu();
 #ifdef _OPENMP
-    ctx->threads = threads > 0 ? threads : omp_get_num_procs();
+    ctx->threads = threads > 0 ? threads : physical_cores();
 #else
     ctx->threads = 1;
     (void)threads;

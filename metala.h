@@ -69,7 +69,7 @@ typedef float metala_real;
 typedef struct metala_backend metala_backend;   // the kernels of one kind of device, at the end of this file
 typedef struct metala_context metala_context;   // where things run: backend, threads, scratch memory, last error
 
-// Open a context. backend: NULL or metala_cpu() for the CPU. threads: 0 = one per processor; without OpenMP always
+// Open a context. backend: NULL or metala_cpu() for the CPU. threads: 0 = one per core; without OpenMP always
 // one. NULL when there is no memory.
 metala_context *metala_open(const metala_backend *backend, int threads);
 void metala_close(metala_context *ctx);

@@ -147,7 +147,7 @@ static const option options[] = {
     IS_FLAG("resume", 0, resume, "go on from --out with its settings; those given here win"),
     IS_TEXT("init", 0, "FILE", 0, init, "start from this model; its configuration holds"),
     IS_WHOLE("stop-at", 0, "N", "0", 0, 1e9, stop_at, "stop after step N, as Ctrl-C would; the schedule stays"),
-    IS_WHOLE("threads", 0, "N", "0", 0, 1024, threads, "0 = one per processor; the numbers are the same"),
+    IS_WHOLE("threads", 0, "N", "0", 0, 1024, threads, "0 = one per core; the numbers are the same"),
     IS_FLAG("checkpoint-layers", 0, checkpoint_layers, "keep only what enters each layer and compute it again: less memory,\n"
             "a third more work, the same numbers"),
     IS_FLAG("profile", 0, profile, "at the end, the time that each kernel took"),

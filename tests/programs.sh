@@ -299,6 +299,18 @@ effect --context 16 8
 effect --batch 2 3
 effect --accumulate 1 2
 effect --width 16 32
+train two.txt $six --out again.st --log mean1.csv 2> err
+train two.txt $six --accumulate 3 --out again.st --log mean3.csv 2> err
+train text.txt $six --accumulate 3 --out again.st --log mean3x2.csv 2> err
+train text.txt $six --batch 6 --out again.st --log mean6.csv 2> err
+holds "train --accumulate 3 --batch 2: the sequences of --batch 6" "($(last mean3x2.csv loss) - $(last mean6.csv loss)) ^ 2 < 1e-8"
+train two.txt $six --seed 2 --out again.st --log mean2.csv 2> err
+differ "train --seed: the initial weights" "$(numbers mean1.csv)" "$(numbers mean2.csv)"
+train text.txt $six --init base.st --out again.st --log init1.csv 2> err
+train text.txt $six --init base.st --seed 2 --out again.st --log init2.csv 2> err
+differ "train --seed: the batches" "$(numbers init1.csv)" "$(numbers init2.csv)"
+norm_of() { column "$1" gradient_norm | awk '{ print $1 }'; }
+holds "train --accumulate 3: the mean gradient, not the sum" "($(norm_of mean1.csv) / $(norm_of mean3.csv) - 1) ^ 2 < 1e-8"
 effect --layers 1 2
 effect --heads 2 4
 effect --glu-dim 64 32
@@ -392,6 +404,10 @@ train text.txt $tiny --max-steps 4 --sample-every 4 --sample-tokens 40 --prompt 
 sample_of 4 samples > sample
 sample_of 4 out > greedy
 other_bytes "train --temperature 0 samples something else" sample greedy
+train text.txt $tiny --max-steps 4 --sample-every 4 --sample-tokens 40 --prompt "The Sun" --temperature 1e-9 \
+    --out again.st > out 2> err
+sample_of 4 out > sample
+same_bytes "train --temperature 0 is the limit of small ones" sample greedy
 equal "train --sample-every 0: no sample" 0 \
     "$(train text.txt $tiny --max-steps 2 --out again.st 2> err | grep -c sample)"
 
@@ -482,7 +498,7 @@ has "train --bench --init: its sizes" out "bench D2 L1 H1 F1 N2 B1 T4"
 
 # Ctrl-C: the step is finished, the checkpoint is that of this step, and the printed command goes on.
 # Long enough to be interrupted, but nothing that is not noticed goes on for ever.
-long="text.txt $tiny --max-steps 50000 --schedule constant --eval-every 0 --log-every 1"
+long="text.txt $tiny --max-steps 200000 --schedule constant --eval-every 0 --log-every 1"
 for signal in INT TERM; do
     case $signal in INT) code=130 ;; *) code=143 ;; esac
     begin train $long --out "it's $signal.st" --log $signal.csv
@@ -670,7 +686,11 @@ train --resume --out base.st --lr 1e30 --max-steps 60 --save-every 1 > out 2> er
 equal "train --resume --learning-rate 1e30: exit status" 1 $?
 has "train --resume --learning-rate 1e30: which checkpoint is left" err \
     "training has diverged; base.st is still that of step"
+steps=$(sed -n 's/.*is still that of step \([0-9]*\);.*/\1/p' err)
 works "train: what a diverging run leaves can be used" run base.st hello -n 5 --quiet
+works "train: what a diverging run leaves can be trained" \
+    train --resume --out base.st --lr 0 --stop-at $((steps + 1))
+has "train: what a diverging run leaves is of the step that it says" out "resumed  base.st after step $steps"
 rm -f base.st && cp kept.st base.st
 train --resume --out base.st --lr 1e30 --clip 0 --warmup 0 --schedule constant --max-steps 60 \
     --save-every 0 > out 2> err
