@@ -90,12 +90,12 @@ static const option options[] = {
     IS_TEXT("data", 0, "FILE", 0, data, "what to train on; --data itself may be left out"),
     IS_TEXT("val", 0, "FILE", 0, val, "validation data; without it, the end of the training data is held out"),
     IS_NUMBER("val-fraction", 0, "0.1", 0, 0.9, val_fraction, "how much of it; 0 = none"),
-    IS_WHOLE("context", "-T", "T", "256", 1, 1e9, context, "tokens of a sequence; a .safetensors file has its own"),
+    IS_WHOLE("context", "-T", "T", "128", 1, 1e9, context, "tokens of a sequence; a .safetensors file has its own"),
     IS_WHOLE("batch", "-B", "B", "8", 1, 1e9, batch, "sequences of one gradient pass"),
     IS_WHOLE("accumulate", 0, "N", "1", 1, 1e9, accumulate, "gradient passes of one step"),
 
     IS_GROUP("Model"),
-    IS_WHOLE("width", 0, "D", "256", 1, 1 << 24, config.width, "channels"),
+    IS_WHOLE("width", 0, "D", "128", 1, 1 << 24, config.width, "channels"),
     IS_WHOLE("layers", 0, "L", "4", 1, 1e9, config.layers, "layers"),
     IS_WHOLE("heads", 0, "H", "4", 1, 1e9, config.heads, "heads; H divides D/2"),
     IS_WHOLE("glu-dim", 0, "F", "0", 0, 1e9, config.glu_dim, "channels in the GLU; 0 = 8/3 D, up to a multiple of 32"),
@@ -107,14 +107,14 @@ static const option options[] = {
     IS_FLAG("no-augment", 0, config.no_augment, "without self-augmentation"),
     IS_FLAG("key-linear", 0, config.key_linear, "keys of their own, in place of 1 - decay"),
     IS_FLAG("fixed-decay", 0, config.fixed_decay, "a learned decay per channel, the same for every token"),
-    IS_NUMBER("init-std", 0, "0.02", 1e-9, 10, init_std, "standard deviation of the initial weights"),
+    IS_NUMBER("init-std", 0, "0", 0, 10, init_std, "deviation of the initial weights; 0 = 1/sqrt(D); the authors' is 0.02"),
     IS_NUMBER("residual-scale", 0, "0", 0, 10, residual_scale,
               "factor on those that end a residual branch; 0 = 1/sqrt(2L)"),
 
     IS_GROUP("Optimisation"),
-    IS_NUMBER("learning-rate", "--lr", "0.002", 0, 1e30, learning_rate, "highest learning rate"),
-    IS_NUMBER("min-lr", 0, "0.1", 0, 1, min_lr, "where the schedule ends, as a fraction of --learning-rate"),
-    IS_WHOLE("warmup", 0, "N", "100", 0, 1e9, warmup, "steps up to it; unless given, at most a tenth of --max-steps"),
+    IS_NUMBER("learning-rate", "--lr", "0.006", 0, 1e30, learning_rate, "highest learning rate"),
+    IS_NUMBER("min-lr", 0, "0.01", 0, 1, min_lr, "where the schedule ends, as a fraction of --learning-rate"),
+    IS_WHOLE("warmup", 0, "N", "50", 0, 1e9, warmup, "steps up to it; unless given, at most a tenth of --max-steps"),
     IS_CHOICE("schedule", "cosine|constant|linear", "cosine", schedule, "from there on"),
     IS_WHOLE("max-steps", 0, "N", "1500", 0, 1e9, max_steps, "steps in all; 0 = no limit, as --max-seconds implies"),
     IS_NUMBER("max-seconds", 0, "0", 0, 1e9, max_seconds, "seconds in all; 0 = no limit. With it the schedule follows\n"
@@ -152,7 +152,7 @@ static const option options[] = {
             "a third more work, the same numbers"),
     IS_FLAG("profile", 0, profile, "at the end, the time that each kernel took"),
     IS_FLAG("quiet", "-q", quiet, "no progress, only errors"),
-    IS_FLAG("bench", 0, bench, "time the step of these sizes (6 layers unless given), without data"),
+    IS_FLAG("bench", 0, bench, "time the step of these sizes (D256 L6 T256 unless given), without data"),
     IS_FLAG("help", "-h", help, "this text"),
     IS_FLAG("version", 0, version, "version and precision")};
 enum { OPTIONS = sizeof options / sizeof *options };
@@ -470,8 +470,9 @@ static int new_model(program *p) {
     const settings *s = p->s;
     p->model = metala_model_create(p->ctx, &s->config);
     double scale = s->residual_scale > 0 ? s->residual_scale : 1 / sqrt(2.0 * s->config.layers);
+    double std = s->init_std > 0 ? s->init_std : 1 / sqrt((double)s->config.width);
     if (!p->model) return library_failed(p);
-    return metala_model_init(p->ctx, p->model, (uint64_t)s->seed, s->init_std, scale) ? library_failed(p) : 0;
+    return metala_model_init(p->ctx, p->model, (uint64_t)s->seed, std, scale) ? library_failed(p) : 0;
 }
 
 static int old_model(program *p, const char *path) {
@@ -1116,7 +1117,9 @@ static int bench(program *p) {
     uint64_t random = (uint64_t)s->seed;
     double times[TIMED], loss, norm;
     char count[ROOM], form[ROOM];
-    if (!is_given(s, "layers")) s->config.layers = metala_config_default().layers;
+    if (!is_given(s, "width")) s->config.width = 256;
+    if (!is_given(s, "layers")) s->config.layers = 6;
+    if (!is_given(s, "context")) s->context = 256;
     complete_config(p);
     if (s->init ? old_model(p, s->init) : check_memory(p, (size_t)s->context) || new_model(p)) return -1;
     if (allocate(p, (size_t)s->context)) return -1;
@@ -1139,8 +1142,9 @@ static int bench(program *p) {
     double speed = step > 0 ? (double)s->batch * s->context / step : 0;
     printf("bench D%d L%d H%d F%d N%d B%d T%d P %s: ", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size,
            s->batch, s->context, count_text(count, parameters));
-    printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %d threads\n", 1e3 * step, speed, 6e-9 * parameters * speed,
-           value_text(s, option_named("form"), form), metala_context_threads(p->ctx));
+    printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %d threads, %.1f MB\n", 1e3 * step, speed,
+           6e-9 * parameters * speed, value_text(s, option_named("form"), form), metala_context_threads(p->ctx),
+           (double)memory_of(p, (size_t)s->context).total / 1e6);
     return 0;
 }
 

@@ -92,7 +92,7 @@ complained() {                           # STATUS, for want, text and name
 refused() {                              # PROGRAM FLAG MESSAGE [VALUE]
     program=$1 flag_=$2 message=$3
     shift 3
-    $program text.txt "$flag_" "$@" > out 2> err < /dev/null
+    $program missing.txt "$flag_" "$@" > out 2> err < /dev/null
     [ $? -eq 2 ] && [ "$(lines err)" -eq 1 ] && grep -q -e "^$program: $flag_: $message" err || wrong="$wrong $flag_ $*"
 }
 
@@ -210,8 +210,9 @@ works "stories --bytes N" stories --bytes 5000
 mv out 5k
 holds "stories --bytes N: at most N bytes, and whole stories nearly fill them" "$(size 5k) <= 5000 && $(size 5k) > 3500"
 equal "stories --bytes N: ends with a whole story" "" "$(tail -c 1 5k | tr -d '\n')"
-stories --bytes=5k > again
-same_bytes "stories --bytes=5k is --bytes 5000" 5k again
+stories --bytes 100000 > 100k
+stories --bytes=100k > again
+same_bytes "stories --bytes=100k is --bytes 100000" 100k again
 stories --bytes 5k --seed 1 > again
 same_bytes "stories --seed 1 is the default, same seed same bytes" 5k again
 stories --bytes 5k --seed=2 > again
@@ -220,7 +221,7 @@ stories --bytes 0 > again
 holds "stories --bytes 0 tells one story" "$(size again) > 200 && $(size again) < 1500 && $(grep -c '^$' again) == 0"
 stories > again
 holds "stories writes 4M unless told" "$(size again) <= 4000000 && $(size again) > 3998000"
-stories --bytes 4M > 4M
+stories --bytes 4M > 4M                  # a million has 1000 thousands, or there would be more
 same_bytes "stories --bytes 4M" 4M again
 dd if=4M bs="$(size 5k)" count=1 > start 2> /dev/null
 same_bytes "stories: more bytes continue fewer" 5k start
@@ -245,9 +246,11 @@ fails 2 "got '1k'" "stories --seed 1k" stories --seed 1k
 fails 2 "got 'text.txt'" "stories with an argument" stories text.txt
 fails 2 "got 'a?b'" "stories with a control character" stories --seed "$(printf 'a\nb')"
 if [ -c /dev/full ]; then
-    want=1 text="cannot write to standard output" name="stories to a full disk: exit 1, one clear line"
-    stories --bytes 100k > /dev/full 2> err
-    complained $?
+    for flags in "--bytes 100k" "--bytes 0" --help; do
+        want=1 text="cannot write to standard output" name="stories $flags > /dev/full: exit 1, one clear line"
+        stories $flags > /dev/full 2> err
+        complained $?
+    done
 fi
 tried stories stories
 
@@ -449,8 +452,23 @@ done
 same_bytes "train --threads 1 and 2: the same checkpoint" threads1.st threads2.st
 same_bytes "train --threads 1 and 3: the same checkpoint" threads1.st threads3.st
 works "train --threads 3" train --bench $tiny --threads 3
-if train --bench $tiny --threads 2 | grep -q "2 threads"; then has "train --threads 3 starts 3" out "3 threads"
+if grep -q openmp "$root/build/flags" 2> /dev/null || train --bench $tiny --threads 2 | grep -q "2 threads"; then
+    has "train --threads 3 starts 3" out "3 threads"
 else has "train --threads 3 without OpenMP: one" out "1 thread"; fi
+
+train text.txt $six --layers 2 --out all.st > out 2> err
+train text.txt $six --layers 2 --checkpoint-layers --out kept.st > out 2> err
+for flag in "" --checkpoint-layers; do
+    train --bench $tiny --layers 2 --context 64 --batch 16 $flag | sed 's/.*, \([0-9.]*\) MB$/\1/' > "memory$flag"
+done
+same_bytes "train --checkpoint-layers: the same checkpoint" all.st kept.st
+holds "train --checkpoint-layers: less memory" "$(cat memory--checkpoint-layers) < $(cat memory)"
+train text.txt $six --layers 2 --profile --out kept.st > out 2> err
+same_bytes "train --profile: the same checkpoint" all.st kept.st
+has "train --profile: the time of each kernel" out "kernel, ms of a step" "matrix products" "decay scan" AdamW
+equal "train --profile: says no more than that with --quiet" "" "$(grep -v -e '^[a-zA-Z]' -e '^$' out)"
+works "train --bench --profile" train --bench $tiny --profile
+has "train --bench --profile: the table, and the line" out "kernel, ms of a step" "bench D16"
 
 # ============================================================== train: stopping, going on, starting from a model
 
@@ -589,17 +607,17 @@ fails 2 "no data given" "train without data" train
 fails 2 "got a second argument 'other.txt'" "train with two files" train text.txt other.txt
 fails 2 "unknown option --learning-rat; did you mean --learning-rate?" "train --learning-rat" \
     train text.txt --learning-rat 1
-fails 2 "unknown option --xyzzyplugh; train --help" "train --xyzzyplugh" train text.txt --xyzzyplugh
-fails 2 "unknown option -z; train --help" "train -z" train text.txt -z
+fails 2 "unknown option --xyzzyplugh; train --help" "train --xyzzyplugh" train missing.txt --xyzzyplugh
+fails 2 "unknown option -z; train --help" "train -z" train missing.txt -z
 fails 2 "unknown option --a?b" "train with a control character in an option" train "$(printf -- '--a\nb')"
 fails 1 "c?d: cannot be opened" "train with a control character in a name" train "$(printf 'c\033d')"
-fails 2 "got '2', expected a whole number from 0 to 1" "train --tie=2" train text.txt --tie=2
-fails 2 "got 'sine', expected cosine|constant|linear" "train --schedule sine" train text.txt --schedule sine
-fails 2 "got 'loop', expected chunkwise|recurrent|parallel" "train --form loop" train text.txt --form loop
-fails 2 "got nothing, expected TEXT" "train --prompt with an empty text" train text.txt --prompt ""
-fails 2 "got '1e3', expected a whole number" "train --width 1e3" train text.txt --width 1e3
-fails 2 "got 'nan', expected a number" "train --learning-rate nan" train text.txt --learning-rate nan
-fails 2 "got '', expected a number" "train --tau=" train text.txt --tau=
+fails 2 "got '2', expected a whole number from 0 to 1" "train --tie=2" train missing.txt --tie=2
+fails 2 "got 'sine', expected cosine|constant|linear" "train --schedule sine" train missing.txt --schedule sine
+fails 2 "got 'loop', expected chunkwise|recurrent|parallel" "train --form loop" train missing.txt --form loop
+fails 2 "got nothing, expected TEXT" "train --prompt with an empty text" train missing.txt --prompt ""
+fails 2 "got '1e3', expected a whole number" "train --width 1e3" train missing.txt --width 1e3
+fails 2 "got 'nan', expected a number" "train --learning-rate nan" train missing.txt --learning-rate nan
+fails 2 "got '', expected a number" "train --tau=" train missing.txt --tau=
 # Every option with an argument needs it, and every number has limits.
 train --help | sed -n 's/^  \(--[a-z0-9-]*\), *-[-a-zA-Z]*/  \1/; s/^  --\([a-z0-9-]*\) \([A-Za-z|]\).*/\1 \2/p' > arguments
 wrong=
@@ -718,6 +736,7 @@ if [ -c /dev/full ]; then
     done
     rm -f full.st
     fails 1 "/dev/full: cannot be written" "train --log /dev/full" train text.txt $tiny --out full.st --log /dev/full
+    absent "train --log /dev/full: noticed before the first step" full.st
 fi
 cp base.st disk.st
 if (trap '' XFSZ && ulimit -f 64) 2> /dev/null; then
@@ -832,6 +851,10 @@ same_bytes "run --save-state, --load-state: the text of an unbroken run" greedy 
 quiet -n 20 --temperature 2 --seed 5 --save-state s.state > halves
 run m.st -q --threads 1 -n 40 --temperature 2 --load-state s.state >> halves
 same_bytes "run --load-state: the random numbers go on as well" wild halves
+quiet -n 60 --temperature 0 --repeat-penalty 3 > whole
+quiet -n 20 --temperature 0 --repeat-penalty 3 --save-state s.state > halves
+run m.st -q --threads 1 -n 40 --temperature 0 --repeat-penalty 3 --load-state s.state >> halves
+same_bytes "run --load-state: the penalty still knows the tokens before" whole halves
 quiet -n 0 --save-state s.state
 run m.st -q --threads 1 -n 60 --temperature 0 --load-state s.state > out
 same_bytes "run -n 0 --save-state: the state of the prompt" rest out
@@ -873,8 +896,12 @@ equal "run --eval --context 0 is the default" "$loss" "$(value loss)"
 works "run --eval of labels" run recall.st --eval labels.safetensors --quiet
 has "run --eval of labels: one target of each sequence" out "predicted    12 tokens of 12 sequences" "per token"
 holds "run --eval of labels: the loss of train" "($(value loss) - $(last recall.csv val_loss)) ^ 2 < 1e-8"
-works "run --eval of targets" run targets.st --eval targets.safetensors --quiet
+train targets.safetensors --width 16 --layers 1 --heads 2 --batch 4 --threads 1 --max-steps 40 --lr 0.02 --quiet \
+    --val targets.safetensors --eval-batches 0 --out half.st --log half.csv
+works "run --eval of targets" run half.st --eval targets.safetensors --quiet
 equal "run --eval of targets: without those that are -100" 36 "$(value predicted)"
+holds "run --eval of targets: each sequence from an empty state, the loss of train" \
+    "($(value loss) - $(last half.csv val_loss)) ^ 2 < 1e-10"
 works "run --eval of labels with a mask" run recall.st --eval left.safetensors --quiet
 
 works "run --info" run base.st --info
@@ -1007,7 +1034,7 @@ done < arguments
 equal "run: each of the $(lines arguments) options with an argument says so when it is missing" "" "$wrong"
 wrong=
 for flag in tokens samples repeat-penalty repeat-window temperature top-k top-p min-p seed context threads; do
-    for value in -1 1e31 x 5x 99999999999999999999; do
+    for value in -1 1e31 x 5x 11000000000000000000 99999999999999999999; do
         refused run "--$flag" "got '$value', expected a .*number from" $value
     done
 done
