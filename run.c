@@ -520,7 +520,7 @@ static void report(const program *p, const sequence *q) {
     if (p->s->quiet) return;
     double read_rate = (double)p->tokens_read / (p->read_seconds + 1e-9);
     double write_rate = (double)p->tokens_written / (p->write_seconds + 1e-9);
-    if (p->tokens_read) fprintf(stderr, "read %zu tokens, %.0f/s; ", p->tokens_read, read_rate);
+    if (p->tokens_read > 1) fprintf(stderr, "read %zu tokens, %.0f/s; ", p->tokens_read, read_rate);   // 1 waits only
     if (p->tokens_written) fprintf(stderr, "wrote %zu tokens, %.0f/s; ", p->tokens_written, write_rate);
     fprintf(stderr, "position %llu", position(q));
     if (p->seed && p->s->temperature > 0) fprintf(stderr, "; seed %llu", (unsigned long long)p->seed);

@@ -273,7 +273,7 @@ equal "train --log: nine columns in each row" 9 "$(awk -F , '{ print NF }' base.
 equal "train: a step has --batch times --context tokens" "32 64 96 128 160 192 " "$(column base.csv tokens)"
 equal "train --eval-every 3: validates twice" 2 "$(column base.csv val_loss | wc -w | tr -d ' ')"
 holds "train: the loss falls" "$(last base.csv loss) < $(column base.csv loss | awk '{ print $1 }') - 0.01"
-train text.txt $six --init-std 0.02 --out again.st --log small.csv
+train text.txt $six --init-std 0.02 --out again.st --log small.csv 2> err
 holds "train: small weights start at log 256, the loss of knowing nothing" \
     "($(column small.csv loss | awk '{ print $1 }') - log(256)) ^ 2 < 0.01"
 train text.txt $six --out base.st 2> err         # without --log, whose name is in the checkpoint as well
@@ -566,7 +566,7 @@ six="--width 16 --layers 1 --heads 2 --batch 4 --threads 1 --max-steps 6 --log-e
 works "train on labels" train labels.safetensors $six --out labels.st --log labels.csv
 has "train on labels: describes them" out "11 sequences of 4 tokens to train on, 1 for validation" "N12"
 has "train on labels: accuracy and perplexity" out perplexity accuracy
-train labels.safetensors $six --init-std 0.02 --out again.st --log small.csv
+train labels.safetensors $six --init-std 0.02 --out again.st --log small.csv 2> err
 holds "train on labels: small weights start at log 12" "($(column small.csv loss | awk '{ print $1 }') - log(12)) ^ 2 < 0.01"
 holds "train on labels: the accuracy is in the table" \
     "$(last labels.csv val_accuracy) >= 0 && $(last labels.csv val_accuracy) <= 1"
