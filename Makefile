@@ -90,8 +90,9 @@ bench-peers: train
 
 demo: train run data/stories
 	data/stories --bytes 4M > build/stories.txt
-	./train build/stories.txt --out build/stories.safetensors $(DEMO)
-	./run build/stories.safetensors "One day, " --tokens 700 --temperature 0.6 --seed 1
+	./train build/stories.txt --out build/stories.safetensors --context 512 --batch 4 --heads 1 --max-seconds 110 \
+	    --eval-batches 16 --sample-every 300 --sample-tokens 200 --prompt "One day, " --temperature 0.5 $(DEMO)
+	./run build/stories.safetensors "One day, " --tokens 700 --temperature 0.5 --seed 1
 
 clean:
 	rm -rf build train run test data/stories

@@ -263,8 +263,9 @@ static inline real silu_slope(real x) {
 }
 
 // A vec is one register of LANES numbers. gcc and clang have such a type, unless the machine computes with more digits
-// than float has; elsewhere a vec is a single number and the same code is merely slower. Used for sums and for the tile of the matrix product, where a plain loop would need the
-// compiler's leave to reorder additions; every other loop in this file is plain and left to the compiler.
+// than float has; elsewhere a vec is a single number and the same code is merely slower. It is used for sums and for the
+// tile of the matrix product, where a plain loop would need the compiler's leave to reorder additions; every other loop
+// in this file is plain and left to the compiler.
 #if defined __AVX512F__
 enum { VEC_BYTES = 64 };
 #elif defined __AVX__
