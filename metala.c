@@ -3387,7 +3387,8 @@ static int32_t *read_integers(metala_context *ctx, metala_file *f, const char *n
     const metala_tensor *t = metala_file_find(f, name);
     char got[100];
     shape_text(got, sizeof got, t);
-    if (t->ndim != (T ? 2 : 1) || t->shape[0] != N || (T && t->shape[1] != T)) {
+    int patches = t->ndim == 3 && t->dtype == METALA_U8 && t->count == times(N, T);
+    if (!patches && (t->ndim != (T ? 2 : 1) || t->shape[0] != N || (T && t->shape[1] != T))) {
         if (T) fail(ctx, "%s: %s has shape %s, expected [%zu,%zu] as inputs have", f->path, name, got, N, T);
         else fail(ctx, "%s: %s has shape %s, expected [%zu], one for each sequence", f->path, name, got, N);
         return NULL;
@@ -3423,15 +3424,16 @@ static int read_sequences(metala_context *ctx, metala_dataset *d, const char *pa
         fail(ctx, "%s: no tensor called inputs; a dataset has inputs [N,T] and targets [N,T] or labels [N]", path);
         goto done;
     }
-    if (inputs->ndim != 2 || inputs->shape[0] < 1 || inputs->shape[1] < 1 || is_floating(inputs->dtype)) {
+    int patches = inputs->ndim == 3 && inputs->dtype == METALA_U8;   // an image: its bytes, patch after patch
+    if ((inputs->ndim != 2 && !patches) || inputs->count < 1 || is_floating(inputs->dtype)) {
         char got[100];
         shape_text(got, sizeof got, inputs);
-        fail(ctx, "%s: inputs are %s %s, expected whole numbers of shape [N,T]; images are not supported yet", path,
-             metala_dtype_name(inputs->dtype), got);
+        fail(ctx, "%s: inputs are %s %s, expected whole numbers of shape [N,T], or bytes of shape [N,P,C]; give floats as"
+                  " whole numbers", path, metala_dtype_name(inputs->dtype), got);
         goto done;
     }
     d->count = inputs->shape[0];
-    d->T = inputs->shape[1];
+    d->T = inputs->count / d->count;
     int has_targets = metala_file_find(f, "targets") != NULL, has_labels = metala_file_find(f, "labels") != NULL;
     if (has_targets == has_labels) {
         fail(ctx, "%s: a dataset needs either targets [N,T] or labels [N], this one has %s", path,

@@ -2278,6 +2278,16 @@ static void check_data(void) {
             expect(metala_dataset_vocab(d) == 2000, "the stated vocabulary");
         }
         metala_dataset_free(d);
+        write_safetensors(path, "{\"inputs\":{\"dtype\":\"U8\",\"shape\":[2,3,2],\"data_offsets\":[0,12]},\"labels\":{"
+                          "\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[12,14]}}", "\1\2\3\4\5\6\7\10\11\12\13\14\4\5", 14);
+        d = metala_dataset_open(ctx, path, 0);
+        if (!d) problem("%s", metala_error(ctx));
+        else {
+            metala_dataset_sequence(d, 1, in, out, shown);
+            expect(metala_dataset_sequences(d) == 2 && metala_dataset_length(d) == 6, "an image is 6 bytes");
+            for (int t = 0; t < 6; t++) expect(in[t] == 7 + t && out[t] == (t < 5 ? METALA_IGNORE : 5), "byte %d", t);
+        }
+        metala_dataset_free(d);
         static const struct { const char *header, *reason; } cases[] = {
             {"{\"x\":{\"dtype\":\"I8\",\"shape\":[1,4],\"data_offsets\":[0,4]}}", "inputs"},
             {"{\"inputs\":{\"dtype\":\"I8\",\"shape\":[1,4],\"data_offsets\":[0,4]}}", "neither"},
