@@ -2680,8 +2680,9 @@ static int open_and_parse(metala_context *ctx, metala_file *f) {
                     (unsigned long long)size);
     for (int i = 8; i-- > 0;) length = length << 8 | prefix[i];
     if (length > MOST || length > size - 8)
-        return fail(ctx, "%s: header of %llu bytes announced, %llu follow (at most %d are accepted); not a safetensors"
-                    " file, or cut short", f->path, (unsigned long long)length, (unsigned long long)(size - 8), MOST);
+        return fail(ctx, "%s: not a safetensors file, or cut short: its first 8 bytes announce a header of %llu bytes, %llu"
+                    " follow (at most %d are accepted)", f->path, (unsigned long long)length,
+                    (unsigned long long)(size - 8), MOST);
     char *text = malloc((size_t)length + 1);
     if (!text) return fail_memory(ctx, f->path, (double)length);
     text[length] = 0;
@@ -3372,7 +3373,8 @@ void metala_dataset_free(metala_dataset *d) {
 static int read_text(metala_context *ctx, metala_dataset *d, FILE *stream, const char *path) {
     uint64_t size = 0;
     if (file_size(ctx, stream, path, &size)) return -1;
-    if (size < 2) return fail(ctx, "%s: %llu bytes, a text needs at least 2", path, (unsigned long long)size);
+    if (size < 2) return fail(ctx, "%s: %llu byte%s, a text needs at least 2", path, (unsigned long long)size,
+                              size == 1 ? "" : "s");
     if (size > SIZE_MAX / 2) return fail(ctx, "%s: too large for this machine's memory", path);
     d->source->text = malloc((size_t)size);
     if (!d->source->text) return fail_memory(ctx, path, (double)size);

@@ -281,7 +281,7 @@ int metala_file_read(metala_context *ctx, metala_file *file, const metala_tensor
 // The configuration in the metadata, or in config.json beside the file.
 int metala_file_config(metala_context *ctx, const metala_file *file, metala_config *config);
 // Write count tensors (name, dtype F64, F32, I32, U16 or U8, ndim and shape are used) and metadata: to a temporary
-// file beside path, which replaces path only when all of it is written.
+// file beside path, which replaces whatever is at path, but only when all of it is written.
 int metala_file_write(metala_context *ctx, const char *path, const metala_tensor *tensors, const void *const *data,
                       size_t count, const metala_pair *metadata, size_t pairs);
 

@@ -5,7 +5,7 @@
 // the bits that it would have had anyway. The checkpoint is also the model that `run` loads.
 //
 // Contents: options - stopping and time - data - model - resuming and saving - validation - samples - a step -
-// progress - the loop - profile - benchmark - main. Exit status: 0, 1 failure, 2 usage, 130 Ctrl-C, 143 SIGTERM.
+// progress - the loop - profile - benchmark - main. Exit status: 0, 1 failure, 2 usage, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L         // clock_gettime and execvp; everything else is C99
@@ -197,7 +197,7 @@ static void print_help(void) {
     }
     puts("\nOptions may be written --name value or --name=value; an option without a value can be turned off by =0.\n"
          "Ctrl-C finishes the step and writes the checkpoint; a second one does not wait.\n"
-         "Exit status: 0 finished, 1 failure, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.");
+         "Exit status: 0 finished, 1 failure, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.");
 }
 
 // Insertions, deletions and replacements that make b of a (Levenshtein), one row of the table at a time.
@@ -1142,9 +1142,9 @@ static int bench(program *p) {
     double speed = step > 0 ? (double)s->batch * s->context / step : 0;
     printf("bench D%d L%d H%d F%d N%d B%d T%d P %s: ", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size,
            s->batch, s->context, count_text(count, parameters));
-    printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %d threads, %.1f MB\n", 1e3 * step, speed,
+    printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %d thread%s, %.1f MB\n", 1e3 * step, speed,
            6e-9 * parameters * speed, value_text(s, option_named("form"), form), metala_context_threads(p->ctx),
-           (double)memory_of(p, (size_t)s->context).total / 1e6);
+           metala_context_threads(p->ctx) > 1 ? "s" : "", (double)memory_of(p, (size_t)s->context).total / 1e6);
     return 0;
 }
 
@@ -1178,6 +1178,9 @@ static int prepare(program *p) {
 static int run(program *p, const char *command) {
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
+#ifdef SIGHUP
+    signal(SIGHUP, on_interrupt);                            // the terminal was closed
+#endif
     if (p->s->bench) return bench(p);
     if (prepare(p)) return -1;
     p->start = seconds() - p->s->seconds;

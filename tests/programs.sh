@@ -518,8 +518,8 @@ has "train --bench --init: its sizes" out "bench D2 L1 H1 F1 N2 B1 T4"
 # Ctrl-C: the step is finished, the checkpoint is that of this step, and the printed command goes on.
 # Long enough to be interrupted, but nothing that is not noticed goes on for ever.
 long="text.txt $tiny --max-steps 200000 --schedule constant --eval-every 0 --log-every 1"
-for signal in INT TERM; do
-    case $signal in INT) code=130 ;; *) code=143 ;; esac
+for signal in HUP INT TERM; do
+    case $signal in INT) code=130 ;; TERM) code=143 ;; *) code=129 ;; esac
     begin train $long --out "it's $signal.st" --log $signal.csv
     await "train starts" [ -s $signal.csv ]
     kill -$signal $started
