@@ -100,6 +100,12 @@ static void note(const char *format, ...) {
     va_end(arguments);
 }
 
+// A measured error; its tolerance beside it where it is not the check's.
+static void note_error(const char *part, double error, double tolerance) {
+    note(" %s %.1e", part, error);
+    if (tolerance < now.tolerance || tolerance > now.tolerance) note(" (%.0e)", tolerance);
+}
+
 static void end_check(void) {
     char tolerance[32] = "";
     if (now.tolerance > 0) snprintf(tolerance, sizeof tolerance, " (%.0e)", now.tolerance);
@@ -134,7 +140,7 @@ static void compare_numbers(const char *part, const real *got, const double *got
         if (!(error <= worst)) worst = error;                        // true for NaN as well
         if (!(error <= tolerance) && wrong++ == 0) first = i;
     }
-    note(" %s %.1e", part, worst);
+    note_error(part, worst, tolerance);
     if (wrong) show_element(part, dims, first, got ? (double)got[first] : got64[first], expected[first], wrong);
 }
 
@@ -1196,7 +1202,7 @@ static void check_model(const char *what, const metala_config *c, metala_form fo
     if (metala_gradient(ctx, t, form, r.tokens, r.targets, r.mask, (int)B, T, 1, &loss))
         problem("%s", metala_error(ctx));
     compare_doubles("loss", &loss, &expected_loss, DIMS(1));
-    double worst = 0;
+    double worst = 0, gradient_tolerance = TOLERANCE(4e-4, 1e-7);
     for (int i = 0; i < metala_model_tensors(m); i++) {              // some elements of every parameter
         const metala_tensor *p = metala_model_tensor(m, i);
         real *gradient = reals(p->count);
@@ -1208,13 +1214,13 @@ static void check_model(const char *what, const metala_config *c, metala_form fo
             size_t at = n > 1 ? j * (p->count - 1) / (n - 1) : 0;
             double expected = slope(&r.theta[p->offset + at], 3e-5, reference_loss, &r), got = (double)gradient[at];
             error = fmax(error, fabs(got - expected) / most);
-            if (!(fabs(got - expected) <= TOLERANCE(4e-4, 1e-7) * most))
+            if (!(fabs(got - expected) <= gradient_tolerance * most))
                 problem("gradient of %s[%zu]: got %.9g, expected %.9g", p->name, at, got, expected);
         }
         if (!(most > 0)) problem("gradient of %s is zero everywhere", p->name);
         worst = fmax(worst, error);
     }
-    note(" gradients %.1e", worst);
+    note_error("gradients", worst, gradient_tolerance);
     metala_state_free(s);
     metala_trainer_free(t);
     metala_model_free(m);
@@ -2543,8 +2549,9 @@ static void golden_pass(const char *path, const char *short_name, metala_form fo
     }
     for (size_t i = 0; i < metala_file_tensors(g.file); i++)
         expect(g.seen[i], "every tensor of the file compared, %s is not", metala_file_tensor(g.file, i)->name);
-    note(" logits %.1e loss %.1e layer %.1e states %.1e gradients %.1e", logits_worst, loss_worst, steps_worst,
-         states_worst, gradients_worst);
+    note_error("logits", logits_worst, TOLERANCE(2e-5, ask)), note_error("loss", loss_worst, TOLERANCE(5e-6, ask));
+    note_error("layer", steps_worst, TOLERANCE(3e-5, ask)), note_error("states", states_worst, TOLERANCE(5e-6, ask));
+    note_error("gradients", gradients_worst, ask);
     metala_trainer_free(t);
     metala_state_free(s);
     golden_close(&g);
@@ -2609,8 +2616,8 @@ static void golden_decode(const char *path, const char *short_name, metala_form 
     for (int i = 0; i < metala_model_tensors(g.model); i++) golden_numbers(&g, metala_model_tensor(g.model, i)->name, &n);
     for (size_t i = 0; i < metala_file_tensors(g.file); i++)
         expect(g.seen[i], "every tensor of the file compared, %s is not", metala_file_tensor(g.file, i)->name);
-    note(" logits %.1e prefill %.1e steps %.1e states %.1e generated %.1e", full_worst, prefill_worst, decode_worst,
-         states_worst, gen_worst);
+    note(" logits %.1e prefill %.1e steps %.1e generated %.1e", full_worst, prefill_worst, decode_worst, gen_worst);
+    note_error("states", states_worst, TOLERANCE(5e-6, 1e-12));
     metala_state_free(s);
     golden_close(&g);
     end_check();
@@ -2666,7 +2673,8 @@ static void golden_trace(const char *path, const char *short_name, metala_form f
     expect(norm_worst <= TOLERANCE(1e-4, 1e-12), "gradient norms within tolerance");
     for (size_t i = 0; i < metala_file_tensors(g.file); i++)
         expect(g.seen[i], "every tensor of the file compared, %s is not", metala_file_tensor(g.file, i)->name);
-    note(" loss %.1e norm %.1e after 1 step %.1e, after %zu %.1e", loss_worst, norm_worst, worst[0], n, worst[1]);
+    note_error("loss", loss_worst, TOLERANCE(5e-6, 1e-12)), note_error("norm", norm_worst, TOLERANCE(1e-4, 1e-12));
+    note_error("after 1 step", worst[0], TOLERANCE(5e-6, 1e-12)), note_error("after all", worst[1], now.tolerance);
     metala_trainer_free(t);
     golden_close(&g);
     end_check();
