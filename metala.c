@@ -27,13 +27,15 @@
 //    11. Files: safetensors, configuration, models, states, checkpoints
 //    12. Data: text and safetensors datasets
 //
-// Letters: B batch, T time, D width, H heads, K and V key and value channels of a head, F GLU width, N vocabulary,
-// rows = B·T. A gradient is called d + name.
+// Letters: B batch, T time, D width, H heads, K = D/2/H query, key and decay channels of a head, V = D/H value channels,
+// F GLU width, N vocabulary, rows = B·T, s = K^(-1/2), τ = 16, b [H·K] a learned vector, ⊙ element by element. A gradient
+// is called d + name. Section 3 alone uses M, N, K for the sizes of a product.
 
 #include "metala.h"
 
 #include <float.h>
 #include <limits.h>
+#include <locale.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -84,8 +86,9 @@ static int fail_memory(metala_context *ctx, const char *what, double bytes) {
     return fail(ctx, "out of memory: %s needs %.1f MB; try a smaller batch, context or model", what, bytes / 1e6);
 }
 
-// Sizes come from files and command lines, so products are checked: a·b, or SIZE_MAX when it does not fit.
+// Sizes come from files and command lines, so they are checked: a·b and a + b, or SIZE_MAX when that does not fit.
 static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 // The CPU's memory: zeroed and aligned to a cache line. The byte count of the shift is kept just before the memory.
 enum { ALIGN = 64 };
@@ -106,8 +109,8 @@ static void cpu_free(void *memory) {
 // Memory for the duration of one kernel call; its content is undefined.
 static void *scratch(metala_context *ctx, size_t bytes) {
     if (bytes > ctx->scratch_bytes) {
-        cpu_free(ctx->scratch);
-        ctx->scratch = cpu_alloc(bytes);
+        ctx->backend->free(ctx->scratch);
+        ctx->scratch = ctx->backend->alloc(bytes);
         ctx->scratch_bytes = ctx->scratch ? bytes : 0;
         if (!ctx->scratch) {
             ctx->failed = 1;
@@ -140,11 +143,11 @@ static size_t share(size_t n, size_t parts, size_t i) { return n / parts * i + (
 #ifdef _OPENMP
 static int physical_cores(void) {
     int cores = 0, processors = omp_get_num_procs();
-    for (int cpu = 0, first = 0;; cpu++) {
+    for (int cpu = 0, first = 0; cpu < 1024; cpu++) {
         char path[80];
         snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
         FILE *list = fopen(path, "r");
-        if (!list) break;
+        if (!list) continue;                              // offline, or another system
         cores += fscanf(list, "%d", &first) == 1 && first == cpu;
         fclose(list);
     }
@@ -166,7 +169,7 @@ metala_context *metala_open(const metala_backend *backend, int threads) {
 }
 
 void metala_close(metala_context *ctx) {
-    if (ctx) cpu_free(ctx->scratch);
+    if (ctx) ctx->backend->free(ctx->scratch);
     free(ctx);
 }
 
@@ -329,7 +332,7 @@ static inline real total(const real *a, size_t n) {
 //
 //   Tile.  A block of 6 × 2·LANES elements of C stays in 12 vector registers while k runs: 8 loads feed 12 vector
 //          multiply-adds, and the multiplier never waits for memory. 12 + 2 (a row of B) + 1 (an element of A) = 15
-//          registers fit the 16 that the smallest vector instruction sets have.
+//          registers fit the 16 of x86-64, and more than fit the 32 of AVX-512 and ARM.
 //   Pack.  Beforehand, B is copied in strips of 2·LANES columns, so that a tile reads it from beginning to end; so is
 //          A in strips of 6 rows, unless its rows are contiguous already. The strides of the source are free, and so
 //          the three variants are one function.
@@ -368,7 +371,7 @@ DEFINE_TILE(1) DEFINE_TILE(2) DEFINE_TILE(3) DEFINE_TILE(4) DEFINE_TILE(5) DEFIN
 static tile_function *const tile[TILE_ROWS + 1] = {NULL, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
 
 static size_t strips(size_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }       // of at most 6 rows each
-static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+static size_t round_up(size_t n, size_t unit) { return n > SIZE_MAX - unit ? SIZE_MAX : (n + unit - 1) / unit * unit; }
 
 // C[M×N] = start + Σ_k a[k][M] b[k][N] for small matrices that are stored this way already (rows of k, as the scan
 // has them); N must be a multiple of TILE_COLUMNS.
@@ -508,6 +511,7 @@ static void add_column_sums(metala_context *ctx, real *sums, const real *a, size
 }
 
 // dx = dy W (or dx += dy W)      dW += dyᵀ x      dbias += Σ_rows dy
+//   dx (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
 static void matmul_backward(metala_context *ctx, real *dx, real *dw, real *dbias, const real *dy, const real *x,
                             const real *w, size_t rows, size_t out, size_t in, int accumulate) {
     if (dx) matrix_multiply(ctx, dx, dy, out, 1, w, in, 1, NULL, rows, in, out, accumulate);
@@ -554,7 +558,7 @@ static void rms_forward(metala_context *ctx, real *n, real *r, const real *x, co
     }
 }
 
-// dx += r (m dn - x̂ mean_D(m dn ⊙ x̂)),  x̂ = x r
+// dx += r (m dn - x̂ mean_D(m dn ⊙ x̂)),  x̂ = x r         dx, dn (rows,D)   r (rows); a masked row gets nothing
 static void rms_backward(metala_context *ctx, real *dx, const real *dn, const real *x, const real *r,
                          const uint8_t *mask, size_t rows, size_t D) {
     PARALLEL_FOR(2 * rows * D)
@@ -568,7 +572,8 @@ static void rms_backward(metala_context *ctx, real *dx, const real *dn, const re
 
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
 //   u, c, n (B,T,D)   w [D,1,4], the last tap multiplies the current token   c is kept for the backward
-//   tail (B,4,D): the inputs before the first one, oldest first; NULL for zeros. Paper section 4.2.
+//   tail (B,4,D): the inputs before the first one, oldest first, of which the last 3 are read (the authors' cache has
+//   4); NULL for zeros. Paper section 4.2.
 static const real *conv_input(const real *n, const real *tail, const real *zeros, size_t b, size_t t, size_t j,
                               size_t T, size_t D) {
     enum { REACH = METALA_CONV - 1 };
@@ -646,7 +651,8 @@ static void conv_tail(metala_context *ctx, real *tail, const real *n, size_t B, 
     }
 }
 
-// x_row = m_row x_row, in place; its own backward.
+// x_row = m_row x_row, in place; its own backward. x (rows,D), m (rows). Used on v: a masked token then adds k vᵀ = 0
+// to the state, while its α still decays it.
 static void mask_rows(metala_context *ctx, real *x, const uint8_t *mask, size_t rows, size_t D) {
     (void)ctx;
     for (size_t row = 0; row < rows; row++)
@@ -871,7 +877,8 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 //     o_t = s S_tᵀ q_t                             read after token t is in; s = K^(-1/2)
 //
 //   o, v (B,T,H,V)   q, k, alpha (B,T,H,K)   S (B,H,K,V): initial state in, final state out, NULL for zeros and no
-//   interest; states (B,H,ceil(T/64),K,V) receives the state before every 64th token, for the backward, or NULL.
+//   interest; states (B,H,ceil(T/64),K,V) receives the state before every 64th token, for the backward, or NULL;
+//   the parallel form writes only the first, S_0.
 //   0 <= α <= 1.     Paper section 3, equations of the general form; MetaLA has k = 1 - α.
 //
 // Three computations of the same numbers. Decays over several tokens are always products of α, each a factor <= 1:
@@ -879,13 +886,13 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 // truly gone, for every gate. (Dividing by cumulative products, (Q⊙P)(K/P)ᵀ, overflows within 16 tokens of strong
 // decay.)
 //
-// Backward, from the gradients do of the outputs and dS of the final state, with G_t the gradient of S_t counting all
-// later uses and Γ_t = diag(α_{t+1}) G_{t+1} the part of it that comes from the future:
+// Backward, from do_t and Γ_T = dS, the gradients of the outputs and of the final state: G_t is the gradient of S_t
+// counting all later uses, Γ_t = diag(α_{t+1}) G_{t+1} the part of it that comes from the future.
 //
 //     G_t   = Γ_t + s q_t do_tᵀ
 //     dq_t  = s S_t do_t         dk_t = G_t v_t         dv_t = G_tᵀ k_t
 //     da_t  = α_t ⊙ rowsum(G_t ⊙ S_{t-1})               the gradient in a = log α, finite and exact as α → 0
-//     Γ_{t-1} = diag(α_t) G_t                           Γ_0 = dS, the gradient of the initial state
+//     Γ_{t-1} = diag(α_t) G_t                           Γ_0 is returned in dS, the gradient of the initial state
 //
 // The states are recomputed from those stored. (Running the recurrence backwards, S_{t-1} = (S_t - k vᵀ)/α, loses all
 // digits within 64 tokens.)
@@ -957,7 +964,7 @@ static void recurrent_backward(const head *h, real *G, real *work) {
 //
 //     A_tj = Σ_i q_{t,i} k_{j,i} Π_{j<r<=t} α_{r,i}  for j <= t          o_t = s ( Σ_j A_tj v_j + S_0ᵀ (q_t ⊙ Π_{r<=t} α_r) )
 
-static size_t parallel_scratch(size_t T, size_t K, size_t V) { return 2 * T * T + 2 * T * K + K * V; }
+static size_t parallel_scratch(size_t T, size_t K, size_t V) { return plus(times(2, times(T, T)), 2 * T * K + K * V); }
 
 // One column of A at a time: key j as it is still remembered at t = j, j+1, …, in `e` (K). Leaves e = k_j Π_{r>j} α_r.
 static void map_column(const head *h, real *A, real *e, size_t j) {
@@ -973,8 +980,7 @@ static void map_column(const head *h, real *A, real *e, size_t j) {
 static void parallel_forward(const head *h, real *S, real *work) {
     size_t T = h->T, K = h->K, V = h->V;
     real *A = work, *e = A + T * T, *p = e + K;
-    for (size_t t = 0; t < T; t += METALA_CHUNK)                     // the backward of this form needs S_0 only
-        if (h->keep_states) memcpy(h->keep_states + t / METALA_CHUNK * K * V, S, K * V * sizeof(real));
+    if (h->keep_states) memcpy(h->keep_states, S, K * V * sizeof(real));     // its backward needs S_0 only
     for (size_t i = 0; i < K; i++) p[i] = 1;
     for (size_t t = 0; t < T; t++) {                                 // what is left of S_0 at t
         real *o = h->o + t * h->v_step;
@@ -999,10 +1005,14 @@ static void parallel_forward(const head *h, real *S, real *work) {
                 h->o[t * h->v_step + l] += h->scale * A[t * T + j] * h->v[j * h->v_step + l];
 }
 
-// With D_tj = s do_t·v_j:   dq_t = Σ_j D_tj e_tj ⊙ k_j    dk_j = Σ_t D_tj e_tj ⊙ q_t    dv_j = s Σ_t A_tj do_t,
-// e_tj = Π_{j<r<=t} α_r, and the terms of S_0 and of the final state. The decay's gradient follows from dq and dk:
-// log α_r scales every q_t with t >= r and unscales every k_j with j >= r, hence da_r = Σ_{t>=r} (q_t dq_t - k_t dk_t),
-// plus rowsum(Γ ⊙ S_T), as the final state counts as one more query.
+// With D_tj = s do_t·v_j, e_tj = Π_{j<r<=t} α_r and p_t = Π_{r<=t} α_r:
+//
+//     dq_t = Σ_{j<=t} D_tj e_tj ⊙ k_j + s p_t ⊙ (S_0 do_t)          dk_j = Σ_{t>=j} D_tj e_tj ⊙ q_t + e_Tj ⊙ (Γ v_j)
+//     dv_j = s Σ_{t>=j} A_tj do_t + Γᵀ (e_Tj ⊙ k_j)                 Γ_0 = diag(p_T) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ
+//     da_r = Σ_{t>=r} (q_t ⊙ dq_t - k_t ⊙ dk_t) + rowsum(Γ ⊙ S_T)
+//
+// The last line because log α_r scales every q_t with t >= r and unscales every k_j with j >= r, and the final state
+// counts as one more query. Its terms nearly cancel under strong decay: da is right to the rounding of the terms.
 static void parallel_backward(const head *h, real *G, real *work) {
     size_t T = h->T, K = h->K, V = h->V;
     real *A = work, *D = A + T * T, *e = D + T * T, *p = e + T * K, *S_T = p + T * K;
@@ -1239,10 +1249,11 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
                     for (size_t i = 0; i < K; i++) to[i] += D * walk[j * K + i];
                 }
             }
-            for (size_t i = 0; i < K; i++) m.keys[i] = 1;                        // Π_{j<r<=n} α_r, for dk
+            real *rest = m.keys;                                                 // (K) Π_{j<r<=n} α_r; the keys are done with
+            for (size_t i = 0; i < K; i++) rest[i] = 1;
             for (size_t j = n; j-- > 0;) {                                       // dk: queries decay backwards
                 real *to = dk + j * h->k_step;
-                for (size_t i = 0; i < K; i++) to[i] = m.keys[i] * Y[j * Kp + i];
+                for (size_t i = 0; i < K; i++) to[i] = rest[i] * Y[j * Kp + i];
                 for (size_t i = 0; i < K; i++) walk[j * K + i] = q[j * h->k_step + i];
                 for (size_t t = j; t < n; t++) {
                     real D = h->scale * X[t * Kp + K + j];
@@ -1250,14 +1261,15 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
                 }
                 for (size_t t = j; t < n; t++)
                     for (size_t i = 0; i < K; i++) walk[t * K + i] *= alpha[j * h->k_step + i];
-                for (size_t i = 0; i < K; i++) m.keys[i] *= alpha[j * h->k_step + i];
+                for (size_t i = 0; i < K; i++) rest[i] *= alpha[j * h->k_step + i];
             }
-            for (size_t i = 0; i < K; i++) m.keys[i] = dot(gamma + i * Vp, S_n + i * Vp, V);
+            real *sum = m.keys;                                                  // (K) da, summed up from the end
+            for (size_t i = 0; i < K; i++) sum[i] = dot(gamma + i * Vp, S_n + i * Vp, V);
             for (size_t t = n; t-- > 0;)
                 for (size_t i = 0; i < K; i++) {
                     size_t at = t * h->k_step + i;
-                    m.keys[i] += q[at] * dq[at] - k[at] * dk[at];
-                    da[at] = m.keys[i];
+                    sum[i] += q[at] * dq[at] - k[at] * dk[at];
+                    da[at] = sum[i];
                 }
             // Γ: rows t of `walk` are now q_t ⊙ p_t, having decayed all the way to the start of the block.
             for (size_t t = 0; t < n; t++)
@@ -1292,8 +1304,8 @@ static head head_at(size_t b_h, const real *q, const real *k, const real *v, con
 static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S, real *states, const real *q,
                          const real *k, const real *v, const real *alpha, size_t B, size_t T, size_t H, size_t K,
                          size_t V, double scale) {
-    size_t each = scan_scratch(form, T, K, V, 0) + K * V;
-    real *work = scratch(ctx, times((size_t)ctx->threads, each * sizeof(real)));
+    size_t each = plus(scan_scratch(form, T, K, V, 0), K * V);
+    real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
     for (size_t b_h = 0; b_h < B * H; b_h++) {
@@ -1313,8 +1325,8 @@ static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S
 static void scan_backward(metala_context *ctx, metala_form form, real *dq, real *dk, real *dv, real *da, real *dS,
                           const real *dO, const real *states, const real *q, const real *k, const real *v,
                           const real *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
-    size_t each = scan_scratch(form, T, K, V, 1) + K * V;
-    real *work = scratch(ctx, times((size_t)ctx->threads, each * sizeof(real)));
+    size_t each = plus(scan_scratch(form, T, K, V, 1), K * V);
+    real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
     for (size_t b_h = 0; b_h < B * H; b_h++) {
@@ -1595,7 +1607,9 @@ typedef struct {
 } activations;
 
 // The members, their names for metala_trainer_activation, their numbers per token (or states), and what it would cost
-// to compute them again for the backward: nothing is kept that is CHEAP, unless everything is.
+// to compute them again, which decides who keeps them until the backward. NEEDED (the input): every layer, always.
+// COSTLY: every layer, with METALA_KEEP_COSTLY. CHEAP: only with METALA_KEEP_ALL. What a layer does not keep lies in one
+// set that all layers share, where the next layer overwrites it; layer_recompute or layer_forward fills it once more.
 enum width { PER_D, PER_HALF_D, PER_F, PER_HEAD, PER_TOKEN, PER_STATE };
 enum cost { CHEAP, COSTLY, NEEDED };
 static const struct activation_member {
@@ -1649,7 +1663,7 @@ static size_t place_activations(activations *a, real *block, const metala_config
         enum cost cost = c->key_linear && member->member == offsetof(activations, k) ? COSTLY : member->cost;
         if (cost < least || cost > most || (member->width == PER_STATE && !with_states)) continue;
         if (block) *pointer = block + used;
-        used += round_up(member_count(c, member->width, B, T), 16);
+        used = plus(used, round_up(member_count(c, member->width, B, T), 16));
         if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
     }
     if (block && c->no_conv) a->conv_out = a->token_norm;     // u = n
@@ -1689,7 +1703,7 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
         if (tail) be->conv_tail(ctx, tail, a->token_norm, p->B, p->T, D);
     }
     be->matmul_forward(ctx, a->q, a->conv_out, P + w->q, NULL, rows, D / 2, D);
-    if (c->fixed_decay) be->matmul_forward(ctx, a->z, a->conv_out, NULL, P + w->z, rows, D / 2, 0);  // z = constant
+    if (c->fixed_decay) be->matmul_forward(ctx, a->z, a->conv_out, P + w->z, P + w->z, rows, D / 2, 0);  // no inputs: the bias
     else be->matmul_forward(ctx, a->z, a->conv_out, P + w->z, NULL, rows, D / 2, D);
     if (c->key_linear) be->matmul_forward(ctx, a->k, a->conv_out, P + w->k, NULL, rows, D / 2, D);
     be->matmul_forward(ctx, a->v, a->conv_out, P + w->v, NULL, rows, D, D);
@@ -1770,7 +1784,7 @@ static void layer_backward(metala_context *ctx, const metala_model *m, int layer
     be->matmul_backward(ctx, d->u, GRAD(w->v), NULL, d->v, u, P + w->v, rows, D, D, 1);
     be->matmul_backward(ctx, d->u, GRAD(w->q), NULL, d->q, u, P + w->q, rows, D / 2, D, 1);
     if (c->key_linear) be->matmul_backward(ctx, d->u, GRAD(w->k), NULL, d->k, u, P + w->k, rows, D / 2, D, 1);
-    if (c->fixed_decay) be->matmul_backward(ctx, NULL, NULL, GRAD(w->z), d->z, u, NULL, rows, D / 2, 0, 0);
+    if (c->fixed_decay) be->matmul_backward(ctx, NULL, NULL, GRAD(w->z), d->z, u, P + w->z, rows, D / 2, 0, 0);
     else be->matmul_backward(ctx, d->u, GRAD(w->z), NULL, d->z, u, P + w->z, rows, D / 2, D, 1);
     real *dn = c->no_conv ? d->u : d->n;
     if (!c->no_conv)
@@ -1859,10 +1873,10 @@ metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T
         size_t conv = times(rows, (size_t)config->width);
         size_t scan = times((size_t)ctx->threads, chunkwise_scratch(K, V) + K * V);
         memory.parameters = memory.gradients = times(m->size, sizeof(real));
-        memory.moments = 2 * memory.parameters;
+        memory.moments = times(2, memory.parameters);
         memory.activations = times(place_trainer(&t, NULL), sizeof(real));
         memory.scratch = times(conv > scan ? conv : scan, sizeof(real));
-        memory.total = 4 * memory.parameters + memory.activations + memory.scratch;
+        memory.total = plus(times(4, memory.parameters), plus(memory.activations, memory.scratch));
     }
     metala_model_free(m);
     metala_close(ctx);
@@ -1931,6 +1945,11 @@ static void head_loss(metala_context *ctx, metala_trainer *t, real *grads, size_
     }
 }
 
+int metala_trainer_zero(metala_context *ctx, metala_trainer *t) {
+    t->backend->zero(ctx, t->grads, t->model->size * sizeof(real));
+    return 0;
+}
+
 int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, const int *inputs, const int *targets,
                     const uint8_t *mask, int batch, size_t T, double weight, double *loss) {
     const metala_backend *be = t->backend;
@@ -1957,23 +1976,23 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
     be->zero(ctx, t->dx, rows * D * sizeof(real));
     be->rms_backward(ctx, t->dx, t->d_final, t->final_input, t->final_r, NULL, rows, D);
     for (int l = c->layers - 1; l >= 0; l--) {                // what the layer above has overwritten comes back first
-        if (t->keep == METALA_KEEP_COSTLY) layer_recompute(ctx, m, l, &t->layers[l], &p);
-        if (t->keep == METALA_KEEP_INPUTS && l < c->layers - 1) layer_forward(ctx, m, l, &t->layers[l], &p, NULL, NULL);
+        int lost = l < c->layers - 1;
+        if (lost && t->keep == METALA_KEEP_COSTLY) layer_recompute(ctx, m, l, &t->layers[l], &p);
+        if (lost && t->keep == METALA_KEEP_INPUTS) layer_forward(ctx, m, l, &t->layers[l], &p, NULL, NULL);
         layer_backward(ctx, m, l, &t->layers[l], &t->d, t->grads, t->dx, &p);
     }
     be->embedding_backward(ctx, t->grads + m->embedding, t->dx, t->tokens, rows, D, embedding_scale(c),
                            c->pad_token_id);
 
+    if (metala_context_failed(ctx)) {                         // half a gradient must not be taken for one
+        metala_trainer_zero(ctx, t);
+        return -1;
+    }
     be->download(ctx, t->host_loss, t->loss, rows * sizeof(real));
     double sum = 0;
     for (size_t row = 0; row < rows; row++) sum += t->host_loss[row];
     if (loss) *loss = sum / (double)counted;
     t->last_B = B, t->last_T = T;
-    return metala_context_failed(ctx);
-}
-
-int metala_trainer_zero(metala_context *ctx, metala_trainer *t) {
-    t->backend->zero(ctx, t->grads, t->model->size * sizeof(real));
     return 0;
 }
 
@@ -2019,7 +2038,7 @@ int metala_trainer_activation(metala_context *ctx, const metala_trainer *t, cons
     if (!strcmp(name, "final_norm")) {
         from = t->final_norm;
         n = member_count(c, PER_D, t->last_B, t->last_T);
-    } else if (sscanf(name, "layer%d.%n", &layer, &used) == 1 && used && layer >= 0 && layer < c->layers) {
+    } else if (sscanf(name, "layer%8d.%n", &layer, &used) == 1 && used && layer >= 0 && layer < c->layers) {
         const activations *a = &t->layers[layer];
         if (!strcmp(name + used, "output")) {
             from = a->output;
@@ -2100,7 +2119,7 @@ static int reserve(metala_context *ctx, metala_state *s, size_t n) {
     size_t rows = times(s->B, n), D = (size_t)c->width, N = (size_t)c->vocab_size;
     size_t layer = place_activations(&s->a, NULL, c, s->B, n, CHEAP, NEEDED, 0), logits = head_rows(c, rows);
     if (logits < s->B) logits = s->B;
-    size_t numbers = layer + times(rows, D) + 3 * rows + times(s->B, D) + times(logits, N);
+    size_t numbers = plus(plus(layer, times(rows, D + 3)), plus(times(s->B, D), times(logits, N)));
     free_buffers(s);
     s->memory = be->alloc(times(numbers, sizeof(real)));
     s->tokens = be->alloc(times(rows, sizeof(int)));
@@ -2201,7 +2220,7 @@ static int download_state(metala_context *ctx, const metala_state *s, int layer,
 
 int metala_state_get(metala_context *ctx, const metala_state *s, const char *name, real *out) {
     int layer = -1, used = 0, which = !strncmp(name, "conv_", 5);
-    if (sscanf(name + 5 * which, "state.%d%n", &layer, &used) != 1 || name[5 * which + used] || layer < 0 ||
+    if (sscanf(name + 5 * which, "state.%8d%n", &layer, &used) != 1 || name[5 * which + used] || layer < 0 ||
         layer >= s->model->config.layers)
         return fail(ctx, "a state has no tensor called %s", name);
     return download_state(ctx, s, layer, which, out);
@@ -2221,8 +2240,9 @@ static int read_segment(metala_context *ctx, metala_state *s, metala_form form, 
         layer_forward(ctx, m, l, &s->a, &p, s->S + (size_t)l * s->B * state_count(c),
                       s->tails + (size_t)l * s->B * tail_count(c));
     be->rms_forward(ctx, s->final_norm, s->final_r, s->a.output, NULL, rows, D, c->norm_eps);
+    if (metala_context_failed(ctx)) return -1;
     s->position += n;
-    return metala_context_failed(ctx);
+    return 0;
 }
 
 // Reads T tokens in segments. `logits` (B,T,N) of all positions, `last` (B,N) of the last one, or targets to score;
@@ -2726,6 +2746,14 @@ static const char *find_pair(const metala_file *f, const char *key) {
 }
 const char *metala_file_metadata(const metala_file *f, const char *key) { return find_pair(f, key); }
 
+// A whole number in the metadata, of digits only and at most 2^53, as a double holds it.
+static int whole_metadata(const metala_file *f, const char *key, uint64_t *value) {
+    const char *text = find_pair(f, key);
+    if (!text || !*text || strlen(text) > 16 || strspn(text, "0123456789") != strlen(text)) return -1;
+    *value = strtoull(text, NULL, 10);
+    return *value > (uint64_t)1 << 53 ? -1 : 0;
+}
+
 // One number of a file as a 64-bit pattern, whatever this machine's byte order.
 static uint64_t get_little(const unsigned char *p, size_t bytes) {
     uint64_t x = 0;
@@ -2928,6 +2956,7 @@ done:
 
 // ---- Configuration, under the authors' keys
 
+enum { VALUE_BYTES = 32 };               // room for a number
 enum config_kind { WHOLE, TRUTH, NOT_TRUTH, NUMBER };
 static const struct config_key {
     const char *key;
@@ -2963,9 +2992,14 @@ enum { FIXED_KEYS = sizeof fixed_keys / sizeof *fixed_keys };
 static int parse_config_value(metala_config *c, const struct config_key *k, const char *text) {
     void *member = (char *)c + k->member;
     char *end;
-    if (k->kind == NUMBER) {
-        *(double *)member = strtod(text, &end);
-        return *text && !*end ? 0 : -1;
+    if (k->kind == NUMBER) {                                         // files have a point, strtod reads the locale's
+        char local[VALUE_BYTES], *point;
+        if (!*text || strlen(text) >= sizeof local) return -1;
+        strcpy(local, text);
+        point = strchr(local, '.');
+        if (point) *point = *localeconv()->decimal_point;
+        *(double *)member = strtod(local, &end);
+        return *end ? -1 : 0;
     }
     if (k->kind == WHOLE) {
         int none = (k->member == offsetof(metala_config, pad_token_id) ||
@@ -3073,7 +3107,6 @@ done:
 
 // ---- Models, checkpoints, states
 
-enum { VALUE_BYTES = 32 };
 typedef struct {                         // a file being put together: tensors in host memory, metadata
     metala_tensor *tensors;
     const void **data;
@@ -3110,8 +3143,10 @@ static void collect_pair(collection *c, const char *key, const char *value) {
 }
 
 static void collect_number(collection *c, const char *key, const char *format, double value) {
-    char *text = c->values[c->pair_count];
+    char *text = c->values[c->pair_count], *point;
     snprintf(text, VALUE_BYTES, format, value);
+    point = strchr(text, *localeconv()->decimal_point);              // a point in every locale
+    if (point) *point = '.';
     collect_pair(c, key, text);
 }
 
@@ -3202,9 +3237,14 @@ metala_model *metala_model_load(metala_context *ctx, const char *path) {
     metala_model *m = NULL, *outline = NULL;
     real *host = NULL;
     if (!f || metala_file_config(ctx, f, &config)) goto done;
+    if ((size_t)config.layers > f->count) {                          // before memory is taken for a false promise
+        fail(ctx, "%s: the configuration says %d layers, the file has only %zu tensors; this is not a model with this"
+                  " configuration", path, config.layers, f->count);
+        goto done;
+    }
     outline = model_outline(ctx, &config);
     if (!outline) goto done;
-    for (int i = 0; i < outline->tensor_count; i++)                  // before memory is taken for a false promise
+    for (int i = 0; i < outline->tensor_count; i++)
         if (!metala_file_find(f, outline->tensors[i].name)) {
             fail(ctx, "%s: tensor %s is missing; this is not a model with this configuration", path,
                  outline->tensors[i].name);
@@ -3231,10 +3271,8 @@ int metala_checkpoint_load(metala_context *ctx, metala_trainer *t, const char *p
     int status = -1;
     real *host = NULL;
     if (!f) return -1;
-    const char *text = find_pair(f, "step");
-    char *end = NULL;
-    unsigned long long step = text ? strtoull(text, &end, 10) : 0;
-    if (!text || !*text || *end || *text == '-') {
+    uint64_t step;
+    if (whole_metadata(f, "step", &step)) {
         fail(ctx, "%s: no training step in its metadata; it is not a checkpoint, train from it as a model instead",
              path);
         goto done;
@@ -3300,10 +3338,8 @@ int metala_state_load(metala_context *ctx, metala_state *s, const char *path) {
     real *host = NULL;
     int status = -1;
     if (!f) return -1;
-    const char *text = find_pair(f, "position");
-    char *end = NULL;
-    unsigned long long position = text ? strtoull(text, &end, 10) : 0;
-    if (!text || !*text || *end || *text == '-') {
+    uint64_t position;
+    if (whole_metadata(f, "position", &position)) {
         fail(ctx, "%s: no position in its metadata; it is not a saved state", path);
         goto done;
     }
@@ -3389,7 +3425,7 @@ static int32_t *read_integers(metala_context *ctx, metala_file *f, const char *n
     const metala_tensor *t = metala_file_find(f, name);
     char got[100];
     shape_text(got, sizeof got, t);
-    int patches = t->ndim == 3 && t->dtype == METALA_U8 && t->count == times(N, T);
+    int patches = T && t->ndim == 3 && t->dtype == METALA_U8 && t->count == times(N, T);
     if (!patches && (t->ndim != (T ? 2 : 1) || t->shape[0] != N || (T && t->shape[1] != T))) {
         if (T) fail(ctx, "%s: %s has shape %s, expected [%zu,%zu] as inputs have", f->path, name, got, N, T);
         else fail(ctx, "%s: %s has shape %s, expected [%zu], one for each sequence", f->path, name, got, N);
@@ -3487,12 +3523,13 @@ metala_dataset *metala_dataset_open(metala_context *ctx, const char *path, size_
 }
 
 metala_dataset *metala_dataset_split(metala_context *ctx, metala_dataset *d, double fraction) {
-    size_t least = d->source->text ? 2 : 1, taken = (size_t)((double)d->count * fraction + 0.5);
+    size_t least = d->source->text ? 2 : 1, taken;
     if (!(fraction > 0 && fraction < 1) || d->count < 2 * least) {
         fail(ctx, "data: a share of %g of %zu %s cannot be split off; give a file of its own", fraction, d->count,
              d->source->text ? "bytes" : "sequences");
         return NULL;
     }
+    taken = (size_t)((double)d->count * fraction + 0.5);
     if (taken < least) taken = least;
     if (taken > d->count - least) taken = d->count - least;
     metala_dataset *part = malloc(sizeof *part);

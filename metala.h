@@ -37,7 +37,9 @@
 //   Tensors   row-major, last index contiguous. Linear weights are [out,in], y = x Wᵀ + b.
 //   Errors    A function that can fail returns 0 for success and -1 for failure (or NULL for a pointer); then
 //             metala_error(ctx) is one line that says what, where, what was expected and what to do. Nothing here
-//             prints or exits, and a call that failed leaves its objects usable.
+//             prints or exits. A call refused for its arguments or its file changes nothing. When memory runs out
+//             inside a pass, a state has read part of the tokens (reset, copy or load it) and a trainer has dropped
+//             its accumulated gradients.
 //   Threads   There are no writable globals. A context is used by one thread at a time. A model that nobody trains
 //             may be shared by any number of threads, each with a context and states of its own.
 //   Precision metala_real is float; compiled with -DMETALA_FLOAT64 (all files alike) it is double.
@@ -69,7 +71,7 @@ typedef float metala_real;
 typedef struct metala_backend metala_backend;   // the kernels of one kind of device, at the end of this file
 typedef struct metala_context metala_context;   // where things run: backend, threads, scratch memory, last error
 
-// Open a context. backend: NULL or metala_cpu() for the CPU. threads: 0 = one per core; without OpenMP always
+// Open a context. backend: NULL or metala_cpu() for the CPU. threads: 0 = one per physical core; without OpenMP always
 // one. NULL when there is no memory.
 metala_context *metala_open(const metala_backend *backend, int threads);
 void metala_close(metala_context *ctx);
@@ -156,7 +158,8 @@ typedef enum {
 
 typedef struct metala_state metala_state;   // what B sequences have read so far, in a size that does not grow
 
-// States of B sequences at position 0. The model must outlive it. All memory that steps need is taken here.
+// States of B sequences at position 0. The model must outlive it. All memory that steps need is taken here, but for the
+// context's scratch space, which the first step takes.
 metala_state *metala_state_create(metala_context *ctx, const metala_model *model, int B);
 void metala_state_free(metala_state *state);
 int metala_state_reset(metala_context *ctx, metala_state *state);                          // back to position 0
@@ -171,7 +174,8 @@ int metala_state_get(metala_context *ctx, const metala_state *state, const char 
 
 // Read T more tokens of each sequence. tokens, mask (B,T); mask NULL or 1 token, 0 padding: as in the authors' code
 // a masked token adds nothing to the state but still decays it, so padding belongs to the left.
-// All three accept any T >= 1 and continue exactly where the state stands, in memory that does not depend on T.
+// All three accept any T >= 1 and continue where the state stands, in memory that does not depend on T; other ways to
+// cut the tokens into calls give the same numbers up to rounding.
 //   forward  logits (B,T,N) of every position, or NULL to only advance the state
 //   prefill  logits (B,N) of the last position; the chunkwise form
 //   score    adds the cross-entropy in nats over targets (B,T) that are not METALA_IGNORE to *nats, their number
@@ -199,11 +203,15 @@ typedef struct {               // AdamW with decoupled weight decay and global-n
 
 // What the forward pass keeps of each layer for the backward pass; the rest is computed again. The bits are the same.
 typedef enum {
-    METALA_KEEP_COSTLY,        // results of matrix products and of the scan, about 6 D + 2 F numbers per token and layer
-    METALA_KEEP_ALL,           // everything, about 14 D + 3 F; metala_trainer_activation needs it
-    METALA_KEEP_INPUTS         // the input of each layer, D; another forward pass, a third more work
+    METALA_KEEP_COSTLY,        // the input, q, z, v, g, scan plus augmentation, x + mixer and the two GLU products: 6 D + 2 F
+                               // numbers per token and layer, and the scan's states, D·V/128; norms, convolution, gate
+                               // and products of two are computed again
+    METALA_KEEP_ALL,           // everything, 14 D + 3 F and the states; metala_trainer_activation needs it
+    METALA_KEEP_INPUTS         // the input of each layer, D; every layer but the last runs forward twice, a third more work
 } metala_keep;
 
+// scratch is that of the chunkwise form; METALA_PARALLEL takes 2·T² numbers for each thread. All 0 for a configuration
+// that cannot be.
 metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, metala_keep keep, int threads);
 // The model is updated in place and must outlive the trainer.
 metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T, metala_keep keep);
@@ -213,7 +221,7 @@ void metala_trainer_free(metala_trainer *trainer);
 int metala_gradient(metala_context *ctx, metala_trainer *trainer, metala_form form, const int *inputs,
                     const int *targets, const uint8_t *mask, int B, size_t T, double weight, double *loss);
 // One AdamW step with the accumulated gradients, which are zero afterwards. *norm is their 2-norm before clipping.
-// A norm that is not finite is a failure that changes neither parameters nor moments.
+// A norm that is not finite is a failure: parameters and moments stay, the gradients are zero afterwards.
 int metala_update(metala_context *ctx, metala_trainer *trainer, const metala_adamw *adamw, double *norm);
 uint64_t metala_trainer_step(const metala_trainer *trainer);                 // updates done
 int metala_trainer_zero(metala_context *ctx, metala_trainer *trainer);       // forget the accumulated gradients
@@ -242,7 +250,7 @@ typedef struct metala_dataset metala_dataset;   // sequences of tokens with a ta
 // target of the last position), and optionally `mask` [N,T] (U8); T of the file is used and the argument is only an
 // upper bound to check against (0: none).
 metala_dataset *metala_dataset_open(metala_context *ctx, const char *path, size_t T);
-// Split off the last part (0 < fraction < 1) as a dataset of its own; both must be freed.
+// Split off the last part (0 < fraction < 1) as a dataset of its own. Both must be freed, from one thread at a time.
 metala_dataset *metala_dataset_split(metala_context *ctx, metala_dataset *dataset, double fraction);
 void metala_dataset_free(metala_dataset *dataset);
 size_t metala_dataset_length(const metala_dataset *dataset);       // T of a sequence

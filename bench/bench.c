@@ -142,7 +142,7 @@ static void run_reads(void *unused) {
         memcpy((void *)&v, s, sizeof v);
         real lanes[LANES];
         memcpy(lanes, &v, sizeof lanes);
-        sum += lanes[0];
+        for (int j = 0; j < LANES; j++) sum += lanes[j];
     }
     sink = sum;
 }
@@ -265,7 +265,7 @@ int main(int argc, char **argv) {
     for (int i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--threads")) threads = atoi(argv[i + 1]);
         else if (!strcmp(argv[i], "--only")) only = argv[i + 1];
-        else if (!strcmp(argv[i], "--rounds") && atoi(argv[i + 1]) > 0) rounds = atoi(argv[i + 1]) % 100;
+        else if (!strcmp(argv[i], "--rounds") && atoi(argv[i + 1]) > 0) rounds = atoi(argv[i + 1]) < 99 ? atoi(argv[i + 1]) : 99;
         else argc = 2;
     }
     if (argc % 2 == 0) {

@@ -12,6 +12,22 @@ work=build/mutants
 rm -rf "$work"
 mkdir -p "$work"
 
+try() {                                  # in the folder of one fault: 0 when the tests noticed it
+    if ! $CC $CFLAGS -I. -o "$1/test" test.c "$1/metala.c" -lm > "$1/log" 2>&1; then echo "does not compile" > "$1/result"
+    elif (cd "$1" && timeout "${LIMIT:-900}" ./test --stop > log 2>&1); then echo "NOT NOTICED" > "$1/result"
+    else
+        tail -n 60 "$1/log" | grep -a -m 1 -E 'FAILED|Sanitizer|runtime error' | cut -c 1-100 > "$1/result"
+        [ -s "$1/result" ] || echo "crashed" > "$1/result"
+    fi
+    rm -f "$1/test"
+}
+
+mkdir -p "$work/000"                     # without a fault they must pass, or noticing one would mean nothing
+cp metala.c "$work/000/metala.c"
+try "$work/000"
+[ "$(cat "$work/000/result")" = "NOT NOTICED" ] || { echo "the tests fail without any fault: $(cat "$work/000/result")"; exit 1; }
+rm -r "$work/000"
+
 # One folder for each fault: its name, and metala.c with the fault in it.
 awk -v work="$work" -v count="${1:-0}" -v only="${ONLY:-}" '
     function plant(   i, at, hits, folder, file) {
@@ -43,16 +59,6 @@ awk -v work="$work" -v count="${1:-0}" -v only="${ONLY:-}" '
             if (bad) exit 1
         }
     }' metala.c tests/mutants.txt || exit 1
-
-try() {                                  # in the folder of one fault: 0 when the tests noticed it
-    if ! $CC $CFLAGS -I. -o "$1/test" test.c "$1/metala.c" -lm > "$1/log" 2>&1; then echo "does not compile" > "$1/result"
-    elif (cd "$1" && timeout "${LIMIT:-900}" ./test --stop > log 2>&1); then echo "NOT NOTICED" > "$1/result"
-    else
-        tail -n 60 "$1/log" | grep -a -m 1 -E 'FAILED|Sanitizer|runtime error' | cut -c 1-100 > "$1/result"
-        [ -s "$1/result" ] || echo "crashed" > "$1/result"
-    fi
-    rm -f "$1/test"
-}
 
 noticed=0 missed=0 running=0
 for folder in "$work"/*/; do
