@@ -274,6 +274,13 @@ enum { LANES = 1 };
 #define VEC(p) (*(const vec_at *)(p))            // LANES numbers from anywhere
 #define VEC_STORE(p, x) (*(vec_at *)(p) = (x))
 
+// Asks for the memory `bytes` after p, which may lie beyond the end, before it is needed. A hint, nothing without it.
+#ifdef __GNUC__
+#define PREFETCH(p, bytes) __builtin_prefetch((const void *)((uintptr_t)(p) + (bytes)))
+#else
+#define PREFETCH(p, bytes) (void)0
+#endif
+
 static inline real sum_lanes(vec x) {
     real lane[LANES], sum = 0;
     VEC_STORE(lane, x);
@@ -469,13 +476,15 @@ static inline real dot_bfloat16(const real *a, const uint16_t *w, size_t n) {
     return sum;
 }
 
-// Σ_g s_g Σ_i a_i q_i of a row in int8: i are the inputs of group g
+// Σ_g s_g Σ_i a_i q_i of a row in int8: i are the inputs of group g. There is so much to compute for each byte that the
+// processor does not look far enough ahead by itself.
 static inline real dot_int8(const real *a, const int8_t *q, const float *scales, size_t n) {
     vec x = {0};
     size_t i = 0;
     for (; i + METALA_GROUP <= n; i += METALA_GROUP, scales++) {
         real lane[METALA_GROUP];
         vec sum = {0};
+        PREFETCH(q + i, 3072);
         for (int l = 0; l < METALA_GROUP; l++) lane[l] = q[i + (size_t)l];
         for (int l = 0; l < METALA_GROUP; l += LANES) sum += VEC(a + i + l) * VEC(lane + l);
         x += (real)*scales * sum;
@@ -495,8 +504,8 @@ static void pack_quantized(real *packed, const quantized *weights, size_t j0, si
     }
 }
 
-// C[M×N] = A B, or C += A B.   A(i,k) = a[i·a_row + k·a_k],  B(k,j) = b[k·b_k + j·b_column], or, when b is NULL,
-// B(k,j) = W'[j][k] of quantized weights;  bias [N] or NULL is added when C is not accumulated.
+// C[M×N] = A B, or C += A B.   A(i,k) = a[i·a_row + k·a_k],  B(k,j) = b[k·b_k + j·b_column], or
+// B(k,j) = W'[j][k] of quantized weights when those are not NULL;  bias [N] or NULL is added when C is not accumulated.
 static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t a_row, size_t a_k, const real *b,
                             size_t b_k, size_t b_column, const quantized *weights, const real *bias, size_t M,
                             size_t N, size_t K, int accumulate) {
@@ -528,7 +537,7 @@ static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t 
             SHARED_FOR
             for (size_t p = 0; p < panels; p++) {
                 size_t j = p * TILE_COLUMNS, width = n - j < TILE_COLUMNS ? n - j : TILE_COLUMNS;
-                if (!b) pack_quantized(packed_b + j * depth, weights, j0 + j, width, k0, depth);
+                if (weights) pack_quantized(packed_b + j * depth, weights, j0 + j, width, k0, depth);
                 else pack_strip(packed_b + j * depth, TILE_COLUMNS, b + k0 * b_k + (j0 + j) * b_column, b_column, b_k,
                                 width, depth);
             }
