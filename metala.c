@@ -86,9 +86,14 @@ static int fail_memory(metala_context *ctx, const char *what, double bytes) {
     return fail(ctx, "out of memory: %s needs %.1f MB; try a smaller batch, context or model", what, bytes / 1e6);
 }
 
-// Sizes come from files and command lines, so they are checked: a·b and a + b, or SIZE_MAX when that does not fit.
+// Sizes come from files and command lines, so products are checked: a·b, or SIZE_MAX when it does not fit.
 static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
-static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
+
+// a + b for sizes that are added up; SIZE_MAX/16 stands for all that is more, and can still be multiplied.
+static size_t plus(size_t a, size_t b) {
+    const size_t most = SIZE_MAX / 16;
+    return a > most || b > most - a ? most : a + b;
+}
 
 // The CPU's memory: zeroed and aligned to a cache line. The byte count of the shift is kept just before the memory.
 enum { ALIGN = 64 };
@@ -178,6 +183,12 @@ void metala_close(metala_context *ctx) {
 // The functions below are written without branches and without libm calls, so that a loop over them becomes vector
 // instructions. Errors are relative, over all of float's range, and checked in test.c. The float64 build takes libm's.
 
+static inline float float_of_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 #ifdef METALA_FLOAT64
 static inline real real_exp(real x) { return exp(x); }
 static inline real real_log1p(real y) { return log1p(y); }
@@ -186,11 +197,7 @@ static inline real one_minus_exp(real a) { return -expm1(a); }
 // 2^n for -150 <= n <= 130, as a product of two floats that are both in range: the result may be 0, denormal or inf.
 static inline float scale_by_power(float x, int32_t n) {
     uint32_t high = (uint32_t)(n + 512) >> 1, low = (uint32_t)(n + 512) - high;
-    uint32_t high_bits = (high - 256 + 127) << 23, low_bits = (low - 256 + 127) << 23;
-    float high_power, low_power;
-    memcpy(&high_power, &high_bits, sizeof high_power);
-    memcpy(&low_power, &low_bits, sizeof low_power);
-    return x * high_power * low_power;
+    return x * float_of_bits((high - 256 + 127) << 23) * float_of_bits((low - 256 + 127) << 23);
 }
 
 // e^x = 2^n e^r,  n = round(x / ln 2),  |r| <= ln(2)/2; e^r by its power series. Relative error below 1.5e-7.
@@ -286,6 +293,13 @@ enum { LANES = 1 };
 #endif
 #define VEC(p) (*(const vec_at *)(p))            // LANES numbers from anywhere
 #define VEC_STORE(p, x) (*(vec_at *)(p) = (x))
+
+// Asks for the memory `bytes` after p, which may lie beyond the end, before it is needed. A hint, nothing without it.
+#ifdef __GNUC__
+#define PREFETCH(p, bytes) __builtin_prefetch((const void *)((uintptr_t)(p) + (bytes)))
+#else
+#define PREFETCH(p, bytes) (void)0
+#endif
 
 static inline real sum_lanes(vec x) {
     real lane[LANES], sum = 0;
@@ -413,11 +427,108 @@ static void pack_strip(real *packed, size_t width, const real *source, size_t ro
     }
 }
 
-// C[M×N] = A B, or C += A B.   A(i,k) = a[i·a_row + k·a_k],  B(k,j) = b[k·b_k + j·b_column];  bias [N] or NULL is
-// added when C is not accumulated.
+// ---- Quantized weights. Generation reads every weight for every token and does little else, so fewer bytes are more
+// speed. A row W[o] of `in` weights is stored in one of two types:
+//
+//     bfloat16   the upper half of a float: 8 bits of exponent, 7 of fraction
+//     int8       W'[o][i] = s q_i,  s = max |W[o][i]| / 127,  q_i = round(W[o][i] / s);  one s for METALA_GROUP inputs
+//
+// They are turned into reals where they are used, in loops of constant length that become vector instructions.
+
+typedef struct {
+    const void *w;                      // (out,in) uint16_t or int8_t
+    const float *scales;                // (out,groups) s of int8; NULL: bfloat16
+    size_t in;
+} quantized;
+
+static size_t groups(size_t in) { return (in + METALA_GROUP - 1) / METALA_GROUP; }
+
+// Round to nearest, ties to even: adding just under half of the last place that stays carries into it, with its own
+// lowest bit added to decide ties. A NaN could carry into infinity, so it is cut, with a bit that keeps it a NaN.
+static inline uint16_t bfloat16_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16, cut = bits >> 16 | 0x40u;
+    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? cut : rounded);
+}
+
+static void quantize_bfloat16(uint16_t *to, const real *w, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = bfloat16_of((float)w[i]);
+}
+
+// One row. A group in which all is so small that s would be denormal, and imprecise, becomes zeros.
+static void quantize_int8(int8_t *q, float *scales, const real *w, size_t n) {
+    for (size_t i0 = 0; i0 < n; i0 += METALA_GROUP) {
+        size_t end = n - i0 < METALA_GROUP ? n : i0 + METALA_GROUP;
+        real most = 0;
+        for (size_t i = i0; i < end; i++) most = absolute(w[i]) > most ? absolute(w[i]) : most;
+        float s = (float)(most / 127);
+        if (s < FLT_MIN) s = 0;
+        for (size_t i = i0; i < end; i++) q[i] = (int8_t)(s > 0 ? lrint((double)w[i] / s) : 0);
+        scales[i0 / METALA_GROUP] = s;
+    }
+}
+
+// to[i] = W'[o][i0 + i]; i0 is a multiple of METALA_GROUP.
+static void dequantize(real *to, const quantized *weights, size_t o, size_t i0, size_t n) {
+    const uint16_t *w = weights->w;
+    const int8_t *q = weights->w;
+    const float *s = weights->scales ? weights->scales + o * groups(weights->in) + i0 / METALA_GROUP : NULL;
+    size_t at = o * weights->in + i0;
+    if (!s)
+        for (size_t i = 0; i < n; i++) to[i] = float_of_bits((uint32_t)w[at + i] << 16);
+    else
+        for (size_t i = 0; i < n; i++) to[i] = (real)s[i / METALA_GROUP] * q[at + i];
+}
+
+// Σ_i a_i W'_i of a row in bfloat16
+static inline real dot_bfloat16(const real *a, const uint16_t *w, size_t n) {
+    vec x = {0}, y = {0};
+    size_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        real lane[2 * LANES];
+        for (int l = 0; l < 2 * LANES; l++) lane[l] = float_of_bits((uint32_t)w[i + (size_t)l] << 16);
+        x += VEC(a + i) * VEC(lane);
+        y += VEC(a + i + LANES) * VEC(lane + LANES);
+    }
+    real sum = sum_lanes(x + y);
+    for (; i < n; i++) sum += a[i] * float_of_bits((uint32_t)w[i] << 16);
+    return sum;
+}
+
+// Σ_g s_g Σ_i a_i q_i of a row in int8: i are the inputs of group g. There is so much to compute for each byte that the
+// processor does not look far enough ahead by itself.
+static inline real dot_int8(const real *a, const int8_t *q, const float *scales, size_t n) {
+    vec x = {0};
+    size_t i = 0;
+    for (; i + METALA_GROUP <= n; i += METALA_GROUP, scales++) {
+        real lane[METALA_GROUP];
+        vec sum = {0};
+        PREFETCH(q + i, 3072);
+        for (int l = 0; l < METALA_GROUP; l++) lane[l] = q[i + (size_t)l];
+        for (int l = 0; l < METALA_GROUP; l += LANES) sum += VEC(a + i + l) * VEC(lane + l);
+        x += (real)*scales * sum;
+    }
+    real sum = 0;
+    for (; i < n; i++) sum += a[i] * q[i];
+    return sum_lanes(x) + (n % METALA_GROUP ? *scales * sum : 0);
+}
+
+// packed[k - k0][j - j0] = W'[j][k] for `columns` rows j of W, zeros up to TILE_COLUMNS.
+static void pack_quantized(real *packed, const quantized *weights, size_t j0, size_t columns, size_t k0,
+                           size_t depth) {
+    real row[DEPTH];
+    for (size_t j = 0; j < TILE_COLUMNS; j++) {
+        if (j < columns) dequantize(row, weights, j0 + j, k0, depth);
+        for (size_t k = 0; k < depth; k++) packed[k * TILE_COLUMNS + j] = j < columns ? row[k] : 0;
+    }
+}
+
+// C[M×N] = A B, or C += A B.   A(i,k) = a[i·a_row + k·a_k],  B(k,j) = b[k·b_k + j·b_column], or
+// B(k,j) = W'[j][k] of quantized weights when those are not NULL;  bias [N] or NULL is added when C is not accumulated.
 static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t a_row, size_t a_k, const real *b,
-                            size_t b_k, size_t b_column, const real *bias, size_t M, size_t N, size_t K,
-                            int accumulate) {
+                            size_t b_k, size_t b_column, const quantized *weights, const real *bias, size_t M,
+                            size_t N, size_t K, int accumulate) {
     if (M == 0 || N == 0) return;
     // Rows are cut in blocks, one or more for each thread; when there are fewer blocks than threads, columns as well.
     size_t threads = (size_t)ctx->threads, blocks = strips(M);
@@ -446,8 +557,9 @@ static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t 
             SHARED_FOR
             for (size_t p = 0; p < panels; p++) {
                 size_t j = p * TILE_COLUMNS, width = n - j < TILE_COLUMNS ? n - j : TILE_COLUMNS;
-                pack_strip(packed_b + j * depth, TILE_COLUMNS, b + k0 * b_k + (j0 + j) * b_column, b_column, b_k,
-                           width, depth);
+                if (weights) pack_quantized(packed_b + j * depth, weights, j0 + j, width, k0, depth);
+                else pack_strip(packed_b + j * depth, TILE_COLUMNS, b + k0 * b_k + (j0 + j) * b_column, b_column, b_k,
+                                width, depth);
             }
             SHARED_FOR
             for (size_t task = 0; task < blocks * cuts; task++) {
@@ -488,13 +600,30 @@ enum { FEW_ROWS = 4 };
 static void matmul_forward(metala_context *ctx, real *y, const real *x, const real *w, const real *bias, size_t rows,
                            size_t out, size_t in) {
     if (rows > FEW_ROWS) {
-        matrix_multiply(ctx, y, x, in, 1, w, 1, in, bias, rows, out, in, 0);
+        matrix_multiply(ctx, y, x, in, 1, w, 1, in, NULL, bias, rows, out, in, 0);
         return;
     }
     PARALLEL_FOR(rows * out * in)
     for (size_t o = 0; o < out; o++)
         for (size_t row = 0; row < rows; row++)
             y[row * out + o] = dot(x + row * in, w + o * in, in) + (bias ? bias[o] : 0);
+}
+
+// The same of quantized weights:  y = x W'ᵀ + bias.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16
+static void matmul_quantized(metala_context *ctx, real *y, const real *x, const void *w, const float *scales,
+                             const real *bias, size_t rows, size_t out, size_t in) {
+    const quantized weights = {w, scales, in};
+    const uint16_t *w16 = w;
+    const int8_t *w8 = w;
+    if (rows > FEW_ROWS) {
+        matrix_multiply(ctx, y, x, in, 1, NULL, 0, 0, &weights, bias, rows, out, in, 0);
+        return;
+    }
+    PARALLEL_FOR(rows * out * in)
+    for (size_t o = 0; o < out; o++)
+        for (size_t row = 0; row < rows; row++)
+            y[row * out + o] = (scales ? dot_int8(x + row * in, w8 + o * in, scales + o * groups(in), in)
+                                       : dot_bfloat16(x + row * in, w16 + o * in, in)) + (bias ? bias[o] : 0);
 }
 
 // sums[j] += Σ_row a[row][j], the gradient of a bias.
@@ -514,8 +643,8 @@ static void add_column_sums(metala_context *ctx, real *sums, const real *a, size
 //   dx (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
 static void matmul_backward(metala_context *ctx, real *dx, real *dw, real *dbias, const real *dy, const real *x,
                             const real *w, size_t rows, size_t out, size_t in, int accumulate) {
-    if (dx) matrix_multiply(ctx, dx, dy, out, 1, w, in, 1, NULL, rows, in, out, accumulate);
-    if (dw) matrix_multiply(ctx, dw, dy, 1, out, x, in, 1, NULL, out, in, rows, 1);
+    if (dx) matrix_multiply(ctx, dx, dy, out, 1, w, in, 1, NULL, NULL, rows, in, out, accumulate);
+    if (dw) matrix_multiply(ctx, dw, dy, 1, out, x, in, 1, NULL, NULL, out, in, rows, 1);
     if (dbias) add_column_sums(ctx, dbias, dy, rows, out);
 }
 
@@ -1361,7 +1490,7 @@ static const metala_backend cpu_backend = {
     embedding_forward, embedding_backward,
     rms_forward, rms_backward,
     conv_forward, conv_backward, conv_tail,
-    matmul_forward, matmul_backward,
+    matmul_forward, matmul_backward, matmul_quantized,
     mask_rows,
     gate_forward, gate_backward,
     scan_forward, scan_backward,
@@ -1377,7 +1506,9 @@ const metala_backend *metala_cpu(void) { return &cpu_backend; }
 
 // ============================================================== 7. The model: configuration, parameters, initialisation
 
-// Where the parameters of one layer start in the one block that holds them all; ABSENT if the configuration has none.
+#define REAL_TYPE (sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32)
+
+// Where the parameters of one layer start in the block that holds them; ABSENT if the configuration has none.
 #define ABSENT SIZE_MAX
 typedef struct {
     size_t conv, q, z, k, v, g, g_bias, out, b, l1, l2, l3, l1_bias, l2_bias, l3_bias;
@@ -1386,12 +1517,16 @@ typedef struct {
 struct metala_model {
     metala_config config;
     const metala_backend *backend;
-    real *parameters;                   // the backend's memory
-    size_t size;
+    metala_dtype weights;               // REAL_TYPE, METALA_BF16 or METALA_I8: what linear layers multiply with
+    real *parameters;                   // the backend's memory: all parameters, or those that are not quantized
+    unsigned char *quantized;           // the backend's memory: quantized weights, int8 followed by its scales
+    size_t reals, quantized_bytes;      // sizes of the two
+    size_t size;                        // parameters, in both
     metala_tensor *tensors;
+    size_t *places;                     // of each tensor in its block: in numbers, of quantized weights in bytes
     int tensor_count;
     layer_offsets *layers;
-    size_t embedding, head;             // the same when tied
+    size_t embedding, head;             // the same when tied, unless quantized: the lookup needs reals
 };
 
 metala_config metala_config_default(void) {
@@ -1420,12 +1555,29 @@ int metala_config_check(metala_context *ctx, const metala_config *c) {
     return 0;
 }
 
-// One more tensor in the list and in the block; returns its offset. 0 in shape ends it.
+// [ out·in weights | padding | out·groups scales of int8 | padding ], where the scales start, and all of it in bytes.
+static size_t scales_start(size_t out, size_t in) { return round_up(out * in, ALIGN); }
+static size_t quantized_size(metala_dtype type, size_t out, size_t in) {
+    if (times(out, in) > SIZE_MAX / 16) return SIZE_MAX / 16;
+    if (type == METALA_BF16) return round_up(out * in * sizeof(uint16_t), ALIGN);
+    return scales_start(out, in) + round_up(out * groups(in) * sizeof(float), ALIGN);
+}
+
+static size_t place_quantized(metala_model *m, size_t out, size_t in) {
+    size_t place = m->quantized_bytes;
+    m->quantized_bytes = plus(place, quantized_size(m->weights, out, in));
+    return place;
+}
+
+// One more tensor in the list and in its block; returns its place there. 0 in shape ends it. What has two dimensions is
+// the weight of a linear layer, but for the first tensor, the embedding.
 static size_t add_tensor(metala_model *m, const char *name, int decay, size_t s0, size_t s1, size_t s2) {
-    metala_tensor *t = &m->tensors[m->tensor_count++];
+    metala_tensor *t = &m->tensors[m->tensor_count];
+    size_t *place = &m->places[m->tensor_count];
     const size_t shape[3] = {s0, s1, s2};
+    int linear = m->tensor_count++ > 0 && s1 && !s2;
     snprintf(t->name, sizeof t->name, "%s", name);
-    t->dtype = sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32;
+    t->dtype = linear ? m->weights : REAL_TYPE;
     t->decay = decay;
     t->count = 1;
     t->offset = m->size;
@@ -1433,8 +1585,10 @@ static size_t add_tensor(metala_model *m, const char *name, int decay, size_t s0
         t->shape[t->ndim] = shape[t->ndim];
         t->count = times(t->count, shape[t->ndim]);
     }
-    m->size = m->size > SIZE_MAX / 16 - t->count || t->count > SIZE_MAX / 16 ? SIZE_MAX / 16 : m->size + t->count;
-    return t->offset;
+    m->size = plus(m->size, t->count);
+    *place = t->dtype == REAL_TYPE ? m->reals : place_quantized(m, s0, s1);
+    if (t->dtype == REAL_TYPE) m->reals = plus(m->reals, t->count);
+    return *place;
 }
 
 static size_t add_layer_tensor(metala_model *m, int layer, const char *name, int decay, size_t s0, size_t s1,
@@ -1470,29 +1624,35 @@ static void list_tensors(metala_model *m) {
         w->l2_bias = c->glu_bias ? add_layer_tensor(m, l, "channel_mixer.l2.bias", 0, F, 0, 0) : ABSENT;
         w->l3_bias = c->glu_bias ? add_layer_tensor(m, l, "channel_mixer.l3.bias", 0, D, 0, 0) : ABSENT;
     }
-    m->head = c->tie_word_embeddings ? m->embedding : add_tensor(m, "lm_head.weight", 1, N, D, 0);
+    m->head = !c->tie_word_embeddings   ? add_tensor(m, "lm_head.weight", 1, N, D, 0)
+              : m->weights == REAL_TYPE ? m->embedding
+                                        : place_quantized(m, N, D);
 }
 
 void metala_model_free(metala_model *m) {
     if (!m) return;
     m->backend->free(m->parameters);
+    m->backend->free(m->quantized);
     free(m->tensors);
+    free(m->places);
     free(m->layers);
     free(m);
 }
 
 // A model without its parameters: enough to know all sizes.
-static metala_model *model_outline(metala_context *ctx, const metala_config *config) {
+static metala_model *model_outline(metala_context *ctx, const metala_config *config, metala_dtype weights) {
     if (metala_config_check(ctx, config)) return NULL;
     size_t L = (size_t)config->layers;
     metala_model *m = calloc(1, sizeof *m);
     if (m) {
         m->config = *config;
         m->backend = ctx->backend;
+        m->weights = weights;
         m->layers = calloc(L, sizeof *m->layers);
         m->tensors = calloc(L * TENSORS_OF_LAYER + 2, sizeof *m->tensors);
+        m->places = calloc(L * TENSORS_OF_LAYER + 2, sizeof *m->places);
     }
-    if (!m || !m->layers || !m->tensors) {
+    if (!m || !m->layers || !m->tensors || !m->places) {
         fail_memory(ctx, "the list of tensors", (double)L * TENSORS_OF_LAYER * sizeof(metala_tensor));
         metala_model_free(m);
         return NULL;
@@ -1501,19 +1661,26 @@ static metala_model *model_outline(metala_context *ctx, const metala_config *con
     return m;
 }
 
-metala_model *metala_model_create(metala_context *ctx, const metala_config *config) {
-    metala_model *m = model_outline(ctx, config);
+static metala_model *create_model(metala_context *ctx, const metala_config *config, metala_dtype weights) {
+    metala_model *m = model_outline(ctx, config, weights);
     if (!m) return NULL;
-    m->parameters = m->backend->alloc(times(m->size, sizeof(real)));
-    if (!m->parameters) {
-        fail_memory(ctx, "the model", (double)m->size * sizeof(real));
+    m->parameters = m->backend->alloc(times(m->reals, sizeof(real)));
+    if (m->quantized_bytes) m->quantized = m->backend->alloc(m->quantized_bytes);
+    if (!m->parameters || (m->quantized_bytes && !m->quantized)) {
+        fail_memory(ctx, "the model", (double)metala_model_bytes(m));
         metala_model_free(m);
         return NULL;
     }
     return m;
 }
 
+metala_model *metala_model_create(metala_context *ctx, const metala_config *config) {
+    return create_model(ctx, config, REAL_TYPE);
+}
+
 const metala_config *metala_model_config(const metala_model *m) { return &m->config; }
+metala_dtype metala_model_weights(const metala_model *m) { return m->weights; }
+size_t metala_model_bytes(const metala_model *m) { return plus(times(m->reals, sizeof(real)), m->quantized_bytes); }
 size_t metala_model_size(const metala_model *m) { return m->size; }
 int metala_model_tensors(const metala_model *m) { return m->tensor_count; }
 const metala_tensor *metala_model_tensor(const metala_model *m, int i) {
@@ -1527,18 +1694,108 @@ static const metala_tensor *find_parameter(metala_context *ctx, const metala_mod
     return NULL;
 }
 
+static quantized quantized_at(const unsigned char *place, metala_dtype type, size_t out, size_t in) {
+    const void *scales = place + scales_start(out, in);
+    quantized weights = {place, type == METALA_I8 ? scales : NULL, in};
+    return weights;
+}
+
 int metala_model_get(metala_context *ctx, const metala_model *m, const char *name, real *out) {
     const metala_tensor *t = find_parameter(ctx, m, name);
     if (!t) return -1;
-    m->backend->download(ctx, out, m->parameters + t->offset, t->count * sizeof(real));
+    size_t place = m->places[t - m->tensors];
+    if (t->dtype == REAL_TYPE) {
+        m->backend->download(ctx, out, m->parameters + place, t->count * sizeof(real));
+        return 0;
+    }
+    size_t bytes = quantized_size(t->dtype, t->shape[0], t->shape[1]);
+    unsigned char *host = cpu_alloc(bytes);
+    if (!host) return fail_memory(ctx, name, (double)bytes);
+    m->backend->download(ctx, host, m->quantized + place, bytes);
+    quantized weights = quantized_at(host, t->dtype, t->shape[0], t->shape[1]);
+    for (size_t o = 0; o < t->shape[0]; o++) dequantize(out + o * t->shape[1], &weights, o, 0, t->shape[1]);
+    cpu_free(host);
     return 0;
+}
+
+static const char *weights_name(metala_dtype type) {             // as in a file's metadata
+    return type == METALA_I8 ? "int8" : type == METALA_BF16 ? "bf16" : "real";
+}
+
+// What reads or writes the parameters as reals cannot do so once they are quantized.
+static int need_reals(metala_context *ctx, const metala_model *m, const char *what) {
+    return m->weights == REAL_TYPE ? 0
+         : fail(ctx, "%s: this model's weights are %s, which is for inference only; take the model before it was"
+                " quantized", what, weights_name(m->weights));
 }
 
 int metala_model_set(metala_context *ctx, metala_model *m, const char *name, const real *in) {
     const metala_tensor *t = find_parameter(ctx, m, name);
-    if (!t) return -1;
+    if (!t || need_reals(ctx, m, name)) return -1;
     m->backend->upload(ctx, m->parameters + t->offset, in, t->count * sizeof(real));
     return 0;
+}
+
+// Quantizes values [out,in] into a model's memory at `place`; host holds as much.
+static int put_quantized(metala_context *ctx, metala_model *m, size_t place, const char *name, const real *values,
+                         size_t out, size_t in, unsigned char *host) {
+    void *to = host, *scales = host + scales_start(out, in);
+    for (size_t i = 0; i < out * in && m->weights == METALA_I8; i++)
+        if (!isfinite(values[i]))
+            return fail(ctx, "quantize: %s has a number that is not finite, which int8 cannot hold; the parameters are"
+                        " broken, or take bf16", name);
+    PARALLEL_FOR(out * in)
+    for (size_t o = 0; o < out; o++) {
+        const real *w = values + o * in;
+        if (m->weights == METALA_BF16) quantize_bfloat16((uint16_t *)to + o * in, w, in);
+        else quantize_int8((int8_t *)to + o * in, (float *)scales + o * groups(in), w, in);
+    }
+    m->backend->upload(ctx, m->quantized + place, host, quantized_size(m->weights, out, in));
+    return 0;
+}
+
+// Bytes of host memory that hold any one tensor as it is stored, or quantized.
+static size_t largest_tensor(const metala_model *m) {
+    size_t most = 0;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const metala_tensor *t = &m->tensors[i];
+        size_t bytes = times(t->count, sizeof(real));
+        size_t other = t->ndim == 2 && m->weights != REAL_TYPE ? quantized_size(m->weights, t->shape[0], t->shape[1]) : 0;
+        if (other > bytes) bytes = other;
+        if (bytes > most) most = bytes;
+    }
+    return most;
+}
+
+// A second model is made beside the first, and takes its place when it is complete.
+int metala_model_quantize(metala_context *ctx, metala_model *m, metala_dtype type) {
+    if (type != METALA_BF16 && type != METALA_I8)
+        return fail(ctx, "quantize: weights can be METALA_BF16 or METALA_I8, got type %d", (int)type);
+    if (m->weights == type) return 0;
+    if (need_reals(ctx, m, "quantize")) return -1;
+    metala_model *to = create_model(ctx, &m->config, type);
+    if (!to) return -1;
+    size_t room = largest_tensor(to);
+    real *values = cpu_alloc(room);
+    unsigned char *host = cpu_alloc(room);
+    int status = values && host ? 0 : fail_memory(ctx, "quantizing", 2.0 * (double)room);
+    for (int i = 0; i < m->tensor_count && !status; i++) {
+        const metala_tensor *t = &to->tensors[i];
+        metala_model_get(ctx, m, t->name, values);
+        if (t->dtype == REAL_TYPE) to->backend->upload(ctx, to->parameters + to->places[i], values, t->count * sizeof(real));
+        else status = put_quantized(ctx, to, to->places[i], t->name, values, t->shape[0], t->shape[1], host);
+        if (!status && i == 0 && m->config.tie_word_embeddings)
+            status = put_quantized(ctx, to, to->head, t->name, values, t->shape[0], t->shape[1], host);
+    }
+    if (!status) {
+        metala_model old = *m;
+        *m = *to;
+        *to = old;
+    }
+    cpu_free(values);
+    cpu_free(host);
+    metala_model_free(to);
+    return status;
 }
 
 uint64_t metala_random(uint64_t *state) {
@@ -1561,6 +1818,7 @@ static int ends_with(const char *text, const char *end) {
 }
 
 int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, double std, double residual_scale) {
+    if (need_reals(ctx, m, "initialisation")) return -1;
     if (!(std > 0)) std = 0.02;
     size_t most = 0, K = (size_t)m->config.width / 2 / (size_t)m->config.heads;
     for (int i = 0; i < m->tensor_count; i++) most = m->tensors[i].count > most ? m->tensors[i].count : most;
@@ -1675,6 +1933,16 @@ static real *parameter(const metala_model *m, size_t offset) {
     return offset == ABSENT ? NULL : m->parameters + offset;
 }
 
+// y = x Wᵀ + bias with the weight at `place`, real or quantized.
+static void linear(metala_context *ctx, const metala_model *m, real *y, const real *x, size_t place, const real *bias,
+                   size_t rows, size_t out, size_t in) {
+    if (m->weights == REAL_TYPE) m->backend->matmul_forward(ctx, y, x, m->parameters + place, bias, rows, out, in);
+    else {
+        quantized q = quantized_at(m->quantized + place, m->weights, out, in);
+        m->backend->matmul_quantized(ctx, y, x, q.w, q.scales, bias, rows, out, in);
+    }
+}
+
 typedef struct {                // the sizes of one pass
     size_t B, T, rows, D, H, K, V, F;
     double scale;
@@ -1702,12 +1970,12 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
         be->conv_forward(ctx, a->conv_out, a->conv_in, a->token_norm, P + w->conv, tail, p->B, p->T, D);
         if (tail) be->conv_tail(ctx, tail, a->token_norm, p->B, p->T, D);
     }
-    be->matmul_forward(ctx, a->q, a->conv_out, P + w->q, NULL, rows, D / 2, D);
+    linear(ctx, m, a->q, a->conv_out, w->q, NULL, rows, D / 2, D);
     if (c->fixed_decay) be->matmul_forward(ctx, a->z, a->conv_out, P + w->z, P + w->z, rows, D / 2, 0);  // no inputs: the bias
-    else be->matmul_forward(ctx, a->z, a->conv_out, P + w->z, NULL, rows, D / 2, D);
-    if (c->key_linear) be->matmul_forward(ctx, a->k, a->conv_out, P + w->k, NULL, rows, D / 2, D);
-    be->matmul_forward(ctx, a->v, a->conv_out, P + w->v, NULL, rows, D, D);
-    be->matmul_forward(ctx, a->g, a->conv_out, P + w->g, P + w->g_bias, rows, D, D);
+    else linear(ctx, m, a->z, a->conv_out, w->z, NULL, rows, D / 2, D);
+    if (c->key_linear) linear(ctx, m, a->k, a->conv_out, w->k, NULL, rows, D / 2, D);
+    linear(ctx, m, a->v, a->conv_out, w->v, NULL, rows, D, D);
+    linear(ctx, m, a->g, a->conv_out, w->g, P + w->g_bias, rows, D, D);
     if (p->mask) be->mask_rows(ctx, a->v, p->mask, rows, D);
 
     be->gate_forward(ctx, a->alpha, c->key_linear ? NULL : a->k, a->z, rows * D / 2, c->tau);
@@ -1717,14 +1985,14 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
         be->augment_forward(ctx, a->aug_out, a->scan_out, a->q, a->k, a->v, P + w->b, rows, H, K, V);
     be->head_norm_forward(ctx, a->group_norm, a->rho, a->aug_out, rows, H, V, c->head_norm_eps);
     be->silu_gate_forward(ctx, a->gated, a->g, a->group_norm, rows * D);
-    be->matmul_forward(ctx, a->mixer_residual, a->gated, P + w->out, NULL, rows, D, D);
+    linear(ctx, m, a->mixer_residual, a->gated, w->out, NULL, rows, D, D);
     be->add(ctx, a->mixer_residual, a->input, a->mixer_residual, rows * D);
 
     be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
-    be->matmul_forward(ctx, a->l1, a->channel_norm, P + w->l1, parameter(m, w->l1_bias), rows, F, D);
-    be->matmul_forward(ctx, a->l2, a->channel_norm, P + w->l2, parameter(m, w->l2_bias), rows, F, D);
+    linear(ctx, m, a->l1, a->channel_norm, w->l1, parameter(m, w->l1_bias), rows, F, D);
+    linear(ctx, m, a->l2, a->channel_norm, w->l2, parameter(m, w->l2_bias), rows, F, D);
     be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * F);
-    be->matmul_forward(ctx, a->output, a->glu_prod, P + w->l3, parameter(m, w->l3_bias), rows, D, F);
+    linear(ctx, m, a->output, a->glu_prod, w->l3, parameter(m, w->l3_bias), rows, D, F);
     be->add(ctx, a->output, a->mixer_residual, a->output, rows * D);
 }
 
@@ -1865,7 +2133,7 @@ static size_t place_trainer(metala_trainer *t, real *block) {
 metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, metala_keep keep, int threads) {
     metala_memory memory = {0};
     metala_context *ctx = metala_open(NULL, threads);
-    metala_model *m = ctx ? model_outline(ctx, config) : NULL;
+    metala_model *m = ctx ? model_outline(ctx, config, REAL_TYPE) : NULL;
     if (m) {
         metala_trainer t = {0};
         t.model = m, t.B = (size_t)B, t.T = T, t.keep = keep;
@@ -1898,6 +2166,7 @@ void metala_trainer_free(metala_trainer *t) {
 }
 
 metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T, metala_keep keep) {
+    if (need_reals(ctx, model, "training")) return NULL;
     if (B < 1 || T < 1 || times((size_t)B, T) > INT_MAX) {
         fail(ctx, "training: the batch must have at least 1 and at most %d tokens, got %d sequences of %zu", INT_MAX, B,
              T);
@@ -1956,6 +2225,7 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
     const metala_model *m = t->model;
     const metala_config *c = &m->config;
     size_t B = (size_t)batch, rows, D = (size_t)c->width, counted = 0;
+    if (need_reals(ctx, m, "gradient")) return -1;
     if (batch < 1 || T < 1 || B > t->B || T > t->T)
         return fail(ctx, "gradient: this trainer takes up to %zu sequences of %zu tokens, got %d of %zu", t->B, t->T,
                     batch, T);
@@ -2001,6 +2271,7 @@ uint64_t metala_trainer_step(const metala_trainer *t) { return t->step; }
 int metala_update(metala_context *ctx, metala_trainer *t, const metala_adamw *adamw, double *norm) {
     const metala_backend *be = t->backend;
     metala_model *m = t->model;
+    if (need_reals(ctx, m, "update")) return -1;
     double length = sqrt(be->sum_squares(ctx, t->grads, m->size)), scale = 1;
     if (norm) *norm = length;
     if (metala_context_failed(ctx)) return -1;
@@ -2252,7 +2523,6 @@ static int read_tokens(metala_context *ctx, metala_state *s, metala_form form, c
     const metala_backend *be = s->backend;
     const metala_model *m = s->model;
     size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width, B = s->B;
-    const real *head = m->parameters + m->head;
     if (T < 1) return fail(ctx, "state: no tokens to read");
     if (check_tokens(ctx, &m->config, tokens, B * T, 0)) return -1;
     if (targets && check_tokens(ctx, &m->config, targets, B * T, 1)) return -1;
@@ -2269,20 +2539,20 @@ static int read_tokens(metala_context *ctx, metala_state *s, metala_form form, c
         for (size_t b = 0; b < B && logits; b++)
             for (size_t t = 0; t < n; t += most) {
                 size_t count = n - t < most ? n - t : most;
-                be->matmul_forward(ctx, s->logits, s->final_norm + (b * n + t) * D, head, NULL, count, N, D);
+                linear(ctx, m, s->logits, s->final_norm + (b * n + t) * D, m->head, NULL, count, N, D);
                 be->download(ctx, logits + (b * T + t0 + t) * N, s->logits, count * N * sizeof(real));
             }
         if (last && t0 + n == T) {
             for (size_t b = 0; b < B; b++)
                 be->copy(ctx, s->last + b * D, s->final_norm + (b * n + n - 1) * D, D * sizeof(real));
-            be->matmul_forward(ctx, s->logits, s->last, head, NULL, B, N, D);
+            linear(ctx, m, s->logits, s->last, m->head, NULL, B, N, D);
             be->download(ctx, last, s->logits, B * N * sizeof(real));
         }
         if (targets) {
             be->upload(ctx, s->targets, s->host_targets, rows * sizeof(int));
             for (size_t row = 0; row < rows; row += most) {
                 size_t count = rows - row < most ? rows - row : most;
-                be->matmul_forward(ctx, s->logits, s->final_norm + row * D, head, NULL, count, N, D);
+                linear(ctx, m, s->logits, s->final_norm + row * D, m->head, NULL, count, N, D);
                 be->cross_entropy_forward(ctx, s->loss + row, s->lse + row, s->logits, s->targets + row, count, N);
             }
             be->download(ctx, s->host_loss, s->loss, rows * sizeof(real));
@@ -2765,12 +3035,6 @@ static void put_little(unsigned char *p, uint64_t x, size_t bytes) {
     for (size_t i = 0; i < bytes; i++) p[i] = (unsigned char)(x >> 8 * i);
 }
 
-static float float_of_bits(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 // Half precision: 1 sign, 5 exponent (bias 15), 10 fraction bits; exponent 0 is denormal, 31 infinity or NaN.
 static float float_of_half(uint32_t half) {
     uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
@@ -2807,7 +3071,8 @@ static int is_floating(metala_dtype dtype) { return dtype <= METALA_BF16; }
 int metala_file_read(metala_context *ctx, metala_file *f, const metala_tensor *t, metala_dtype as, void *out) {
     unsigned char buffer[8192];
     size_t bytes = dtypes[t->dtype].bytes, most = sizeof buffer / bytes;
-    if (is_floating(t->dtype) != (as != METALA_I32) || (as != METALA_I32 && as != METALA_F32 && as != METALA_F64))
+    int stored = t->dtype == as && (as == METALA_BF16 || as == METALA_I8);
+    if (!stored && (is_floating(t->dtype) != (as != METALA_I32) || (as != METALA_I32 && as != METALA_F32 && as != METALA_F64)))
         return fail(ctx, "%s: tensor %s has type %s and cannot be read as %s", f->path, t->name,
                     dtypes[t->dtype].name, dtypes[as].name);
     if (f->data_start + t->offset > LONG_MAX || fseek(f->stream, (long)(f->data_start + t->offset), SEEK_SET))
@@ -2819,7 +3084,9 @@ int metala_file_read(metala_context *ctx, metala_file *f, const metala_tensor *t
             return fail(ctx, "%s: tensor %s cannot be read to its end; the file has been cut short", f->path, t->name);
         for (size_t e = 0; e < n; e++, i++) {
             const unsigned char *p = buffer + e * bytes;
-            if (as == METALA_F32) ((float *)out)[i] = (float)floating(p, t->dtype);
+            if (as == METALA_BF16) ((uint16_t *)out)[i] = (uint16_t)get_little(p, 2);
+            else if (as == METALA_I8) ((int8_t *)out)[i] = (int8_t)integer(p, as);
+            else if (as == METALA_F32) ((float *)out)[i] = (float)floating(p, t->dtype);
             else if (as == METALA_F64) ((double *)out)[i] = floating(p, t->dtype);
             else {
                 int64_t x = integer(p, t->dtype);
@@ -3162,15 +3429,31 @@ static void collect_config(collection *c, const metala_config *config) {
     for (int i = 0; i < FIXED_KEYS; i++) collect_pair(c, fixed_keys[i].key, fixed_keys[i].values[0]);
 }
 
-// All parameters, or a block laid out like them, under prefix + name.
+// The scales of an int8 weight in a file: <name>.scale [out,groups].
+static metala_tensor scale_tensor(const metala_tensor *weight) {
+    metala_tensor t = *weight;
+    snprintf(t.name, sizeof t.name, "%.100s.scale", weight->name);
+    t.dtype = METALA_F32;
+    t.shape[1] = groups(weight->shape[1]);
+    t.count = t.shape[0] * t.shape[1];
+    return t;
+}
+
+// All parameters, or a block laid out like them, under prefix + name. Quantized weights follow the reals in `host`.
 static void collect_parameters(metala_context *ctx, collection *c, const metala_model *m, const real *block,
                                const char *prefix, real *host) {
-    m->backend->download(ctx, host, block, m->size * sizeof(real));
+    unsigned char *weights = (unsigned char *)(host + round_up(m->reals, ALIGN));
+    m->backend->download(ctx, host, block, m->reals * sizeof(real));
+    if (m->quantized_bytes) m->backend->download(ctx, weights, m->quantized, m->quantized_bytes);
     for (int i = 0; i < m->tensor_count; i++) {
         metala_tensor *t = &c->tensors[c->count];
         *t = m->tensors[i];
         snprintf(t->name, sizeof t->name, "%s%.100s", prefix, m->tensors[i].name);
-        c->data[c->count++] = host + m->tensors[i].offset;
+        int real_type = t->dtype == REAL_TYPE;
+        c->data[c->count++] = real_type ? (const void *)(host + m->places[i]) : weights + m->places[i];
+        if (t->dtype != METALA_I8) continue;
+        c->tensors[c->count] = scale_tensor(t);
+        c->data[c->count++] = weights + m->places[i] + scales_start(t->shape[0], t->shape[1]);
     }
 }
 
@@ -3178,11 +3461,12 @@ static void collect_parameters(metala_context *ctx, collection *c, const metala_
 static int save(metala_context *ctx, const metala_model *m, const metala_trainer *trainer, const char *path,
                 const metala_pair *extra, size_t extras) {
     collection c;
-    size_t blocks = trainer ? 3 : 1;
-    if (collection_create(ctx, &c, blocks * (size_t)m->tensor_count, CONFIG_KEYS + FIXED_KEYS + 2 + extras,
-                          times(blocks, m->size)))
+    size_t blocks = trainer ? 3 : 1, numbers = times(blocks, m->reals);
+    if (m->quantized_bytes) numbers = plus(numbers, ALIGN + m->quantized_bytes / sizeof(real));
+    if (collection_create(ctx, &c, (blocks + 1) * (size_t)m->tensor_count, CONFIG_KEYS + FIXED_KEYS + 3 + extras, numbers))
         return -1;
     collect_config(&c, &m->config);
+    if (m->weights != REAL_TYPE) collect_pair(&c, "weights", weights_name(m->weights));
     collect_parameters(ctx, &c, m, m->parameters, "", c.host);
     if (trainer) {
         collect_parameters(ctx, &c, m, trainer->first, "adamw.m.", c.host + m->size);
@@ -3201,6 +3485,7 @@ int metala_model_save(metala_context *ctx, const metala_model *m, const char *pa
 
 int metala_checkpoint_save(metala_context *ctx, const metala_trainer *t, const char *path, const metala_pair *extra,
                            size_t extras) {
+    if (need_reals(ctx, t->model, path)) return -1;
     return save(ctx, t->model, t, path, extra, extras);
 }
 
@@ -3211,55 +3496,113 @@ static void shape_text(char *text, size_t room, const metala_tensor *t) {
     if (used < room) snprintf(text + used, room - used, "]");
 }
 
+// The tensor of a file that has this name and the shape of `want`.
+static const metala_tensor *find_fitting(metala_context *ctx, const metala_file *f, const metala_model *m,
+                                         const char *name, const metala_tensor *want, const char *when_missing) {
+    char expected[100], got[100];
+    const metala_tensor *t = metala_file_find(f, name);
+    if (!t) {
+        fail(ctx, "%s: tensor %s is missing; %s", f->path, name, when_missing);
+        return NULL;
+    }
+    shape_text(expected, sizeof expected, want);
+    shape_text(got, sizeof got, t);
+    if (!strcmp(expected, got)) return t;
+    fail(ctx, "%s: tensor %s has shape %s, this model (D=%d) needs %s; load it with its own configuration or train anew",
+         f->path, name, got, m->config.width, expected);
+    return NULL;
+}
+
+static const char *const not_this_model = "this is not a model with this configuration";
+
 // Reads prefix + name of every parameter into a block laid out like the parameters, in host memory.
 static int read_parameters(metala_context *ctx, metala_file *f, const metala_model *m, const char *prefix, real *host) {
     for (int i = 0; i < m->tensor_count; i++) {
-        const metala_tensor *want = &m->tensors[i], *t;
-        char name[128], expected[100], got[100];
-        snprintf(name, sizeof name, "%s%.100s", prefix, want->name);
-        t = metala_file_find(f, name);
-        if (!t) return fail(ctx, "%s: tensor %s is missing; %s", f->path, name,
-                            *prefix ? "this is a model without optimizer state, so training can start from it but not"
-                                      " resume" : "this is not a model with this configuration");
-        shape_text(expected, sizeof expected, want);
-        shape_text(got, sizeof got, t);
-        if (strcmp(expected, got))
-            return fail(ctx, "%s: tensor %s has shape %s, this model (D=%d) needs %s; load it with its own"
-                        " configuration or train anew", f->path, name, got, m->config.width, expected);
-        if (metala_file_read(ctx, f, t, want->dtype, host + want->offset)) return -1;
+        char name[128];
+        snprintf(name, sizeof name, "%s%.100s", prefix, m->tensors[i].name);
+        const metala_tensor *t = find_fitting(ctx, f, m, name, &m->tensors[i], !*prefix ? not_this_model
+            : "this is a model without optimizer state, so training can start from it but not resume");
+        if (!t || metala_file_read(ctx, f, t, REAL_TYPE, host + m->tensors[i].offset)) return -1;
+    }
+    return 0;
+}
+
+// How the weights of a file are to be kept: as its metadata says, int8 also where it says nothing.
+static int weights_of_file(metala_context *ctx, const metala_file *f, metala_dtype *weights) {
+    const char *name = find_pair(f, "weights");
+    const metala_tensor *some = metala_file_find(f, "model.layers.0.token_mixer.q_proj.weight");
+    const metala_dtype types[] = {METALA_BF16, METALA_I8};
+    *weights = !name && some && some->dtype == METALA_I8 ? METALA_I8 : REAL_TYPE;
+    if (!name) return 0;
+    for (int i = 0; i < 2; i++)
+        if (!strcmp(name, weights_name(types[i]))) {
+            *weights = types[i];
+            return 0;
+        }
+    return fail(ctx, "%s: weights is \"%.40s\" in its metadata, expected bf16 or int8", f->path, name);
+}
+
+// Tensor i of a file, as the model stores it, into host memory.
+static int read_stored(metala_context *ctx, metala_file *f, const metala_model *m, int i, void *host) {
+    const metala_tensor *t = &m->tensors[i];
+    if (metala_file_read(ctx, f, metala_file_find(f, t->name), t->dtype, host)) return -1;
+    if (t->dtype != METALA_I8) return 0;
+    metala_tensor scale = scale_tensor(t);
+    float *scales = (float *)(void *)((unsigned char *)host + scales_start(t->shape[0], t->shape[1]));
+    if (metala_file_read(ctx, f, metala_file_find(f, scale.name), METALA_F32, scales)) return -1;
+    for (size_t j = 0; j < scale.count; j++)
+        if (!isfinite(scales[j]))
+            return fail(ctx, "%s: tensor %s: number %zu is not finite; the file is damaged", f->path, scale.name, j);
+    return 0;
+}
+
+// Reads all parameters, one after the other through `host`.
+static int fill_model(metala_context *ctx, metala_file *f, metala_model *m, void *host, unsigned char *head) {
+    for (int i = 0; i < m->tensor_count; i++) {
+        const metala_tensor *t = &m->tensors[i];
+        if (read_stored(ctx, f, m, i, host)) return -1;
+        if (t->dtype == REAL_TYPE)
+            m->backend->upload(ctx, m->parameters + m->places[i], host, t->count * sizeof(real));
+        else m->backend->upload(ctx, m->quantized + m->places[i], host, quantized_size(t->dtype, t->shape[0], t->shape[1]));
+        if (head && i == 0 && put_quantized(ctx, m, m->head, t->name, host, t->shape[0], t->shape[1], head)) return -1;
     }
     return 0;
 }
 
 metala_model *metala_model_load(metala_context *ctx, const char *path) {
     metala_config config;
+    metala_dtype weights;
     metala_file *f = metala_file_open(ctx, path);
     metala_model *m = NULL, *outline = NULL;
-    real *host = NULL;
-    if (!f || metala_file_config(ctx, f, &config)) goto done;
+    unsigned char *host = NULL, *head = NULL;
+    if (!f || metala_file_config(ctx, f, &config) || weights_of_file(ctx, f, &weights)) goto done;
     if ((size_t)config.layers > f->count) {                          // before memory is taken for a false promise
         fail(ctx, "%s: the configuration says %d layers, the file has only %zu tensors; this is not a model with this"
                   " configuration", path, config.layers, f->count);
         goto done;
     }
-    outline = model_outline(ctx, &config);
+    outline = model_outline(ctx, &config, weights);
     if (!outline) goto done;
-    for (int i = 0; i < outline->tensor_count; i++)
-        if (!metala_file_find(f, outline->tensors[i].name)) {
-            fail(ctx, "%s: tensor %s is missing; this is not a model with this configuration", path,
-                 outline->tensors[i].name);
+    for (int i = 0; i < outline->tensor_count; i++) {
+        const metala_tensor *t = &outline->tensors[i];
+        metala_tensor scale = scale_tensor(t);
+        if (!find_fitting(ctx, f, outline, t->name, t, not_this_model)) goto done;
+        if (t->dtype == METALA_I8 && !find_fitting(ctx, f, outline, scale.name, &scale,
+                                                   "int8 weights need their scales, quantize the model anew"))
             goto done;
-        }
-    host = cpu_alloc(times(outline->size, sizeof(real)));
-    if (!host) {
-        fail_memory(ctx, path, (double)outline->size * sizeof(real));
-        goto done;
     }
-    if (read_parameters(ctx, f, outline, "", host)) goto done;
-    m = metala_model_create(ctx, &config);
-    if (m) m->backend->upload(ctx, m->parameters, host, m->size * sizeof(real));
+    size_t room = largest_tensor(outline);
+    int tied = weights != REAL_TYPE && config.tie_word_embeddings;   // the head is quantized from the embedding
+    host = cpu_alloc(room);
+    head = tied ? cpu_alloc(room) : NULL;
+    if (!host || (tied && !head)) fail_memory(ctx, path, (double)room);
+    else if ((m = create_model(ctx, &config, weights)) && fill_model(ctx, f, m, host, head)) {
+        metala_model_free(m);
+        m = NULL;
+    }
 done:
     cpu_free(host);
+    cpu_free(head);
     metala_model_free(outline);
     metala_file_close(f);
     return m;
@@ -3267,6 +3610,7 @@ done:
 
 int metala_checkpoint_load(metala_context *ctx, metala_trainer *t, const char *path) {
     metala_model *m = t->model;
+    if (need_reals(ctx, m, path)) return -1;
     metala_file *f = metala_file_open(ctx, path);
     int status = -1;
     real *host = NULL;
@@ -3302,7 +3646,7 @@ static void state_tensor(const metala_state *s, int layer, int which, metala_ten
     size_t D = (size_t)s->model->config.width, H = (size_t)s->model->config.heads;
     memset(t, 0, sizeof *t);
     snprintf(t->name, sizeof t->name, which ? "conv_state.%d" : "state.%d", layer);
-    t->dtype = sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32;
+    t->dtype = REAL_TYPE;
     t->shape[t->ndim++] = s->B;
     if (which) t->shape[t->ndim++] = D, t->shape[t->ndim++] = METALA_CONV;
     else t->shape[t->ndim++] = H, t->shape[t->ndim++] = D / 2 / H, t->shape[t->ndim++] = D / H;

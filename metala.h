@@ -64,6 +64,7 @@ typedef float metala_real;
 #define METALA_VERSION "0.1"
 #define METALA_CONV 4              // taps of the short convolution, the last one multiplies the current token
 #define METALA_CHUNK 64            // the scan keeps the state at every METALA_CHUNK-th token for its backward
+#define METALA_GROUP 64            // inputs of an int8 weight that share a scale
 #define METALA_IGNORE (-100)       // a target with this value has no loss
 
 // ------------------------------------------------------------------------------------------------ context, errors
@@ -123,7 +124,7 @@ typedef struct {               // a tensor as a file or a model lists it
     int ndim;
     size_t shape[8];
     size_t count;              // product of shape
-    size_t offset;             // in elements into the parameters (model), in bytes into the data (file)
+    size_t offset;             // in elements, all parameters one after the other (model); in bytes into the data (file)
     int decay;                 // a model's: 1 when weight decay applies to it
 } metala_tensor;
 
@@ -133,7 +134,7 @@ metala_model *metala_model_create(metala_context *ctx, const metala_config *conf
 // the padding token 0; std <= 0 means 0.02, the authors' value. residual_scale multiplies `out_proj` and `l3` after
 // that: 1 is the authors' choice, 1/sqrt(2L) keeps the residual stream's size independent of depth.
 int metala_model_init(metala_context *ctx, metala_model *model, uint64_t seed, double std, double residual_scale);
-// Load a safetensors file with the authors' tensor names (F64, F32, F16 or BF16). The configuration is read from the
+// Load a safetensors file with the authors' tensor names (F64, F32, F16 or BF16, or quantized, see below). The configuration is read from the
 // file's metadata, or else from config.json in the same folder. Checkpoints load as well.
 metala_model *metala_model_load(metala_context *ctx, const char *path);
 int metala_model_save(metala_context *ctx, const metala_model *model, const char *path);
@@ -143,9 +144,20 @@ const metala_config *metala_model_config(const metala_model *model);
 size_t metala_model_size(const metala_model *model);                         // number of parameters
 int metala_model_tensors(const metala_model *model);                         // number of tensors
 const metala_tensor *metala_model_tensor(const metala_model *model, int i);  // i-th tensor, in the file's order
-// Copy one parameter tensor out or in, by name.
+// Copy one parameter tensor out or in, by name. Quantized weights come out as the numbers that they stand for.
 int metala_model_get(metala_context *ctx, const metala_model *model, const char *name, metala_real *out);
 int metala_model_set(metala_context *ctx, metala_model *model, const char *name, const metala_real *in);
+
+// Generation is bound by reading weights: make those of the linear layers smaller. METALA_BF16 halves them; METALA_I8
+// quarters them, in groups of METALA_GROUP inputs of a row with one float scale each: w = scale·q, |q| <= 127. The rest
+// stays as it is: biases, `conv1d`, `aug_balance`, the embedding's lookup (a tied output layer gets a copy of its own),
+// and all activations. A quantized model is for inference only: training and metala_model_set refuse it. Pointers from
+// metala_model_tensor are invalid afterwards. A saved quantized model loads as one; in the file bfloat16 weights have
+// their usual names, int8 weights also "<name>.scale" [out, ceil(in/64)], and `weights` is "bf16" or "int8" in the
+// metadata. (BF16 tensors without that, as other programs write them, are loaded as reals.)
+int metala_model_quantize(metala_context *ctx, metala_model *model, metala_dtype type);
+metala_dtype metala_model_weights(const metala_model *model);                // METALA_BF16, METALA_I8 or the reals' type
+size_t metala_model_bytes(const metala_model *model);                        // of all parameters in memory
 
 // The scan's three computations of the same numbers (MetaLA section 3, general form):
 typedef enum {
@@ -284,12 +296,13 @@ size_t metala_file_tensors(const metala_file *file);
 const metala_tensor *metala_file_tensor(const metala_file *file, size_t i);
 const metala_tensor *metala_file_find(const metala_file *file, const char *name);   // NULL when not there
 const char *metala_file_metadata(const metala_file *file, const char *key);         // NULL when not there
-// Read a tensor as F32, F64 (from any floating type) or I32 (from any integer type, out of range is a failure).
+// Read a tensor as F32, F64 (from any floating type), I32 (from any integer type, out of range is a failure), or what
+// is BF16 or I8 as it is (uint16_t, int8_t).
 int metala_file_read(metala_context *ctx, metala_file *file, const metala_tensor *tensor, metala_dtype as, void *out);
 // The configuration in the metadata, or in config.json beside the file.
 int metala_file_config(metala_context *ctx, const metala_file *file, metala_config *config);
-// Write count tensors (name, dtype F64, F32, I32, U16 or U8, ndim and shape are used) and metadata: to a temporary
-// file beside path, which replaces whatever is at path, but only when all of it is written.
+// Write count tensors (name, dtype F64, F32, BF16, I32, U16, I8 or U8, ndim and shape are used) and metadata: to a
+// temporary file beside path, which replaces whatever is at path, but only when all of it is written.
 int metala_file_write(metala_context *ctx, const char *path, const metala_tensor *tensors, const void *const *data,
                       size_t count, const metala_pair *metadata, size_t pairs);
 
@@ -328,6 +341,8 @@ struct metala_backend {
     void (*matmul_backward)(metala_context *ctx, metala_real *dx, metala_real *dw, metala_real *dbias,
         const metala_real *dy, const metala_real *x, const metala_real *w, size_t rows, size_t out, size_t in,
         int accumulate);  // accumulate: adds to dx; NULLs are skipped
+    void (*matmul_quantized)(metala_context *ctx, metala_real *y, const metala_real *x, const void *w,
+        const float *scales, const metala_real *bias, size_t rows, size_t out, size_t in);  // scales NULL: bfloat16
     void (*mask_rows)(metala_context *ctx, metala_real *x, const uint8_t *mask, size_t rows, size_t D);
     void (*gate_forward)(metala_context *ctx, metala_real *alpha, metala_real *k, const metala_real *z, size_t n,
         double tau);  // k may be NULL

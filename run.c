@@ -3,8 +3,8 @@
 // The model is a recurrence, so what it has read is a state of fixed size. Everything here follows from that: a chat
 // never fills up, a continuation is a copy of the state, and a run that was saved goes on where it stopped.
 //
-// Contents: options - terminal and time - tokens in and out - sampling - reading and writing - state files - the four
-// things it does (generate, chat, evaluate, inform) - main. Exit status: 0, 1 failure, 2 usage, 130 Ctrl-C.
+// Contents: options - terminal and time - tokens in and out - sampling - reading and writing - state files - the five
+// things it does (generate, chat, evaluate, inform, quantize) - main. Exit status: 0, 1 failure, 2 usage, 130 Ctrl-C.
 
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L         // isatty and clock_gettime; everything else is C99
@@ -49,11 +49,12 @@ static int complain(const char *format, ...) {
 // ------------------------------------------------------------------------------------------------ options
 
 typedef struct {
-    const char *model, *prompt, *prompt_file, *stop, *save_state, *load_state, *eval, *form_name;
+    const char *model, *prompt, *prompt_file, *stop, *save_state, *load_state, *eval, *form_name, *weights, *quantize;
     uint64_t tokens, samples, seed, top_k, repeat_window, context, threads;
     double temperature, top_p, min_p, repeat_penalty;
     int chat, info, no_echo, quiet, help, version;
     metala_form form;
+    metala_dtype type;                  // of the weights, as --weights names it; METALA_F32: full precision
 } settings;
 
 typedef enum { HEADING, FLAG, COUNT, NUMBER, TEXT } option_kind;      // int, uint64_t, double, const char * in settings
@@ -90,9 +91,13 @@ static const option options[] = {        // letter, name, argument, help, kind, 
     {0, "eval", "FILE", "score a text, or a .safetensors dataset", TEXT, AT(eval), 0, 0, 0},
     {0, "context", "T", "forget everything after T tokens of a text; 0 = never", COUNT, AT(context), 0, 0, 1 << 24},
     {0, "info", 0, "configuration, parameters, size of the state", FLAG, AT(info), 0, 0, 0},
+    {0, "quantize", "FILE", "write the model to FILE with smaller weights; --weights says which [int8]", TEXT,
+     AT(quantize), 0, 0, 0},
     {0, "General", 0, 0, HEADING, 0, 0, 0, 0},
     {0, "form", "NAME", "chunkwise, recurrent or parallel: how a prompt or a text is read; the\n"
      "numbers are the same [chunkwise]", TEXT, AT(form_name), 0, 0, 0},
+    {0, "weights", "TYPE", "f32, bf16 (half the memory) or int8 (a quarter): writing is as much\n"
+     "faster, the text a little worse; --eval tells how much [as the file]", TEXT, AT(weights), 0, 0, 0},
     {0, "threads", "N", "0 = one per core", COUNT, AT(threads), 0, 0, 1024},
     {'q', "quiet", 0, "no speeds, no progress", FLAG, AT(quiet), 0, 0, 0},
     {'h', "help", 0, "this text", FLAG, AT(help), 0, 0, 0},
@@ -107,7 +112,8 @@ static void print_help(void) {
          "  run model.safetensors \"Once upon a time\" --temperature 0.7\n"
          "  run model.safetensors --prompt-file story.txt -n 0 --save-state story.state\n"
          "  run model.safetensors --load-state story.state --samples 3\n"
-         "  run model.safetensors --eval story.txt");
+         "  run model.safetensors --eval story.txt --weights int8\n"
+         "  run model.safetensors --quantize small.safetensors --weights bf16");
     for (const option *o = options; o < options + OPTIONS; o++) {
         char left[40];
         if (o->kind == HEADING) {
@@ -201,16 +207,24 @@ static int set_option(settings *s, const option *o, const char *value) {
 // What no single option can see.
 static int check_settings(settings *s) {
     static const char *const forms[] = {"chunkwise", "recurrent", "parallel"};       // in the order of metala_form
-    int from_stdin = s->prompt && !strcmp(s->prompt, "-");
+    static const char *const weights[] = {"f32", "bf16", "int8"};
+    static const metala_dtype types[] = {METALA_F32, METALA_BF16, METALA_I8};
+    int from_stdin = s->prompt && !strcmp(s->prompt, "-"), type = 0;
     if (s->help || s->version) return 0;
     if (!s->model) return complain("no model given; usage: run MODEL [PROMPT] [options], run --help says more");
     if (s->prompt && s->prompt_file) return complain("got a prompt and --prompt-file, expected one of them");
-    if (s->chat + s->info + (s->eval != NULL) > 1) return complain("expected one of --chat, --info and --eval");
+    if (s->chat + s->info + (s->eval != NULL) + (s->quantize != NULL) > 1)
+        return complain("expected one of --chat, --info, --eval and --quantize");
     if (s->chat && from_stdin) return complain("--chat reads its lines from standard input, the prompt cannot be -");
     if (s->chat && s->samples > 1) return complain("--chat has one sequence, expected --samples 1");
-    if ((s->info || s->eval) && (s->prompt || s->prompt_file || s->load_state || s->save_state))
+    if ((s->info || s->eval || s->quantize) && (s->prompt || s->prompt_file || s->load_state || s->save_state))
         return complain("%s starts from an empty state; expected no prompt, --load-state or --save-state",
-                        s->info ? "--info" : "--eval");
+                        s->info ? "--info" : s->eval ? "--eval" : "--quantize");
+    if (s->quantize && !s->weights) s->weights = "int8";
+    while (s->weights && type < 3 && strcmp(s->weights, weights[type])) type++;
+    if (type == 3) return complain("--weights: got '%s', expected f32, bf16 or int8", s->weights);
+    if (s->quantize && !type) return complain("--quantize: got --weights f32, expected bf16 or int8");
+    s->type = types[type];
     if (s->save_state && s->samples > 1) return complain("--save-state keeps one sequence, expected --samples 1");
     for (int i = 0; i < 3 && s->form_name; i++)
         if (!strcmp(s->form_name, forms[i])) {
@@ -314,6 +328,21 @@ typedef struct {
 } program;
 
 static int library_failed(const program *p) { return complain("%s", metala_error(p->ctx)); }
+
+static int is_quantized(const metala_model *model) {
+    metala_dtype type = metala_model_weights(model);
+    return type == METALA_BF16 || type == METALA_I8;
+}
+
+// Makes the weights what --weights asks for.
+static int quantize(const program *p) {
+    const settings *s = p->s;
+    if (!s->weights) return 0;
+    if (s->type == METALA_F32 && is_quantized(p->model))
+        return complain("--weights f32: the weights of %s are %s, expected full precision", s->model,
+                        metala_dtype_name(metala_model_weights(p->model)));
+    return s->type != METALA_F32 && metala_model_quantize(p->ctx, p->model, s->type) ? library_failed(p) : 0;
+}
 
 static void put_token(program *p, int token) {
     if (p->bytes) putchar(token);
@@ -529,7 +558,7 @@ static void report(const program *p, const sequence *q) {
 
 // ------------------------------------------------------------------------------------------------ state files
 
-// A state replaces the file of its name. That must not be the model or the prompt, and cannot be a folder; where POSIX
+// What is written replaces the file of its name. That must not be the model or the prompt, and cannot be a folder; where POSIX
 // can tell, ./a is a, and a device such as /dev/null is not replaced either.
 static int check_target(const program *p, const char *path) {
     const char *const read[] = {p->s->model, p->s->prompt_file};
@@ -541,7 +570,7 @@ static int check_target(const program *p, const char *path) {
         if (there && !S_ISREG(to.st_mode)) return complain("%s: is not a regular file; give another name", path);
         if (there && read[i] && !stat(read[i], &from)) same = to.st_dev == from.st_dev && to.st_ino == from.st_ino;
 #endif
-        if (same) return complain("%s would be overwritten; give the state another name", read[i]);
+        if (same) return complain("%s would be overwritten; give another name", read[i]);
     }
     return 0;
 }
@@ -752,33 +781,51 @@ static void print_score(const program *p, const metala_dataset *d, double loss, 
     printf("%-12s %.4f\n%-12s %.6f per %s\n", "perplexity", exp(loss), "bits", loss / log(2), unit);
 }
 
-static int evaluate(program *p, metala_state *state) {
-    const char *path = p->s->eval, *ending = strrchr(path, '.');
-    size_t window = (size_t)p->s->context, counted = 0;
-    if (!window && !(ending && !strcmp(ending, ".safetensors"))) window = PIECE;
-    metala_dataset *d = metala_dataset_open(p->ctx, path, window);
-    if (!d) return library_failed(p);
+// The mean cross-entropy of the model as it is now.
+static int score(program *p, metala_state *state, const metala_dataset *d, double *loss, size_t *counted) {
     size_t T = metala_dataset_length(d);
     int *inputs = malloc(T * sizeof *inputs), *targets = malloc(T * sizeof *targets), status;
     uint8_t *mask = malloc(T);
-    double nats = 0, start = seconds();
+    double nats = 0;
+    *counted = 0;
     if (!inputs || !targets || !mask) status = complain("out of memory: sequences of %zu tokens", T);
-    else if (metala_dataset_vocab(d) > p->config->vocab_size)
+    else status = score_dataset(p, state, d, inputs, targets, mask, &nats, counted);
+    *loss = nats / (double)*counted;
+    if (!status && !*counted) status = complain("%s: nothing to predict, all targets are %d", p->s->eval, METALA_IGNORE);
+    else if (!status && !isfinite(*loss))
+        status = complain("%s: the loss is %f, expected a finite number; the parameters are broken", p->s->model, *loss);
+    free(inputs);
+    free(targets);
+    free(mask);
+    return status;
+}
+
+// With --weights bf16 or int8 the model is scored twice, with its own weights first, and the difference is shown.
+static int evaluate(program *p, metala_state *state) {
+    const char *path = p->s->eval, *ending = strrchr(path, '.');
+    const int twice = p->s->type != METALA_F32 && !is_quantized(p->model);
+    size_t window = (size_t)p->s->context, counted;
+    if (!window && !(ending && !strcmp(ending, ".safetensors"))) window = PIECE;
+    metala_dataset *d = metala_dataset_open(p->ctx, path, window);
+    if (!d) return library_failed(p);
+    double loss, full = 0, start = seconds();
+    int status = 0;
+    if (metala_dataset_vocab(d) > p->config->vocab_size)
         status = complain("%s: has tokens up to %d, expected at most %d, the model's last one", path,
                           metala_dataset_vocab(d) - 1, p->config->vocab_size - 1);
-    else status = score_dataset(p, state, d, inputs, targets, mask, &nats, &counted);
-    double loss = nats / (double)counted;
-    if (!status && !counted) status = complain("%s: nothing to predict, all targets are %d", path, METALA_IGNORE);
-    else if (!status && !isfinite(loss))
-        status = complain("%s: the loss is %f, expected a finite number; the parameters are broken", p->s->model, loss);
-    else if (!status) print_score(p, d, loss, counted);
+    if (!status && twice) status = score(p, state, d, &full, &counted);
+    if (!status && twice && metala_state_reset(p->ctx, state)) status = library_failed(p);
+    if (!status) status = quantize(p);
+    if (!status) status = score(p, state, d, &loss, &counted);
+    if (!status) print_score(p, d, loss, counted);
+    if (!status && twice) {
+        printf("%-12s loss %.6f, perplexity %.4f\n", "unquantized", full, exp(full));
+        printf("%-12s loss %+.6f, perplexity %+.4f\n", "difference", loss - full, exp(loss) - exp(full));
+    }
     if (!status) status = flush_output();
     if (!status && !p->s->quiet)
         fprintf(stderr, "read %zu tokens, %.0f/s\n", p->tokens_read, (double)p->tokens_read / (seconds() - start));
     metala_dataset_free(d);
-    free(inputs);
-    free(targets);
-    free(mask);
     return status;
 }
 
@@ -814,10 +861,12 @@ static void print_parameters(const metala_model *model) {
         const metala_tensor *t = metala_model_tensor(model, i);
         char shape[200] = "[", *end = shape + 1;
         for (int j = 0; j < t->ndim; j++) end += sprintf(end, j ? ",%zu" : "%zu", t->shape[j]);
-        printf("  %-52s %-16s %12zu\n", t->name, strcat(shape, "]"), t->count);
+        printf("  %-52s %-16s %-4s %12zu\n", t->name, strcat(shape, "]"), metala_dtype_name(t->dtype), t->count);
     }
-    printf("  %-52s %-16s %12zu\n  as float32 %s\n", "total", "", metala_model_size(model),
-           size_text(text, 4.0 * (double)metala_model_size(model)));
+    printf("  %-52s %-16s %-4s %12zu\n", "total", "", "", metala_model_size(model));
+    printf("  weights are %s; all parameters take %s", metala_dtype_name(metala_model_weights(model)),
+           size_text(text, (double)metala_model_bytes(model)));
+    printf(", as float32 %s\n", size_text(text, 4.0 * (double)metala_model_size(model)));
 }
 
 // Softmax attention of the same width keeps a key and a value of D numbers for every token and layer; the state keeps
@@ -844,6 +893,16 @@ static int inform(const program *p) {
     return flush_output();
 }
 
+static int write_quantized(const program *p) {
+    char text[24];
+    if (check_target(p, p->s->quantize)) return -1;
+    if (metala_model_save(p->ctx, p->model, p->s->quantize)) return library_failed(p);
+    if (!p->s->quiet)
+        fprintf(stderr, "%s: %s weights, %s\n", p->s->quantize, p->s->weights,
+                size_text(text, (double)metala_model_bytes(p->model)));
+    return 0;
+}
+
 // ------------------------------------------------------------------------------------------------ main
 
 static int run(program *p) {
@@ -853,7 +912,9 @@ static int run(program *p) {
     if (!p->model) return library_failed(p);
     p->config = metala_model_config(p->model);
     p->bytes = p->config->vocab_size == 256;
+    if (!s->eval && quantize(p)) return -1;
     if (s->info) return inform(p);
+    if (s->quantize) return write_quantized(p);
     size_t N = (size_t)p->config->vocab_size;
     p->logits = malloc(N * sizeof *p->logits);
     p->candidates = malloc(N * sizeof *p->candidates);

@@ -767,6 +767,132 @@ static void check_matmuls(void) {
     }
 }
 
+// ---- Quantized weights. The reference multiplies with the numbers that the stored ones stand for.
+
+static double bfloat16(unsigned bits) {
+    int exponent = bits >> 7 & 255, fraction = bits & 127;
+    double x = exponent == 255 ? (fraction ? NAN : INFINITY)
+             : exponent ? ldexp(128 + fraction, exponent - 134) : ldexp(fraction, -133);
+    return bits >> 15 ? -x : x;
+}
+
+static void check_matmul_quantized(int int8, size_t rows, size_t out, size_t in, int with_bias) {
+    if (!begin(TOLERANCE(2e-6, 8e-15), "matmul %s %zux%zux%zu%s", int8 ? "int8" : "bfloat16", rows, out, in,
+               with_bias ? " bias" : ""))
+        return;
+    size_t n = (in + METALA_GROUP - 1) / METALA_GROUP;
+    double *x = doubles(rows * in), *bias = doubles(out), *y = doubles(rows * out);
+    real *rx = reals(rows * in), *rbias = reals(out), *ry = reals(rows * out), *again = reals(rows * out);
+    int8_t *q = take(out * in, 1);
+    uint16_t *w = take(out * in, sizeof *w);
+    float *scales = take(out * n, sizeof *scales);
+    random_state = rows + out + in;
+    fill_normal(x, rows * in), fill_normal(bias, out), fill_nan(ry, rows * out);
+    round_to_real(rx, x, rows * in), round_to_real(rbias, bias, out);
+    for (size_t i = 0; i < out * n; i++) scales[i] = (float)uniform(0.001, 0.1);
+    for (size_t i = 0; i < out * in; i++) {
+        q[i] = (int8_t)(below(255) - 127);
+        w[i] = (uint16_t)(below(2) << 15 | (120 + below(8)) << 7 | below(128));
+    }
+    for (size_t r = 0; r < rows; r++)
+        for (size_t o = 0; o < out; o++) {
+            double sum = with_bias ? bias[o] : 0;
+            for (size_t i = 0; i < in; i++)
+                sum += x[r * in + i] * (int8 ? (double)scales[o * n + i / METALA_GROUP] * q[o * in + i]
+                                             : bfloat16(w[o * in + i]));
+            y[r * out + o] = sum;
+        }
+    const void *weights = int8 ? (const void *)q : w;
+    CALL(matmul_quantized)(ctx, ry, rx, weights, int8 ? scales : NULL, with_bias ? rbias : NULL, rows, out, in);
+    compare("y", ry, y, DIMS(rows, out));
+    for (int threads = 2; threads <= 5; threads++) {
+        metala_context *c = metala_open(NULL, threads);
+        CALL(matmul_quantized)(c, again, rx, weights, int8 ? scales : NULL, with_bias ? rbias : NULL, rows, out, in);
+        same_bits("y of more threads", ry, again, rows * out);
+        metala_close(c);
+    }
+    end_check();
+}
+
+// What a model's output layer becomes: w (out,in) in, the numbers that its stored weights stand for out.
+static void quantize(metala_dtype type, real *w, size_t out, size_t in) {
+    metala_config c = metala_config_default();
+    c.vocab_size = (int)out, c.width = (int)in, c.layers = c.heads = c.glu_dim = 1;
+    metala_model *m = metala_model_create(ctx, &c);
+    if (!m || metala_model_set(ctx, m, "lm_head.weight", w) || metala_model_quantize(ctx, m, type) ||
+        metala_model_get(ctx, m, "lm_head.weight", w))
+        problem("%s", metala_error(ctx));
+    metala_model_free(m);
+}
+
+static void check_quantized(void) {
+    static const size_t sizes[][3] = {
+        {1, 1, 1}, {1, 7, 64}, {2, 5, 63}, {3, 9, 65}, {4, 33, 130}, {5, 3, 200}, {1, 31, 1023}, {4, 301, 515},
+        {6, 65, 31}, {17, 33, 256}, {70, 131, 257}, {9, 2100, 70}, {130, 40, 600}};
+    for (int int8 = 0; int8 < 2; int8++)
+        for (size_t i = 0; i < COUNT(sizes); i++)
+            check_matmul_quantized(int8, sizes[i][0], sizes[i][1], sizes[i][2], i % 2 == 0);
+
+    if (begin(0, "bfloat16: the nearest in every binade, ties to even")) {
+        enum { N = 255 * 128, CASES = 10 };
+        static const double between[CASES] = {0, 0.25, 0.4999, 0.5, 0.5001, 0.75, 0, -0.25, -0.5, -0.75};
+        real *w = reals(2 * N * CASES);
+        for (int sign = 0; sign < 2; sign++)
+            for (int i = 0; i < N * CASES; i++) {                    // between a number and the next one, in its places
+                double low = bfloat16((unsigned)(i / CASES)), step = bfloat16((unsigned)(i / CASES + 1)) - low;
+                if (isinf(step)) step = ldexp(1, 120);               // infinity stands for the next number
+                w[sign * N * CASES + i] = (float)((sign ? -1 : 1) * (low + fabs(between[i % CASES]) * step));
+            }
+        real *got = reals(2 * N * CASES);
+        memcpy(got, w, 2 * N * CASES * sizeof *w);
+        quantize(METALA_BF16, got, N * CASES, 2);
+        for (int i = 0; i < 2 * N * CASES && !*now.problem; i++) {
+            unsigned bits = (unsigned)(i % (N * CASES) / CASES);
+            double part = fabs(between[i % CASES]);
+            double expected = bfloat16(bits + (part > 0.5 || (part == 0.5 && bits % 2)));
+            if (i >= N * CASES) expected = -expected;
+            if (bits < 64 && part != 0 && part != 0.5) continue;     // denormal floats have no such places
+            if ((double)got[i] != expected) problem("%.9g becomes %.9g, expected %.9g", (double)w[i], (double)got[i], expected);
+        }
+        real special[4] = {(real)NAN, (real)INFINITY, (real)-INFINITY, (real)-NAN};
+        quantize(METALA_BF16, special, 2, 2);
+        expect(isnan(special[0]) && isnan(special[3]), "NaN stays NaN");
+        expect(special[1] == (real)INFINITY && special[2] == (real)-INFINITY, "infinity stays infinity");
+        end_check();
+    }
+    if (begin(0, "int8: within half a scale, one scale for 64 inputs")) {
+        enum { OUT = 50, IN = 150 };
+        real *w = reals(OUT * IN), *got = reals(OUT * IN);
+        double worst = 0;
+        random_state = 3;
+        for (size_t i = 0; i < OUT * IN; i++) w[i] = (real)(normal() * pow(10, (double)(i / 64 % 40) - 20));
+        for (size_t i = 0; i < IN; i++) w[7 * IN + i] = 0, w[8 * IN + i] *= i / 64 != 1;      // zeros: a row, a group
+        w[9 * IN] = (real)1e-44;                                     // too small for a scale, in a group of zeros
+        for (size_t i = 1; i < METALA_GROUP; i++) w[9 * IN + i] = 0;
+        memcpy(got, w, OUT * IN * sizeof *w);
+        quantize(METALA_I8, got, OUT, IN);
+        for (size_t o = 0; o < OUT; o++)
+            for (size_t i = 0; i < IN; i++) {
+                size_t g = i / METALA_GROUP * METALA_GROUP;
+                double most = 0, error = fabs((double)(got[o * IN + i] - w[o * IN + i]));
+                for (size_t j = g; j < IN && j < g + METALA_GROUP; j++) most = fmax(most, fabs((double)w[o * IN + j]));
+                double s = (float)(most / 127), bound = s / 2 * (1 + 1e-5);
+                if (most < 1e-36) bound = most;
+                if (!(error <= bound)) problem("[%zu,%zu] %g becomes %g, with scale %g", o, i, (double)w[o * IN + i],
+                                               (double)got[o * IN + i], s);
+                if (most > 0 && fabs((double)w[o * IN + i]) == most && most > 1e-36)         // the largest is hit
+                    expect(error <= 1e-6 * most, "the largest of a group stays, %g became %g", (double)w[o * IN + i],
+                           (double)got[o * IN + i]);
+                if (s > 0) worst = fmax(worst, error / s);
+            }
+        for (size_t i = 0; i < IN; i++) expect(got[7 * IN + i] == 0, "zeros stay zeros");
+        for (size_t i = 64; i < 128; i++) expect(got[8 * IN + i] == 0, "a group of zeros stays one");
+        expect(got[9 * IN] == 0, "what is too small for a scale becomes 0");
+        note(" error %.3f scales", worst);
+        end_check();
+    }
+}
+
 // ------------------------------------------------------------------------------------------------ the scan
 
 // The recurrence and its gradient in double, straight from the definition, keeping every state.
@@ -2166,6 +2292,138 @@ static void check_model_files(void) {
 
 // ------------------------------------------------------------------------------------------------ data
 
+// A quantized model computes with the numbers that metala_model_get gives, here, in a file, and after loading.
+static void check_quantized_model(metala_dtype type, int tied) {
+    if (!begin(TOLERANCE(5e-6, 1e-14), "quantized model %s%s", metala_dtype_name(type), tied ? " tied" : "")) return;
+    enum { T = 9 };
+    metala_config c = small_config(), plain;
+    c.width = 132, c.heads = 2, c.glu_dim = 70, c.glu_bias = 1, c.key_linear = 1, c.tie_word_embeddings = tied;
+    const char *path = scratch_path("quantized.tmp");
+    metala_model *m = random_model(&c, 51), *back = NULL, *reference_model;
+    plain = c, plain.tie_word_embeddings = 0;                        // the head of the reference is a tensor of its own
+    reference_model = random_model(&plain, 51);
+    size_t N = (size_t)c.vocab_size, bytes = metala_model_bytes(m), D = (size_t)c.width;
+    real *head = reals(N * D), *logits[3], *steps[3];
+    double *expected = doubles(2 * T * N), *expected_step = doubles(2 * N);
+    metala_model_get(ctx, m, tied ? "model.embed_tokens.weight" : "lm_head.weight", head);
+    if (metala_model_quantize(ctx, m, type) || metala_model_save(ctx, m, path) || !(back = metala_model_load(ctx, path)))
+        problem("%s", metala_error(ctx));
+    expect(metala_model_weights(m) == type && metala_model_bytes(m) < bytes, "smaller: %zu of %zu bytes",
+           metala_model_bytes(m), bytes);
+    expect(back && metala_model_weights(back) == type && metala_model_bytes(back) == metala_model_bytes(m),
+           "the file is loaded as it was");
+    for (int i = 0; i < metala_model_tensors(m); i++) {
+        const metala_tensor *t = metala_model_tensor(m, i);
+        real *x = reals(t->count), *y = reals(t->count);
+        expect((t->dtype == type) == (t->ndim == 2 && i > 0), "%s has type %s", t->name, metala_dtype_name(t->dtype));
+        if (metala_model_get(ctx, m, t->name, x) || (back && metala_model_get(ctx, back, t->name, y)) ||
+            metala_model_set(ctx, reference_model, t->name, x))
+            problem("%s", metala_error(ctx));
+        same_bits(t->name, x, y, t->count);
+    }
+    if (tied) {
+        quantize(type, head, N, D);
+        metala_model_set(ctx, reference_model, "lm_head.weight", head);
+    }
+    for (int i = 0; i < 3; i++) {
+        metala_model *model = i == 0 ? reference_model : i == 1 ? m : back;
+        metala_state *s = model ? metala_state_create(ctx, model, 2) : NULL;
+        int tokens[2 * T];
+        for (int t = 0; t < 2 * T; t++) tokens[t] = t * 5 % (int)N;
+        logits[i] = reals(2 * T * N), steps[i] = reals(2 * N);
+        if (!s || metala_forward(ctx, s, METALA_CHUNKWISE, tokens, NULL, T, logits[i]) ||
+            metala_step(ctx, s, tokens + 3, steps[i]))
+            problem("%s", metala_error(ctx));
+        metala_state_free(s);
+    }
+    for (size_t i = 0; i < 2 * T * N; i++) expected[i] = (double)logits[0][i];
+    for (size_t i = 0; i < 2 * N; i++) expected_step[i] = (double)steps[0][i];
+    compare("logits", logits[1], expected, DIMS(2, T, N));
+    compare("step", steps[1], expected_step, DIMS(2, N));
+    same_bits("logits of the file", logits[1], logits[2], 2 * T * N);
+    same_bits("step of the file", steps[1], steps[2], 2 * N);
+
+    size_t file_bytes;
+    read_bytes(path, &file_bytes);
+    expect(file_bytes < metala_model_bytes(m) + 16384, "a file of %zu bytes for %zu in memory", file_bytes,
+           metala_model_bytes(m));
+    metala_file *f = metala_file_open(ctx, path);
+    const char *kind = f ? metala_file_metadata(f, "weights") : NULL;
+    expect(kind && !strcmp(kind, type == METALA_I8 ? "int8" : "bf16"), "weights in the metadata");
+    const metala_tensor *scale = f ? metala_file_find(f, "model.layers.1.token_mixer.q_proj.weight.scale") : NULL;
+    expect((scale != NULL) == (type == METALA_I8), "scales with int8 only");
+    expect(!scale || (scale->dtype == METALA_F32 && scale->shape[0] == D / 2 && scale->shape[1] == 3), "F32 [66,3]");
+    metala_file_close(f);
+    remove(path);
+    metala_model_free(m), metala_model_free(back), metala_model_free(reference_model);
+    end_check();
+}
+
+static void check_quantized_files(void) {
+    static const metala_dtype types[] = {METALA_BF16, METALA_I8};
+    for (int i = 0; i < 4; i++) check_quantized_model(types[i / 2], i % 2);
+
+    if (begin(0, "quantized models refuse what they cannot do")) {
+        metala_config c = small_config();
+        metala_model *m = random_model(&c, 52), *n = random_model(&c, 53);
+        metala_trainer *t = metala_trainer_create(ctx, n, 1, 2, METALA_KEEP_ALL);
+        int tokens[2] = {1, 2};
+        double loss, norm;
+        real *x = all_parameters(m);
+        const char *path = scratch_path("refused.tmp");
+        refused("float32", metala_model_quantize(ctx, m, METALA_F32), "", "METALA_BF16 or METALA_I8");
+        expect(metala_model_weights(m) != METALA_I8, "a refusal changes nothing");
+        for (int i = 0; i < 2; i++) metala_model_quantize(ctx, m, METALA_I8), metala_model_quantize(ctx, n, METALA_BF16);
+        refused("another type", metala_model_quantize(ctx, m, METALA_BF16), "", "int8");
+        refused("training", !metala_trainer_create(ctx, m, 1, 2, METALA_KEEP_ALL), "training", "inference only");
+        refused("a new value", metala_model_set(ctx, m, "lm_head.weight", x), "lm_head.weight", "int8");
+        refused("initialisation", metala_model_init(ctx, m, 1, 0, 1), "", "int8");
+        refused("a gradient", metala_gradient(ctx, t, METALA_RECURRENT, tokens, tokens, NULL, 1, 2, 1, &loss), "", "bf16");
+        refused("an update", metala_update(ctx, t, &training_adamw, &norm), "", "bf16");
+        refused("a checkpoint", metala_checkpoint_save(ctx, t, path, NULL, 0), path, "bf16");
+        refused("a checkpoint", metala_checkpoint_load(ctx, t, path), path, "bf16");
+        metala_trainer_free(t), metala_model_free(m), metala_model_free(n);
+
+        m = random_model(&c, 54);
+        x[0] = (real)NAN;
+        metala_model_set(ctx, m, "lm_head.weight", x);
+        refused("NaN in int8", metala_model_quantize(ctx, m, METALA_I8), "lm_head.weight", "not finite");
+        expect(metala_model_weights(m) != METALA_I8 && !metala_model_quantize(ctx, m, METALA_BF16), "but not in bfloat16");
+        metala_model_free(m);
+        end_check();
+    }
+    if (begin(0, "file: quantized weights that do not fit")) {
+        static const struct { const char *from, *to, *reason; } cases[] = {
+            {"l3.weight.scale\"", "l3.weight.scals\"", "l3.weight.scale is missing"},
+            {"[29,1]", "[1,29]", "has shape [1,29]"}, {"\"I8\"", "\"U8\"", "cannot be read as I8"},
+            {"\"int8\"", "\"int9\"", "int9"}, {"\"int8\"", "\"bf16\"", "cannot be read as BF16"},
+            {"\"weights\"", "\"weighty\"", NULL}};
+        const char *path = scratch_path("whole.tmp"), *damaged = scratch_path("damaged.tmp");
+        metala_config c = small_config();
+        metala_model *m = random_model(&c, 55);
+        size_t n;
+        if (metala_model_quantize(ctx, m, METALA_I8) || metala_model_save(ctx, m, path)) problem("%s", metala_error(ctx));
+        for (size_t i = 0; i < COUNT(cases); i++) {
+            unsigned char *bytes = read_bytes(path, &n);
+            size_t length = strlen(cases[i].from), at = 0;
+            while (at + length < n && memcmp(bytes + at, cases[i].from, length)) at++;
+            memcpy(bytes + at, cases[i].to, length);
+            write_bytes(damaged, bytes, n);
+            metala_model *back = metala_model_load(ctx, damaged);
+            if (cases[i].reason) refused(cases[i].to, !back, damaged, cases[i].reason);
+            else expect(back && metala_model_weights(back) == METALA_I8, "I8 without the metadata is loaded");
+            metala_model_free(back);
+        }
+        unsigned char *bytes = read_bytes(path, &n);                 // the last numbers are scales of the head
+        bytes[n - 1] = 0x7f, bytes[n - 2] = 0x80, bytes[n - 3] = bytes[n - 4] = 0;
+        write_bytes(damaged, bytes, n);
+        refused("an infinite scale", !metala_model_load(ctx, damaged), damaged, "lm_head.weight.scale: number 28 is not finite");
+        metala_model_free(m);
+        remove(path), remove(damaged);
+        end_check();
+    }
+}
+
 static void check_data(void) {
     if (begin(0, "data: a text in windows, split, drawn")) {
         enum { SIZE = 1000, T = 32 };
@@ -2371,6 +2629,7 @@ static int use_everything(const metala_backend *scarce) {
         expect(metala_state_position(s) == (failed ? 0u : 8u), "the position counts what was read");
         expect(metala_trainer_step(t) <= 1, "one update at most");
     }
+    if (!failed) failed = metala_model_quantize(c, m, METALA_I8);
     if (failed) expect(strstr(metala_error(c), "out of memory") != NULL, "says so, not '%s'", metala_error(c));
     metala_state_free(s), metala_trainer_free(t), metala_model_free(m);
     metala_close(c);
@@ -2792,6 +3051,7 @@ int main(int argc, char **argv) {
         check_scalars();
         check_kernels();
         check_matmuls();
+        check_quantized();
         check_scans();
         check_optimizer();
         check_models();
@@ -2800,6 +3060,7 @@ int main(int argc, char **argv) {
         check_conversions();
         check_headers();
         check_model_files();
+        check_quantized_files();
         check_data();
         check_memory();
         check_table();
