@@ -1019,7 +1019,7 @@ fails 1 "c?d: cannot be opened" "run with a control character in a name" run "$(
 fails 2 "--quiet: got '1', expected no value" "run --quiet=1" run m.st --quiet=1
 fails 2 "got 'loop', expected chunkwise, recurrent or parallel" "run --form loop" run m.st --form loop
 fails 2 "got a prompt and --prompt-file" "run PROMPT --prompt-file" run m.st hello --prompt-file prompt.txt
-fails 2 "expected one of --chat, --info and --eval" "run --chat --info" run m.st --chat --info
+fails 2 "expected one of --chat, --info, --eval" "run --chat --info" run m.st --chat --info
 fails 2 "the prompt cannot be -" "run - --chat" run m.st - --chat
 fails 2 "expected --samples 1" "run --chat --samples 2" run m.st --chat --samples 2
 fails 2 "expected --samples 1" "run --save-state --samples 2" run m.st --save-state new.state --samples 2
@@ -1046,7 +1046,7 @@ fails 1 "folder: cannot be read; is it a file?" "run a folder" run folder
 fails 1 "empty.txt: not a safetensors file: 0 bytes" "run an empty file" run empty.txt
 fails 1 "not a safetensors file" "run a text" run text.txt
 fails 1 "no configuration: neither" "run a dataset" run labels.safetensors
-fails 1 "is missing" "run a model that promises more than it has" run promise.safetensors
+fails 1 "layers, the file has only" "run a model that promises more than it has" run promise.safetensors
 fails 1 "number of heads must divide" "run a model with a wrong configuration" run odd.safetensors
 fails 1 "tensor lm_head.weight has shape [4,1], this model (D=2) needs [2,2]" "run a model with a wrong shape" \
     run shaped.safetensors
@@ -1078,6 +1078,18 @@ fails 1 "folder: is not a regular file" "run --save-state a folder" run m.st hel
 equal "run --save-state a folder: noticed before writing" 0 "$(size out)"
 fails 1 "no/s.state.tmp: cannot be created" "run --save-state in a folder that is not there" \
     run m.st hello -q -n 2 --save-state no/s.state
+# Weights of fewer bits: a smaller file that says the same, nearly.
+works "run --quantize FILE: int8 unless told otherwise" run base.st --quantize int8.st
+works "run --quantize FILE --weights bf16" run base.st --quantize bf16.st --weights bf16
+holds "run --quantize: int8 is smaller than bf16, bf16 than float" \
+    "$(size int8.st) < $(size bf16.st) && $(size bf16.st) < $(size base.st)"
+run base.st --weights int8 hello -n 30 --temperature 0 --quiet > direct
+run int8.st hello -n 30 --temperature 0 --quiet > out
+same_bytes "run --weights int8 is what --quantize writes" direct out
+works "run --eval --weights bf16" run base.st --eval text.txt --weights bf16
+fails 2 "expected f32, bf16 or int8" "run --weights int4" run base.st --weights int4
+fails 1 "for inference only" "train --init of quantized weights" train text.txt --init int8.st --max-steps 1 --out never.st
+
 tried run run
 
 echo "$passed passed, $failed failed"
