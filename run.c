@@ -96,8 +96,8 @@ static const option options[] = {        // letter, name, argument, help, kind, 
     {0, "General", 0, 0, HEADING, 0, 0, 0, 0},
     {0, "form", "NAME", "chunkwise, recurrent or parallel: how a prompt or a text is read; the\n"
      "numbers are the same [chunkwise]", TEXT, AT(form_name), 0, 0, 0},
-    {0, "weights", "TYPE", "f32, bf16 (half the memory) or int8 (a quarter): writing is as much\n"
-     "faster, the text a little worse; --eval tells how much [as the file]", TEXT, AT(weights), 0, 0, 0},
+    {0, "weights", "TYPE", "f32, bf16 (half the memory) or int8 (a quarter): writing is about twice\n"
+     "as fast, the text a little worse; --eval tells how much [as the file]", TEXT, AT(weights), 0, 0, 0},
     {0, "threads", "N", "0 = one per core", COUNT, AT(threads), 0, 0, 1024},
     {'q', "quiet", 0, "no speeds, no progress", FLAG, AT(quiet), 0, 0, 0},
     {'h', "help", 0, "this text", FLAG, AT(help), 0, 0, 0},
