@@ -1817,10 +1817,11 @@ static int ends_with(const char *text, const char *end) {
     return n >= m && !strcmp(text + n - m, end);
 }
 
-int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, double std, double residual_scale) {
+int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, const metala_init *init) {
+    static const metala_init authors = {0.02, 1, 1, 0};
     if (need_reals(ctx, m, "initialisation")) return -1;
-    if (!(std > 0)) std = 0.02;
-    size_t most = 0, K = (size_t)m->config.width / 2 / (size_t)m->config.heads;
+    if (!init) init = &authors;
+    size_t most = 0, D = (size_t)m->config.width, K = D / 2 / (size_t)m->config.heads;
     for (int i = 0; i < m->tensor_count; i++) most = m->tensors[i].count > most ? m->tensors[i].count : most;
     real *values = cpu_alloc(times(most, sizeof(real)));
     if (!values) return fail_memory(ctx, "the initial values of a tensor", (double)most * sizeof(real));
@@ -1828,17 +1829,18 @@ int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, doubl
         const metala_tensor *t = &m->tensors[i];
         int conv = ends_with(t->name, "conv1d.weight"), fixed = ends_with(t->name, "decay_logit");
         int residual = ends_with(t->name, "out_proj.weight") || ends_with(t->name, "l3.weight");
-        double scale = std * (residual ? residual_scale : 1);
+        int gate = ends_with(t->name, "k_gate.weight");
+        double std = init->std * (residual ? init->residual_scale : gate ? init->gate_scale : 1);
+        double slope = gate ? init->gate_mean / (double)(K * D) : 0;                                       // of the rows' means
         uint64_t stream = seed ^ (uint64_t)i << 32;                  // each tensor its own numbers
         metala_random(&stream);
         for (size_t j = 0; j < t->count; j++)
             values[j] = (real)(conv      ? metala_uniform(&stream) - 0.5
                                : fixed   ? 8 * ((double)(j % K) + 0.5) / (double)K - 4     // α from 0.78 to 0.999
-                               : t->decay ? scale * random_normal(&stream)
+                               : t->decay ? slope * ((double)(j / D % K) + 0.5) + std * random_normal(&stream)
                                           : 0);
         if (i == 0 && m->config.pad_token_id >= 0 && m->config.pad_token_id < m->config.vocab_size)
-            memset(values + (size_t)m->config.pad_token_id * (size_t)m->config.width, 0,
-                   (size_t)m->config.width * sizeof(real));
+            memset(values + (size_t)m->config.pad_token_id * D, 0, D * sizeof(real));
         m->backend->upload(ctx, m->parameters + t->offset, values, t->count * sizeof(real));
     }
     cpu_free(values);

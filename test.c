@@ -1393,7 +1393,8 @@ static void check_models(void) {
         metala_config of = metala_config_default();
         of.width = 64, of.layers = 2, of.glu_dim = 96, of.pad_token_id = 2, of.fixed_decay = 0;
         metala_model *a = metala_model_create(ctx, &of), *b = metala_model_create(ctx, &of);
-        expect(!metala_model_init(ctx, a, 42, 0.05, 0.5) && !metala_model_init(ctx, b, 42, 0.05, 0.5), "initialises");
+        metala_init init = {.std = 0.05, .residual_scale = 0.5, .gate_scale = 2, .gate_mean = 20};
+        expect(!metala_model_init(ctx, a, 42, &init) && !metala_model_init(ctx, b, 42, &init), "initialises");
         for (int i = 0; i < metala_model_tensors(a); i++) {
             const metala_tensor *t = metala_model_tensor(a, i);
             real *x = reals(t->count), *y = reals(t->count);
@@ -1407,6 +1408,18 @@ static void check_models(void) {
             if (strstr(t->name, "conv1d")) expected = sqrt(1.0 / 12);
             if (strstr(t->name, "aug_balance") || strstr(t->name, "bias")) expected = 0;
             double margin = 5 / sqrt((double)t->count);
+            if (strstr(t->name, "k_gate")) {                         // rows of 64, of which each head has K: means apart
+                size_t K = 32 / (size_t)of.heads;
+                for (size_t row = 0; row < 32; row++) {
+                    double row_sum = 0, of_row = 20 * ((double)(row % K) + 0.5) / (double)(K * 64);
+                    for (size_t d = 0; d < 64; d++) row_sum += (double)x[row * 64 + d], x[row * 64 + d] -= (real)of_row;
+                    expect(fabs(row_sum / 64 - of_row) < 5 * 0.1 / 8, "row %zu of %s has mean %g, not %g", row, t->name,
+                           of_row, row_sum / 64);
+                }
+                sum = square = 0;
+                for (size_t j = 0; j < t->count; j++) sum += (double)x[j], square += (double)x[j] * (double)x[j];
+                mean = sum / (double)t->count, std = sqrt(square / (double)t->count), expected = 0.1;
+            }
             expect(fabs(std - expected) <= margin * expected, "%s has deviation %g, not %g", t->name, expected, std);
             expect(fabs(mean) <= margin * expected, "%s has mean 0, not %g", t->name, mean);
             if (strstr(t->name, "conv1d")) expect(most <= 0.5 && most > 0.49, "conv1d reaches 0.5, not %g", most);
@@ -1414,7 +1427,7 @@ static void check_models(void) {
             expect(i != 0 || x[0] != 0, "other rows are not");
         }
         real first[64], second[64];
-        metala_model_init(ctx, b, 43, 0, 1);
+        metala_model_init(ctx, b, 43, NULL);
         real *x = reals(256 * 64);
         metala_model_get(ctx, a, "model.embed_tokens.weight", x), memcpy(first, x, sizeof first);
         metala_model_get(ctx, b, "model.embed_tokens.weight", x), memcpy(second, x, sizeof second);
@@ -1690,7 +1703,7 @@ static real *all_parameters(const metala_model *m) {
 static metala_model *fresh_model(void) {
     metala_config c = training_config();
     metala_model *m = metala_model_create(ctx, &c);
-    metala_model_init(ctx, m, 1, 0.05, 1);
+    metala_model_init(ctx, m, 1, &(metala_init){0.05, 1, 1, 0});
     return m;
 }
 
@@ -2377,7 +2390,7 @@ static void check_quantized_files(void) {
         refused("another type", metala_model_quantize(ctx, m, METALA_BF16), "", "int8");
         refused("training", !metala_trainer_create(ctx, m, 1, 2, METALA_KEEP_ALL), "training", "inference only");
         refused("a new value", metala_model_set(ctx, m, "lm_head.weight", x), "lm_head.weight", "int8");
-        refused("initialisation", metala_model_init(ctx, m, 1, 0, 1), "", "int8");
+        refused("initialisation", metala_model_init(ctx, m, 1, NULL), "", "int8");
         refused("a gradient", metala_gradient(ctx, t, METALA_RECURRENT, tokens, tokens, NULL, 1, 2, 1, &loss), "", "bf16");
         refused("an update", metala_update(ctx, t, &training_adamw, &norm), "", "bf16");
         refused("a checkpoint", metala_checkpoint_save(ctx, t, path, NULL, 0), path, "bf16");

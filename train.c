@@ -54,8 +54,9 @@ typedef struct {
     int context, batch, accumulate, warmup, schedule, max_steps, stop_at, seed, form;
     int resume, save_every, eval_every, eval_batches, sample_every, sample_tokens, log_every;
     int quiet, threads, checkpoint_layers, profile, bench, help, version;
-    double val_fraction, init_std, residual_scale, learning_rate, min_lr, max_seconds, temperature;
+    double val_fraction, learning_rate, min_lr, max_seconds, temperature;
     metala_config config;
+    metala_init initial;                 // 0 in std and residual_scale: what depends on the sizes
     metala_adamw adamw;
     double best_loss, seconds;           // so far: best validation loss, seconds of the runs before this one
     int best_step;
@@ -107,9 +108,12 @@ static const option options[] = {
     IS_FLAG("no-augment", 0, config.no_augment, "without self-augmentation"),
     IS_FLAG("key-linear", 0, config.key_linear, "keys of their own, in place of 1 - decay"),
     IS_FLAG("fixed-decay", 0, config.fixed_decay, "a learned decay per channel, the same for every token"),
-    IS_NUMBER("init-std", 0, "0", 0, 10, init_std, "deviation of the initial weights; 0 = 1/sqrt(D); the authors' is 0.02"),
-    IS_NUMBER("residual-scale", 0, "0", 0, 10, residual_scale,
+    IS_NUMBER("init-std", 0, "0", 0, 10, initial.std, "deviation of the initial weights; 0 = 1/sqrt(D); the authors' is 0.02"),
+    IS_NUMBER("residual-scale", 0, "0", 0, 10, initial.residual_scale,
               "factor on those that end a residual branch; 0 = 1/sqrt(2L)"),
+    IS_NUMBER("gate-scale", 0, "8", 0, 1000, initial.gate_scale, "factor on those that make the decay; the authors' is 1"),
+    IS_NUMBER("gate-mean", 0, "0", 0, 1e6, initial.gate_mean,
+              "and the largest mean of their rows times D: 200 where things must be remembered for long"),
 
     IS_GROUP("Optimisation"),
     IS_NUMBER("learning-rate", "--lr", "0.006", 0, 1e30, learning_rate, "highest learning rate"),
@@ -469,10 +473,11 @@ static void complete_config(program *p) {
 static int new_model(program *p) {
     const settings *s = p->s;
     p->model = metala_model_create(p->ctx, &s->config);
-    double scale = s->residual_scale > 0 ? s->residual_scale : 1 / sqrt(2.0 * s->config.layers);
-    double std = s->init_std > 0 ? s->init_std : 1 / sqrt((double)s->config.width);
+    metala_init init = s->initial;
+    if (init.std == 0) init.std = 1 / sqrt((double)s->config.width);
+    if (init.residual_scale == 0) init.residual_scale = 1 / sqrt(2.0 * s->config.layers);
     if (!p->model) return library_failed(p);
-    return metala_model_init(p->ctx, p->model, (uint64_t)s->seed, std, scale) ? library_failed(p) : 0;
+    return metala_model_init(p->ctx, p->model, (uint64_t)s->seed, &init) ? library_failed(p) : 0;
 }
 
 static int old_model(program *p, const char *path) {

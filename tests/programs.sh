@@ -322,6 +322,8 @@ effect --vocab 256 300
 effect --tau 16 4
 effect --init-std 0 0.05
 effect --residual-scale "" 0.1
+effect --gate-scale 8 1
+effect --gate-mean 0 200
 effect --learning-rate 0.006 0.01
 effect --min-lr 0.01 0.9
 effect --warmup 0 4
@@ -626,8 +628,8 @@ wrong=
 while read -r flag rest; do refused train "--$flag" "got nothing, expected"; done < arguments
 equal "train: each of the $(lines arguments) options with an argument says so when it is missing" "" "$wrong"
 wrong=
-for flag in val-fraction context batch accumulate width layers heads glu-dim vocab tau init-std residual-scale learning-rate \
-    min-lr warmup max-steps max-seconds beta1 beta2 eps weight-decay clip seed log-every eval-every eval-batches save-every \
+for flag in val-fraction context batch accumulate width layers heads glu-dim vocab tau init-std residual-scale gate-scale gate-mean \
+    learning-rate min-lr warmup max-steps max-seconds beta1 beta2 eps weight-decay clip seed log-every eval-every eval-batches save-every \
     sample-every sample-tokens temperature stop-at threads; do
     for value in -1 1e31 x 5x; do refused train "--$flag" "got '$value', expected a .*number from" $value; done
 done
