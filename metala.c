@@ -125,6 +125,19 @@ static void *scratch(metala_context *ctx, size_t bytes) {
     return ctx->scratch;
 }
 
+void *metala_context_scratch(metala_context *ctx, size_t bytes) { return scratch(ctx, bytes); }
+
+// The first failure is the cause of those that follow.
+void metala_context_fail(metala_context *ctx, const char *format, ...) {
+    char text[sizeof ctx->error];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    if (!ctx->failed) fail(ctx, "%s", text);
+    ctx->failed = 1;
+}
+
 // Threads share out the outputs of a kernel, never the terms of a sum: results do not depend on their number.
 // PARALLEL_FOR(work) starts threads only when there is work for them (about 10 µs worth of operations).
 #ifdef _OPENMP
@@ -1503,6 +1516,14 @@ static const metala_backend cpu_backend = {
 };
 
 const metala_backend *metala_cpu(void) { return &cpu_backend; }
+
+#ifndef METALA_CUDA                     // cuda_metala.cu has another
+const metala_backend *metala_cuda(metala_math math, char *why, size_t size) {
+    (void)math;
+    snprintf(why, size, "these programs were built without CUDA; build with make CUDA=1");
+    return NULL;
+}
+#endif
 
 // ============================================================== 7. The model: configuration, parameters, initialisation
 

@@ -1,0 +1,1480 @@
+// cuda_metala.cu - the kernels of metala.c once more, for an NVIDIA GPU (compute capability 8.0 or newer).
+//
+// The file mirrors sections 2 to 6 of metala.c: the same functions in the same order under the same names, with the same
+// arguments, and the kernel behind `name` is called `name_kernel`. What a function computes stands above its twin in
+// metala.c; the comments here say how the work is shared out over threads. The model itself is not here: metala.c
+// calls whatever backend table its context has, and this file fills one.
+//
+// Contents
+//     1. Context: errors, memory, launches
+//     2. Scalar functions; sums over warps and blocks
+//     3. Matrix products
+//     4. The kernels around the scan
+//     5. The decay scan
+//     6. The backend table
+//
+// To write a kernel of your own, put it in place of one here and ask
+//
+//     make CUDA=1 && ./test --device cuda --kernel rms_forward       on a GPU
+//     make test-emu                                                  without one
+//
+// which compare it with its CPU twin on random and edge shapes. So that it also runs without a GPU, where
+// emulator/cuda_on_cpu.h makes every thread a fiber of the CPU, three conventions hold:
+//
+//     LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)      in place of kernel<<<...>>>(...)
+//     DYNAMIC_SHARED(type, name)                                           in place of extern __shared__ type name[]
+//     inline PTX only in the functions under "Instructions" below, one instruction each
+//
+// Bits: the order of every sum follows from the shapes alone. There are no atomics on floats; where blocks share a sum,
+// each leaves its part in scratch memory and a second kernel adds the parts in order.
+
+#include "metala.h"
+
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+
+#ifdef METALA_FLOAT64
+#error "the GPU's kernels compute in float: build without -DMETALA_FLOAT64"
+#endif
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define DYNAMIC_SHARED(type, name)                                        \
+    extern __shared__ __align__(128) unsigned char name##_as_bytes[];     \
+    type *name = (type *)name##_as_bytes
+#endif
+
+// Hidden from other files, as `static` hides them in C; kernels of a template cannot be static.
+namespace {
+
+// ============================================================== 1. Context: errors, memory, launches
+
+enum { WARP = 32, THREADS = 256, WARPS = THREADS / WARP };       // of a block, unless a kernel says otherwise
+
+// Values of cudaError_t that have an advice of their own.
+enum { OUT_OF_MEMORY = 2, OLD_DRIVER = 35, NO_DEVICE = 100, NO_IMAGE = 209, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719 };
+
+const char *advice(int error) {
+    switch (error) {
+    case OUT_OF_MEMORY: return "try a smaller batch, context or model";
+    case OLD_DRIVER: return "update the driver, or build with an older CUDA Toolkit";
+    case NO_DEVICE: return "nvidia-smi lists the GPUs; CUDA_VISIBLE_DEVICES hides them";
+    case NO_IMAGE: return "build again with the CUDA_ARCH of this GPU, as in make CUDA=1 CUDA_ARCH=90";
+    case ILLEGAL_ADDRESS:
+    case LAUNCH_FAILED: return "compute-sanitizer names the kernel, as does CUDA_LAUNCH_BLOCKING=1";
+    default: return "CUDA_LAUNCH_BLOCKING=1 shows which call it was";
+    }
+}
+
+// Marks the context when a call of the runtime has failed; true when all is well.
+bool check(metala_context *ctx, cudaError_t error, const char *what, const char *file, int line) {
+    if (error == cudaSuccess) return true;
+    cudaGetLastError();                                          // the error is reported, so it is over, if it can be
+    metala_context_fail(ctx, "%s:%d: %s: CUDA error %d, %s; %s", file, line, what, (int)error, cudaGetErrorString(error),
+                        advice((int)error));
+    return false;
+}
+#define CHECK(call) check(ctx, call, #call, __FILE__, __LINE__)
+
+void *cuda_alloc(size_t bytes) {
+    void *memory = NULL;
+    if (cudaMalloc(&memory, bytes ? bytes : 1) != cudaSuccess || cudaMemset(memory, 0, bytes) != cudaSuccess) {
+        cudaGetLastError();                                      // the caller says what was wanted
+        cudaFree(memory);
+        return NULL;
+    }
+    return memory;
+}
+
+void cuda_free(void *memory) { cudaFree(memory); }
+
+// Kernels and copies are in one stream and so in order; a copy to the host waits for all that came before it, and is
+// where an error inside a kernel shows. download of 0 bytes only waits.
+void cuda_upload(metala_context *ctx, void *to, const void *host, size_t bytes) {
+    if (bytes) CHECK(cudaMemcpy(to, host, bytes, cudaMemcpyHostToDevice));
+}
+void cuda_download(metala_context *ctx, void *host, const void *from, size_t bytes) {
+    if (bytes) CHECK(cudaMemcpy(host, from, bytes, cudaMemcpyDeviceToHost));
+    else CHECK(cudaDeviceSynchronize());
+}
+void cuda_copy(metala_context *ctx, void *to, const void *from, size_t bytes) {
+    if (bytes) CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, 0));
+}
+void cuda_zero(metala_context *ctx, void *memory, size_t bytes) {
+    if (bytes) CHECK(cudaMemsetAsync(memory, 0, bytes, 0));
+}
+
+// Memory for the duration of one call, as in metala.c; the context has it. Kernels of the next call may reuse it while
+// those of this one still wait in the stream: they run after them.
+float *scratch(metala_context *ctx, size_t floats) {
+    float *memory = (float *)metala_context_scratch(ctx, floats * sizeof(float));
+#ifndef __CUDACC__                                               // the emulator shows who reads what nobody wrote
+    if (memory) cudaMemset(memory, 0xFF, floats * sizeof(float));
+#endif
+    return memory;
+}
+
+struct extent {                                                  // of a grid, in blocks, before it is known to fit
+    size_t x, y, z;
+    extent(size_t x, size_t y = 1, size_t z = 1) : x(x), y(y), z(z) {}
+};
+
+// Does a launch keep to the limits of the GPU? A grid without blocks has nothing to do. More than 48 KB of shared memory
+// must be asked for, which fails when the GPU has less.
+template <class Kernel>
+bool fits(metala_context *ctx, Kernel *kernel, const char *name, extent grid, size_t shared, const char *file, int line) {
+    if (!grid.x || !grid.y || !grid.z) return false;
+    if (grid.x > INT_MAX || grid.y > 65535 || grid.z > 65535) {
+        metala_context_fail(ctx, "%s:%d: %s needs a grid of %zu x %zu x %zu blocks, CUDA allows %d x 65535 x 65535;"
+                            " try a smaller batch or fewer heads", file, line, name, grid.x, grid.y, grid.z, INT_MAX);
+        return false;
+    }
+    if (shared <= 48 * 1024) return true;
+    if (shared <= INT_MAX &&
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) == cudaSuccess) return true;
+    cudaGetLastError();
+    metala_context_fail(ctx, "%s:%d: %s needs %zu bytes of shared memory in a block, more than this GPU has; use more"
+                        " heads, so that each is smaller", file, line, name, shared);
+    return false;
+}
+
+// RUN(kernel, grid, block, shared bytes, arguments...): checks the limits, launches, checks the launch.
+#define RUN(kernel, grid, block, shared, ...)                                         \
+    do {                                                                              \
+        extent grid_ = grid;                                                          \
+        size_t shared_ = shared;                                                      \
+        if (fits(ctx, kernel, #kernel, grid_, shared_, __FILE__, __LINE__)) {         \
+            dim3 blocks_((unsigned)grid_.x, (unsigned)grid_.y, (unsigned)grid_.z);    \
+            LAUNCH(kernel, blocks_, block, shared_, 0, __VA_ARGS__);                  \
+            check(ctx, cudaGetLastError(), #kernel, __FILE__, __LINE__);              \
+        }                                                                             \
+    } while (0)
+
+__host__ __device__ constexpr size_t ceil_div(size_t n, size_t unit) { return n / unit + (n % unit != 0); }
+__host__ __device__ constexpr size_t least(size_t a, size_t b) { return a < b ? a : b; }
+__host__ __device__ constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Blocks for n independent numbers or rows. Each thread, or warp, takes one and then every so many further on, so that
+// the grid stays small whatever n is.
+size_t blocks_for(size_t n, size_t in_block) {
+    size_t blocks = ceil_div(n, in_block);
+    return blocks < 1 << 16 ? blocks : 1 << 16;
+}
+#define FOR_EACH(i, n) \
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (n); i += (size_t)gridDim.x * blockDim.x)
+#define FOR_EACH_WARP(row, rows) \
+    for (size_t row = blockIdx.x * (size_t)WARPS + threadIdx.x / WARP; row < (rows); row += (size_t)gridDim.x * WARPS)
+
+// ============================================================== 2. Scalar functions; sums over warps and blocks
+
+// expf, log1pf and expm1f of the CUDA library are right to one or two units of the last place (no -use_fast_math).
+
+// σ(x) = 1/(1+e^-x), with the exponential of -|x|.
+__device__ float sigmoid(float x) {
+    float e = expf(-fabsf(x)), s = 1 / (1 + e);
+    return x < 0 ? e * s : s;
+}
+// log σ(z) = min(z,0) - log(1 + e^-|z|)
+__device__ float log_sigmoid(float z) { return (z < 0 ? z : 0) - log1pf(expf(-fabsf(z))); }
+// silu(x) = x σ(x) and its derivative σ(x)(1 + x(1 - σ(x))).
+__device__ float silu(float x) { return x * sigmoid(x); }
+__device__ float silu_slope(float x) {
+    float s = sigmoid(x);
+    return s * (1 + x * (1 - s));
+}
+
+const unsigned ALL_LANES = 0xFFFFFFFFu;
+
+// The sum over the 32 lanes of a warp, in every lane: pairs, then pairs of pairs, …
+template <class Number>
+__device__ Number warp_sum(Number x) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+
+// The sum over a block of THREADS, in every thread.
+template <class Number>
+__device__ Number block_sum(Number x) {
+    __shared__ Number part[WARPS];
+    x = warp_sum(x);
+    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = 0;
+    for (int warp = 0; warp < WARPS; warp++) x += part[warp];
+    __syncthreads();                                             // part may be written again
+    return x;
+}
+
+// to[i] (+)= Σ_p parts[p·stride + i] in order: the second stage of a sum that blocks share.
+__global__ void sum_parts_kernel(float *to, const float *parts, size_t count, size_t stride, size_t n, int accumulate) {
+    FOR_EACH(i, n) {
+        float sum = 0;
+        for (size_t p = 0; p < count; p++) sum += parts[p * stride + i];
+        to[i] = accumulate ? to[i] + sum : sum;
+    }
+}
+
+// ============================================================== 3. Matrix products
+
+// C = A B in float, on the ordinary multipliers. A block of 256 threads computes a TILE × TILE piece of C; for every 16
+// values of k it brings a strip of A and one of B to shared memory, and each thread multiplies an outer product of R
+// numbers of A with R of B, R = TILE/16, which stay in registers: 2R loads for R² multiply-adds. While it does, the next
+// strips are on their way from global memory.
+//
+//   A(i,k) = a[i·a_row + k·a_k]      B(k,j) = b.at(k,j)      bias [N] or NULL is added when C is not accumulated
+//   A_BY_K, B_BY_K: k is what is contiguous in memory, so that threads side by side must read k side by side
+//
+// gridDim.z > 1 shares out k: block z sums k from z·k_each on and leaves its part in c + z·M·N.
+
+enum { STRIP = 16 };
+
+struct real_weights {
+    const float *w;
+    size_t k_step, column_step;
+    __device__ float at(size_t k, size_t j) const { return w[k * k_step + j * column_step]; }
+    __device__ void four(float *to, size_t k, size_t j) const {  // k, k+1, k+2, k+3; 16 bytes, aligned
+        float4 x = *(const float4 *)(w + j * column_step + k);
+        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    }
+};
+
+// Quantized weights, W'[j][k] as metala.c explains them: the upper halves of floats, or scaled bytes.
+struct bfloat16_weights {
+    const uint16_t *w;
+    size_t in;
+    __device__ static float real(unsigned bits) { return __uint_as_float(bits << 16); }
+    __device__ float at(size_t k, size_t j) const { return real(w[j * in + k]); }
+    __device__ void four(float *to, size_t k, size_t j) const {
+        uint2 x = *(const uint2 *)(w + j * in + k);
+        to[0] = real(x.x & 0xFFFF), to[1] = real(x.x >> 16), to[2] = real(x.y & 0xFFFF), to[3] = real(x.y >> 16);
+    }
+};
+
+struct int8_weights {
+    const int8_t *q;
+    const float *scales;
+    size_t in, groups;
+    __device__ float at(size_t k, size_t j) const {
+        return scales[j * groups + k / METALA_GROUP] * (float)q[j * in + k];
+    }
+    __device__ void four(float *to, size_t k, size_t j) const {
+        unsigned x = *(const unsigned *)(q + j * in + k);
+        float s = scales[j * groups + k / METALA_GROUP];
+        for (int i = 0; i < 4; i++) to[i] = s * (float)(int8_t)(x >> 8 * i & 0xFF);
+    }
+};
+
+template <int TILE, bool A_BY_K, bool B_BY_K, class Weights>
+__global__ void __launch_bounds__(THREADS)
+matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weights b, const float *bias, size_t M,
+                       size_t N, size_t K, size_t k_each, int accumulate) {
+    enum { R = TILE / 16, PITCH = TILE + 4 };
+    alignas(16) __shared__ float a_strip[STRIP][PITCH], b_strip[STRIP][PITCH];
+    const unsigned thread = threadIdx.x, row = thread / 16 * 4, column = thread % 16 * 4;
+    const size_t i0 = blockIdx.x * (size_t)TILE, j0 = blockIdx.y * (size_t)TILE;
+    const size_t first = blockIdx.z * k_each, last = least(K, first + k_each);
+    float next_a[R], next_b[R], sum[R][R] = {};
+
+    auto fetch = [&](size_t k0) {
+#pragma unroll
+        for (int e = 0; e < R; e++) {
+            unsigned n = e * THREADS + thread;
+            size_t i = i0 + (A_BY_K ? n / STRIP : n % TILE), k = k0 + (A_BY_K ? n % STRIP : n / TILE);
+            next_a[e] = i < M && k < last ? a[i * a_row + k * a_k] : 0;
+            size_t j = j0 + (B_BY_K ? n / STRIP : n % TILE);
+            k = k0 + (B_BY_K ? n % STRIP : n / TILE);
+            next_b[e] = j < N && k < last ? b.at(k, j) : 0;
+        }
+    };
+    fetch(first);
+    for (size_t k0 = first; k0 < last; k0 += STRIP) {
+#pragma unroll
+        for (int e = 0; e < R; e++) {
+            unsigned n = e * THREADS + thread;
+            a_strip[A_BY_K ? n % STRIP : n / TILE][A_BY_K ? n / STRIP : n % TILE] = next_a[e];
+            b_strip[B_BY_K ? n % STRIP : n / TILE][B_BY_K ? n / STRIP : n % TILE] = next_b[e];
+        }
+        __syncthreads();
+        if (k0 + STRIP < last) fetch(k0 + STRIP);
+#pragma unroll
+        for (int k = 0; k < STRIP; k++) {
+            float x[R], y[R];
+#pragma unroll
+            for (int e = 0; e < R; e += 4) {                     // rows row…row+3, and 64 further on
+                float4 p = *(const float4 *)&a_strip[k][row + 16 * e], q = *(const float4 *)&b_strip[k][column + 16 * e];
+                x[e] = p.x, x[e + 1] = p.y, x[e + 2] = p.z, x[e + 3] = p.w;
+                y[e] = q.x, y[e + 1] = q.y, y[e + 2] = q.z, y[e + 3] = q.w;
+            }
+#pragma unroll
+            for (int i = 0; i < R; i++)
+#pragma unroll
+                for (int j = 0; j < R; j++) sum[i][j] += x[i] * y[j];
+        }
+        __syncthreads();
+    }
+    float *to = c + blockIdx.z * M * N;
+    bool whole = gridDim.z == 1;
+#pragma unroll
+    for (int i = 0; i < R; i++)
+#pragma unroll
+        for (int j = 0; j < R; j++) {
+            size_t at_i = i0 + row + 64 * (i / 4) + i % 4, at_j = j0 + column + 64 * (j / 4) + j % 4;
+            if (at_i < M && at_j < N) {
+                float start = !whole ? 0 : accumulate ? to[at_i * N + at_j] : bias ? bias[at_j] : 0;
+                to[at_i * N + at_j] = start + sum[i][j];
+            }
+        }
+}
+
+// C = start + Σ_z parts[z], where the start is C itself, the bias, or 0.
+__global__ void sum_splits_kernel(float *c, const float *parts, const float *bias, size_t splits, size_t M, size_t N,
+                                  int accumulate) {
+    FOR_EACH(i, M * N) {
+        float sum = accumulate ? c[i] : bias ? bias[i % N] : 0;
+        for (size_t z = 0; z < splits; z++) sum += parts[z * M * N + i];
+        c[i] = sum;
+    }
+}
+
+// A long sum with few tiles, as dW has, is cut into parts so that the GPU is full: about 128 blocks, and at least 512
+// values of k each. Only the shape decides, or the bits would differ from GPU to GPU.
+size_t splits_of(size_t tiles, size_t K) {
+    size_t most = K / 512, wanted = tiles < 128 ? 128 / tiles : 1, splits = wanted < most ? wanted : most;
+    return splits ? splits : 1;
+}
+
+template <bool A_BY_K, bool B_BY_K, class Weights>
+void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row, size_t a_k, Weights b,
+                     const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+    if (M == 0 || N == 0) return;
+    bool large = ceil_div(M, 128) * ceil_div(N, 128) >= 64;      // enough tiles of 128 to go around
+    size_t tile = large ? 128 : 64, splits = splits_of(ceil_div(M, tile) * ceil_div(N, tile), K);
+    size_t k_each = round_up(ceil_div(K, splits), STRIP);
+    splits = K ? ceil_div(K, k_each) : 1;
+    float *to = splits > 1 ? scratch(ctx, splits * M * N) : c;
+    if (!to) return;
+    extent grid(ceil_div(M, tile), ceil_div(N, tile), splits);
+    if (large) RUN((matrix_multiply_kernel<128, A_BY_K, B_BY_K, Weights>), grid, THREADS, 0, to, a, a_row, a_k, b, bias,
+                   M, N, K, k_each, accumulate);
+    else RUN((matrix_multiply_kernel<64, A_BY_K, B_BY_K, Weights>), grid, THREADS, 0, to, a, a_row, a_k, b, bias, M, N,
+             K, k_each, accumulate);
+    if (splits > 1)
+        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
+}
+
+// y = x Wᵀ + bias for a few rows of x, as in generation: memory is the limit, each weight is read once. A warp for each
+// output; FOUR: all rows of x and W start at multiples of 4 numbers and are read four at a time.
+enum { FEW_ROWS = 4 };
+template <bool FOUR, class Weights>
+__global__ void matmul_few_rows_kernel(float *y, const float *x, Weights w, const float *bias, size_t rows, size_t out,
+                                       size_t in) {
+    enum { EACH = FOUR ? 4 : 1 };
+    FOR_EACH_WARP(o, out) {
+        float sum[FEW_ROWS] = {};
+        for (size_t k = threadIdx.x % WARP * EACH; k < in; k += WARP * EACH) {
+            float weight[EACH];
+            if (FOUR) w.four(weight, k, o);
+            else weight[0] = w.at(k, o);
+#pragma unroll
+            for (size_t row = 0; row < FEW_ROWS; row++)
+                if (row < rows)
+                    for (int e = 0; e < EACH; e++) sum[row] += x[row * in + k + e] * weight[e];
+        }
+#pragma unroll
+        for (size_t row = 0; row < FEW_ROWS; row++) {
+            float all = warp_sum(sum[row]);
+            if (row < rows && threadIdx.x % WARP == 0) y[row * out + o] = all + (bias ? bias[o] : 0);
+        }
+    }
+}
+
+template <class Weights>
+void matmul_few_rows(metala_context *ctx, float *y, const float *x, Weights w, const void *memory, const float *bias,
+                     size_t rows, size_t out, size_t in) {
+    if (in % 4 == 0 && (uintptr_t)memory % 16 == 0)
+        RUN((matmul_few_rows_kernel<true, Weights>), blocks_for(out, WARPS), THREADS, 0, y, x, w, bias, rows, out, in);
+    else
+        RUN((matmul_few_rows_kernel<false, Weights>), blocks_for(out, WARPS), THREADS, 0, y, x, w, bias, rows, out, in);
+}
+
+// Linear layer:  y = x Wᵀ + bias.    y (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
+void matmul_forward(metala_context *ctx, float *y, const float *x, const float *w, const float *bias, size_t rows,
+                    size_t out, size_t in) {
+    real_weights weights = {w, 1, in};
+    if (rows <= FEW_ROWS) matmul_few_rows(ctx, y, x, weights, w, bias, rows, out, in);
+    else matrix_multiply<true, true>(ctx, y, x, in, 1, weights, bias, rows, out, in, 0);
+}
+
+// sums[j] += Σ_row a[row][j], the gradient of a bias: strips of rows, then the strips.
+enum { ROWS_OF_STRIP = 64 };
+__global__ void column_sums_kernel(float *parts, const float *a, size_t rows, size_t columns) {
+    FOR_EACH(i, ceil_div(rows, ROWS_OF_STRIP) * columns) {
+        size_t strip = i / columns, j = i % columns, end = (strip + 1) * ROWS_OF_STRIP;
+        float sum = 0;
+        for (size_t row = strip * ROWS_OF_STRIP; row < rows && row < end; row++) sum += a[row * columns + j];
+        parts[i] = sum;
+    }
+}
+
+void add_column_sums(metala_context *ctx, float *sums, const float *a, size_t rows, size_t columns) {
+    size_t strips = ceil_div(rows, ROWS_OF_STRIP);
+    float *parts = scratch(ctx, strips * columns);
+    if (!parts) return;
+    RUN(column_sums_kernel, blocks_for(strips * columns, THREADS), THREADS, 0, parts, a, rows, columns);
+    RUN(sum_parts_kernel, blocks_for(columns, THREADS), THREADS, 0, sums, parts, strips, columns, columns, 1);
+}
+
+// dx = dy W (or dx += dy W)      dW += dyᵀ x      dbias += Σ_rows dy
+//   dx (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
+void matmul_backward(metala_context *ctx, float *dx, float *dw, float *dbias, const float *dy, const float *x,
+                     const float *w, size_t rows, size_t out, size_t in, int accumulate) {
+    real_weights w_of_k = {w, in, 1}, x_of_k = {x, in, 1};
+    if (dx) matrix_multiply<true, false>(ctx, dx, dy, out, 1, w_of_k, NULL, rows, in, out, accumulate);
+    if (dw) matrix_multiply<false, false>(ctx, dw, dy, 1, out, x_of_k, NULL, out, in, rows, 1);
+    if (dbias) add_column_sums(ctx, dbias, dy, rows, out);
+}
+
+// y = x W'ᵀ + bias of quantized weights.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16
+void matmul_quantized(metala_context *ctx, float *y, const float *x, const void *w, const float *scales,
+                      const float *bias, size_t rows, size_t out, size_t in) {
+    int8_weights bytes = {(const int8_t *)w, scales, in, ceil_div(in, METALA_GROUP)};
+    bfloat16_weights halves = {(const uint16_t *)w, in};
+    if (rows <= FEW_ROWS && scales) matmul_few_rows(ctx, y, x, bytes, w, bias, rows, out, in);
+    else if (rows <= FEW_ROWS) matmul_few_rows(ctx, y, x, halves, w, bias, rows, out, in);
+    else if (scales) matrix_multiply<true, true>(ctx, y, x, in, 1, bytes, bias, rows, out, in, 0);
+    else matrix_multiply<true, true>(ctx, y, x, in, 1, halves, bias, rows, out, in, 0);
+}
+
+// ============================================================== 4. The kernels around the scan
+
+// x_row = scale · E[token_row]          x (rows,D)   E [N,D]: a thread for each number of x.
+__global__ void embedding_forward_kernel(float *x, const int *tokens, const float *E, size_t rows, size_t D,
+                                         float scale) {
+    FOR_EACH(i, rows * D) x[i] = scale * E[(size_t)tokens[i / D] * D + i % D];
+}
+void embedding_forward(metala_context *ctx, float *x, const int *tokens, const float *E, size_t rows, size_t D,
+                       double scale) {
+    RUN(embedding_forward_kernel, blocks_for(rows * D, THREADS), THREADS, 0, x, tokens, E, rows, D, (float)scale);
+}
+
+// dE[token] += scale · dx, but nothing for the padding token. A token may come often, and its rows are to be added in
+// order: block `row` looks whether an earlier row has the same token, in which case that one's block does the work;
+// otherwise it adds up all rows of the token. blockIdx.y: 256 columns each.
+__global__ void embedding_backward_kernel(float *dE, const float *dx, const int *tokens, size_t rows, size_t D,
+                                          float scale, int pad_token_id) {
+    __shared__ unsigned hits[WARPS];
+    const size_t row = blockIdx.x, d = blockIdx.y * (size_t)THREADS + threadIdx.x;
+    const int token = tokens[row];
+    bool first = token != pad_token_id;
+    for (size_t end = row; first && end > 0; end = end < THREADS ? 0 : end - THREADS)
+        first = !__syncthreads_or(threadIdx.x < end && tokens[end - 1 - threadIdx.x] == token);
+    float sum = first && d < D ? dE[(size_t)token * D + d] : 0;
+    for (size_t base = row; first && base < rows; base += THREADS) {
+        unsigned hit = __ballot_sync(ALL_LANES, base + threadIdx.x < rows && tokens[base + threadIdx.x] == token);
+        if (threadIdx.x % WARP == 0) hits[threadIdx.x / WARP] = hit;
+        __syncthreads();
+        for (int warp = 0; warp < WARPS && d < D; warp++)
+            for (int lane = 0; lane < WARP && hits[warp]; lane++)
+                if (hits[warp] >> lane & 1) sum += scale * dx[(base + warp * WARP + lane) * D + d];
+        __syncthreads();
+    }
+    if (first && d < D) dE[(size_t)token * D + d] = sum;
+}
+void embedding_backward(metala_context *ctx, float *dE, const float *dx, const int *tokens, size_t rows, size_t D,
+                        double scale, int pad_token_id) {
+    RUN(embedding_backward_kernel, extent(rows, ceil_div(D, THREADS)), THREADS, 0, dE, dx, tokens, rows, D,
+        (float)scale, pad_token_id);
+}
+
+// RMS norm:  n = m x r,  r = (mean_D(x²) + eps)^(-1/2)
+//   n, x (rows,D)   r (rows)   mask m (rows) of 0 and 1, or NULL: a warp for each row.
+__global__ void rms_forward_kernel(float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
+                                   float eps) {
+    FOR_EACH_WARP(row, rows) {
+        const float *in = x + row * D;
+        float sum = 0;
+        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) sum += in[d] * in[d];
+        float scale = 1 / sqrtf(warp_sum(sum) / (float)D + eps);
+        if (threadIdx.x % WARP == 0) r[row] = scale;
+        if (mask && !mask[row]) scale = 0;
+        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) n[row * D + d] = in[d] * scale;
+    }
+}
+void rms_forward(metala_context *ctx, float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
+                 double eps) {
+    RUN(rms_forward_kernel, blocks_for(rows, WARPS), THREADS, 0, n, r, x, mask, rows, D, (float)eps);
+}
+
+// dx += r (m dn - x̂ mean_D(m dn ⊙ x̂)),  x̂ = x r         dx, dn (rows,D)   r (rows): a warp for each row.
+__global__ void rms_backward_kernel(float *dx, const float *dn, const float *x, const float *r, const uint8_t *mask,
+                                    size_t rows, size_t D) {
+    FOR_EACH_WARP(row, rows) {
+        const float *in = x + row * D, *gradient = dn + row * D;
+        float scale = r[row], sum = 0;
+        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) sum += gradient[d] * in[d];
+        float mean = scale * warp_sum(sum) / (float)D;
+        if (!mask || mask[row])
+            for (size_t d = threadIdx.x % WARP; d < D; d += WARP)
+                dx[row * D + d] += scale * (gradient[d] - in[d] * scale * mean);
+    }
+}
+void rms_backward(metala_context *ctx, float *dx, const float *dn, const float *x, const float *r, const uint8_t *mask,
+                  size_t rows, size_t D) {
+    RUN(rms_backward_kernel, blocks_for(rows, WARPS), THREADS, 0, dx, dn, x, r, mask, rows, D);
+}
+
+// Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
+//   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read, NULL for zeros: a thread for each number.
+__device__ float conv_input(const float *n, const float *tail, size_t b, size_t t, size_t j, size_t d, size_t T,
+                            size_t D) {
+    enum { REACH = METALA_CONV - 1 };
+    if (t + j >= REACH) return n[(b * T + t + j - REACH) * D + d];
+    return tail ? tail[(b * METALA_CONV + t + j + 1) * D + d] : 0;
+}
+
+__global__ void conv_forward_kernel(float *u, float *c, const float *n, const float *w, const float *tail, size_t B,
+                                    size_t T, size_t D) {
+    FOR_EACH(i, B * T * D) {
+        size_t d = i % D, t = i / D % T, b = i / D / T;
+        float sum = 0;
+        for (size_t j = 0; j < METALA_CONV; j++) sum += w[d * METALA_CONV + j] * conv_input(n, tail, b, t, j, d, T, D);
+        c[i] = sum;
+        u[i] = silu(sum);
+    }
+}
+void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const float *w, const float *tail, size_t B,
+                  size_t T, size_t D) {
+    RUN(conv_forward_kernel, blocks_for(B * T * D, THREADS), THREADS, 0, u, c, n, w, tail, B, T, D);
+}
+
+// dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
+// A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of the next
+// three in registers, and leaves the run's part of dw in parts (runs,D,4).
+enum { RUN_TOKENS = 32 };
+__global__ void conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, const float *n,
+                                     const float *w, const float *tail, size_t B, size_t T, size_t D) {
+    const size_t runs = ceil_div(T, RUN_TOKENS);
+    FOR_EACH(i, B * runs * D) {
+        size_t d = i % D, b = i / D / runs, t0 = i / D % runs * RUN_TOKENS, end = least(T, t0 + RUN_TOKENS);
+        const float *taps = w + d * METALA_CONV;
+        float later[METALA_CONV] = {}, sum[METALA_CONV] = {};    // dc of t, t+1, t+2, t+3
+        for (size_t t = end + METALA_CONV - 1; t-- > t0;) {
+            size_t at = (b * T + t) * D + d;
+            later[3] = later[2], later[2] = later[1], later[1] = later[0];
+            later[0] = t < T ? du[at] * silu_slope(c[at]) : 0;
+            if (t >= end) continue;                              // the next run's, only looked at
+            dn[at] = taps[3] * later[0] + taps[2] * later[1] + taps[1] * later[2] + taps[0] * later[3];
+            for (size_t j = 0; j < METALA_CONV; j++) sum[j] += later[0] * conv_input(n, tail, b, t, j, d, T, D);
+        }
+        for (size_t j = 0; j < METALA_CONV; j++) parts[i * METALA_CONV + j] = sum[j];
+    }
+}
+void conv_backward(metala_context *ctx, float *dn, float *dw, const float *du, const float *c, const float *n,
+                   const float *w, const float *tail, size_t B, size_t T, size_t D) {
+    size_t runs = B * ceil_div(T, RUN_TOKENS), taps = D * METALA_CONV;
+    float *parts = scratch(ctx, runs * taps);
+    if (!parts) return;
+    RUN(conv_backward_kernel, blocks_for(runs * D, THREADS), THREADS, 0, dn, parts, du, c, n, w, tail, B, T, D);
+    RUN(sum_parts_kernel, blocks_for(taps, THREADS), THREADS, 0, dw, parts, runs, taps, taps, 1);
+}
+
+// tail = the last 4 of (tail, n_0 … n_{T-1}), oldest first: a thread moves all 4 of one channel.
+__global__ void conv_tail_kernel(float *tail, const float *n, size_t B, size_t T, size_t D) {
+    FOR_EACH(i, B * D) {
+        size_t b = i / D, d = i % D;
+        float last[METALA_CONV];
+        for (size_t j = 0; j < METALA_CONV; j++) {               // place T + j of the tail and the inputs behind it
+            size_t from = T + j;
+            last[j] = from < METALA_CONV ? tail[(b * METALA_CONV + from) * D + d]
+                                         : n[(b * T + from - METALA_CONV) * D + d];
+        }
+        for (size_t j = 0; j < METALA_CONV; j++) tail[(b * METALA_CONV + j) * D + d] = last[j];
+    }
+}
+void conv_tail(metala_context *ctx, float *tail, const float *n, size_t B, size_t T, size_t D) {
+    RUN(conv_tail_kernel, blocks_for(B * D, THREADS), THREADS, 0, tail, n, B, T, D);
+}
+
+// x_row = m_row x_row, in place; its own backward. x (rows,D), m (rows): a thread for each number.
+__global__ void mask_rows_kernel(float *x, const uint8_t *mask, size_t rows, size_t D) {
+    FOR_EACH(i, rows * D) if (!mask[i / D]) x[i] = 0;
+}
+void mask_rows(metala_context *ctx, float *x, const uint8_t *mask, size_t rows, size_t D) {
+    RUN(mask_rows_kernel, blocks_for(rows * D, THREADS), THREADS, 0, x, mask, rows, D);
+}
+
+// a = log σ(z) / τ,  α = e^a,  k = 1 - α        alpha, k, z: n numbers; k NULL when the key is not tied to the decay.
+__global__ void gate_forward_kernel(float *alpha, float *k, const float *z, size_t n, float inverse_tau) {
+    FOR_EACH(i, n) {
+        float a = log_sigmoid(z[i]) * inverse_tau;
+        alpha[i] = expf(a);
+        if (k) k[i] = -expm1f(a);
+    }
+}
+void gate_forward(metala_context *ctx, float *alpha, float *k, const float *z, size_t n, double tau) {
+    RUN(gate_forward_kernel, blocks_for(n, THREADS), THREADS, 0, alpha, k, z, n, (float)(1 / tau));
+}
+
+// dz = (da - α dk) σ(-z) / τ      da is the gradient in a = log α, dk that of the tied key, NULL when it is not tied.
+__global__ void gate_backward_kernel(float *dz, const float *da, const float *dk, const float *z, const float *alpha,
+                                     size_t n, float inverse_tau) {
+    FOR_EACH(i, n) {
+        float gradient = da[i];
+        if (dk) gradient -= alpha[i] * dk[i];
+        dz[i] = gradient * sigmoid(-z[i]) * inverse_tau;
+    }
+}
+void gate_backward(metala_context *ctx, float *dz, const float *da, const float *dk, const float *z, const float *alpha,
+                   size_t n, double tau) {
+    RUN(gate_backward_kernel, blocks_for(n, THREADS), THREADS, 0, dz, da, dk, z, alpha, n, (float)(1 / tau));
+}
+
+// Self-augmentation:  p_t = o_t + σ(w_t v_t),  w_t = Σ_i q_{t,i} k_{t,i} b_i        per head
+//   p, o, v (rows,H,V)   q, k (rows,H,K)   b [H·K]: a warp for each row and head.
+__device__ float augment_weight(const float *q, const float *k, const float *b, size_t K) {
+    float w = 0;
+    for (size_t i = threadIdx.x % WARP; i < K; i += WARP) w += q[i] * k[i] * b[i];
+    return warp_sum(w);
+}
+
+__global__ void augment_forward_kernel(float *p, const float *o, const float *q, const float *k, const float *v,
+                                       const float *b, size_t rows, size_t H, size_t K, size_t V) {
+    FOR_EACH_WARP(r, rows * H) {
+        float w = augment_weight(q + r * K, k + r * K, b + r % H * K, K);
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) p[r * V + j] = o[r * V + j] + sigmoid(w * v[r * V + j]);
+    }
+}
+void augment_forward(metala_context *ctx, float *p, const float *o, const float *q, const float *k, const float *v,
+                     const float *b, size_t rows, size_t H, size_t K, size_t V) {
+    RUN(augment_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, p, o, q, k, v, b, rows, H, K, V);
+}
+
+// With e = σ(w v), t = dp ⊙ e ⊙ (1 - e):   do = dp (the same memory serves both)     dw = Σ_V t ⊙ v
+//   dv += w t     dq += dw (k ⊙ b)     dk += dw (q ⊙ b)     db += Σ_rows dw (q ⊙ k)
+// A warp for each row and head, which leaves dw (rows,H); then db in strips of rows.
+__global__ void augment_backward_kernel(float *dq, float *dk, float *dv, float *dw, const float *dp, const float *q,
+                                        const float *k, const float *v, const float *b, size_t rows, size_t H, size_t K,
+                                        size_t V) {
+    FOR_EACH_WARP(r, rows * H) {
+        const float *qh = q + r * K, *kh = k + r * K, *bh = b + r % H * K;
+        float w = augment_weight(qh, kh, bh, K), sum = 0;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
+            float e = sigmoid(w * v[r * V + j]), t = dp[r * V + j] * e * (1 - e);
+            dv[r * V + j] += w * t;
+            sum += t * v[r * V + j];
+        }
+        sum = warp_sum(sum);
+        for (size_t i = threadIdx.x % WARP; i < K; i += WARP) {
+            dq[r * K + i] += sum * kh[i] * bh[i];
+            dk[r * K + i] += sum * qh[i] * bh[i];
+        }
+        if (threadIdx.x % WARP == 0) dw[r] = sum;
+    }
+}
+__global__ void augment_balance_kernel(float *parts, const float *dw, const float *q, const float *k, size_t rows,
+                                       size_t H, size_t K) {
+    FOR_EACH(i, ceil_div(rows, ROWS_OF_STRIP) * H * K) {
+        size_t strip = i / (H * K), channel = i % (H * K), end = (strip + 1) * ROWS_OF_STRIP;
+        float sum = 0;
+        for (size_t row = strip * ROWS_OF_STRIP; row < rows && row < end; row++)
+            sum += dw[row * H + channel / K] * q[row * H * K + channel] * k[row * H * K + channel];
+        parts[i] = sum;
+    }
+}
+void augment_backward(metala_context *ctx, float *dq, float *dk, float *dv, float *db, const float *dp, const float *q,
+                      const float *k, const float *v, const float *b, size_t rows, size_t H, size_t K, size_t V) {
+    size_t strips = ceil_div(rows, ROWS_OF_STRIP);
+    float *dw = scratch(ctx, rows * H + strips * H * K), *parts = dw + rows * H;
+    if (!dw) return;
+    RUN(augment_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dq, dk, dv, dw, dp, q, k, v, b, rows, H, K, V);
+    RUN(augment_balance_kernel, blocks_for(strips * H * K, THREADS), THREADS, 0, parts, dw, q, k, rows, H, K);
+    RUN(sum_parts_kernel, blocks_for(H * K, THREADS), THREADS, 0, db, parts, strips, H * K, H * K, 1);
+}
+
+// Head norm:  n = (p - μ) ρ,  ρ = (mean((p-μ)²) + eps)^(-1/2)     n, p (rows,H,V)   ρ (rows,H): a warp for each head.
+__global__ void head_norm_forward_kernel(float *n, float *rho, const float *p, size_t heads, size_t V, float eps) {
+    FOR_EACH_WARP(r, heads) {
+        float sum = 0, square = 0;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) sum += p[r * V + j];
+        float mean = warp_sum(sum) / (float)V;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) square += (p[r * V + j] - mean) * (p[r * V + j] - mean);
+        float scale = 1 / sqrtf(warp_sum(square) / (float)V + eps);
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) n[r * V + j] = (p[r * V + j] - mean) * scale;
+        if (threadIdx.x % WARP == 0) rho[r] = scale;
+    }
+}
+void head_norm_forward(metala_context *ctx, float *n, float *rho, const float *p, size_t rows, size_t H, size_t V,
+                       double eps) {
+    RUN(head_norm_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, n, rho, p, rows * H, V, (float)eps);
+}
+
+// dp = ρ (dn - mean(dn) - n mean(dn ⊙ n)): a warp for each head.
+__global__ void head_norm_backward_kernel(float *dp, const float *dn, const float *n, const float *rho, size_t heads,
+                                          size_t V) {
+    FOR_EACH_WARP(r, heads) {
+        float sum = 0, product = 0;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
+            sum += dn[r * V + j];
+            product += dn[r * V + j] * n[r * V + j];
+        }
+        float mean = warp_sum(sum) / (float)V, along = warp_sum(product) / (float)V;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP)
+            dp[r * V + j] = rho[r] * (dn[r * V + j] - mean - n[r * V + j] * along);
+    }
+}
+void head_norm_backward(metala_context *ctx, float *dp, const float *dn, const float *n, const float *rho, size_t rows,
+                        size_t H, size_t V) {
+    RUN(head_norm_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dp, dn, n, rho, rows * H, V);
+}
+
+// Gated product:  y = silu(a) ⊙ b, n numbers.
+__global__ void silu_gate_forward_kernel(float *y, const float *a, const float *b, size_t n) {
+    FOR_EACH(i, n) y[i] = silu(a[i]) * b[i];
+}
+void silu_gate_forward(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
+    RUN(silu_gate_forward_kernel, blocks_for(n, THREADS), THREADS, 0, y, a, b, n);
+}
+
+// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
+__global__ void silu_gate_backward_kernel(float *da, float *db, const float *dy, const float *a, const float *b,
+                                          size_t n) {
+    FOR_EACH(i, n) {
+        float s = sigmoid(a[i]), gradient = dy[i];
+        da[i] = gradient * b[i] * s * (1 + a[i] * (1 - s));
+        db[i] = gradient * a[i] * s;
+    }
+}
+void silu_gate_backward(metala_context *ctx, float *da, float *db, const float *dy, const float *a, const float *b,
+                        size_t n) {
+    RUN(silu_gate_backward_kernel, blocks_for(n, THREADS), THREADS, 0, da, db, dy, a, b, n);
+}
+
+// Residual:  y = a + b, n numbers; y may be a or b.
+__global__ void add_kernel(float *y, const float *a, const float *b, size_t n) { FOR_EACH(i, n) y[i] = a[i] + b[i]; }
+void add(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
+    RUN(add_kernel, blocks_for(n, THREADS), THREADS, 0, y, a, b, n);
+}
+
+// Softmax cross-entropy:  lse = log Σ_n e^{logit_n},  loss = lse - logit_target; 0 where the target is METALA_IGNORE
+//   loss, lse (rows)   logits (rows,N). A block for each row reads it once: every thread keeps the largest logit that it
+//   has met and the sum of exponentials relative to it, and these pairs are joined at the end.
+__device__ void join_sums(float &most, float &sum, float other_most, float other_sum) {
+    float larger = most > other_most ? most : other_most;
+    sum = sum * expf(most - larger) + other_sum * expf(other_most - larger);
+    most = larger;
+}
+
+__global__ void cross_entropy_forward_kernel(float *loss, float *lse, const float *logits, const int *targets,
+                                             size_t rows, size_t N) {
+    __shared__ float mosts[WARPS], sums[WARPS];
+    for (size_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        const float *x = logits + row * N;
+        float most = -FLT_MAX, sum = 0;
+        for (size_t i = threadIdx.x; i < N; i += THREADS) {
+            if (x[i] > most) {
+                sum *= expf(most - x[i]);
+                most = x[i];
+            }
+            sum += expf(x[i] - most);
+        }
+        for (int distance = WARP / 2; distance > 0; distance /= 2) {
+            float other_most = __shfl_xor_sync(ALL_LANES, most, distance);
+            float other_sum = __shfl_xor_sync(ALL_LANES, sum, distance);
+            join_sums(most, sum, other_most, other_sum);
+        }
+        if (threadIdx.x % WARP == 0) mosts[threadIdx.x / WARP] = most, sums[threadIdx.x / WARP] = sum;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            for (int warp = 1; warp < WARPS; warp++) join_sums(most, sum, mosts[warp], sums[warp]);
+            float log_sum = logf(sum);
+            lse[row] = most + log_sum;
+            loss[row] = targets[row] == METALA_IGNORE ? 0 : most - x[targets[row]] + log_sum;
+        }
+        __syncthreads();
+    }
+}
+void cross_entropy_forward(metala_context *ctx, float *loss, float *lse, const float *logits, const int *targets,
+                           size_t rows, size_t N) {
+    RUN(cross_entropy_forward_kernel, blocks_for(rows, 1), THREADS, 0, loss, lse, logits, targets, rows, N);
+}
+
+// dlogits = weight (softmax(logits) - onehot(target)), 0 where ignored; may overwrite the logits. A block for each row.
+__global__ void cross_entropy_backward_kernel(float *dlogits, const float *logits, const float *lse, const int *targets,
+                                              size_t rows, size_t N, float weight) {
+    for (size_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        const int target = targets[row];
+        const float base = lse[row];
+        for (size_t i = threadIdx.x; i < N; i += THREADS) {
+            float p = weight * expf(logits[row * N + i] - base) - ((size_t)target == i ? weight : 0);
+            dlogits[row * N + i] = target == METALA_IGNORE ? 0 : p;
+        }
+    }
+}
+void cross_entropy_backward(metala_context *ctx, float *dlogits, const float *logits, const float *lse,
+                            const int *targets, size_t rows, size_t N, double weight) {
+    RUN(cross_entropy_backward_kernel, blocks_for(rows, 1), THREADS, 0, dlogits, logits, lse, targets, rows, N,
+        (float)weight);
+}
+
+// Σ x², for the global norm of the gradients: blocks of 4096 numbers, then one block adds up their sums in order.
+enum { SQUARES = 4096 };
+__global__ void sum_squares_kernel(double *parts, const float *x, size_t n) {
+    for (size_t part = blockIdx.x; part < ceil_div(n, SQUARES); part += gridDim.x) {
+        size_t end = least(n, (part + 1) * SQUARES);
+        float sum = 0;
+        for (size_t i = part * SQUARES + threadIdx.x; i < end; i += THREADS) sum += x[i] * x[i];
+        double all = block_sum((double)sum);
+        if (threadIdx.x == 0) parts[part] = all;
+    }
+}
+__global__ void sum_doubles_kernel(double *sum, const double *parts, size_t count) {
+    double own = 0;
+    for (size_t p = threadIdx.x; p < count; p += THREADS) own += parts[p];
+    own = block_sum(own);
+    if (threadIdx.x == 0) *sum = own;
+}
+double sum_squares(metala_context *ctx, const float *x, size_t n) {
+    size_t count = ceil_div(n, SQUARES);
+    double *parts = (double *)scratch(ctx, 2 * (count + 1)), sum = 0;
+    if (!parts) return 0;
+    RUN(sum_squares_kernel, blocks_for(count, 1), THREADS, 0, parts, x, n);
+    RUN(sum_doubles_kernel, 1, THREADS, 0, parts + count, parts, count);
+    cuda_download(ctx, &sum, parts + count, sizeof sum);
+    return sum;
+}
+
+// AdamW, step = 1, 2, …:  g = gradient_scale · g;  θ *= 1 - lr·wd;  m = β₁m + (1-β₁)g;  v = β₂v + (1-β₂)g²
+//                         θ -= lr/(1-β₁^step) · m / (√v / √(1-β₂^step) + eps)        a thread for each parameter
+typedef struct { float scale, keep, beta1, beta2, eps, rate, root; } adamw_numbers;
+
+__global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n, adamw_numbers a) {
+    FOR_EACH(i, n) {
+        float gradient = a.scale * g[i];
+        m[i] = a.beta1 * m[i] + (1 - a.beta1) * gradient;
+        v[i] = a.beta2 * v[i] + (1 - a.beta2) * gradient * gradient;
+        p[i] = a.keep * p[i] - a.rate * m[i] / (sqrtf(v[i]) * a.root + a.eps);
+    }
+}
+void adamw(metala_context *ctx, float *p, float *m, float *v, const float *g, size_t n, const metala_adamw *adamw,
+           uint64_t step, double gradient_scale, double weight_decay) {
+    adamw_numbers a;
+    a.scale = (float)gradient_scale;
+    a.keep = (float)(1 - adamw->learning_rate * weight_decay);
+    a.beta1 = (float)adamw->beta1, a.beta2 = (float)adamw->beta2, a.eps = (float)adamw->eps;
+    a.rate = (float)(adamw->learning_rate / (1 - pow(adamw->beta1, (double)step)));
+    a.root = (float)(1 / sqrt(1 - pow(adamw->beta2, (double)step)));
+    RUN(adamw_kernel, blocks_for(n, THREADS), THREADS, 0, p, m, v, g, n, a);
+}
+
+// ============================================================== 5. The decay scan
+
+// For each sequence and head, see metala.c for the equations and their gradients:
+//
+//     S_t = diag(α_t) S_{t-1} + k_t v_tᵀ           S in R^{K×V}
+//     o_t = s S_tᵀ q_t
+//
+//   o, v (B,T,H,V)   q, k, alpha (B,T,H,K)   S (B,H,K,V): initial state in, final state out, NULL for zeros and no
+//   interest; states (B,H,ceil(T/64),K,V) receives the state before every 64th token, for the backward, or NULL
+//
+// The columns of S do not know of each other: a block of threads takes one head and a tile of columns, and walks through
+// time. Forward, tiles have nothing to share. Backward, dq, dk and da are sums over all columns; each tile leaves its
+// part of them in scratch memory.
+//
+// As in metala.c, decays over several tokens are products of α, each at most 1, and nothing is ever divided by one.
+
+__host__ __device__ constexpr size_t chunks(size_t T) { return ceil_div(T, METALA_CHUNK); }
+
+// Head b_h = b·H + h starts at this row of q, k, v, …, and its next token is H rows on.
+__device__ size_t first_row(size_t b_h, size_t T, size_t H) { return b_h / H * T * H + b_h % H; }
+
+// ---- Recurrent: the definition, token by token. Threads (32, GROUPS): lane l has column l of the tile, and group g the
+// rows g, g + GROUPS, g + 2·GROUPS, … of S, ROWS of them, in registers. Generation reads and writes S once a token, and
+// that is all that it does.
+
+enum { RECURRENT_COLUMNS = WARP };
+
+// The sum over the groups of x, at column `lane`, in order. part (GROUPS, 32). Group 0 gets it.
+template <int GROUPS>
+__device__ float sum_groups(float *part, float x) {
+    part[threadIdx.y * WARP + threadIdx.x] = x;
+    __syncthreads();
+    float sum = 0;
+    for (int g = 0; g < GROUPS && threadIdx.y == 0; g++) sum += part[g * WARP + threadIdx.x];
+    __syncthreads();
+    return sum;
+}
+
+template <int ROWS, int GROUPS>
+__global__ void __launch_bounds__(WARP * GROUPS)
+recurrent_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
+                         const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
+    __shared__ float part[GROUPS * WARP];
+    const size_t b_h = blockIdx.y, j = blockIdx.x * (size_t)RECURRENT_COLUMNS + threadIdx.x, row = first_row(b_h, T, H);
+    float s[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        size_t i = threadIdx.y + r * GROUPS;
+        s[r] = S && i < K && j < V ? S[(b_h * K + i) * V + j] : 0;
+    }
+    for (size_t t = 0; t < T; t++) {
+        const size_t at = row + t * H;
+        const float vj = j < V ? v[at * V + j] : 0;
+        float sum = 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            size_t i = threadIdx.y + r * GROUPS;
+            if (i >= K) break;
+            if (states && t % METALA_CHUNK == 0 && j < V)
+                states[((b_h * chunks(T) + t / METALA_CHUNK) * K + i) * V + j] = s[r];
+            s[r] = alpha[at * K + i] * s[r] + k[at * K + i] * vj;
+            sum += q[at * K + i] * s[r];
+        }
+        sum = sum_groups<GROUPS>(part, sum);
+        if (threadIdx.y == 0 && j < V) o[at * V + j] = scale * sum;
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        size_t i = threadIdx.y + r * GROUPS;
+        if (S && i < K && j < V) S[(b_h * K + i) * V + j] = s[r];
+    }
+}
+
+// As recurrent_backward of metala.c. before (heads,64,K,V): the states of one chunk, made again from its first. dq, dk,
+// da: this tile's part, `tile_step` numbers from tile to tile. first_head: the heads of this launch begin there.
+template <int ROWS, int GROUPS>
+__global__ void __launch_bounds__(WARP * GROUPS)
+recurrent_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, float *dv, float *dS, float *before,
+                          const float *dO, const float *states, const float *q, const float *k, const float *v,
+                          const float *alpha, size_t first_head, size_t T, size_t H, size_t K, size_t V, float scale) {
+    __shared__ float part[GROUPS * WARP];
+    const size_t b_h = first_head + blockIdx.y, j = blockIdx.x * (size_t)RECURRENT_COLUMNS + threadIdx.x;
+    const size_t row = first_row(b_h, T, H), to = blockIdx.x * tile_step;
+    float *own = before + blockIdx.y * METALA_CHUNK * K * V;
+    float s[ROWS], g[ROWS];                                          // S and Γ, then G
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        size_t i = threadIdx.y + r * GROUPS;
+        g[r] = dS && i < K && j < V ? dS[(b_h * K + i) * V + j] : 0;
+    }
+    for (size_t c = chunks(T); c-- > 0;) {
+        const size_t t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {                             // forwards through the chunk: each row for itself
+            size_t i = threadIdx.y + r * GROUPS;
+            if (i >= K || j >= V) break;
+            s[r] = states[((b_h * chunks(T) + c) * K + i) * V + j];
+            for (size_t t = 0; t < n; t++) {
+                const size_t at = row + (t0 + t) * H;
+                own[(t * K + i) * V + j] = s[r];
+                s[r] = alpha[at * K + i] * s[r] + k[at * K + i] * v[at * V + j];
+            }
+        }
+        for (size_t t = n; t-- > 0;) {
+            const size_t at = row + (t0 + t) * H;
+            const float vj = j < V ? v[at * V + j] : 0, doj = j < V ? dO[at * V + j] : 0;
+            float sum = 0;                                           // dv
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                size_t i = threadIdx.y + r * GROUPS;
+                if (i >= K) break;                                   // all lanes of a warp together
+                float a = alpha[at * K + i], ki = k[at * K + i], was = j < V ? own[(t * K + i) * V + j] : 0;
+                float after = a * was + ki * vj;
+                g[r] += scale * q[at * K + i] * doj;
+                sum += g[r] * ki;
+                float of_q = warp_sum(after * doj), of_k = warp_sum(g[r] * vj), of_a = warp_sum(g[r] * was);
+                if (threadIdx.x == 0) {
+                    dq[to + at * K + i] = scale * of_q;
+                    dk[to + at * K + i] = of_k;
+                    da[to + at * K + i] = a * of_a;
+                }
+                g[r] *= a;
+            }
+            sum = sum_groups<GROUPS>(part, sum);
+            if (threadIdx.y == 0 && j < V) dv[at * V + j] = sum;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        size_t i = threadIdx.y + r * GROUPS;
+        if (dS && i < K && j < V) dS[(b_h * K + i) * V + j] = g[r];
+    }
+}
+
+// ---- Chunkwise: products of matrices inside blocks of 16 tokens, the recurrence from block to block, as in metala.c.
+// S stays in shared memory. With t and j inside a block, S_0 the state before it, p_t = Π_{r<=t} α_r and n its last token:
+//
+//     o_t = s ( S_0ᵀ (q_t ⊙ p_t) + Σ_{j<=t} A_tj v_j ),   A_tj = q_t · (k_j ⊙ Π_{j<r<=t} α_r)
+//     S_n = diag(p_n) S_0 + Σ_j (k_j ⊙ Π_{j<r<=n} α_r) v_jᵀ
+//
+// Tokens beyond the end have q = k = v = do = 0 and α = 1, which changes nothing.
+
+enum { BLOCK = 16, A_PITCH = BLOCK + 1 };
+
+// Distance of rows of q, k, α in shared memory: whole float4, and neighbours in other banks.
+__host__ __device__ constexpr size_t row_pitch(size_t K) { return round_up(K, 4) + 4; }
+
+// to (BLOCK, pitch) = the tokens t0 … t0+n-1 of one head of x (·,H,width), columns from…from+columns-1, which are filled
+// up with `rest`. A warp for each row.
+__device__ void load_tokens(float *to, size_t pitch, size_t columns, const float *x, size_t step, size_t n, size_t width,
+                            float rest) {
+    for (size_t t = threadIdx.x / WARP; t < BLOCK; t += WARPS)
+        for (size_t i = threadIdx.x % WARP; i < columns; i += WARP)
+            to[t * pitch + i] = t < n && i < width ? x[t * step + i] : rest;
+}
+
+// A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. 16 threads share a key j: each carries some of its
+// channels from t = j on, multiplying by α_t, and they add up their products.
+__device__ void block_map(float *A, const float *q, const float *k, const float *alpha, size_t K, size_t pitch,
+                          float scale) {
+    const int j = threadIdx.x / 16, lane = threadIdx.x % 16;
+    float sum[BLOCK] = {};
+    for (size_t i = lane; i < K; i += 16) {
+        float key = k[j * pitch + i];
+#pragma unroll
+        for (int t = 0; t < BLOCK; t++) {
+            if (t > j) key *= alpha[t * pitch + i];
+            if (t >= j) sum[t] += q[t * pitch + i] * key;
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < BLOCK; t++) {
+        float all = sum[t];
+        for (int distance = 8; distance > 0; distance /= 2) all += __shfl_xor_sync(ALL_LANES, all, distance);
+        if (lane == t) A[t * A_PITCH + j] = scale * all;
+    }
+}
+
+// In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q may be NULL. A thread for each channel.
+__device__ void block_decay(float *q, float *k, const float *alpha, float *total, size_t K, size_t pitch, float scale) {
+    for (size_t i = threadIdx.x; i < K; i += THREADS) {
+        float p = 1, rest = 1;
+        for (int t = 0; t < BLOCK; t++) {
+            p *= alpha[t * pitch + i];
+            if (q) q[t * pitch + i] *= scale * p;
+        }
+        for (int t = BLOCK - 1; t >= 0; t--) {
+            k[t * pitch + i] *= rest;
+            rest *= alpha[t * pitch + i];
+        }
+        total[i] = p;
+    }
+}
+
+// S = diag(total) S + aᵀ b:   S (K, COLUMNS), rows s_pitch apart   a (BLOCK, K)   b (BLOCK, COLUMNS), b_pitch apart.
+// A thread has 4 × 4 numbers of S at a time. K is a multiple of 4 here: rows are padded with zeros.
+template <int COLUMNS>
+__device__ void block_update(float *S, size_t s_pitch, const float *total, const float *a, size_t pitch, const float *b,
+                             size_t b_pitch, size_t K) {
+    for (size_t task = threadIdx.x; task < K / 4 * (COLUMNS / 4); task += THREADS) {
+        size_t i = task / (COLUMNS / 4) * 4, j = task % (COLUMNS / 4) * 4;
+        float sum[4][4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            float4 x = *(const float4 *)&S[(i + e) * s_pitch + j];
+            float p = total[i + e];
+            sum[e][0] = p * x.x, sum[e][1] = p * x.y, sum[e][2] = p * x.z, sum[e][3] = p * x.w;
+        }
+#pragma unroll
+        for (int t = 0; t < BLOCK; t++) {
+            float4 x = *(const float4 *)&a[t * pitch + i], y = *(const float4 *)&b[t * b_pitch + j];
+            const float of_a[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                sum[e][0] += of_a[e] * y.x, sum[e][1] += of_a[e] * y.y;
+                sum[e][2] += of_a[e] * y.z, sum[e][3] += of_a[e] * y.w;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            *(float4 *)&S[(i + e) * s_pitch + j] = make_float4(sum[e][0], sum[e][1], sum[e][2], sum[e][3]);
+    }
+}
+
+// A tile of a state between global memory, (K,V) with the tile's first column at `global`, and shared memory, (Kp, pitch).
+template <int COLUMNS>
+__device__ void load_state(float *S, size_t pitch, const float *global, size_t Kp, size_t K, size_t V, size_t columns) {
+    for (size_t n = threadIdx.x; n < Kp * COLUMNS; n += THREADS) {
+        size_t i = n / COLUMNS, j = n % COLUMNS;
+        S[i * pitch + j] = global && i < K && j < columns ? global[i * V + j] : 0;
+    }
+}
+template <int COLUMNS>
+__device__ void store_state(float *global, const float *S, size_t pitch, size_t K, size_t V, size_t columns) {
+    for (size_t n = threadIdx.x; n < K * COLUMNS; n += THREADS) {
+        size_t i = n / COLUMNS, j = n % COLUMNS;
+        if (j < columns) global[i * V + j] = S[i * pitch + j];
+    }
+}
+
+// Floats of shared memory: S, q, k, α, v, A and the block's total decay.
+template <int COLUMNS>
+size_t chunkwise_forward_shared(size_t K) {
+    return round_up(K, 4) * (COLUMNS + 1) + 3 * BLOCK * row_pitch(K) + BLOCK * COLUMNS + BLOCK * A_PITCH;
+}
+
+template <int COLUMNS>
+__global__ void __launch_bounds__(THREADS)
+chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
+                         const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
+    DYNAMIC_SHARED(float, memory);
+    const size_t Kp = round_up(K, 4), pitch = row_pitch(K), b_h = blockIdx.y, j0 = blockIdx.x * (size_t)COLUMNS;
+    const size_t columns = least(V - j0, COLUMNS), row = first_row(b_h, T, H);
+    float *state = memory, *q_block = state + Kp * COLUMNS, *k_block = q_block + BLOCK * pitch;
+    float *alpha_block = k_block + BLOCK * pitch, *v_block = alpha_block + BLOCK * pitch;
+    float *total = v_block + BLOCK * COLUMNS, *A = total + Kp;
+
+    load_state<COLUMNS>(state, COLUMNS, S ? S + b_h * K * V + j0 : NULL, Kp, K, V, columns);
+    for (size_t t0 = 0; t0 < T; t0 += BLOCK) {
+        const size_t n = least(T - t0, BLOCK), at = row + t0 * H;
+        load_tokens(q_block, pitch, Kp, q + at * K, H * K, n, K, 0);
+        load_tokens(k_block, pitch, Kp, k + at * K, H * K, n, K, 0);
+        load_tokens(alpha_block, pitch, Kp, alpha + at * K, H * K, n, K, 1);
+        load_tokens(v_block, COLUMNS, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
+        __syncthreads();
+        if (states && t0 % METALA_CHUNK == 0)
+            store_state<COLUMNS>(states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V + j0, state, COLUMNS, K, V,
+                                 columns);
+        block_map(A, q_block, k_block, alpha_block, K, pitch, scale);
+        __syncthreads();
+        block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
+        __syncthreads();
+        for (unsigned task = threadIdx.x; task < BLOCK * (COLUMNS / 4); task += THREADS) {     // o = qp S_0 + A v
+            const unsigned t = task / (COLUMNS / 4), j = task % (COLUMNS / 4) * 4;
+            float sum[4] = {};
+            for (size_t i = 0; i < Kp; i++) {
+                float x = q_block[t * pitch + i];
+                float4 y = *(const float4 *)&state[i * COLUMNS + j];
+                sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+            }
+            for (unsigned l = 0; l <= t; l++) {
+                float x = A[t * A_PITCH + l];
+                float4 y = *(const float4 *)&v_block[l * COLUMNS + j];
+                sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (t < n && j + e < columns) o[(at + t * H) * V + j0 + j + e] = sum[e];
+        }
+        __syncthreads();                                             // the old state is read
+        block_update<COLUMNS>(state, COLUMNS, total, k_block, pitch, v_block, COLUMNS, Kp);
+        __syncthreads();                                             // the block's tokens are done with
+    }
+    if (S) store_state<COLUMNS>(S + b_h * K * V + j0, state, COLUMNS, K, V, columns);
+}
+
+// Block by block from the last, see chunkwise_backward of metala.c. Γ is the gradient of the state after the block,
+// D_tj = s do_t·v_j for j <= t, and over the columns of this tile:
+//
+//     dq_t = s p_t ⊙ (S_0 do_t) + Σ_{j<=t} D_tj (k_j ⊙ Π_{j<r<=t} α_r)
+//     dk_j = Σ_{t>=j} D_tj (q_t ⊙ Π_{j<r<=t} α_r) + Π_{j<r<=n} α_r ⊙ (Γ v_j)
+//     dv_j = s Σ_{t>=j} A_tj do_t + Γᵀ (k_j ⊙ Π_{j<r<=n} α_r)
+//     da_t = Σ_{r>=t} (q_r ⊙ dq_r - k_r ⊙ dk_r) + rowsum(Γ ⊙ S_n)
+//     Γ   <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ
+//
+// The states between the blocks of a chunk are made again, and wait in global memory, `between` (heads,3,K,V).
+
+// D[t][j] = s do_t·v_j for j <= t, 0 above: a thread for each.
+__device__ void block_products(float *D, const float *dO, const float *v, size_t pitch, int columns, float scale) {
+    const int t = threadIdx.x / BLOCK, j = threadIdx.x % BLOCK;
+    float sum = 0;
+    for (int l = 0; l < columns; l++) sum += dO[t * pitch + l] * v[j * pitch + l];
+    D[t * A_PITCH + j] = j <= t ? scale * sum : 0;
+}
+
+// y[t][i] = Σ_l x[t][l] S[i][l]: one row of S and 4 tokens for each thread.   x (BLOCK, columns)   S (K, columns)
+template <int COLUMNS>
+__device__ void block_project(float *y, size_t pitch, const float *x, const float *S, size_t s_pitch, size_t K) {
+    for (size_t task = threadIdx.x; task < K * (BLOCK / 4); task += THREADS) {
+        size_t i = task % K, t = task / K * 4;
+        float sum[4] = {};
+        for (int l = 0; l < COLUMNS; l += 4) {
+            float4 a = *(const float4 *)&S[i * s_pitch + l];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float4 b = *(const float4 *)&x[(t + e) * s_pitch + l];
+                sum[e] += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+            }
+        }
+        for (int e = 0; e < 4; e++) y[(t + e) * pitch + i] = sum[e];
+    }
+}
+
+// One channel of dq, from y = S_0 do_t which it takes the place of: keys decay forwards.
+__device__ void channel_dq(float *y, const float *k, const float *alpha, const float *D, size_t pitch, float scale) {
+    float key[BLOCK], p = 1;
+#pragma unroll
+    for (int t = 0; t < BLOCK; t++) {
+        float a = alpha[t * pitch], sum;
+        p *= a;
+        sum = scale * p * y[t * pitch];
+        key[t] = k[t * pitch];
+#pragma unroll
+        for (int j = 0; j < BLOCK; j++) {
+            if (j < t) key[j] *= a;
+            if (j <= t) sum += D[t * A_PITCH + j] * key[j];
+        }
+        y[t * pitch] = sum;
+    }
+}
+
+// One channel of dk, from y = Γ v_j which it takes the place of: queries decay backwards.
+__device__ void channel_dk(float *y, const float *q, const float *alpha, const float *D, size_t pitch) {
+    float query[BLOCK], rest = 1;
+#pragma unroll
+    for (int j = BLOCK - 1; j >= 0; j--) {
+        float a = alpha[j * pitch], sum = rest * y[j * pitch];
+        query[j] = q[j * pitch];
+#pragma unroll
+        for (int t = BLOCK - 1; t >= 0; t--)
+            if (t >= j) sum += D[t * A_PITCH + j] * query[t];
+        y[j * pitch] = sum;
+#pragma unroll
+        for (int t = 0; t < BLOCK; t++)
+            if (t >= j) query[t] *= a;
+        rest *= a;
+    }
+}
+
+// Floats of shared memory: S and Γ, five tensors (BLOCK, K), do and v, A and D, two vectors (K).
+template <int COLUMNS>
+size_t chunkwise_backward_shared(size_t K) {
+    return 2 * round_up(K, 4) * (COLUMNS + 4 + 1) + 5 * BLOCK * row_pitch(K) + 2 * BLOCK * (COLUMNS + 4) +
+           2 * BLOCK * A_PITCH;
+}
+
+template <int COLUMNS>
+__global__ void __launch_bounds__(THREADS)
+chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, float *dv, float *dS, float *between,
+                          const float *dO, const float *states, const float *q, const float *k, const float *v,
+                          const float *alpha, size_t first_head, size_t T, size_t H, size_t K, size_t V, float scale) {
+    enum { PITCH = COLUMNS + 4, BLOCKS = METALA_CHUNK / BLOCK };
+    DYNAMIC_SHARED(float, memory);
+    const size_t Kp = round_up(K, 4), pitch = row_pitch(K), b_h = first_head + blockIdx.y;
+    const size_t j0 = blockIdx.x * (size_t)COLUMNS, columns = least(V - j0, COLUMNS);
+    const size_t row = first_row(b_h, T, H), tile = blockIdx.x * tile_step;
+    float *state = memory, *gamma = state + Kp * PITCH, *q_block = gamma + Kp * PITCH;
+    float *k_block = q_block + BLOCK * pitch, *alpha_block = k_block + BLOCK * pitch;
+    float *dq_block = alpha_block + BLOCK * pitch, *dk_block = dq_block + BLOCK * pitch;
+    float *dO_block = dk_block + BLOCK * pitch, *v_block = dO_block + BLOCK * PITCH;
+    float *total = v_block + BLOCK * PITCH, *along = total + Kp, *A = along + Kp, *D = A + BLOCK * A_PITCH;
+    float *own = between + blockIdx.y * (BLOCKS - 1) * K * V + j0;
+
+    load_state<COLUMNS>(gamma, PITCH, dS ? dS + b_h * K * V + j0 : NULL, Kp, K, V, columns);
+    for (size_t c = chunks(T); c-- > 0;) {
+        const size_t c0 = c * METALA_CHUNK, end = least(T, c0 + METALA_CHUNK);
+        const size_t blocks = ceil_div(end - c0, BLOCK);
+        const float *start = states + (b_h * chunks(T) + c) * K * V + j0;
+        load_state<COLUMNS>(state, PITCH, start, Kp, K, V, columns);
+        for (size_t b = 0; b < blocks; b++) {                        // forwards: the states between the blocks
+            const size_t t0 = c0 + b * BLOCK, n = least(end - t0, BLOCK), at = row + t0 * H;
+            load_tokens(k_block, pitch, Kp, k + at * K, H * K, n, K, 0);
+            load_tokens(alpha_block, pitch, Kp, alpha + at * K, H * K, n, K, 1);
+            load_tokens(v_block, PITCH, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
+            __syncthreads();
+            if (b > 0) store_state<COLUMNS>(own + (b - 1) * K * V, state, PITCH, K, V, columns);
+            block_decay(NULL, k_block, alpha_block, total, Kp, pitch, scale);
+            __syncthreads();
+            block_update<COLUMNS>(state, PITCH, total, k_block, pitch, v_block, PITCH, Kp);
+            __syncthreads();
+        }
+        for (size_t b = blocks; b-- > 0;) {                          // backwards; `state` is now that after block b
+            const size_t t0 = c0 + b * BLOCK, n = least(end - t0, BLOCK), at = row + t0 * H;
+            for (size_t i = threadIdx.x; i < Kp; i += THREADS) {     // rowsum(Γ ⊙ S_n)
+                float sum = 0;
+                for (int l = 0; l < COLUMNS; l += 4) {
+                    float4 x = *(const float4 *)&gamma[i * PITCH + l], y = *(const float4 *)&state[i * PITCH + l];
+                    sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+                }
+                along[i] = sum;
+            }
+            __syncthreads();
+            load_state<COLUMNS>(state, PITCH, b ? own + (b - 1) * K * V : start, Kp, K, V, columns);
+            load_tokens(q_block, pitch, Kp, q + at * K, H * K, n, K, 0);
+            load_tokens(k_block, pitch, Kp, k + at * K, H * K, n, K, 0);
+            load_tokens(alpha_block, pitch, Kp, alpha + at * K, H * K, n, K, 1);
+            load_tokens(v_block, PITCH, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
+            load_tokens(dO_block, PITCH, COLUMNS, dO + at * V + j0, H * V, n, columns, 0);
+            __syncthreads();
+            block_map(A, q_block, k_block, alpha_block, K, pitch, scale);
+            block_products(D, dO_block, v_block, PITCH, COLUMNS, scale);
+            block_project<COLUMNS>(dq_block, pitch, dO_block, state, PITCH, Kp);
+            block_project<COLUMNS>(dk_block, pitch, v_block, gamma, PITCH, Kp);
+            __syncthreads();
+            for (size_t task = threadIdx.x; task < 2 * Kp; task += THREADS) {
+                if (task < Kp) channel_dq(dq_block + task, k_block + task, alpha_block + task, D, pitch, scale);
+                else channel_dk(dk_block + task - Kp, q_block + task - Kp, alpha_block + task - Kp, D, pitch);
+            }
+            __syncthreads();
+            for (size_t i = threadIdx.x; i < K; i += THREADS) {
+                float sum = along[i];
+                for (int t = BLOCK - 1; t >= 0; t--) {
+                    size_t here = t * pitch + i, there = tile + (at + t * H) * K + i;
+                    sum += q_block[here] * dq_block[here] - k_block[here] * dk_block[here];
+                    if ((size_t)t >= n) continue;
+                    dq[there] = dq_block[here];
+                    dk[there] = dk_block[here];
+                    da[there] = sum;
+                }
+            }
+            __syncthreads();
+            block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
+            __syncthreads();
+            for (unsigned task = threadIdx.x; task < BLOCK * (COLUMNS / 4); task += THREADS) {     // dv = Aᵀ do + keys Γ
+                const unsigned j = task / (COLUMNS / 4), l = task % (COLUMNS / 4) * 4;
+                float sum[4] = {};
+                for (unsigned t = j; t < BLOCK; t++) {
+                    float x = A[t * A_PITCH + j];
+                    float4 y = *(const float4 *)&dO_block[t * PITCH + l];
+                    sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+                }
+                for (size_t i = 0; i < Kp; i++) {
+                    float x = k_block[j * pitch + i];
+                    float4 y = *(const float4 *)&gamma[i * PITCH + l];
+                    sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+                }
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (j < n && l + e < columns) dv[(at + j * H) * V + j0 + l + e] = sum[e];
+            }
+            __syncthreads();
+            block_update<COLUMNS>(gamma, PITCH, total, q_block, pitch, dO_block, PITCH, Kp);
+            __syncthreads();
+        }
+    }
+    if (dS) store_state<COLUMNS>(dS + b_h * K * V + j0, gamma, PITCH, K, V, columns);
+}
+
+// ---- All heads of all sequences.
+
+// The chunkwise kernels have room for K up to 256 (the backward takes narrower tiles of V beyond 128); the recurrent ones
+// for 512, and do the work of both beyond 256. The parallel form is the chunkwise one: its T×T map is for reading.
+enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_CHUNKWISE_K = 256, MOST_K = 512 };
+
+bool head_fits(metala_context *ctx, size_t K) {
+    if (K > MOST_K)
+        metala_context_fail(ctx, "%s:%d: the scan has room for heads of %d key channels on the GPU, got %zu; use more"
+                            " heads", __FILE__, __LINE__, MOST_K, K);
+    return K <= MOST_K;
+}
+
+// CALL(ROWS, GROUPS) with as many rows of S for each thread as K takes.
+#define FOR_ROWS(K, CALL)             \
+    do {                              \
+        if (K <= 8) CALL(1, 8);       \
+        else if (K <= 32) CALL(4, 8); \
+        else if (K <= 64) CALL(8, 8); \
+        else if (K <= 128) CALL(16, 8); \
+        else if (K <= 256) CALL(32, 8); \
+        else CALL(32, 16);            \
+    } while (0)
+
+void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, float *states, const float *q,
+                  const float *k, const float *v, const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V,
+                  double scale) {
+    if (!head_fits(ctx, K)) return;
+    if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || T == 1) {
+#define FORWARD(ROWS, GROUPS)                                                                                     \
+    RUN((recurrent_forward_kernel<ROWS, GROUPS>), extent(ceil_div(V, RECURRENT_COLUMNS), B * H), dim3(WARP, GROUPS), \
+        0, o, S, states, q, k, v, alpha, T, H, K, V, (float)scale)
+        FOR_ROWS(K, FORWARD);
+#undef FORWARD
+    } else
+        RUN((chunkwise_forward_kernel<WIDE>), extent(ceil_div(V, WIDE), B * H), THREADS,
+            chunkwise_forward_shared<WIDE>(K) * sizeof(float), o, S, states, q, k, v, alpha, T, H, K, V, (float)scale);
+}
+
+// Scratch: `states_each` states of each head, for some heads at a time so that they stay below 256 MB, and the tiles'
+// parts of dq, dk and da (tiles,3,B,T,H,K) when there are several.
+void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, float *dv, float *da, float *dS,
+                   const float *dO, const float *states, const float *q, const float *k, const float *v,
+                   const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
+    if (!head_fits(ctx, K) || !B || !T || !H) return;
+    bool recurrent = form == METALA_RECURRENT || K > MOST_CHUNKWISE_K;
+    size_t width = recurrent ? (size_t)RECURRENT_COLUMNS : K <= MOST_WIDE_K ? (size_t)WIDE : (size_t)NARROW;
+    size_t states_each = recurrent ? METALA_CHUNK : METALA_CHUNK / BLOCK - 1;
+    size_t tiles = ceil_div(V, width), count = B * T * H * K, tile_step = tiles > 1 ? 3 * count : 0;
+    size_t room = (size_t)64 << 20, heads = room / (states_each * K * V);
+    if (heads < 1) heads = 1;
+    if (heads > B * H) heads = B * H;
+    float *between = scratch(ctx, heads * states_each * K * V + tiles * tile_step);
+    if (!between) return;
+    float *part_q = dq, *part_k = dk, *part_a = da;
+    if (tiles > 1) {
+        part_q = between + heads * states_each * K * V;
+        part_k = part_q + count, part_a = part_k + count;
+    }
+    for (size_t first = 0; first < B * H; first += heads) {
+        extent grid(tiles, B * H - first < heads ? B * H - first : heads);
+#define ARGUMENTS part_q, part_k, part_a, tile_step, dv, dS, between, dO, states, q, k, v, alpha, first, T, H, K, V, \
+                  (float)scale
+#define BACKWARD(ROWS, GROUPS) \
+    RUN((recurrent_backward_kernel<ROWS, GROUPS>), grid, dim3(WARP, GROUPS), 0, ARGUMENTS)
+        if (recurrent) FOR_ROWS(K, BACKWARD);
+        else if (width == WIDE)
+            RUN((chunkwise_backward_kernel<WIDE>), grid, THREADS, chunkwise_backward_shared<WIDE>(K) * sizeof(float),
+                ARGUMENTS);
+        else
+            RUN((chunkwise_backward_kernel<NARROW>), grid, THREADS,
+                chunkwise_backward_shared<NARROW>(K) * sizeof(float), ARGUMENTS);
+#undef BACKWARD
+#undef ARGUMENTS
+    }
+    if (tiles == 1) return;
+    float *const whole[] = {dq, dk, da}, *const part[] = {part_q, part_k, part_a};
+    for (int i = 0; i < 3; i++)
+        RUN(sum_parts_kernel, blocks_for(count, THREADS), THREADS, 0, whole[i], part[i], tiles, tile_step, count, 0);
+}
+
+// ============================================================== 6. The backend table
+
+const metala_backend exact_backend = {
+    "cuda", cuda_alloc, cuda_free, cuda_upload, cuda_download, cuda_copy, cuda_zero,
+    embedding_forward, embedding_backward,
+    rms_forward, rms_backward,
+    conv_forward, conv_backward, conv_tail,
+    matmul_forward, matmul_backward, matmul_quantized,
+    mask_rows,
+    gate_forward, gate_backward,
+    scan_forward, scan_backward,
+    augment_forward, augment_backward,
+    head_norm_forward, head_norm_backward,
+    silu_gate_forward, silu_gate_backward,
+    add,
+    cross_entropy_forward, cross_entropy_backward,
+    sum_squares, adamw,
+};
+
+__global__ void probe_kernel(int *answer) { *answer = 42; }
+
+}  // namespace
+
+// Is there a GPU on which these kernels run? The reason when there is none goes to `why`.
+const metala_backend *metala_cuda(metala_math math, char *why, size_t size) {
+    int count = 0, answer = 0, *memory = NULL;
+    cudaDeviceProp gpu;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaSuccess && count < 1) error = (cudaError_t)NO_DEVICE;
+    if (error == cudaSuccess) error = cudaGetDeviceProperties(&gpu, 0);
+    if (error == cudaSuccess && gpu.major < 8) {
+        snprintf(why, size, "%s has compute capability %d.%d, the kernels need 8.0 or newer", gpu.name, gpu.major, gpu.minor);
+        return NULL;
+    }
+    if (error == cudaSuccess) error = cudaMalloc(&memory, sizeof *memory);
+    if (error == cudaSuccess) {                                      // was it built for this GPU?
+        LAUNCH(probe_kernel, dim3(1), dim3(1), 0, 0, memory);
+        error = cudaGetLastError();
+    }
+    if (error == cudaSuccess) error = cudaMemcpy(&answer, memory, sizeof answer, cudaMemcpyDeviceToHost);
+    cudaFree(memory);
+    if (error != cudaSuccess || answer != 42) {
+        cudaGetLastError();
+        snprintf(why, size, "CUDA error %d, %s; %s", (int)error, cudaGetErrorString(error), advice((int)error));
+        return NULL;
+    }
+    (void)math;
+    return &exact_backend;
+}
