@@ -8,10 +8,13 @@
 #   make mutants        plants faults in metala.c and requires that the checks notice each (COUNT=6 for a sample)
 #   make bench          speed of every kernel, as a share of what this machine can do, and of training steps
 #   make bench-peers    a training step in turn with PyTorch's, where python3 has torch
+#   make CUDA=1         with the kernels of cuda_metala.cu, for --device cuda; without nvcc the CPU's programs alone
+#   make test-cuda      the GPU against the CPU: every kernel, models, golden files (make CUDA=1 test-cuda)
 #   make clean
 #
 #   make CC=clang       another compiler       make PORTABLE=1   for any machine with this instruction set
 #   make OPENMP=0       one thread             make CFLAGS=...   flags of your own in place of all those below
+#   make CUDA=1 CUDA_ARCH="80 90"   the GPUs to compile for; newer ones translate the last
 #   make GOLDEN=DIR test   compare with the golden files in DIR (default ../shared/golden, skipped when not there)
 
 # What this compiler understands is tried, not guessed: $(call works,flags) is "flags" or nothing.
@@ -34,18 +37,37 @@ endif
 CFLAGS   := $(or $(WARNINGS),-std=c99) $(or $(FAST),-O2) $(NATIVE) $(THREADS)
 LDLIBS   := -lm
 
-FOUND := $(notdir $(CC)), $(or $(NATIVE),any machine of this kind), OpenMP: $(if $(THREADS),yes,no)
+# nvcc is looked for in PATH, $CUDA_HOME and /usr/local/cuda.
+CUDA_ARCH ?= 80 90
+ifneq ($(filter-out 0,$(CUDA)),)
+NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+ifdef NVCC
+CUDA_LIB  := $(dir $(NVCC))../lib64
+NVCCFLAGS := -std=c++17 -O3 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
+             -gencode arch=compute_$(lastword $(CUDA_ARCH)),code=compute_$(lastword $(CUDA_ARCH))
+GPU       := build/cuda_metala.o
+DEFINES   := -DMETALA_CUDA
+LDLIBS    += -L$(CUDA_LIB) -lcudart_static -lstdc++ -lpthread -ldl -lrt
+endif
+endif
+
+FOUND := $(notdir $(CC)), $(or $(NATIVE),any machine of this kind), OpenMP: $(if $(THREADS),yes,no)$(if \
+         $(filter-out 0,$(CUDA)),$(if $(NVCC),$(strip , CUDA: $(NVCC) for $(CUDA_ARCH)),$(strip , CUDA: no nvcc in \
+         PATH, CUDA_HOME/bin or /usr/local/cuda/bin; building for the CPU)))
+BUILT_WITH = $(CC) $(CFLAGS) $(LDFLAGS)$(if $(GPU), $(NVCC) $(NVCCFLAGS) $(DEFINES))
 LINK  = $(CC) $(CFLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LDLIBS)
 
 all: train run build/test data/stories
 
 build/%.o: %.c metala.h build/flags
-	$(CC) $(CFLAGS) -c -o $@ $<
-train: build/train.o build/metala.o
+	$(CC) $(CFLAGS) $(DEFINES) -c -o $@ $<
+build/%.o: %.cu metala.h build/flags
+	$(NVCC) $(NVCCFLAGS) $(DEFINES) -c -o $@ $<
+train: build/train.o build/metala.o $(GPU)
 	$(LINK)
-run: build/run.o build/metala.o
+run: build/run.o build/metala.o $(GPU)
 	$(LINK)
-build/test: build/test.o build/metala.o          # and ./test: the name "test" is the target below
+build/test: build/test.o build/metala.o $(GPU)   # and ./test: the name "test" is the target below
 	$(LINK)
 	cp $@ test
 data/stories: data/stories.c build/flags
@@ -53,12 +75,15 @@ data/stories: data/stories.c build/flags
 
 # Rewritten when the compiler or its flags change; everything is then built anew.
 build/flags: FORCE
-	@echo '$(CC) $(CFLAGS) $(LDFLAGS)' | cmp -s - $@ || { echo '$(FOUND)'; echo '$(CC) $(CFLAGS) $(LDFLAGS)' > $@; }
+	@echo '$(BUILT_WITH)' | cmp -s - $@ || { echo '$(FOUND)'; echo '$(BUILT_WITH)' > $@; }
 FORCE:
 
 GOLDEN ?= ../shared/golden
 test: build/test
 	./test --golden $(GOLDEN)
+
+test-cuda: build/test
+	./test --device cuda --golden $(GOLDEN)
 
 test64: build/flags
 	$(CC) $(CFLAGS) -DMETALA_FLOAT64 $(LDFLAGS) -o build/test64 test.c metala.c $(LDLIBS)
@@ -75,7 +100,7 @@ test-programs: all
 mutants: build/flags
 	CC='$(CC)' CFLAGS='$(WARNINGS) -O1 $(NATIVE)' tests/mutants.sh $(COUNT)
 
-build/bench: build/bench.o build/metala.o
+build/bench: build/bench.o build/metala.o $(GPU)
 	$(LINK)
 build/bench.o: bench/bench.c metala.h build/flags
 	$(CC) $(CFLAGS) -I. -c -o $@ $<
@@ -97,4 +122,4 @@ demo: train run data/stories
 clean:
 	rm -rf build train run test data/stories
 
-.PHONY: all test test64 asan test-programs mutants bench bench-peers demo clean FORCE
+.PHONY: all test test-cuda test64 asan test-programs mutants bench bench-peers demo clean FORCE

@@ -61,7 +61,7 @@ enum { OUT_OF_MEMORY = 2, OLD_DRIVER = 35, NO_DEVICE = 100, NO_IMAGE = 209, ILLE
 const char *advice(int error) {
     switch (error) {
     case OUT_OF_MEMORY: return "try a smaller batch, context or model";
-    case OLD_DRIVER: return "update the driver, or build with an older CUDA Toolkit";
+    case OLD_DRIVER: return "there is no NVIDIA driver, or it is older than this program's CUDA: install or update it";
     case NO_DEVICE: return "nvidia-smi lists the GPUs; CUDA_VISIBLE_DEVICES hides them";
     case NO_IMAGE: return "build again with the CUDA_ARCH of this GPU, as in make CUDA=1 CUDA_ARCH=90";
     case ILLEGAL_ADDRESS:
@@ -1431,8 +1431,14 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
 
 // ============================================================== 6. The backend table
 
+#ifdef __CUDACC__
+#define NAME "cuda"
+#else
+#define NAME "cuda, emulated"
+#endif
+
 const metala_backend exact_backend = {
-    "cuda", cuda_alloc, cuda_free, cuda_upload, cuda_download, cuda_copy, cuda_zero,
+    NAME, cuda_alloc, cuda_free, cuda_upload, cuda_download, cuda_copy, cuda_zero,
     embedding_forward, embedding_backward,
     rms_forward, rms_backward,
     conv_forward, conv_backward, conv_tail,
