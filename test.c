@@ -39,7 +39,7 @@ enum { IS_DOUBLE = sizeof(real) == sizeof(double) };
 
 static struct {
     const char *only, *golden, *device, *kernel;
-    int list, stop, emulated;
+    int list, stop;
     size_t passed, failed;
 } run;
 
@@ -213,7 +213,9 @@ static char called[256];
 
 static metala_context *ctx;              // of one thread; that others give the same bits is a check of its own
 static const metala_backend *be;
-static metala_context *other_context(int threads) { return metala_open(be, threads); }       // of the same device
+static metala_context *other_context(int threads) {           // of the same device
+    return metala_open(metala_context_backend(ctx), threads);
+}
 
 // ------------------------------------------------------------------------------------------------ scalar functions
 
@@ -3079,6 +3081,128 @@ static void check_twins(void) {
         }
 }
 
+// ---- The checks above give kernels tensors of the host. For a device they are brought there and back, call by call, by a
+// table of its own: R is read, W written (and read), sizes in numbers.
+static const metala_backend *stage_of;
+static struct { const void *host; void *memory; size_t bytes; int written; } staged[16];
+static int staged_count;
+
+static void *stage(metala_context *c, const void *host, size_t bytes, int written) {
+    if (!host) return NULL;
+    for (int i = 0; i < staged_count; i++)                           // in place: the same memory there too
+        if (staged[i].host == host) return staged[i].written |= written, staged[i].memory;
+    void *memory = stage_of->alloc(bytes);
+    if (!memory) problem("no memory for %zu bytes", bytes);
+    else stage_of->upload(c, memory, host, bytes);
+    staged[staged_count].host = host, staged[staged_count].memory = memory;
+    staged[staged_count].bytes = bytes, staged[staged_count++].written = written;
+    return memory;
+}
+static void unstage(metala_context *c) {
+    while (staged_count--) {
+        void *to = (void *)(uintptr_t)staged[staged_count].host;
+        if (staged[staged_count].written) stage_of->download(c, to, staged[staged_count].memory, staged[staged_count].bytes);
+        stage_of->free(staged[staged_count].memory);
+    }
+    staged_count = 0;
+}
+static size_t table_rows(const int *tokens, size_t rows) {           // as many rows of E as the tokens ask for
+    int most = 0;
+    for (size_t row = 0; row < rows; row++) most = tokens[row] > most ? tokens[row] : most;
+    return (size_t)most + 1;
+}
+
+typedef metala_context ctx_t;
+typedef const real in_t;
+#define R(x, n) stage(c, x, (n) * sizeof *(x), 0)
+#define W(x, n) stage(c, x, (n) * sizeof *(x), 1)
+#define STAGED(function, parameters, arguments) \
+    static void staged_##function parameters { stage_of->function arguments; unstage(c); }
+STAGED(embedding_forward, (ctx_t *c, real *x, const int *t, in_t *E, size_t r, size_t D, double s),
+       (c, W(x, r * D), R(t, r), R(E, table_rows(t, r) * D), r, D, s))
+STAGED(embedding_backward, (ctx_t *c, real *dE, in_t *dx, const int *t, size_t r, size_t D, double s, int pad),
+       (c, W(dE, table_rows(t, r) * D), R(dx, r * D), R(t, r), r, D, s, pad))
+STAGED(rms_forward, (ctx_t *c, real *n, real *s, in_t *x, const uint8_t *m, size_t r, size_t D, double eps),
+       (c, W(n, r * D), W(s, r), R(x, r * D), R(m, r), r, D, eps))
+STAGED(rms_backward, (ctx_t *c, real *dx, in_t *dn, in_t *x, in_t *s, const uint8_t *m, size_t r, size_t D),
+       (c, W(dx, r * D), R(dn, r * D), R(x, r * D), R(s, r), R(m, r), r, D))
+STAGED(conv_forward, (ctx_t *c, real *u, real *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
+       (c, W(u, B * T * D), W(p, B * T * D), R(n, B * T * D), R(w, 4 * D), R(tail, B * 4 * D), B, T, D))
+STAGED(conv_backward,
+       (ctx_t *c, real *dn, real *dw, in_t *du, in_t *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
+       (c, W(dn, B * T * D), W(dw, 4 * D), R(du, B * T * D), R(p, B * T * D), R(n, B * T * D), R(w, 4 * D),
+        R(tail, B * 4 * D), B, T, D))
+STAGED(conv_tail, (ctx_t *c, real *tail, in_t *n, size_t B, size_t T, size_t D),
+       (c, W(tail, B * 4 * D), R(n, B * T * D), B, T, D))
+STAGED(matmul_forward, (ctx_t *c, real *y, in_t *x, in_t *w, in_t *b, size_t r, size_t o, size_t i),
+       (c, W(y, r * o), R(x, r * i), R(w, o * i), R(b, o), r, o, i))
+STAGED(matmul_backward,
+       (ctx_t *c, real *dx, real *dw, real *db, in_t *dy, in_t *x, in_t *w, size_t r, size_t o, size_t i, int add),
+       (c, W(dx, r * i), W(dw, o * i), W(db, o), R(dy, r * o), R(x, r * i), R(w, o * i), r, o, i, add))
+STAGED(matmul_quantized,
+       (ctx_t *c, real *y, in_t *x, const void *w, const float *s, in_t *b, size_t r, size_t o, size_t i),
+       (c, W(y, r * o), R(x, r * i), stage(c, w, o * i * (s ? 1 : 2), 0), R(s, o * ((i + METALA_GROUP - 1) / METALA_GROUP)),
+        R(b, o), r, o, i))
+STAGED(mask_rows, (ctx_t *c, real *x, const uint8_t *m, size_t r, size_t D), (c, W(x, r * D), R(m, r), r, D))
+STAGED(gate_forward, (ctx_t *c, real *a, real *k, in_t *z, size_t n, double tau), (c, W(a, n), W(k, n), R(z, n), n, tau))
+STAGED(gate_backward, (ctx_t *c, real *dz, in_t *da, in_t *dk, in_t *z, in_t *a, size_t n, double tau),
+       (c, W(dz, n), R(da, n), R(dk, n), R(z, n), R(a, n), n, tau))
+STAGED(scan_forward,
+       (ctx_t *c, metala_form f, real *o, real *S, real *states, in_t *q, in_t *k, in_t *v, in_t *a, size_t B, size_t T,
+        size_t H, size_t K, size_t V, double s),
+       (c, f, W(o, B * T * H * V), W(S, B * H * K * V), W(states, B * H * ((T + METALA_CHUNK - 1) / METALA_CHUNK) * K * V),
+        R(q, B * T * H * K), R(k, B * T * H * K), R(v, B * T * H * V), R(a, B * T * H * K), B, T, H, K, V, s))
+STAGED(scan_backward,
+       (ctx_t *c, metala_form f, real *dq, real *dk, real *dv, real *da, real *dS, in_t *dO, in_t *states, in_t *q,
+        in_t *k, in_t *v, in_t *a, size_t B, size_t T, size_t H, size_t K, size_t V, double s),
+       (c, f, W(dq, B * T * H * K), W(dk, B * T * H * K), W(dv, B * T * H * V), W(da, B * T * H * K), W(dS, B * H * K * V),
+        R(dO, B * T * H * V), R(states, B * H * ((T + METALA_CHUNK - 1) / METALA_CHUNK) * K * V), R(q, B * T * H * K),
+        R(k, B * T * H * K), R(v, B * T * H * V), R(a, B * T * H * K), B, T, H, K, V, s))
+STAGED(augment_forward,
+       (ctx_t *c, real *p, in_t *o, in_t *q, in_t *k, in_t *v, in_t *b, size_t r, size_t H, size_t K, size_t V),
+       (c, W(p, r * H * V), R(o, r * H * V), R(q, r * H * K), R(k, r * H * K), R(v, r * H * V), R(b, H * K), r, H, K, V))
+STAGED(augment_backward,
+       (ctx_t *c, real *dq, real *dk, real *dv, real *db, in_t *dp, in_t *q, in_t *k, in_t *v, in_t *b, size_t r, size_t H,
+        size_t K, size_t V),
+       (c, W(dq, r * H * K), W(dk, r * H * K), W(dv, r * H * V), W(db, H * K), R(dp, r * H * V), R(q, r * H * K),
+        R(k, r * H * K), R(v, r * H * V), R(b, H * K), r, H, K, V))
+STAGED(head_norm_forward, (ctx_t *c, real *n, real *rho, in_t *p, size_t r, size_t H, size_t V, double eps),
+       (c, W(n, r * H * V), W(rho, r * H), R(p, r * H * V), r, H, V, eps))
+STAGED(head_norm_backward, (ctx_t *c, real *dp, in_t *dn, in_t *n, in_t *rho, size_t r, size_t H, size_t V),
+       (c, W(dp, r * H * V), R(dn, r * H * V), R(n, r * H * V), R(rho, r * H), r, H, V))
+STAGED(silu_gate_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
+STAGED(silu_gate_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
+       (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
+STAGED(add, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
+STAGED(cross_entropy_forward, (ctx_t *c, real *loss, real *lse, in_t *l, const int *t, size_t r, size_t N),
+       (c, W(loss, r), W(lse, r), R(l, r * N), R(t, r), r, N))
+STAGED(cross_entropy_backward,
+       (ctx_t *c, real *dl, in_t *l, in_t *lse, const int *t, size_t r, size_t N, double w),
+       (c, W(dl, r * N), R(l, r * N), R(lse, r), R(t, r), r, N, w))
+STAGED(adamw,
+       (ctx_t *c, real *p, real *m, real *v, in_t *g, size_t n, const metala_adamw *a, uint64_t step, double scale,
+        double decay), (c, W(p, n), W(m, n), W(v, n), R(g, n), n, a, step, scale, decay))
+static double staged_sum_squares(ctx_t *c, in_t *x, size_t n) {
+    double sum = stage_of->sum_squares(c, R(x, n), n);
+    unstage(c);
+    return sum;
+}
+#undef R
+#undef W
+
+static metala_backend staged_backend(const metala_backend *device) {
+    metala_backend b = *device;
+    stage_of = device;
+#define USE(function) b.function = staged_##function
+    USE(embedding_forward), USE(embedding_backward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
+    USE(conv_backward), USE(conv_tail), USE(matmul_forward), USE(matmul_backward), USE(matmul_quantized), USE(mask_rows);
+    USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(augment_forward);
+    USE(augment_backward), USE(head_norm_forward), USE(head_norm_backward), USE(silu_gate_forward);
+    USE(silu_gate_backward), USE(add), USE(cross_entropy_forward), USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
+#undef USE
+    return b;
+}
+
 // ------------------------------------------------------------------------------------------------ golden files
 
 // Tensors computed with the authors' code in double precision. Everything in a file is compared; a tensor that this
@@ -3467,7 +3591,6 @@ static int open_device(metala_math math) {
         fprintf(stderr, "test: --device cuda: %s\n", why);
         return 1;
     }
-    run.emulated = is_cuda && strstr(be->name, "emulated") != NULL;
     ctx = metala_open(be, 1);
     on[CPU].be = metala_cpu(), on[DEVICE].be = on[AGAIN].be = be;
     on[CPU].ctx = metala_open(metala_cpu(), 1), on[DEVICE].ctx = on[AGAIN].ctx = ctx;
@@ -3494,17 +3617,17 @@ static void check_cpu(void) {
     check_table();
 }
 
-// Kernels that run in the emulator can be given the host's memory, and so meet the references in double as well.
 static void check_device(void) {
+    const metala_backend *device = be, table = staged_backend(device);
     check_twins();
-    if (run.emulated) {
-        check_scalars();
-        check_kernels();
-        check_matmuls();
-        check_quantized();
-        check_scans();
-        check_optimizer();
-    }
+    be = &table;                         // now the references in double
+    check_scalars();
+    check_kernels();
+    check_matmuls();
+    check_quantized();
+    check_scans();
+    check_optimizer();
+    be = device;
     check_backend_memory();
     check_models();
     check_states();
