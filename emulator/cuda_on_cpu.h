@@ -275,10 +275,9 @@ struct Engine {
     int order[MOST_THREADS];                                     // in which the threads run from barrier to barrier
     int at;                                                      // place in it
     char *dynamic;                                               // shared memory of this launch
-    char *dynamic_page;                                          // most of it that a launch had so far
-    size_t dynamic_bytes;
+    char *shared_end;                                            // behind it, where forbidden pages begin
     int any, all, count;                                         // of the last votes
-    char block_tag[2], warp_tag[32][8][2];
+    char start_tag, end_tag, block_tag[2], warp_tag[32][8][2];   // see section 3
     uint64_t random;
     long switches;
     bool warned;                                                 // of this launch's float atomics
@@ -380,9 +379,9 @@ EMU_UNWATCHED inline void fiber_main() {
     __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
     if (E->before == &E->scheduler) E->scheduler.stack = (char *)stack, E->scheduler.stack_bytes = bytes;
 #endif
-    EMU_ACQUIRE(E);
+    EMU_ACQUIRE(&E->start_tag);
     E->launch->body->call();
-    EMU_RELEASE(E);
+    EMU_RELEASE(&E->end_tag);
     E->self->state = RETURNED;
     E->returned++;
     yield();
@@ -689,7 +688,7 @@ EMU_UNWATCHED inline bool in_shared_memory(const void *p, size_t bytes) {
 
 // Dynamic shared memory ends where its page ends, up to the alignment of 128 bytes, and the next page is forbidden. What
 // lies between is filled and looked at after each block. The address sanitizer gets it as an allocation of its own.
-const size_t SHARED_ALIGN = 128;
+const size_t SHARED_ALIGN = 128, SHARED_ROOM = 256 * 1024, FORBIDDEN = 1 << 20;
 const unsigned char UNWRITTEN = 0xFF;                            // in all bytes: NaN in every floating type
 
 EMU_UNWATCHED inline void fill_shared() {
@@ -702,12 +701,11 @@ EMU_UNWATCHED inline void fill_shared() {
     if (bytes) memset(E->dynamic, UNWRITTEN, bytes);
 #else
     size_t whole = (bytes + SHARED_ALIGN - 1) / SHARED_ALIGN * SHARED_ALIGN;
-    const size_t room = 256 * 1024;
-    if (!E->dynamic_page) {
-        E->dynamic_page = (char *)map_pages(room + PAGE);
-        mprotect(E->dynamic_page + room, PAGE, PROT_NONE);
+    if (!E->shared_end) {
+        E->shared_end = (char *)map_pages(SHARED_ROOM + FORBIDDEN) + SHARED_ROOM;
+        mprotect(E->shared_end, FORBIDDEN, PROT_NONE);
     }
-    E->dynamic = E->dynamic_page + room - whole;
+    E->dynamic = E->shared_end - whole;
     memset(E->dynamic, UNWRITTEN, whole);
 #endif
 }
@@ -725,7 +723,7 @@ EMU_UNWATCHED inline void check_shared() {
 
 enum Kind { DEVICE, MANAGED, PINNED };                           // cudaMalloc, cudaMallocManaged, cudaMallocHost
 
-// Each allocation has pages of its own, aligned to the end up to 256 bytes, between two forbidden pages. Host code can
+// Each allocation has pages of its own, aligned to the end up to 256 bytes, between forbidden ones of 1 MB. Host code can
 // touch device memory only while a copy or a kernel runs. Under the address sanitizer it is ordinary memory, which is
 // poisoned while it may not be touched.
 struct Allocation {
@@ -773,9 +771,9 @@ inline const Allocation *find(const void *p, bool around = false) {
     if (next != heap.alive.begin()) {
         const Allocation &a = std::prev(next)->second;
         if (at <= (uintptr_t)a.memory + a.bytes) return &a;
-        if (around && at < (uintptr_t)a.memory + a.bytes + ALIGN + PAGE) return &a;
+        if (around && at < (uintptr_t)a.memory + a.bytes + FORBIDDEN) return &a;
     }
-    if (around && next != heap.alive.end() && at + 2 * PAGE >= next->first) return &next->second;
+    if (around && next != heap.alive.end() && at + FORBIDDEN >= next->first) return &next->second;
     return nullptr;
 }
 inline const Allocation *find_freed(const void *p) {
@@ -815,14 +813,14 @@ inline int allocate(void **p, size_t bytes, Kind kind, const char *file, int lin
 #else
     size_t whole = (bytes + ALIGN - 1) / ALIGN * ALIGN;
     a.page_bytes = (whole + PAGE - 1) / PAGE * PAGE;
-    char *pages = (char *)mmap(nullptr, a.page_bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *pages = (char *)mmap(nullptr, a.page_bytes + 2 * FORBIDDEN, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pages == MAP_FAILED) return heap.error = 2;
-    a.pages = pages + PAGE, a.memory = a.pages + a.page_bytes - whole;
+    a.pages = pages + FORBIDDEN, a.memory = a.pages + a.page_bytes - whole;
     mprotect(a.pages, a.page_bytes, PROT_READ | PROT_WRITE);
     memset(a.pages, UNWRITTEN, a.page_bytes);
 #endif
-    set_access(a, false);
     heap.alive[(uintptr_t)a.memory] = a;
+    set_access(a, false);
     if (kind != PINNED) heap.used += bytes;
     *p = a.memory;
     return 0;
@@ -859,7 +857,7 @@ inline int release(void *p, bool pinned, const char *name, const char *file, int
     heap.freed.push_back(a);
     mmap(a.pages, a.page_bytes, PROT_NONE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (heap.freed.size() > 1000) {
-        munmap(heap.freed[0].pages - PAGE, heap.freed[0].page_bytes + 2 * PAGE);
+        munmap(heap.freed[0].pages - FORBIDDEN, heap.freed[0].page_bytes + 2 * FORBIDDEN);
         heap.freed.pop_front();
     }
 #endif
@@ -881,7 +879,7 @@ EMU_UNWATCHED inline void on_signal(int signal_number, siginfo_t *info, void *) 
                                  gone ? " of device memory freed before, " : "", gone ? name_of(*gone).c_str() : "");
     else if (p < E->self->stack && p >= E->self->stack - PAGE)
         fprintf(stderr, "its stack of %zu kB is too small\n", STACK / 1024);
-    else if (E->dynamic_page && p >= E->dynamic_page + 256 * 1024 && p < E->dynamic_page + 256 * 1024 + PAGE)
+    else if (E->shared_end && p >= E->shared_end && p < E->shared_end + FORBIDDEN)
         fprintf(stderr, "access to byte %ld of %zu bytes of dynamic shared memory\n", (long)(p - E->dynamic),
                 E->launch->shared_bytes);
     else if (a) fprintf(stderr, "access to byte %ld of %s\n", (long)(p - a->memory), name_of(*a).c_str());
@@ -891,6 +889,22 @@ EMU_UNWATCHED inline void on_signal(int signal_number, siginfo_t *info, void *) 
                  (const void *)p);
     fprintf(stderr, "    gdb shows the line, as does a build with -fsanitize=address,undefined\n");
 }
+
+// The address sanitizer calls this after its report.
+#ifdef __SANITIZE_ADDRESS__
+extern "C" void *__asan_get_report_address(void);
+extern "C" void __asan_set_error_report_callback(void (*)(const char *));
+EMU_UNWATCHED inline void on_report(const char *) {
+    const char *p = (const char *)__asan_get_report_address();
+    const Allocation *a = find(p, true);
+    print_place(true);
+    if (a && !running() && a->kind == DEVICE && p < a->memory + a->bytes)
+        fprintf(stderr, "host code reads or writes device memory, byte %ld of %s; cudaMemcpy brings it to the host\n",
+                (long)(p - a->memory), name_of(*a).c_str());
+    else if (a) fprintf(stderr, "access to byte %ld of %s\n", (long)(p - a->memory), name_of(*a).c_str());
+    else fprintf(stderr, "see the report above\n");
+}
+#endif
 
 inline size_t number_of(const char *name, size_t otherwise) {   // 100, 64k, 16M, 4G
     const char *text = getenv(name);
@@ -910,7 +924,9 @@ inline Heap::Heap() {
     async = is_set("CUDA_ASYNC", "1");
     trace = is_set("CUDA_TRACE", "1");
     if (getenv("CUDA_LEAKS")) leaks = getenv("CUDA_LEAKS");
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_set_error_report_callback(on_report);
+#elif !defined(__SANITIZE_THREAD__)
     struct sigaction action = {};
     action.sa_sigaction = on_signal, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     for (int s : {SIGSEGV, SIGBUS, SIGFPE}) sigaction(s, &action, nullptr);
@@ -979,7 +995,7 @@ EMU_UNWATCHED inline void run_block() {
         t.thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
         prepare(t);
     }
-    EMU_RELEASE(E);
+    EMU_RELEASE(&E->start_tag);
     while (E->returned < E->n) {
         arrange(E->order, E->n, &E->random);
         E->at = -1;
@@ -987,7 +1003,7 @@ EMU_UNWATCHED inline void run_block() {
         if (t == &E->scheduler) release_barrier();               // nobody can run
         else switch_to(t);
     }
-    EMU_ACQUIRE(E);
+    EMU_ACQUIRE(&E->end_tag);
     check_shared();
 }
 
@@ -1107,21 +1123,6 @@ EMU_UNWATCHED inline void warn_of_float_atomics(const char *file, int line) {
     fprintf(stderr, "cuda_on_cpu: %s:%d: kernel %s adds floats atomically; the order of the sum, and so its last bits, will"
             " differ from run to run\n", file, line, E->launch->kernel);
 }
-
-// The address sanitizer calls this before its report.
-#ifdef __SANITIZE_ADDRESS__
-extern "C" void *__asan_get_report_address(void);
-extern "C" inline __attribute__((used, no_sanitize_address)) void __asan_on_error(void) {
-    const void *p = __asan_get_report_address();
-    const Allocation *a = find(p, true);
-    print_place(true);
-    if (!running() && a && a->kind == DEVICE && p >= a->memory && p < a->memory + a->bytes)
-        fprintf(stderr, "host code reads or writes device memory, byte %ld of %s; cudaMemcpy brings it to the host\n",
-                (long)((const char *)p - a->memory), name_of(*a).c_str());
-    else if (a) fprintf(stderr, "access to byte %ld of %s\n", (long)((const char *)p - a->memory), name_of(*a).c_str());
-    else fprintf(stderr, "see the report below\n");
-}
-#endif
 
 }  // namespace emu
 
@@ -1328,9 +1329,12 @@ EMU_UNWATCHED inline void operate_ldmatrix(void **x, unsigned) {
         }
 }
 
-// A read for the sanitizers, of the thread that gave the address.
-inline void look_at(const void *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i++) (void)((const volatile char *)p)[i];
+// Word by word, so that the sanitizers see who reads and writes what. from NULL: the same word everywhere.
+inline void look_at(const void *p, int bytes) {
+    for (int i = 0; i < bytes / 4; i++) (void)((const volatile unsigned *)p)[i];
+}
+inline void move_words(void *to, const void *from, unsigned word, int bytes) {
+    for (int i = 0; i < bytes / 4; i++) ((volatile unsigned *)to)[i] = from ? ((const volatile unsigned *)from)[i] : word;
 }
 
 template <int MATRICES, bool TRANSPOSED>
@@ -1353,7 +1357,7 @@ inline void copy_async(void *to, const void *from, int bytes, bool real, const c
     if (real && (!a || (const char *)from + bytes > a->memory + a->bytes))
         stop(true, "%s:%d: cp.async of %d bytes from %p, which is not in global memory", file, line, bytes, from);
     if (real) look_at(from, bytes);
-    memset(to, UNWRITTEN, bytes);
+    move_words(to, nullptr, ~0u, bytes);
     E->self->copies->push_back({to, real ? from : nullptr, bytes, E->self->group});
 }
 inline void wait_async(int pending) {                            // until at most so many groups are on their way
@@ -1361,8 +1365,7 @@ inline void wait_async(int pending) {                            // until at mos
     size_t left = 0;
     for (const Copy &c : *t.copies) {
         if (c.group >= t.group - pending) (*t.copies)[left++] = c;
-        else if (c.from) memcpy(c.to, c.from, c.bytes);
-        else memset(c.to, 0, c.bytes);
+        else move_words(c.to, c.from, 0, c.bytes);
     }
     t.copies->resize(left);
 }
@@ -1438,10 +1441,9 @@ struct cudaFuncAttributes { size_t sharedSizeBytes, localSizeBytes; int maxThrea
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
 struct cudaPointerAttributes { cudaMemoryType type; int device; void *devicePointer, *hostPointer; };
 
-struct EmuStream {};
 struct EmuEvent { std::chrono::steady_clock::time_point time; bool recorded; };
 struct EmuGraph { std::vector<std::function<void()>> nodes; };
-typedef EmuStream *cudaStream_t;
+typedef struct EmuStream *cudaStream_t;                          // a number
 typedef EmuEvent *cudaEvent_t;
 typedef EmuGraph *cudaGraph_t;
 typedef EmuGraph *cudaGraphExec_t;
@@ -1690,14 +1692,13 @@ inline cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream
 // ---- Streams and events: one queue for all streams, in the order of the calls
 inline cudaError_t cudaStreamCreate(cudaStream_t *s) {
     if (emu::no_device()) return emu::result(emu::no_device());
-    return emu::heap.streams.insert(*s = new EmuStream()), cudaSuccess;
+    return emu::heap.streams.insert(*s = (cudaStream_t)(uintptr_t)(0x1000 + ++emu::heap.count)), cudaSuccess;
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return cudaStreamCreate(s); }
 inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned, int) { return cudaStreamCreate(s); }
 inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     emu::drain();
-    if (!emu::heap.streams.erase(s)) return emu::result(400);
-    return delete s, cudaSuccess;
+    return emu::result(emu::heap.streams.erase(s) ? 0 : 400);
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     if (!emu::known_stream(s)) return emu::result(400);
