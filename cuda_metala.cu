@@ -41,7 +41,11 @@
 #endif
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef METALA_CUBLAS
+#include <cublas_v2.h>
+#endif
 #define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #define DYNAMIC_SHARED(type, name)                                        \
     extern __shared__ __align__(128) unsigned char name##_as_bytes[];     \
@@ -50,6 +54,50 @@
 
 // Hidden from other files, as `static` hides them in C; kernels of a template cannot be static.
 namespace {
+
+// ---- Instructions. One each, in the register layouts of the PTX ISA; the emulator has its own.
+
+#ifdef __CUDACC__
+// D += A B on tensor cores by a warp: D 16×8 in float, A 16×16 and B 16×8 in bfloat16, or 16×8 and 8×8 in tf32. With
+// g = lane/4, t = lane%4:  d[i] is row g + 8(i/2), column 2t + i%2;  tf32: a[r] is row g + 8(r%2), column t + 4(r/2),
+// b[r] row t + 4r, column g;  bfloat16: two to a register, columns 2t + 8(r/2) and the next of A, rows 2t + 8r of B.
+__device__ __forceinline__ void mma_bf16(float *d, const unsigned *a, const unsigned *b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_tf32(float *d, const unsigned *a, const unsigned *b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// A float rounded to tf32, 10 bits of fraction.
+__device__ __forceinline__ unsigned to_tf32(float x) {
+    unsigned u;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(u) : "f"(x));
+    return u;
+}
+// Four matrices of 8 rows of 16 bytes each: lane 8m + i points to row i of matrix m, and r[m] becomes the t-th four bytes
+// of its row g.
+__device__ __forceinline__ void ldmatrix_x4(unsigned *r, const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
+}
+// Copies from global to shared memory that the thread does not wait for; zeros when not `real`. copy_commit makes a group
+// of those so far, copy_wait<n> waits until at most the last n groups are on their way.
+__device__ __forceinline__ void copy16_async(void *shared, const void *global, bool real) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(global), "r"(real ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy4_async(void *shared, const void *global, bool real) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(global), "r"(real ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+#endif
 
 // ============================================================== 1. Context: errors, memory, launches
 
@@ -347,6 +395,135 @@ size_t splits_of(size_t tiles, size_t K) {
     return splits ? splits : 1;
 }
 
+// ---- The same on tensor cores, with operands rounded to tf32 or bfloat16 on their way from shared memory to registers,
+// and sums in float. A tile of 128 × 128 by 8 warps of 64 × 32 each; strips of 32 values of k come by asynchronous copies,
+// two of them on their way while the third is used.
+//
+//   A(i,k) = a[i·a_step + k] when A_BY_K, else a[k·a_step + i];   B(k,j) = b[j·b_step + k] when B_BY_K, else b[k·b_step + j]
+//   EACH: numbers of one copy, 4 when all rows start at multiples of 16 bytes, else 1
+//
+// A strip lies in shared memory as it does in global memory: rows of k with 4 numbers of padding, or rows of i with 8, so
+// that the lanes of a warp read from different banks. Where k is contiguous, ldmatrix moves four 8×4 pieces of floats.
+
+enum { TENSOR_TILE = 128, TENSOR_STRIP = 32, STAGES = 3, PITCH_BY_K = TENSOR_STRIP + 4, PITCH = TENSOR_TILE + 8,
+       STRIP_FLOATS = TENSOR_TILE * PITCH_BY_K };
+static_assert(TENSOR_STRIP * PITCH <= STRIP_FLOATS, "either kind of strip has room");
+
+template <bool BY_K, int EACH>
+__device__ void copy_strip(float *strip, const float *x, size_t step, size_t i0, size_t rows, size_t k0, size_t last) {
+    enum { ROW = (BY_K ? TENSOR_STRIP : TENSOR_TILE) / EACH };       // copies of a row
+    for (unsigned n = threadIdx.x; n < TENSOR_TILE * TENSOR_STRIP / EACH; n += THREADS) {
+        unsigned i = BY_K ? n / ROW : n % ROW * EACH, k = BY_K ? n % ROW * EACH : n / ROW;
+        bool real = i0 + i < rows && k0 + k < last;
+        const float *from = !real ? x : BY_K ? x + (i0 + i) * step + k0 + k : x + (k0 + k) * step + i0 + i;
+        float *to = strip + (BY_K ? i * PITCH_BY_K + k : k * PITCH + i);
+        if (EACH == 4) copy16_async(to, from, real);
+        else copy4_async(to, from, real);
+    }
+}
+
+// 16 rows and 8 values of k: r[e] is row g + 8(e%2), k t + 4(e/2).
+template <bool BY_K>
+__device__ void load_rows(unsigned *r, const float *strip, unsigned row, unsigned k) {
+    const unsigned lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    if (BY_K) ldmatrix_x4(r, strip + (row + lane % 16) * PITCH_BY_K + k + lane / 16 * 4);
+    else
+#pragma unroll
+        for (unsigned e = 0; e < 4; e++) r[e] = __float_as_uint(strip[(k + t + e / 2 * 4) * PITCH + row + g + e % 2 * 8]);
+}
+
+// Two floats as bfloat16 in one register, the first in the lower half.
+__device__ unsigned pack(unsigned first, unsigned second) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(__uint_as_float(first), __uint_as_float(second));
+    return (unsigned)__bfloat16_as_ushort(both.y) << 16 | __bfloat16_as_ushort(both.x);
+}
+
+template <metala_math MATH, bool A_BY_K, bool B_BY_K, int EACH>
+__global__ void __launch_bounds__(THREADS)
+tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, size_t b_step, const float *bias, size_t M,
+                       size_t N, size_t K, size_t k_each, int accumulate) {
+    DYNAMIC_SHARED(float, memory);
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp / 4 * 64, column = warp % 4 * 32;
+    const size_t i0 = blockIdx.x * (size_t)TENSOR_TILE, j0 = blockIdx.y * (size_t)TENSOR_TILE;
+    const size_t first = blockIdx.z * k_each, last = least(K, first + k_each);
+    const size_t steps = ceil_div(last - first, TENSOR_STRIP);
+    float sum[4][4][4] = {};                                         // 16 × 8 pieces
+
+    auto copy = [&](size_t step) {                                   // an empty group beyond the end keeps the count
+        float *to = memory + step % STAGES * 2 * STRIP_FLOATS;
+        size_t k0 = first + step * TENSOR_STRIP;
+        if (step < steps) {
+            copy_strip<A_BY_K, EACH>(to, a, a_step, i0, M, k0, last);
+            copy_strip<B_BY_K, EACH>(to + STRIP_FLOATS, b, b_step, j0, N, k0, last);
+        }
+        copy_commit();
+    };
+    for (size_t step = 0; step < STAGES - 1; step++) copy(step);
+    for (size_t step = 0; step < steps; step++) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();                                             // this strip is there for all, and the last one is free
+        copy(step + STAGES - 1);
+        const float *of_a = memory + step % STAGES * 2 * STRIP_FLOATS, *of_b = of_a + STRIP_FLOATS;
+#pragma unroll
+        for (unsigned k = 0; k < TENSOR_STRIP; k += 16) {
+            unsigned x[4][2][4], y[2][2][4];                         // [piece][half of k][register]
+#pragma unroll
+            for (unsigned half = 0; half < 2; half++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) load_rows<A_BY_K>(x[i][half], of_a, row + 16 * i, k + 8 * half);
+#pragma unroll
+                for (int j = 0; j < 2; j++) load_rows<B_BY_K>(y[j][half], of_b, column + 16 * j, k + 8 * half);
+            }
+            // Registers e and e + 2 of a piece are the same row at k t and t + 4. For bfloat16 they go to the two halves of
+            // one register, which multiply with each other whatever k they are called.
+            if (MATH == METALA_BFLOAT16) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const unsigned e = j % 2, (*of_y)[4] = y[j / 2];
+                    const unsigned in_b[2] = {pack(of_y[0][e], of_y[0][e + 2]), pack(of_y[1][e], of_y[1][e + 2])};
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const unsigned in_a[4] = {pack(x[i][0][0], x[i][0][2]), pack(x[i][0][1], x[i][0][3]),
+                                                  pack(x[i][1][0], x[i][1][2]), pack(x[i][1][1], x[i][1][3])};
+                        mma_bf16(sum[i][j], in_a, in_b);
+                    }
+                }
+            } else {
+#pragma unroll
+                for (unsigned half = 0; half < 2; half++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        unsigned in_a[4];
+#pragma unroll
+                        for (int e = 0; e < 4; e++) in_a[e] = to_tf32(__uint_as_float(x[i][half][e]));
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            const unsigned *of_y = y[j / 2][half];
+                            const unsigned in_b[2] = {to_tf32(__uint_as_float(of_y[j % 2])),
+                                                      to_tf32(__uint_as_float(of_y[j % 2 + 2]))};
+                            mma_tf32(sum[i][j], in_a, in_b);
+                        }
+                    }
+            }
+        }
+    }
+    float *to = c + blockIdx.z * M * N;
+    const bool whole = gridDim.z == 1;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                size_t at_i = i0 + row + 16 * i + lane / 4 + e / 2 * 8, at_j = j0 + column + 8 * j + lane % 4 * 2 + e % 2;
+                if (at_i < M && at_j < N) {
+                    float start = !whole ? 0 : accumulate ? to[at_i * N + at_j] : bias ? bias[at_j] : 0;
+                    to[at_i * N + at_j] = start + sum[i][j][e];
+                }
+            }
+}
+
+// ---- C = A B, or C += A B; operands as above.
 template <bool A_BY_K, bool B_BY_K, class Weights>
 void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row, size_t a_k, Weights b,
                      const float *bias, size_t M, size_t N, size_t K, int accumulate) {
@@ -364,6 +541,75 @@ void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row
              K, k_each, accumulate);
     if (splits > 1)
         RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
+}
+
+template <metala_math MATH, bool A_BY_K, bool B_BY_K>
+void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
+                     const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+    if (M == 0 || N == 0) return;
+    size_t splits = splits_of(ceil_div(M, TENSOR_TILE) * ceil_div(N, TENSOR_TILE), K);
+    size_t k_each = round_up(ceil_div(K, splits), TENSOR_STRIP), shared = STAGES * 2 * STRIP_FLOATS * sizeof(float);
+    splits = K ? ceil_div(K, k_each) : 1;
+    float *to = splits > 1 ? scratch(ctx, splits * M * N) : c;
+    if (!to) return;
+    extent grid(ceil_div(M, TENSOR_TILE), ceil_div(N, TENSOR_TILE), splits);
+    if (a_step % 4 == 0 && b_step % 4 == 0 && (uintptr_t)a % 16 == 0 && (uintptr_t)b % 16 == 0)
+        RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 4>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M, N,
+            K, k_each, accumulate);
+    else
+        RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 1>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M, N,
+            K, k_each, accumulate);
+    if (splits > 1)
+        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
+}
+
+#ifdef METALA_CUBLAS
+// ---- The same by the library of the CUDA Toolkit (make CUDA=1 CUBLAS=1), to compare with. Its handle is the one thing in
+// this file that outlives a call: each thread makes its own and keeps it.
+__global__ void start_rows_kernel(float *c, const float *bias, size_t M, size_t N) {
+    FOR_EACH(i, M * N) c[i] = bias[i % N];
+}
+template <metala_math MATH, bool A_BY_K, bool B_BY_K>
+void library_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
+                      const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+    static thread_local cublasHandle_t handle = NULL;
+    const float one = 1, start = accumulate || bias ? 1.0f : 0.0f;
+    if (M == 0 || N == 0) return;
+    if (M > INT_MAX || N > INT_MAX || K > INT_MAX || a_step > INT_MAX || b_step > INT_MAX) {
+        metala_context_fail(ctx, "%s:%d: cuBLAS takes sizes up to %d; use a smaller batch", __FILE__, __LINE__, INT_MAX);
+        return;
+    }
+    if (bias) RUN(start_rows_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, bias, M, N);
+    cublasStatus_t status = handle ? CUBLAS_STATUS_SUCCESS : cublasCreate(&handle);
+    // Its matrices are stored by columns: our C is its Cᵀ = Bᵀ Aᵀ.
+    if (status == CUBLAS_STATUS_SUCCESS)
+        status = cublasGemmEx(handle, B_BY_K ? CUBLAS_OP_T : CUBLAS_OP_N, A_BY_K ? CUBLAS_OP_N : CUBLAS_OP_T, (int)N, (int)M,
+                              (int)K, &one, b, CUDA_R_32F, (int)(b_step ? b_step : 1), a, CUDA_R_32F,
+                              (int)(a_step ? a_step : 1), &start, c, CUDA_R_32F, (int)N,
+                              MATH == METALA_TF32       ? CUBLAS_COMPUTE_32F_FAST_TF32
+                              : MATH == METALA_BFLOAT16 ? CUBLAS_COMPUTE_32F_FAST_16BF
+                                                        : CUBLAS_COMPUTE_32F_PEDANTIC,
+                              CUBLAS_GEMM_DEFAULT);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        metala_context_fail(ctx, "%s:%d: cuBLAS error %d, %s; build without CUBLAS=1", __FILE__, __LINE__, (int)status,
+                            cublasGetStatusString(status));
+}
+#endif
+
+// C = A B, or C += A B, of tensors in float, the way that MATH says.
+template <metala_math MATH, bool A_BY_K, bool B_BY_K>
+void multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
+              const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+#ifdef METALA_CUBLAS
+    library_multiply<MATH, A_BY_K, B_BY_K>(ctx, c, a, a_step, b, b_step, bias, M, N, K, accumulate);
+#else
+    real_weights weights = {b, B_BY_K ? 1 : b_step, B_BY_K ? b_step : 1};
+    if constexpr (MATH != METALA_EXACT)
+        tensor_multiply<MATH, A_BY_K, B_BY_K>(ctx, c, a, a_step, b, b_step, bias, M, N, K, accumulate);
+    else
+        matrix_multiply<A_BY_K, B_BY_K>(ctx, c, a, A_BY_K ? a_step : 1, A_BY_K ? 1 : a_step, weights, bias, M, N, K,
+                                        accumulate);
+#endif
 }
 
 // y = x Wᵀ + bias for a few rows of x, as in generation: memory is the limit, each weight is read once. A warp for each
@@ -402,11 +648,12 @@ void matmul_few_rows(metala_context *ctx, float *y, const float *x, Weights w, c
 }
 
 // Linear layer:  y = x Wᵀ + bias.    y (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
+template <metala_math MATH>
 void matmul_forward(metala_context *ctx, float *y, const float *x, const float *w, const float *bias, size_t rows,
                     size_t out, size_t in) {
     real_weights weights = {w, 1, in};
     if (rows <= FEW_ROWS) matmul_few_rows(ctx, y, x, weights, w, bias, rows, out, in);
-    else matrix_multiply<true, true>(ctx, y, x, in, 1, weights, bias, rows, out, in, 0);
+    else multiply<MATH, true, true>(ctx, y, x, in, w, in, bias, rows, out, in, 0);
 }
 
 // sums[j] += Σ_row a[row][j], the gradient of a bias: strips of rows, then the strips.
@@ -430,11 +677,11 @@ void add_column_sums(metala_context *ctx, float *sums, const float *a, size_t ro
 
 // dx = dy W (or dx += dy W)      dW += dyᵀ x      dbias += Σ_rows dy
 //   dx (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
+template <metala_math MATH>
 void matmul_backward(metala_context *ctx, float *dx, float *dw, float *dbias, const float *dy, const float *x,
                      const float *w, size_t rows, size_t out, size_t in, int accumulate) {
-    real_weights w_of_k = {w, in, 1}, x_of_k = {x, in, 1};
-    if (dx) matrix_multiply<true, false>(ctx, dx, dy, out, 1, w_of_k, NULL, rows, in, out, accumulate);
-    if (dw) matrix_multiply<false, false>(ctx, dw, dy, 1, out, x_of_k, NULL, out, in, rows, 1);
+    if (dx) multiply<MATH, true, false>(ctx, dx, dy, out, w, in, NULL, rows, in, out, accumulate);
+    if (dw) multiply<MATH, false, false>(ctx, dw, dy, out, x, in, NULL, out, in, rows, 1);
     if (dbias) add_column_sums(ctx, dbias, dy, rows, out);
 }
 
@@ -909,7 +1156,7 @@ __device__ float sum_groups(float *part, float x) {
 }
 
 template <int ROWS, int GROUPS>
-__global__ void __launch_bounds__(WARP * GROUPS)
+__global__ void __launch_bounds__(WARP * GROUPS, 1)
 recurrent_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
                          const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
     __shared__ float part[GROUPS * WARP];
@@ -946,7 +1193,7 @@ recurrent_forward_kernel(float *o, float *S, float *states, const float *q, cons
 // As recurrent_backward of metala.c. before (heads,64,K,V): the states of one chunk, made again from its first. dq, dk,
 // da: this tile's part, `tile_step` numbers from tile to tile. first_head: the heads of this launch begin there.
 template <int ROWS, int GROUPS>
-__global__ void __launch_bounds__(WARP * GROUPS)
+__global__ void __launch_bounds__(WARP * GROUPS, 1)
 recurrent_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, float *dv, float *dS, float *before,
                           const float *dO, const float *states, const float *q, const float *k, const float *v,
                           const float *alpha, size_t first_head, size_t T, size_t H, size_t K, size_t V, float scale) {
@@ -967,6 +1214,7 @@ recurrent_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             size_t i = threadIdx.y + r * GROUPS;
             if (i >= K || j >= V) break;
             s[r] = states[((b_h * chunks(T) + c) * K + i) * V + j];
+#pragma unroll 1
             for (size_t t = 0; t < n; t++) {
                 const size_t at = row + (t0 + t) * H;
                 own[(t * K + i) * V + j] = s[r];
@@ -1117,7 +1365,7 @@ size_t chunkwise_forward_shared(size_t K) {
 }
 
 template <int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
                          const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
     DYNAMIC_SHARED(float, memory);
@@ -1247,7 +1495,7 @@ size_t chunkwise_backward_shared(size_t K) {
 }
 
 template <int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, float *dv, float *dS, float *between,
                           const float *dO, const float *states, const float *q, const float *k, const float *v,
                           const float *alpha, size_t first_head, size_t T, size_t H, size_t K, size_t V, float scale) {
@@ -1437,22 +1685,27 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
 #define NAME "cuda, emulated"
 #endif
 
-const metala_backend exact_backend = {
-    NAME, cuda_alloc, cuda_free, cuda_upload, cuda_download, cuda_copy, cuda_zero,
-    embedding_forward, embedding_backward,
-    rms_forward, rms_backward,
-    conv_forward, conv_backward, conv_tail,
-    matmul_forward, matmul_backward, matmul_quantized,
-    mask_rows,
-    gate_forward, gate_backward,
-    scan_forward, scan_backward,
-    augment_forward, augment_backward,
-    head_norm_forward, head_norm_backward,
-    silu_gate_forward, silu_gate_backward,
-    add,
-    cross_entropy_forward, cross_entropy_backward,
-    sum_squares, adamw,
-};
+template <metala_math MATH>
+const metala_backend *backend() {
+    static const metala_backend table = {
+        MATH == METALA_TF32 ? NAME " tf32" : MATH == METALA_BFLOAT16 ? NAME " bf16" : NAME,
+        cuda_alloc, cuda_free, cuda_upload, cuda_download, cuda_copy, cuda_zero,
+        embedding_forward, embedding_backward,
+        rms_forward, rms_backward,
+        conv_forward, conv_backward, conv_tail,
+        matmul_forward<MATH>, matmul_backward<MATH>, matmul_quantized,
+        mask_rows,
+        gate_forward, gate_backward,
+        scan_forward, scan_backward,
+        augment_forward, augment_backward,
+        head_norm_forward, head_norm_backward,
+        silu_gate_forward, silu_gate_backward,
+        add,
+        cross_entropy_forward, cross_entropy_backward,
+        sum_squares, adamw,
+    };
+    return &table;
+}
 
 __global__ void probe_kernel(int *answer) { *answer = 42; }
 
@@ -1481,6 +1734,6 @@ const metala_backend *metala_cuda(metala_math math, char *why, size_t size) {
         snprintf(why, size, "CUDA error %d, %s; %s", (int)error, cudaGetErrorString(error), advice((int)error));
         return NULL;
     }
-    (void)math;
-    return &exact_backend;
+    return math == METALA_TF32 ? backend<METALA_TF32>() : math == METALA_BFLOAT16 ? backend<METALA_BFLOAT16>()
+                                                                                   : backend<METALA_EXACT>();
 }
