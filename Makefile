@@ -15,6 +15,7 @@
 #   make CC=clang       another compiler       make PORTABLE=1   for any machine with this instruction set
 #   make OPENMP=0       one thread             make CFLAGS=...   flags of your own in place of all those below
 #   make CUDA=1 CUDA_ARCH="80 90"   the GPUs to compile for; newer ones translate the last
+#   make CUDA=1 CUBLAS=1            matrix products by cuBLAS, to compare with
 #   make GOLDEN=DIR test   compare with the golden files in DIR (default ../shared/golden, skipped when not there)
 
 # What this compiler understands is tried, not guessed: $(call works,flags) is "flags" or nothing.
@@ -46,8 +47,13 @@ CUDA_LIB  := $(dir $(NVCC))../lib64
 NVCCFLAGS := -std=c++17 -O3 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
              -gencode arch=compute_$(lastword $(CUDA_ARCH)),code=compute_$(lastword $(CUDA_ARCH))
 GPU       := build/cuda_metala.o
+CUDA_LIBS := -lcudart_static -lstdc++ -lpthread -ldl -lrt
 DEFINES   := -DMETALA_CUDA
-LDLIBS    += -L$(CUDA_LIB) -lcudart_static -lstdc++ -lpthread -ldl -lrt
+ifneq ($(filter-out 0,$(CUBLAS)),)
+DEFINES   += -DMETALA_CUBLAS
+CUDA_LIBS := -lcublas -Wl,-rpath,$(CUDA_LIB) $(CUDA_LIBS)
+endif
+LDLIBS    += -L$(CUDA_LIB) $(CUDA_LIBS)
 endif
 endif
 

@@ -40,7 +40,7 @@ static double fast;                      // the least tolerance of whole models 
 // ------------------------------------------------------------------------------------------------ checks
 
 static struct {
-    const char *only, *golden, *device, *kernel;
+    const char *only, *golden, *device, *kernel, *math;
     int list, stop;
     size_t passed, failed;
 } run;
@@ -119,9 +119,9 @@ static void end_check(void) {
     char tolerance[32] = "";
     if (now.tolerance > 0) snprintf(tolerance, sizeof tolerance, " (%.0e)", now.tolerance);
     printf("%-52s%s%s   %s\n", now.name, now.parts, tolerance, *now.problem ? "FAILED" : "ok");
-    if (*now.problem) printf("    %s\n    again: ./test%s%s --only \"%s\"\n", now.problem,
+    if (*now.problem) printf("    %s\n    again: ./test%s%s%s%s --only \"%s\"\n", now.problem,
                              strcmp(run.device, "cpu") ? " --device " : "", strcmp(run.device, "cpu") ? run.device : "",
-                             now.name);
+                             run.math ? " --math " : "", run.math ? run.math : "", now.name);
     fflush(stdout);
     *now.problem ? run.failed++ : run.passed++;
     while (now.memories) free(now.memory[--now.memories]);
@@ -3613,7 +3613,7 @@ static int open_device(metala_math math) {
     ctx = metala_open(be, 1);
     if (is_cuda && math != METALA_EXACT) {                           // as measured, see --math
         product_tolerance = math == METALA_TF32 ? 1e-3 : 8e-3;
-        fast = math == METALA_TF32 ? 1e-2 : 8e-2;
+        fast = math == METALA_TF32 ? 2e-2 : 2e-1;
     }
     on[CPU].be = metala_cpu(), on[DEVICE].be = on[AGAIN].be = be;
     on[CPU].ctx = metala_open(metala_cpu(), 1), on[DEVICE].ctx = on[AGAIN].ctx = ctx;
@@ -3665,17 +3665,12 @@ int main(int argc, char **argv) {
     run.device = "cpu";
     for (int i = 1; i < argc; i++) {
         static const char *const with_value[] = {"--only", "--golden", "--device", "--kernel", "--math"};
-        const char **const values[] = {&run.only, &run.golden, &run.device, &run.kernel, NULL};
+        const char **const values[] = {&run.only, &run.golden, &run.device, &run.kernel, &run.math};
         size_t o = 0;
         while (o < COUNT(with_value) && strcmp(argv[i], with_value[o])) o++;
         if (o < COUNT(with_value)) {
             if (i + 1 == argc) return usage("no value after", argv[i]);
-            const char *value = argv[++i];
-            if (values[o]) *values[o] = value;
-            else if (!strcmp(value, "exact")) math = METALA_EXACT;
-            else if (!strcmp(value, "tf32")) math = METALA_TF32;
-            else if (!strcmp(value, "bf16")) math = METALA_BFLOAT16;
-            else return usage("--math is exact, tf32 or bf16, not", value);
+            *values[o] = argv[++i];
         } else if (!strcmp(argv[i], "--list")) run.list = 1;
         else if (!strcmp(argv[i], "--stop")) run.stop = 1;
         else if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return help();
@@ -3683,6 +3678,10 @@ int main(int argc, char **argv) {
         else argv[++files] = argv[i];
     }
     if (strcmp(run.device, "cpu") && strcmp(run.device, "cuda")) return usage("--device is cpu or cuda, not", run.device);
+    if (run.math && strcmp(run.device, "cuda")) return usage("--device cuda is needed for --math", run.math);
+    if (run.math && !strcmp(run.math, "tf32")) math = METALA_TF32;
+    else if (run.math && !strcmp(run.math, "bf16")) math = METALA_BFLOAT16;
+    else if (run.math && strcmp(run.math, "exact")) return usage("--math is exact, tf32 or bf16, not", run.math);
     if (run.kernel && strcmp(run.device, "cuda")) return usage("--device cuda is needed for --kernel", run.kernel);
     FILE *there = fopen("build/test.tmp", "wb");             // files go to build/ where there is such a folder
     if (there) fclose(there), remove("build/test.tmp"), strcpy(scratch_folder, "build/");
