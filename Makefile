@@ -10,6 +10,9 @@
 #   make bench-peers    a training step in turn with PyTorch's, where python3 has torch
 #   make CUDA=1         with the kernels of cuda_metala.cu, for --device cuda; without nvcc the CPU's programs alone
 #   make test-cuda      the GPU against the CPU: every kernel, models, golden files (make CUDA=1 test-cuda)
+#   make test-emu       the kernels of cuda_metala.cu on the CPU, without nvcc or a GPU (make -j2 test-emu, needs a C++
+#                       compiler); make emu-thread looks for races with the thread sanitizer, in a quarter of an hour
+#   make cuda-mutants   plants faults in cuda_metala.cu and requires that test-emu notices each
 #   make clean
 #
 #   make CC=clang       another compiler       make PORTABLE=1   for any machine with this instruction set
@@ -106,6 +109,48 @@ test-programs: all
 mutants: build/flags
 	CC='$(CC)' CFLAGS='$(WARNINGS) -O1 $(NATIVE)' tests/mutants.sh $(COUNT)
 
+# The kernels of cuda_metala.cu on the CPU, where emulator/cuda_on_cpu.h makes each of their threads a fiber: in three orders
+# of threads and blocks, in the three kinds of arithmetic, and under the sanitizers for addresses and undefined behaviour.
+EMU_WITH_address := -fsanitize=address,undefined -fno-sanitize-recover=all
+EMU_WITH_thread  := -fsanitize=thread
+EMU_C  = $(CC) $(or $(WARNINGS),-std=c99) -O1 -g $(NATIVE) -DMETALA_CUDA -I.
+EMU_CU = $(CXX) -std=c++17 -Wall -Wextra -Wno-unknown-pragmas -O1 -g $(NATIVE) -I. -x c++ -include emulator/cuda_on_cpu.h
+build/emu-%/test: test.c metala.c metala.h cuda_metala.cu emulator/cuda_on_cpu.h build/flags
+	@mkdir -p $(@D)
+	$(EMU_C) $(EMU_WITH_$*) -c -o $(@D)/test.o test.c
+	$(EMU_C) $(EMU_WITH_$*) -c -o $(@D)/metala.o metala.c
+	$(EMU_CU) $(EMU_WITH_$*) -c -o $(@D)/cuda_metala.o cuda_metala.cu
+	$(CXX) $(EMU_WITH_$*) -o $@ $(@D)/test.o $(@D)/metala.o $(@D)/cuda_metala.o
+build/emu-%/selftest: emulator/selftest.cu emulator/cuda_on_cpu.h build/flags
+	@mkdir -p $(@D)
+	$(EMU_CU) $(EMU_WITH_$*) -o $@ emulator/selftest.cu
+
+EMU_RUNS := emu-forward emu-reverse emu-random emu-tf32 emu-bf16 emu-address
+emu-forward: ORDER = forward
+emu-reverse: ORDER = reverse
+emu-tf32:    MATH = tf32
+emu-bf16:    MATH = bf16
+emu-address: KIND = address
+emu-thread:  KIND = thread
+KIND  = plain
+ORDER = random
+MATH  = exact
+test-emu: $(EMU_RUNS)
+emu-address: build/emu-address/test build/emu-address/selftest
+emu-thread: build/emu-thread/test build/emu-thread/selftest
+$(filter-out emu-address,$(EMU_RUNS)): build/emu-plain/test build/emu-plain/selftest
+$(EMU_RUNS) emu-thread:
+	@build/emu-$(KIND)/selftest > build/$@.log 2>&1 && CUDA_ORDER=$(ORDER) CUDA_ASYNC=1 CUDA_LEAKS=fail \
+	    ASAN_OPTIONS=allocator_may_return_null=1 build/emu-$(KIND)/test --device cuda --math $(MATH) --golden $(GOLDEN) \
+	    >> build/$@.log 2>&1 || { grep -a -A 6 -E 'FAILED|cuda_on_cpu|Sanitizer' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
+	@echo "$@ ($(KIND), $(ORDER) order, $(MATH)): $$(tail -n 1 build/$@.log)"
+
+cuda-mutants: build/emu-plain/test
+	SOURCE=cuda_metala.cu LIST=tests/cuda_mutants.txt \
+	BUILD='$(EMU_CU) -c -o $$dir/cuda_metala.o $$dir/cuda_metala.cu && $(CXX) -o $$dir/test build/emu-plain/test.o build/emu-plain/metala.o $$dir/cuda_metala.o' \
+	CHECK='for order in forward reverse random; do CUDA_ORDER=$$order CUDA_ASYNC=1 ./test --device cuda --stop || exit 1; done; for math in tf32 bf16; do ./test --device cuda --stop --math $$math || exit 1; done' \
+	tests/mutants.sh $(COUNT)
+
 build/bench: build/bench.o build/metala.o $(GPU)
 	$(LINK)
 build/bench.o: bench/bench.c metala.h build/flags
@@ -129,3 +174,5 @@ clean:
 	rm -rf build train run test data/stories
 
 .PHONY: all test test-cuda test64 asan test-programs mutants bench bench-peers demo clean FORCE
+.PHONY: test-emu $(EMU_RUNS) emu-thread cuda-mutants
+.SECONDARY:

@@ -1330,11 +1330,12 @@ EMU_UNWATCHED inline void operate_ldmatrix(void **x, unsigned) {
 }
 
 // Word by word, so that the sanitizers see who reads and writes what. from NULL: the same word everywhere.
+typedef volatile unsigned __attribute__((may_alias)) Word;
 inline void look_at(const void *p, int bytes) {
-    for (int i = 0; i < bytes / 4; i++) (void)((const volatile unsigned *)p)[i];
+    for (int i = 0; i < bytes / 4; i++) (void)((const Word *)p)[i];
 }
 inline void move_words(void *to, const void *from, unsigned word, int bytes) {
-    for (int i = 0; i < bytes / 4; i++) ((volatile unsigned *)to)[i] = from ? ((const volatile unsigned *)from)[i] : word;
+    for (int i = 0; i < bytes / 4; i++) ((Word *)to)[i] = from ? ((const Word *)from)[i] : word;
 }
 
 template <int MATRICES, bool TRANSPOSED>
