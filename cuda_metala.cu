@@ -433,10 +433,11 @@ __device__ void load_rows(unsigned *r, const float *strip, unsigned row, unsigne
 }
 
 // Two floats as bfloat16 in one register, the first in the lower half.
-__device__ unsigned pack(unsigned first, unsigned second) {
-    __nv_bfloat162 both = __floats2bfloat162_rn(__uint_as_float(first), __uint_as_float(second));
+__device__ unsigned pack(float first, float second) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
     return (unsigned)__bfloat16_as_ushort(both.y) << 16 | __bfloat16_as_ushort(both.x);
 }
+__device__ unsigned pack(unsigned first, unsigned second) { return pack(__uint_as_float(first), __uint_as_float(second)); }
 
 template <metala_math MATH, bool A_BY_K, bool B_BY_K, int EACH>
 __global__ void __launch_bounds__(THREADS)
@@ -1260,7 +1261,7 @@ recurrent_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
 //
 // Tokens beyond the end have q = k = v = do = 0 and α = 1, which changes nothing.
 
-enum { BLOCK = 16, A_PITCH = BLOCK + 1 };
+enum { BLOCK = 16, A_PITCH = BLOCK + 2 };
 
 // Distance of rows of q, k, α in shared memory: whole float4, and neighbours in other banks.
 __host__ __device__ constexpr size_t row_pitch(size_t K) { return round_up(K, 4) + 4; }
@@ -1296,49 +1297,104 @@ __device__ void block_map(float *A, const float *q, const float *k, const float 
     }
 }
 
-// In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q may be NULL. A thread for each channel.
-__device__ void block_decay(float *q, float *k, const float *alpha, float *total, size_t K, size_t pitch, float scale) {
-    for (size_t i = threadIdx.x; i < K; i += THREADS) {
+// In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q may be NULL. A thread for each channel, of
+// several blocks one behind the other.
+__device__ void block_decay(float *q, float *k, const float *alpha, float *total, size_t K, size_t pitch, float scale,
+                            size_t blocks = 1) {
+    for (size_t task = threadIdx.x; task < blocks * K; task += THREADS) {
+        const size_t at = task / K * BLOCK * pitch + task % K;
         float p = 1, rest = 1;
         for (int t = 0; t < BLOCK; t++) {
-            p *= alpha[t * pitch + i];
-            if (q) q[t * pitch + i] *= scale * p;
+            p *= alpha[at + t * pitch];
+            if (q) q[at + t * pitch] *= scale * p;
         }
         for (int t = BLOCK - 1; t >= 0; t--) {
-            k[t * pitch + i] *= rest;
-            rest *= alpha[t * pitch + i];
+            k[at + t * pitch] *= rest;
+            rest *= alpha[at + t * pitch];
         }
-        total[i] = p;
+        total[task] = p;
     }
 }
 
+// ---- Small products on tensor cores, of operands in shared memory or in registers, which are rounded when they are used.
+// With g = lane/4, t = lane%4, a 16×8 piece of a left operand or of a result has in x[e] row g + 8(e/2), column 2t + e%2, and
+// two rows of a right operand are a float2, rows 2t and 2t+1 of column g. (tf32 takes other places; but the columns of the
+// left may be called what they will, if the rows of the right are called the same.)
+
+// D += [a0 a1] B:  16×8 += 16×16 times 16×8;  b1: the lower 8 rows of B
+template <metala_math MATH>
+__device__ void multiply_pieces(float *d, const float *a0, const float *a1, float2 b0, float2 b1) {
+    if (MATH == METALA_BFLOAT16) {
+        const unsigned a[4] = {pack(a0[0], a0[1]), pack(a0[2], a0[3]), pack(a1[0], a1[1]), pack(a1[2], a1[3])};
+        const unsigned b[2] = {pack(b0.x, b0.y), pack(b1.x, b1.y)};
+        mma_bf16(d, a, b);
+    } else {
+        const unsigned left[4] = {to_tf32(a0[0]), to_tf32(a0[2]), to_tf32(a0[1]), to_tf32(a0[3])};
+        const unsigned right[4] = {to_tf32(a1[0]), to_tf32(a1[2]), to_tf32(a1[1]), to_tf32(a1[3])};
+        const unsigned upper[2] = {to_tf32(b0.x), to_tf32(b0.y)}, lower[2] = {to_tf32(b1.x), to_tf32(b1.y)};
+        mma_tf32(d, left, upper);
+        mma_tf32(d, right, lower);
+    }
+}
+
+// Rows k…k+15 of column j of a right operand x[k][j], or of xᵀ.
+__device__ float2 down(const float *x, size_t pitch, unsigned k, unsigned j) {
+    return make_float2(x[k * pitch + j], x[(k + 1) * pitch + j]);
+}
+__device__ float2 along(const float *x, size_t pitch, unsigned k, unsigned j) {
+    return *(const float2 *)&x[j * pitch + k];                       // pitch and k are even
+}
+// A 16×8 piece of a left operand: of x[i][k], or of xᵀ, where x has k as its rows.
+__device__ void piece(float *a, const float *x, size_t pitch, unsigned i, unsigned k) {
+    for (int e = 0; e < 4; e++) a[e] = x[(i + e / 2 * 8) * pitch + k + e % 2];
+}
+__device__ void piece_transposed(float *a, const float *x, size_t pitch, unsigned i, unsigned k) {
+    for (int e = 0; e < 4; e++) a[e] = x[(k + e % 2) * pitch + i + e / 2 * 8];
+}
+
 // S = diag(total) S + aᵀ b:   S (K, COLUMNS), rows s_pitch apart   a (BLOCK, K)   b (BLOCK, COLUMNS), b_pitch apart.
-// A thread has 4 × 4 numbers of S at a time. K is a multiple of 4 here: rows are padded with zeros.
-template <int COLUMNS>
+// A thread has 4 × 4 numbers of S at a time, or a warp 16 × 8. K is a multiple of 4, or 16: rows are padded with zeros.
+template <metala_math MATH, int COLUMNS>
 __device__ void block_update(float *S, size_t s_pitch, const float *total, const float *a, size_t pitch, const float *b,
                              size_t b_pitch, size_t K) {
-    for (size_t task = threadIdx.x; task < K / 4 * (COLUMNS / 4); task += THREADS) {
-        size_t i = task / (COLUMNS / 4) * 4, j = task % (COLUMNS / 4) * 4;
-        float sum[4][4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            float4 x = *(const float4 *)&S[(i + e) * s_pitch + j];
-            float p = total[i + e];
-            sum[e][0] = p * x.x, sum[e][1] = p * x.y, sum[e][2] = p * x.z, sum[e][3] = p * x.w;
+    if constexpr (MATH != METALA_EXACT) {
+        const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+        for (unsigned tile = threadIdx.x / WARP; tile < K / 16 * (COLUMNS / 8); tile += WARPS) {
+            const unsigned i = tile / (COLUMNS / 8) * 16, j = tile % (COLUMNS / 8) * 8;
+            float a0[4], a1[4], sum[4];
+            for (unsigned e = 0; e < 4; e++) {
+                unsigned row = i + g + e / 2 * 8;
+                sum[e] = total[row] * S[row * s_pitch + j + 2 * t + e % 2];
+            }
+            piece_transposed(a0, a, pitch, i + g, 2 * t);
+            piece_transposed(a1, a, pitch, i + g, 2 * t + 8);
+            multiply_pieces<MATH>(sum, a0, a1, down(b, b_pitch, 2 * t, j + g), down(b, b_pitch, 2 * t + 8, j + g));
+            for (unsigned e = 0; e < 4; e++) S[(i + g + e / 2 * 8) * s_pitch + j + 2 * t + e % 2] = sum[e];
         }
-#pragma unroll
-        for (int t = 0; t < BLOCK; t++) {
-            float4 x = *(const float4 *)&a[t * pitch + i], y = *(const float4 *)&b[t * b_pitch + j];
-            const float of_a[4] = {x.x, x.y, x.z, x.w};
+    } else {
+        for (size_t task = threadIdx.x; task < K / 4 * (COLUMNS / 4); task += THREADS) {
+            size_t i = task / (COLUMNS / 4) * 4, j = task % (COLUMNS / 4) * 4;
+            float sum[4][4];
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                sum[e][0] += of_a[e] * y.x, sum[e][1] += of_a[e] * y.y;
-                sum[e][2] += of_a[e] * y.z, sum[e][3] += of_a[e] * y.w;
+                float4 x = *(const float4 *)&S[(i + e) * s_pitch + j];
+                float p = total[i + e];
+                sum[e][0] = p * x.x, sum[e][1] = p * x.y, sum[e][2] = p * x.z, sum[e][3] = p * x.w;
             }
-        }
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            *(float4 *)&S[(i + e) * s_pitch + j] = make_float4(sum[e][0], sum[e][1], sum[e][2], sum[e][3]);
+            for (int t = 0; t < BLOCK; t++) {
+                float4 x = *(const float4 *)&a[t * pitch + i], y = *(const float4 *)&b[t * b_pitch + j];
+                const float of_a[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    sum[e][0] += of_a[e] * y.x, sum[e][1] += of_a[e] * y.y;
+                    sum[e][2] += of_a[e] * y.z, sum[e][3] += of_a[e] * y.w;
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                *(float4 *)&S[(i + e) * s_pitch + j] = make_float4(sum[e][0], sum[e][1], sum[e][2], sum[e][3]);
+        }
     }
 }
 
@@ -1408,12 +1464,115 @@ chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, cons
                 if (t < n && j + e < columns) o[(at + t * H) * V + j0 + j + e] = sum[e];
         }
         __syncthreads();                                             // the old state is read
-        block_update<COLUMNS>(state, COLUMNS, total, k_block, pitch, v_block, COLUMNS, Kp);
+        block_update<METALA_EXACT, COLUMNS>(state, COLUMNS, total, k_block, pitch, v_block, COLUMNS, Kp);
         __syncthreads();                                             // the block's tokens are done with
     }
     if (S) store_state<COLUMNS>(S + b_h * K * V + j0, state, COLUMNS, K, V, columns);
 }
 
+// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128), forward. Everything that all columns share is made
+// for the four blocks of a chunk at once: the maps A and the decayed q and k, in float. Then every warp goes through the
+// blocks alone: it has 16 columns of S, as Sᵀ [16 × K] in the registers of the multiplier's results, where a result of one
+// product is the operand of the next one:
+//
+//     oᵀ = Sᵀ qpᵀ + vᵀ Aᵀ          Sᵀ <- Sᵀ diag(p_n) + vᵀ keys
+//
+// S stays in float, and is rounded each time that it is read.
+
+enum { TENSOR_COLUMNS = WARPS * 16 };
+template <int MOST>
+constexpr size_t tensor_forward_shared() {                           // in floats: q, k, α, v, total decays, A
+    return METALA_CHUNK * (3 * (MOST + 4) + TENSOR_COLUMNS + 4) + METALA_CHUNK / BLOCK * (MOST + BLOCK * A_PITCH);
+}
+
+template <metala_math MATH, int MOST>
+__global__ void __launch_bounds__(THREADS, 1)
+tensor_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
+                      const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
+    enum { PITCH = MOST + 4, V_PITCH = TENSOR_COLUMNS + 4, BLOCKS = METALA_CHUNK / BLOCK };
+    DYNAMIC_SHARED(float, memory);
+    const size_t b_h = blockIdx.y, j0 = blockIdx.x * (size_t)TENSOR_COLUMNS, columns = least(V - j0, TENSOR_COLUMNS);
+    const size_t row = first_row(b_h, T, H);
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, column = threadIdx.x / WARP * 16 + g;
+    const bool works = threadIdx.x / WARP * 16 < columns;
+    float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
+    float *v_chunk = alpha_chunk + METALA_CHUNK * PITCH, *total = v_chunk + METALA_CHUNK * V_PITCH;
+    float *A = total + BLOCKS * MOST;
+    float s[MOST / 8][4];                                            // Sᵀ: rows `column` and `column` + 8
+
+    // f(number in registers, its place in a state in global memory), for those that exist
+    auto for_state = [&](auto f) {
+#pragma unroll
+        for (int n = 0; n < MOST / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                size_t i = 8 * n + 2 * t + e % 2, j = column + e / 2 * 8;
+                if (i < K && j < columns) f(s[n][e], i * V + j0 + j);
+            }
+    };
+#pragma unroll
+    for (int n = 0; n < MOST / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[n][e] = 0;
+    if (S) for_state([&](float &x, size_t at) { x = S[b_h * K * V + at]; });
+
+    for (size_t t0 = 0; t0 < T; t0 += METALA_CHUNK) {
+        const size_t n = least(T - t0, METALA_CHUNK), at = row + t0 * H;
+        for (size_t b = 0; b < BLOCKS; b++) {
+            const size_t here = at + b * BLOCK * H, to = b * BLOCK * PITCH, left = n < b * BLOCK ? 0 : n - b * BLOCK;
+            load_tokens(q_chunk + to, PITCH, MOST, q + here * K, H * K, left, K, 0);
+            load_tokens(k_chunk + to, PITCH, MOST, k + here * K, H * K, left, K, 0);
+            load_tokens(alpha_chunk + to, PITCH, MOST, alpha + here * K, H * K, left, K, 1);
+            load_tokens(v_chunk + b * BLOCK * V_PITCH, V_PITCH, TENSOR_COLUMNS, v + here * V + j0, H * V, left, columns, 0);
+        }
+        if (states) {
+            float *to = states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V;
+            for_state([&](float &x, size_t place) { to[place] = x; });
+        }
+        __syncthreads();
+        for (int b = 0; b < BLOCKS; b++) {
+            size_t from = b * BLOCK * PITCH;
+            block_map(A + b * BLOCK * A_PITCH, q_chunk + from, k_chunk + from, alpha_chunk + from, K, PITCH, scale);
+        }
+        __syncthreads();
+        block_decay(q_chunk, k_chunk, alpha_chunk, total, MOST, PITCH, scale, BLOCKS);
+        __syncthreads();
+        for (size_t b = 0; works && b * BLOCK < n; b++) {
+            const float *q_block = q_chunk + b * BLOCK * PITCH, *k_block = k_chunk + b * BLOCK * PITCH;
+            const float *v_block = v_chunk + b * BLOCK * V_PITCH, *A_block = A + b * BLOCK * A_PITCH;
+            float v0[4], v1[4];
+            piece_transposed(v0, v_block, V_PITCH, column, 2 * t);
+            piece_transposed(v1, v_block, V_PITCH, column, 2 * t + 8);
+#pragma unroll
+            for (unsigned token = 0; token < BLOCK; token += 8) {
+                float out[4] = {};
+#pragma unroll
+                for (unsigned i = 0; i < MOST; i += 16)
+                    multiply_pieces<MATH>(out, s[i / 8], s[i / 8 + 1], along(q_block, PITCH, i + 2 * t, token + g),
+                                          along(q_block, PITCH, i + 2 * t + 8, token + g));
+                multiply_pieces<MATH>(out, v0, v1, along(A_block, A_PITCH, 2 * t, token + g),
+                                      along(A_block, A_PITCH, 2 * t + 8, token + g));
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    size_t i = b * BLOCK + token + 2 * t + e % 2, j = column + e / 2 * 8;
+                    if (i < n && j < columns) o[(at + i * H) * V + j0 + j] = out[e];
+                }
+            }
+#pragma unroll
+            for (unsigned i = 0; i < MOST; i += 8) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[i / 8][e] *= total[b * MOST + i + 2 * t + e % 2];
+                multiply_pieces<MATH>(s[i / 8], v0, v1, down(k_block, PITCH, 2 * t, i + g),
+                                      down(k_block, PITCH, 2 * t + 8, i + g));
+            }
+        }
+        __syncthreads();                                             // the chunk's tokens are done with
+    }
+    if (S) for_state([&](float &x, size_t at) { S[b_h * K * V + at] = x; });
+}
+
+// ---- Chunkwise, backward.
+//
 // Block by block from the last, see chunkwise_backward of metala.c. Γ is the gradient of the state after the block,
 // D_tj = s do_t·v_j for j <= t, and over the columns of this tile:
 //
@@ -1433,21 +1592,80 @@ __device__ void block_products(float *D, const float *dO, const float *v, size_t
     D[t * A_PITCH + j] = j <= t ? scale * sum : 0;
 }
 
-// y[t][i] = Σ_l x[t][l] S[i][l]: one row of S and 4 tokens for each thread.   x (BLOCK, columns)   S (K, columns)
-template <int COLUMNS>
+// y[t][i] = Σ_l x[t][l] S[i][l]:   x (BLOCK, columns)   S (K, columns). One row of S and 4 tokens for each thread, or 8 rows
+// and all tokens for each warp.
+template <metala_math MATH, int COLUMNS>
 __device__ void block_project(float *y, size_t pitch, const float *x, const float *S, size_t s_pitch, size_t K) {
-    for (size_t task = threadIdx.x; task < K * (BLOCK / 4); task += THREADS) {
-        size_t i = task % K, t = task / K * 4;
-        float sum[4] = {};
-        for (int l = 0; l < COLUMNS; l += 4) {
-            float4 a = *(const float4 *)&S[i * s_pitch + l];
+    if constexpr (MATH != METALA_EXACT) {
+        const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+        for (unsigned i = threadIdx.x / WARP * 8; i < K; i += WARPS * 8) {
+            float a0[4], a1[4], sum[4] = {};
+            for (unsigned l = 0; l < COLUMNS; l += 16) {
+                piece(a0, x, s_pitch, g, l + 2 * t);
+                piece(a1, x, s_pitch, g, l + 2 * t + 8);
+                multiply_pieces<MATH>(sum, a0, a1, along(S, s_pitch, l + 2 * t, i + g),
+                                      along(S, s_pitch, l + 2 * t + 8, i + g));
+            }
+            for (unsigned e = 0; e < 4; e++) y[(g + e / 2 * 8) * pitch + i + 2 * t + e % 2] = sum[e];
+        }
+    } else {
+        for (size_t task = threadIdx.x; task < K * (BLOCK / 4); task += THREADS) {
+            size_t i = task % K, t = task / K * 4;
+            float sum[4] = {};
+            for (int l = 0; l < COLUMNS; l += 4) {
+                float4 a = *(const float4 *)&S[i * s_pitch + l];
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float4 b = *(const float4 *)&x[(t + e) * s_pitch + l];
-                sum[e] += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+                for (int e = 0; e < 4; e++) {
+                    float4 b = *(const float4 *)&x[(t + e) * s_pitch + l];
+                    sum[e] += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+                }
+            }
+            for (int e = 0; e < 4; e++) y[(t + e) * pitch + i] = sum[e];
+        }
+    }
+}
+
+// dv_j = Σ_t A_tj do_t + Σ_i keys_ji Γ_i, to global memory, `step` from token to token, for n tokens and `columns` columns:
+// 4 columns of a token for each thread, or 8 of all tokens for each warp.
+template <metala_math MATH, int COLUMNS>
+__device__ void block_values(float *dv, size_t step, size_t n, size_t columns, const float *A, const float *dO,
+                             const float *keys, size_t pitch, const float *gamma, size_t g_pitch, size_t K) {
+    if constexpr (MATH != METALA_EXACT) {
+        const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+        for (unsigned l = threadIdx.x / WARP * 8; l < COLUMNS; l += WARPS * 8) {
+            float a0[4], a1[4], sum[4] = {};
+            piece_transposed(a0, A, A_PITCH, g, 2 * t);
+            piece_transposed(a1, A, A_PITCH, g, 2 * t + 8);
+            multiply_pieces<MATH>(sum, a0, a1, down(dO, g_pitch, 2 * t, l + g), down(dO, g_pitch, 2 * t + 8, l + g));
+            for (unsigned i = 0; i < K; i += 16) {
+                piece(a0, keys, pitch, g, i + 2 * t);
+                piece(a1, keys, pitch, g, i + 2 * t + 8);
+                multiply_pieces<MATH>(sum, a0, a1, down(gamma, g_pitch, i + 2 * t, l + g),
+                                      down(gamma, g_pitch, i + 2 * t + 8, l + g));
+            }
+            for (unsigned e = 0; e < 4; e++) {
+                unsigned j = g + e / 2 * 8, column = l + 2 * t + e % 2;
+                if (j < n && column < columns) dv[j * step + column] = sum[e];
             }
         }
-        for (int e = 0; e < 4; e++) y[(t + e) * pitch + i] = sum[e];
+    } else {
+        for (unsigned task = threadIdx.x; task < BLOCK * (COLUMNS / 4); task += THREADS) {
+            const unsigned j = task / (COLUMNS / 4), l = task % (COLUMNS / 4) * 4;
+            float sum[4] = {};
+            for (unsigned t = j; t < BLOCK; t++) {
+                float x = A[t * A_PITCH + j];
+                float4 y = *(const float4 *)&dO[t * g_pitch + l];
+                sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+            }
+            for (size_t i = 0; i < K; i++) {
+                float x = keys[j * pitch + i];
+                float4 y = *(const float4 *)&gamma[i * g_pitch + l];
+                sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+            }
+#pragma unroll
+            for (unsigned e = 0; e < 4; e++)
+                if (j < n && l + e < columns) dv[j * step + l + e] = sum[e];
+        }
     }
 }
 
@@ -1487,21 +1705,24 @@ __device__ void channel_dk(float *y, const float *q, const float *alpha, const f
     }
 }
 
+// Rows of a state in shared memory: whole float4, or whole pieces of tensor cores.
+__host__ __device__ constexpr size_t padded(metala_math math, size_t K) { return round_up(K, math == METALA_EXACT ? 4 : 16); }
+
 // Floats of shared memory: S and Γ, five tensors (BLOCK, K), do and v, A and D, two vectors (K).
-template <int COLUMNS>
-size_t chunkwise_backward_shared(size_t K) {
-    return 2 * round_up(K, 4) * (COLUMNS + 4 + 1) + 5 * BLOCK * row_pitch(K) + 2 * BLOCK * (COLUMNS + 4) +
+size_t chunkwise_backward_shared(metala_math math, size_t K, size_t columns) {
+    K = padded(math, K);
+    return 2 * K * (columns + 4 + 1) + 5 * BLOCK * row_pitch(K) + 2 * BLOCK * (columns + 4) +
            2 * BLOCK * A_PITCH;
 }
 
-template <int COLUMNS>
+template <metala_math MATH, int COLUMNS>
 __global__ void __launch_bounds__(THREADS, 1)
 chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, float *dv, float *dS, float *between,
                           const float *dO, const float *states, const float *q, const float *k, const float *v,
                           const float *alpha, size_t first_head, size_t T, size_t H, size_t K, size_t V, float scale) {
     enum { PITCH = COLUMNS + 4, BLOCKS = METALA_CHUNK / BLOCK };
     DYNAMIC_SHARED(float, memory);
-    const size_t Kp = round_up(K, 4), pitch = row_pitch(K), b_h = first_head + blockIdx.y;
+    const size_t Kp = padded(MATH, K), pitch = row_pitch(Kp), b_h = first_head + blockIdx.y;
     const size_t j0 = blockIdx.x * (size_t)COLUMNS, columns = least(V - j0, COLUMNS);
     const size_t row = first_row(b_h, T, H), tile = blockIdx.x * tile_step;
     float *state = memory, *gamma = state + Kp * PITCH, *q_block = gamma + Kp * PITCH;
@@ -1526,7 +1747,7 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             if (b > 0) store_state<COLUMNS>(own + (b - 1) * K * V, state, PITCH, K, V, columns);
             block_decay(NULL, k_block, alpha_block, total, Kp, pitch, scale);
             __syncthreads();
-            block_update<COLUMNS>(state, PITCH, total, k_block, pitch, v_block, PITCH, Kp);
+            block_update<MATH, COLUMNS>(state, PITCH, total, k_block, pitch, v_block, PITCH, Kp);
             __syncthreads();
         }
         for (size_t b = blocks; b-- > 0;) {                          // backwards; `state` is now that after block b
@@ -1549,8 +1770,8 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             __syncthreads();
             block_map(A, q_block, k_block, alpha_block, K, pitch, scale);
             block_products(D, dO_block, v_block, PITCH, COLUMNS, scale);
-            block_project<COLUMNS>(dq_block, pitch, dO_block, state, PITCH, Kp);
-            block_project<COLUMNS>(dk_block, pitch, v_block, gamma, PITCH, Kp);
+            block_project<MATH, COLUMNS>(dq_block, pitch, dO_block, state, PITCH, Kp);
+            block_project<MATH, COLUMNS>(dk_block, pitch, v_block, gamma, PITCH, Kp);
             __syncthreads();
             for (size_t task = threadIdx.x; task < 2 * Kp; task += THREADS) {
                 if (task < Kp) channel_dq(dq_block + task, k_block + task, alpha_block + task, D, pitch, scale);
@@ -1571,25 +1792,9 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             __syncthreads();
             block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
             __syncthreads();
-            for (unsigned task = threadIdx.x; task < BLOCK * (COLUMNS / 4); task += THREADS) {     // dv = Aᵀ do + keys Γ
-                const unsigned j = task / (COLUMNS / 4), l = task % (COLUMNS / 4) * 4;
-                float sum[4] = {};
-                for (unsigned t = j; t < BLOCK; t++) {
-                    float x = A[t * A_PITCH + j];
-                    float4 y = *(const float4 *)&dO_block[t * PITCH + l];
-                    sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
-                }
-                for (size_t i = 0; i < Kp; i++) {
-                    float x = k_block[j * pitch + i];
-                    float4 y = *(const float4 *)&gamma[i * PITCH + l];
-                    sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
-                }
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    if (j < n && l + e < columns) dv[(at + j * H) * V + j0 + l + e] = sum[e];
-            }
+            block_values<MATH, COLUMNS>(dv + at * V + j0, H * V, n, columns, A, dO_block, k_block, pitch, gamma, PITCH, Kp);
             __syncthreads();
-            block_update<COLUMNS>(gamma, PITCH, total, q_block, pitch, dO_block, PITCH, Kp);
+            block_update<MATH, COLUMNS>(gamma, PITCH, total, q_block, pitch, dO_block, PITCH, Kp);
             __syncthreads();
         }
     }
@@ -1600,7 +1805,7 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
 
 // The chunkwise kernels have room for K up to 256 (the backward takes narrower tiles of V beyond 128); the recurrent ones
 // for 512, and do the work of both beyond 256. The parallel form is the chunkwise one: its T×T map is for reading.
-enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_CHUNKWISE_K = 256, MOST_K = 512 };
+enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_TENSOR_K = 128, MOST_CHUNKWISE_K = 256, MOST_K = 512 };
 
 bool head_fits(metala_context *ctx, size_t K) {
     if (K > MOST_K)
@@ -1620,6 +1825,7 @@ bool head_fits(metala_context *ctx, size_t K) {
         else CALL(32, 16);            \
     } while (0)
 
+template <metala_math MATH>
 void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, float *states, const float *q,
                   const float *k, const float *v, const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V,
                   double scale) {
@@ -1630,13 +1836,26 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
         0, o, S, states, q, k, v, alpha, T, H, K, V, (float)scale)
         FOR_ROWS(K, FORWARD);
 #undef FORWARD
-    } else
-        RUN((chunkwise_forward_kernel<WIDE>), extent(ceil_div(V, WIDE), B * H), THREADS,
+        return;
+    }
+    if constexpr (MATH != METALA_EXACT) {
+        extent grid(ceil_div(V, TENSOR_COLUMNS), B * H);
+#define FORWARD(MOST)                                                                                              \
+    RUN((tensor_forward_kernel<MATH, MOST>), grid, THREADS, tensor_forward_shared<MOST>() * sizeof(float), o, S, states, \
+        q, k, v, alpha, T, H, K, V, (float)scale)
+        if (K <= 32) FORWARD(32);
+        else if (K <= 64) FORWARD(64);
+        else if (K <= MOST_TENSOR_K) FORWARD(128);
+#undef FORWARD
+        if (K <= MOST_TENSOR_K) return;
+    }
+    RUN((chunkwise_forward_kernel<WIDE>), extent(ceil_div(V, WIDE), B * H), THREADS,
             chunkwise_forward_shared<WIDE>(K) * sizeof(float), o, S, states, q, k, v, alpha, T, H, K, V, (float)scale);
 }
 
 // Scratch: `states_each` states of each head, for some heads at a time so that they stay below 256 MB, and the tiles'
 // parts of dq, dk and da (tiles,3,B,T,H,K) when there are several.
+template <metala_math MATH>
 void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, float *dv, float *da, float *dS,
                    const float *dO, const float *states, const float *q, const float *k, const float *v,
                    const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
@@ -1663,11 +1882,11 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
     RUN((recurrent_backward_kernel<ROWS, GROUPS>), grid, dim3(WARP, GROUPS), 0, ARGUMENTS)
         if (recurrent) FOR_ROWS(K, BACKWARD);
         else if (width == WIDE)
-            RUN((chunkwise_backward_kernel<WIDE>), grid, THREADS, chunkwise_backward_shared<WIDE>(K) * sizeof(float),
-                ARGUMENTS);
+            RUN((chunkwise_backward_kernel<MATH, WIDE>), grid, THREADS,
+                chunkwise_backward_shared(MATH, K, WIDE) * sizeof(float), ARGUMENTS);
         else
-            RUN((chunkwise_backward_kernel<NARROW>), grid, THREADS,
-                chunkwise_backward_shared<NARROW>(K) * sizeof(float), ARGUMENTS);
+            RUN((chunkwise_backward_kernel<MATH, NARROW>), grid, THREADS,
+                chunkwise_backward_shared(MATH, K, NARROW) * sizeof(float), ARGUMENTS);
 #undef BACKWARD
 #undef ARGUMENTS
     }
@@ -1696,7 +1915,7 @@ const metala_backend *backend() {
         matmul_forward<MATH>, matmul_backward<MATH>, matmul_quantized,
         mask_rows,
         gate_forward, gate_backward,
-        scan_forward, scan_backward,
+        scan_forward<MATH>, scan_backward<MATH>,
         augment_forward, augment_backward,
         head_norm_forward, head_norm_backward,
         silu_gate_forward, silu_gate_backward,

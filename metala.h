@@ -381,8 +381,8 @@ struct metala_backend {
 const metala_backend *metala_cpu(void);
 
 // The kernels of cuda_metala.cu, for an NVIDIA GPU; NULL when there is none that can run them, and why (one line of at
-// most `size` bytes) says the reason. Built without them (make CUDA=1), always NULL. `math` is how the large matrix
-// products of training and prompts are computed; all else is float in each.
+// most `size` bytes) says the reason. Built without them (make CUDA=1), always NULL. `math` is how the matrix products of
+// more than 4 rows, and those inside the chunkwise scan, are computed; all else is float in each.
 typedef enum {
     METALA_EXACT,              // float
     METALA_TF32,               // tensor cores: factors of 11 bits, sums in float

@@ -2700,9 +2700,11 @@ static struct { const metala_backend *be; metala_context *ctx; } on[RUNS];
 static tensor tensors[MOST_TENSORS];
 static size_t tensor_count;
 
-// Numbers of 8 bits multiply exactly in every --math: then nothing but the order of sums is different.
-static int coarse;
+// Numbers of 8 bits multiply exactly in every --math: then nothing but the order of sums is different. A scan must also keep
+// such numbers, which -1, 0 and 1 are with decays of 0 and 1.
+static enum { FINE, COARSE, WHOLE } coarse;
 static real drawn(void) {
+    if (coarse == WHOLE) return (real)(below(3) - 1);
     real x = (real)normal();
     int exponent;
     double fraction = frexp((double)x, &exponent);
@@ -2921,7 +2923,7 @@ static scan_inputs scan_input_tensors(const shape *s, real **numbers) {
     for (size_t i = 0; i < nk; i++) {
         double z = (s->variant & 3) == SOFT ? 0.5 * normal() : uniform(-120, 110);
         alpha[i] = (real)exp(log_logistic(z) / 16);
-        if ((s->variant & 3) == HARD && below(4) == 0) alpha[i] = (real)below(2);
+        if (((s->variant & 3) == HARD && below(4) == 0) || coarse == WHOLE) alpha[i] = (real)(below(4) > 0);
         k[i] = 1 - alpha[i];
     }
     numbers[0] = q, numbers[1] = k, numbers[2] = v, numbers[3] = alpha;
@@ -2938,7 +2940,7 @@ static void twin_scan_forward_in(const shape *s, metala_form form) {
     const tensor *S = s->variant & 4 ? ADDED("S", "bhkv", s->B * s->H * s->K * s->V, s->B, s->H, s->K, s->V) : NULL;
     const tensor *states = OUT("states", "bhckv", s->B, s->H, chunks_of(s), s->K, s->V);
     ALL(scan_forward, form, REAL(o), REAL(S), s->variant & 4 && s->T % 3 == 0 ? NULL : REAL(states), REAL(in.q), REAL(in.k),
-        REAL(in.v), REAL(in.alpha), s->B, s->T, s->H, s->K, s->V, SCALE);
+        REAL(in.v), REAL(in.alpha), s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE);
     if (s->variant & 4 && s->T % 3 == 0) tensors[states - tensors].written = 0;      // NULL was given
 }
 static void twin_scan_backward_in(const shape *s, metala_form form) {
@@ -2948,14 +2950,14 @@ static void twin_scan_backward_in(const shape *s, metala_form form) {
     real *states = reals(nS * chunks_of(s)), *o = reals(rows_of(s) * s->H * s->V);
     real *S = s->variant & 4 ? normals(nS) : NULL;
     metala_cpu()->scan_forward(on[CPU].ctx, METALA_RECURRENT, o, S, states, numbers[0], numbers[1], numbers[2], numbers[3],
-                               s->B, s->T, s->H, s->K, s->V, SCALE);
+                               s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE);
     const tensor *dq = OUT("dq", "bthk", s->B, s->T, s->H, s->K), *dk = OUT("dk", "bthk", s->B, s->T, s->H, s->K);
     const tensor *dv = OUT("dv", "bthv", s->B, s->T, s->H, s->V), *da = OUT("da", "bthk", s->B, s->T, s->H, s->K);
     const tensor *dS = s->variant & 4 ? ADDED("dS", "bhkv", nS, s->B, s->H, s->K, s->V) : NULL;
     const tensor *dO = IN("do", "bthv", s->B, s->T, s->H, s->V);
     const tensor *kept = FILLED("states", "bhckv", 0, states, s->B, s->H, chunks_of(s), s->K, s->V);
     ALL(scan_backward, form, REAL(dq), REAL(dk), REAL(dv), REAL(da), REAL(dS), REAL(dO), REAL(kept), REAL(in.q),
-        REAL(in.k), REAL(in.v), REAL(in.alpha), s->B, s->T, s->H, s->K, s->V, SCALE);
+        REAL(in.k), REAL(in.v), REAL(in.alpha), s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE);
 }
 static void twin_scan_forward_recurrent(const shape *s) { twin_scan_forward_in(s, METALA_RECURRENT); }
 static void twin_scan_forward_chunkwise(const shape *s) { twin_scan_forward_in(s, METALA_CHUNKWISE); }
@@ -3083,9 +3085,11 @@ static void check_twins(void) {
             for (size_t p = 0; p < COUNT(parts); p++)
                 if (parts[p].n) snprintf(sizes + strlen(sizes), sizeof sizes - strlen(sizes), "%c%zu ", parts[p].letter, parts[p].n);
             int is_product = entries[e].shapes == products && strcmp(entries[e].name, "matmul_quantized");
-            double tolerance = is_product && fast > 0 && n % 2 ? product_tolerance : entries[e].tolerance;
-            coarse = n % 2 == 0;
-            if (coarse && !(is_product && fast > 0)) continue;
+            int is_scan = entries[e].shapes == scans && !strcmp(entries[e].form, "chunkwise ");
+            int rounds = (is_product || is_scan) && fast > 0;
+            double tolerance = rounds && n % 2 ? product_tolerance : entries[e].tolerance;
+            coarse = n % 2 ? FINE : is_scan ? WHOLE : COARSE;
+            if (coarse && !rounds) continue;
             if (!begin(tolerance, "kernel %s %s%s%d%s", entries[e].name, entries[e].form == entries[e].name ? "" : entries[e].form,
                        sizes, s->variant, coarse ? " exact numbers" : ""))
                 continue;
