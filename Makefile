@@ -9,6 +9,7 @@
 #   make bench          speed of every kernel, as a share of what this machine can do, and of training steps
 #   make bench-peers    a training step in turn with PyTorch's, where python3 has torch
 #   make CUDA=1         with the kernels of cuda_metala.cu, for --device cuda; without nvcc the CPU's programs alone
+#   make bench-cuda     speed of the GPU's kernels, as a share of what it does in a large product or copy (with CUDA=1)
 #   make test-cuda      the GPU against the CPU: every kernel, models, golden files (make CUDA=1 test-cuda)
 #   make test-emu       the kernels of cuda_metala.cu on the CPU, without nvcc or a GPU (make -j2 test-emu, needs a C++
 #                       compiler); make emu-thread looks for races with the thread sanitizer, in a quarter of an hour
@@ -154,11 +155,16 @@ cuda-mutants: build/emu-plain/test
 build/bench: build/bench.o build/metala.o $(GPU)
 	$(LINK)
 build/bench.o: bench/bench.c metala.h build/flags
-	$(CC) $(CFLAGS) -I. -c -o $@ $<
+	$(CC) $(CFLAGS) $(DEFINES) -I. -c -o $@ $<
 bench: build/bench train
 	build/bench
 	./train --bench
 	./train --bench --width 512 --layers 8 --heads 8 --glu-dim 1408 --vocab 8192
+
+bench-cuda: build/bench train
+	for math in exact tf32 bf16; do build/bench --device cuda --math $$math || exit 1; done
+	./train --bench --profile --device cuda --math bf16 --width 1024 --layers 24 --heads 8 --glu-dim 2816 --vocab 32000 \
+	    --context 2048 --batch 8 --checkpoint-layers
 
 bench-peers: train
 	bench/bench.sh
@@ -173,6 +179,6 @@ demo: train run data/stories
 clean:
 	rm -rf build train run test data/stories
 
-.PHONY: all test test-cuda test64 asan test-programs mutants bench bench-peers demo clean FORCE
+.PHONY: all test bench-cuda test-cuda test64 asan test-programs mutants bench bench-peers demo clean FORCE
 .PHONY: test-emu $(EMU_RUNS) emu-thread cuda-mutants
 .SECONDARY:
