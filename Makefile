@@ -146,10 +146,13 @@ $(EMU_RUNS) emu-thread:
 	    >> build/$@.log 2>&1 || { grep -a -A 6 -E 'FAILED|cuda_on_cpu|Sanitizer' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
 	@echo "$@ ($(KIND), $(ORDER) order, $(MATH)): $$(tail -n 1 build/$@.log)"
 
+# Of the checks, those of single kernels; of the compiler's time, what debug information takes is saved.
 cuda-mutants: build/emu-plain/test
 	SOURCE=cuda_metala.cu LIST=tests/cuda_mutants.txt \
-	BUILD='$(EMU_CU) -c -o $$dir/cuda_metala.o $$dir/cuda_metala.cu && $(CXX) -o $$dir/test build/emu-plain/test.o build/emu-plain/metala.o $$dir/cuda_metala.o' \
-	CHECK='for order in forward reverse random; do CUDA_ORDER=$$order CUDA_ASYNC=1 ./test --device cuda --stop || exit 1; done; for math in tf32 bf16; do ./test --device cuda --stop --math $$math || exit 1; done' \
+	BUILD='$(subst -g ,,$(EMU_CU)) -c -o $$dir/cuda_metala.o $$dir/cuda_metala.cu && \
+	    $(CXX) -o $$dir/test build/emu-plain/test.o build/emu-plain/metala.o $$dir/cuda_metala.o' \
+	CHECK='try() { CUDA_ORDER=$$1 ./test --device cuda --only "kernel " --math $$2 --stop || exit 1; }; \
+	    try forward exact; try reverse tf32; try random exact; try random bf16; try reverse exact' \
 	tests/mutants.sh $(COUNT)
 
 build/bench: build/bench.o build/metala.o $(GPU)
