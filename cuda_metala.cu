@@ -214,6 +214,7 @@ size_t blocks_for(size_t n, size_t in_block) {
 }
 #define FOR_EACH(i, n) \
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (n); i += (size_t)gridDim.x * blockDim.x)
+#define FOR_EACH_ROW(row, rows) for (size_t row = blockIdx.x; row < (rows); row += gridDim.x)
 #define FOR_EACH_WARP(row, rows) \
     for (size_t row = blockIdx.x * (size_t)WARPS + threadIdx.x / WARP; row < (rows); row += (size_t)gridDim.x * WARPS)
 
@@ -280,6 +281,16 @@ __global__ void sum_parts_kernel(float *to, const float *parts, size_t count, si
 
 enum { STRIP = 16 };
 
+// Which tile a block computes. Blocks that run at the same time should share operands, which then come from the cache: a
+// group of 8 tiles in height is gone through column by column.
+struct place { size_t i, j; };
+__device__ place place_of(size_t block, size_t M, size_t N, size_t tile) {
+    const size_t rows = ceil_div(M, tile), columns = ceil_div(N, tile), first = block / (8 * columns) * 8;
+    const size_t height = least(rows - first, 8), n = block - first * columns;
+    place p = {(first + n % height) * tile, n / height * tile};
+    return p;
+}
+
 struct real_weights {
     const float *w;
     size_t k_step, column_step;
@@ -323,7 +334,8 @@ matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weigh
     enum { R = TILE / 16, PITCH = TILE + 4 };
     alignas(16) __shared__ float a_strip[STRIP][PITCH], b_strip[STRIP][PITCH];
     const unsigned thread = threadIdx.x, row = thread / 16 * 4, column = thread % 16 * 4;
-    const size_t i0 = blockIdx.x * (size_t)TILE, j0 = blockIdx.y * (size_t)TILE;
+    const place tile = place_of(blockIdx.x, M, N, TILE);
+    const size_t i0 = tile.i, j0 = tile.j;
     const size_t first = blockIdx.z * k_each, last = least(K, first + k_each);
     float next_a[R], next_b[R], sum[R][R] = {};
 
@@ -445,7 +457,8 @@ tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, 
                        size_t N, size_t K, size_t k_each, int accumulate) {
     DYNAMIC_SHARED(float, memory);
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp / 4 * 64, column = warp % 4 * 32;
-    const size_t i0 = blockIdx.x * (size_t)TENSOR_TILE, j0 = blockIdx.y * (size_t)TENSOR_TILE;
+    const place tile = place_of(blockIdx.x, M, N, TENSOR_TILE);
+    const size_t i0 = tile.i, j0 = tile.j;
     const size_t first = blockIdx.z * k_each, last = least(K, first + k_each);
     const size_t steps = ceil_div(last - first, TENSOR_STRIP);
     float sum[4][4][4] = {};                                         // 16 × 8 pieces
@@ -535,7 +548,7 @@ void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row
     splits = K ? ceil_div(K, k_each) : 1;
     float *to = splits > 1 ? scratch(ctx, splits * M * N) : c;
     if (!to) return;
-    extent grid(ceil_div(M, tile), ceil_div(N, tile), splits);
+    extent grid(ceil_div(M, tile) * ceil_div(N, tile), 1, splits);
     if (large) RUN((matrix_multiply_kernel<128, A_BY_K, B_BY_K, Weights>), grid, THREADS, 0, to, a, a_row, a_k, b, bias,
                    M, N, K, k_each, accumulate);
     else RUN((matrix_multiply_kernel<64, A_BY_K, B_BY_K, Weights>), grid, THREADS, 0, to, a, a_row, a_k, b, bias, M, N,
@@ -553,7 +566,7 @@ void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_ste
     splits = K ? ceil_div(K, k_each) : 1;
     float *to = splits > 1 ? scratch(ctx, splits * M * N) : c;
     if (!to) return;
-    extent grid(ceil_div(M, TENSOR_TILE), ceil_div(N, TENSOR_TILE), splits);
+    extent grid(ceil_div(M, TENSOR_TILE) * ceil_div(N, TENSOR_TILE), 1, splits);
     if (a_step % 4 == 0 && b_step % 4 == 0 && (uintptr_t)a % 16 == 0 && (uintptr_t)b % 16 == 0)
         RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 4>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M, N,
             K, k_each, accumulate);
@@ -699,14 +712,17 @@ void matmul_quantized(metala_context *ctx, float *y, const float *x, const void 
 
 // ============================================================== 4. The kernels around the scan
 
-// x_row = scale · E[token_row]          x (rows,D)   E [N,D]: a thread for each number of x.
+// x_row = scale · E[token_row]          x (rows,D)   E [N,D]: a block for each row.
 __global__ void embedding_forward_kernel(float *x, const int *tokens, const float *E, size_t rows, size_t D,
                                          float scale) {
-    FOR_EACH(i, rows * D) x[i] = scale * E[(size_t)tokens[i / D] * D + i % D];
+    FOR_EACH_ROW(row, rows) {
+        const float *from = E + (size_t)tokens[row] * D;
+        for (size_t d = threadIdx.x; d < D; d += THREADS) x[row * D + d] = scale * from[d];
+    }
 }
 void embedding_forward(metala_context *ctx, float *x, const int *tokens, const float *E, size_t rows, size_t D,
                        double scale) {
-    RUN(embedding_forward_kernel, blocks_for(rows * D, THREADS), THREADS, 0, x, tokens, E, rows, D, (float)scale);
+    RUN(embedding_forward_kernel, blocks_for(rows, 1), THREADS, 0, x, tokens, E, rows, D, (float)scale);
 }
 
 // dE[token] += scale · dx, but nothing for the padding token. A token may come often, and its rows are to be added in
@@ -776,7 +792,7 @@ void rms_backward(metala_context *ctx, float *dx, const float *dn, const float *
 }
 
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
-//   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read, NULL for zeros: a thread for each number.
+//   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read, NULL for zeros: a block for each row.
 __device__ float conv_input(const float *n, const float *tail, size_t b, size_t t, size_t j, size_t d, size_t T,
                             size_t D) {
     enum { REACH = METALA_CONV - 1 };
@@ -786,17 +802,20 @@ __device__ float conv_input(const float *n, const float *tail, size_t b, size_t 
 
 __global__ void conv_forward_kernel(float *u, float *c, const float *n, const float *w, const float *tail, size_t B,
                                     size_t T, size_t D) {
-    FOR_EACH(i, B * T * D) {
-        size_t d = i % D, t = i / D % T, b = i / D / T;
-        float sum = 0;
-        for (size_t j = 0; j < METALA_CONV; j++) sum += w[d * METALA_CONV + j] * conv_input(n, tail, b, t, j, d, T, D);
-        c[i] = sum;
-        u[i] = silu(sum);
+    FOR_EACH_ROW(row, B * T) {
+        size_t t = row % T, b = row / T;
+        for (size_t d = threadIdx.x; d < D; d += THREADS) {
+            float sum = 0;
+            for (size_t j = 0; j < METALA_CONV; j++)
+                sum += w[d * METALA_CONV + j] * conv_input(n, tail, b, t, j, d, T, D);
+            c[row * D + d] = sum;
+            u[row * D + d] = silu(sum);
+        }
     }
 }
 void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const float *w, const float *tail, size_t B,
                   size_t T, size_t D) {
-    RUN(conv_forward_kernel, blocks_for(B * T * D, THREADS), THREADS, 0, u, c, n, w, tail, B, T, D);
+    RUN(conv_forward_kernel, blocks_for(B * T, 1), THREADS, 0, u, c, n, w, tail, B, T, D);
 }
 
 // dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
@@ -847,12 +866,14 @@ void conv_tail(metala_context *ctx, float *tail, const float *n, size_t B, size_
     RUN(conv_tail_kernel, blocks_for(B * D, THREADS), THREADS, 0, tail, n, B, T, D);
 }
 
-// x_row = m_row x_row, in place; its own backward. x (rows,D), m (rows): a thread for each number.
+// x_row = m_row x_row, in place; its own backward. x (rows,D), m (rows): a block for each row.
 __global__ void mask_rows_kernel(float *x, const uint8_t *mask, size_t rows, size_t D) {
-    FOR_EACH(i, rows * D) if (!mask[i / D]) x[i] = 0;
+    FOR_EACH_ROW(row, rows)
+        if (!mask[row])
+            for (size_t d = threadIdx.x; d < D; d += THREADS) x[row * D + d] = 0;
 }
 void mask_rows(metala_context *ctx, float *x, const uint8_t *mask, size_t rows, size_t D) {
-    RUN(mask_rows_kernel, blocks_for(rows * D, THREADS), THREADS, 0, x, mask, rows, D);
+    RUN(mask_rows_kernel, blocks_for(rows, 1), THREADS, 0, x, mask, rows, D);
 }
 
 // a = log σ(z) / τ,  α = e^a,  k = 1 - α        alpha, k, z: n numbers; k NULL when the key is not tied to the decay.
@@ -1019,7 +1040,7 @@ __device__ void join_sums(float &most, float &sum, float other_most, float other
 __global__ void cross_entropy_forward_kernel(float *loss, float *lse, const float *logits, const int *targets,
                                              size_t rows, size_t N) {
     __shared__ float mosts[WARPS], sums[WARPS];
-    for (size_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    FOR_EACH_ROW(row, rows) {
         const float *x = logits + row * N;
         float most = -FLT_MAX, sum = 0;
         for (size_t i = threadIdx.x; i < N; i += THREADS) {
@@ -1053,7 +1074,7 @@ void cross_entropy_forward(metala_context *ctx, float *loss, float *lse, const f
 // dlogits = weight (softmax(logits) - onehot(target)), 0 where ignored; may overwrite the logits. A block for each row.
 __global__ void cross_entropy_backward_kernel(float *dlogits, const float *logits, const float *lse, const int *targets,
                                               size_t rows, size_t N, float weight) {
-    for (size_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    FOR_EACH_ROW(row, rows) {
         const int target = targets[row];
         const float base = lse[row];
         for (size_t i = threadIdx.x; i < N; i += THREADS) {
@@ -1071,7 +1092,7 @@ void cross_entropy_backward(metala_context *ctx, float *dlogits, const float *lo
 // Σ x², for the global norm of the gradients: blocks of 4096 numbers, then one block adds up their sums in order.
 enum { SQUARES = 4096 };
 __global__ void sum_squares_kernel(double *parts, const float *x, size_t n) {
-    for (size_t part = blockIdx.x; part < ceil_div(n, SQUARES); part += gridDim.x) {
+    FOR_EACH_ROW(part, ceil_div(n, SQUARES)) {
         size_t end = least(n, (part + 1) * SQUARES);
         float sum = 0;
         for (size_t i = part * SQUARES + threadIdx.x; i < end; i += THREADS) sum += x[i] * x[i];
