@@ -1,8 +1,8 @@
 // cuda_metala.cu - the kernels of metala.c once more, for an NVIDIA GPU (compute capability 8.0 or newer).
 //
-// The file mirrors sections 2 to 6 of metala.c: the same functions in the same order under the same names, with the same
-// arguments, and the kernel behind `name` is called `name_kernel`. What a function computes stands above its twin in
-// metala.c; the comments here say how the work is shared out over threads. The model itself is not here: metala.c
+// The file mirrors sections 2 to 6 of metala.c: the same functions in the same order under the same names, with the
+// same arguments, and the kernel behind `name` is called `name_kernel`. What a function computes stands above its twin
+// in metala.c; the comments here say how the work is shared out over threads. The model itself is not here: metala.c
 // calls whatever backend table its context has, and this file fills one.
 //
 // Contents
@@ -62,12 +62,14 @@ namespace {
 // g = lane/4, t = lane%4:  d[i] is row g + 8(i/2), column 2t + i%2;  tf32: a[r] is row g + 8(r%2), column t + 4(r/2),
 // b[r] row t + 4r, column g;  bfloat16: two to a register, columns 2t + 8(r/2) and the next of A, rows 2t + 8r of B.
 __device__ __forceinline__ void mma_bf16(float *d, const unsigned *a, const unsigned *b) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ __forceinline__ void mma_tf32(float *d, const unsigned *a, const unsigned *b) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                 "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -77,15 +79,15 @@ __device__ __forceinline__ unsigned to_tf32(float x) {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(u) : "f"(x));
     return u;
 }
-// Four matrices of 8 rows of 16 bytes each: lane 8m + i points to row i of matrix m, and r[m] becomes the t-th four bytes
-// of its row g.
+// Four matrices of 8 rows of 16 bytes each: lane 8m + i points to row i of matrix m, and r[m] becomes the t-th four
+// bytes of its row g.
 __device__ __forceinline__ void ldmatrix_x4(unsigned *r, const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
 }
-// Copies from global to shared memory that the thread does not wait for; zeros when not `real`. copy_commit makes a group
-// of those so far, copy_wait<n> waits until at most the last n groups are on their way.
+// Copies from global to shared memory that the thread does not wait for; zeros when not `real`. copy_commit makes a
+// group of those so far, copy_wait<n> waits until at most the last n groups are on their way.
 __device__ __forceinline__ void copy16_async(void *shared, const void *global, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
                  "l"(global), "r"(real ? 16 : 0) : "memory");
@@ -104,7 +106,8 @@ __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 
 enum { WARP = 32, THREADS = 256, WARPS = THREADS / WARP };       // of a block, unless a kernel says otherwise
 
 // Values of cudaError_t that have an advice of their own.
-enum { OUT_OF_MEMORY = 2, OLD_DRIVER = 35, NO_DEVICE = 100, NO_IMAGE = 209, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719 };
+enum { OUT_OF_MEMORY = 2, OLD_DRIVER = 35, NO_DEVICE = 100, NO_IMAGE = 209, ILLEGAL_ADDRESS = 700,
+       LAUNCH_FAILED = 719 };
 
 const char *advice(int error) {
     switch (error) {
@@ -122,8 +125,8 @@ const char *advice(int error) {
 bool check(metala_context *ctx, cudaError_t error, const char *what, const char *file, int line) {
     if (error == cudaSuccess) return true;
     cudaGetLastError();                                          // the error is reported, so it is over, if it can be
-    metala_context_fail(ctx, "%s:%d: %s: CUDA error %d, %s; %s", file, line, what, (int)error, cudaGetErrorString(error),
-                        advice((int)error));
+    metala_context_fail(ctx, "%s:%d: %s: CUDA error %d, %s; %s", file, line, what, (int)error,
+                        cudaGetErrorString(error), advice((int)error));
     return false;
 }
 #define CHECK(call) check(ctx, call, #call, __FILE__, __LINE__)
@@ -171,10 +174,11 @@ struct extent {                                                  // of a grid, i
     extent(size_t x, size_t y = 1, size_t z = 1) : x(x), y(y), z(z) {}
 };
 
-// Does a launch keep to the limits of the GPU? A grid without blocks has nothing to do. More than 48 KB of shared memory
-// must be asked for, which fails when the GPU has less.
+// Does a launch keep to the limits of the GPU? A grid without blocks has nothing to do. More than 48 KB of shared
+// memory must be asked for, which fails when the GPU has less.
 template <class Kernel>
-bool fits(metala_context *ctx, Kernel *kernel, const char *name, extent grid, size_t shared, const char *file, int line) {
+bool fits(metala_context *ctx, Kernel *kernel, const char *name, extent grid, size_t shared, const char *file,
+          int line) {
     if (!grid.x || !grid.y || !grid.z) return false;
     if (grid.x > INT_MAX || grid.y > 65535 || grid.z > 65535) {
         metala_context_fail(ctx, "%s:%d: %s needs a grid of %zu x %zu x %zu blocks, CUDA allows %d x 65535 x 65535;"
@@ -183,7 +187,8 @@ bool fits(metala_context *ctx, Kernel *kernel, const char *name, extent grid, si
     }
     if (shared <= 48 * 1024) return true;
     if (shared <= INT_MAX &&
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) == cudaSuccess) return true;
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) == cudaSuccess)
+        return true;
     cudaGetLastError();
     metala_context_fail(ctx, "%s:%d: %s needs %zu bytes of shared memory in a block, more than this GPU has; use more"
                         " heads, so that each is smaller", file, line, name, shared);
@@ -271,8 +276,8 @@ __global__ void sum_parts_kernel(float *to, const float *parts, size_t count, si
 
 // C = A B in float, on the ordinary multipliers. A block of 256 threads computes a TILE × TILE piece of C; for every 16
 // values of k it brings a strip of A and one of B to shared memory, and each thread multiplies an outer product of R
-// numbers of A with R of B, R = TILE/16, which stay in registers: 2R loads for R² multiply-adds. While it does, the next
-// strips are on their way from global memory.
+// numbers of A with R of B, R = TILE/16, which stay in registers: 2R loads for R² multiply-adds. While it does, the
+// next strips are on their way from global memory.
 //
 //   A(i,k) = a[i·a_row + k·a_k]      B(k,j) = b.at(k,j)      bias [N] or NULL is added when C is not accumulated
 //   A_BY_K, B_BY_K: k is what is contiguous in memory, so that threads side by side must read k side by side
@@ -281,8 +286,8 @@ __global__ void sum_parts_kernel(float *to, const float *parts, size_t count, si
 
 enum { STRIP = 16 };
 
-// Which tile a block computes. Blocks that run at the same time should share operands, which then come from the cache: a
-// group of 8 tiles in height is gone through column by column.
+// Which tile a block computes. Blocks that run at the same time should share operands, which then come from the cache:
+// a group of 8 tiles in height is gone through column by column.
 struct place { size_t i, j; };
 __device__ place place_of(size_t block, size_t M, size_t N, size_t tile) {
     const size_t rows = ceil_div(M, tile), columns = ceil_div(N, tile), first = block / (8 * columns) * 8;
@@ -365,7 +370,8 @@ matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weigh
             float x[R], y[R];
 #pragma unroll
             for (int e = 0; e < R; e += 4) {                     // rows row…row+3, and 64 further on
-                float4 p = *(const float4 *)&a_strip[k][row + 16 * e], q = *(const float4 *)&b_strip[k][column + 16 * e];
+                float4 p = *(const float4 *)&a_strip[k][row + 16 * e];
+                float4 q = *(const float4 *)&b_strip[k][column + 16 * e];
                 x[e] = p.x, x[e + 1] = p.y, x[e + 2] = p.z, x[e + 3] = p.w;
                 y[e] = q.x, y[e + 1] = q.y, y[e + 2] = q.z, y[e + 3] = q.w;
             }
@@ -407,15 +413,17 @@ size_t splits_of(size_t tiles, size_t K) {
     return splits ? splits : 1;
 }
 
-// ---- The same on tensor cores, with operands rounded to tf32 or bfloat16 on their way from shared memory to registers,
-// and sums in float. A tile of 128 × 128 by 8 warps of 64 × 32 each; strips of 32 values of k come by asynchronous copies,
-// two of them on their way while the third is used.
+// ---- The same on tensor cores, with operands rounded to tf32 or bfloat16 on their way from shared memory to
+// registers, and sums in float. A tile of 128 × 128 by 8 warps of 64 × 32 each; strips of 32 values of k come by
+// asynchronous copies, two of them on their way while the third is used.
 //
-//   A(i,k) = a[i·a_step + k] when A_BY_K, else a[k·a_step + i];   B(k,j) = b[j·b_step + k] when B_BY_K, else b[k·b_step + j]
+//   A(i,k) = a[i·a_step + k] when A_BY_K, else a[k·a_step + i]
+//   B(k,j) = b[j·b_step + k] when B_BY_K, else b[k·b_step + j]
 //   EACH: numbers of one copy, 4 when all rows start at multiples of 16 bytes, else 1
 //
-// A strip lies in shared memory as it does in global memory: rows of k with 4 numbers of padding, or rows of i with 8, so
-// that the lanes of a warp read from different banks. Where k is contiguous, ldmatrix moves four 8×4 pieces of floats.
+// A strip lies in shared memory as it does in global memory: rows of k with 4 numbers of padding, or rows of i with 8,
+// so that the lanes of a warp read from different banks. Where k is contiguous, ldmatrix moves four 8×4 pieces of
+// floats.
 
 enum { TENSOR_TILE = 128, TENSOR_STRIP = 32, STAGES = 3, PITCH_BY_K = TENSOR_STRIP + 4, PITCH = TENSOR_TILE + 8,
        STRIP_FLOATS = TENSOR_TILE * PITCH_BY_K };
@@ -441,7 +449,8 @@ __device__ void load_rows(unsigned *r, const float *strip, unsigned row, unsigne
     if (BY_K) ldmatrix_x4(r, strip + (row + lane % 16) * PITCH_BY_K + k + lane / 16 * 4);
     else
 #pragma unroll
-        for (unsigned e = 0; e < 4; e++) r[e] = __float_as_uint(strip[(k + t + e / 2 * 4) * PITCH + row + g + e % 2 * 8]);
+        for (unsigned e = 0; e < 4; e++)
+            r[e] = __float_as_uint(strip[(k + t + e / 2 * 4) * PITCH + row + g + e % 2 * 8]);
 }
 
 // Two floats as bfloat16 in one register, the first in the lower half.
@@ -449,12 +458,14 @@ __device__ unsigned pack(float first, float second) {
     __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
     return (unsigned)__bfloat16_as_ushort(both.y) << 16 | __bfloat16_as_ushort(both.x);
 }
-__device__ unsigned pack(unsigned first, unsigned second) { return pack(__uint_as_float(first), __uint_as_float(second)); }
+__device__ unsigned pack(unsigned first, unsigned second) {
+    return pack(__uint_as_float(first), __uint_as_float(second));
+}
 
 template <metala_math MATH, bool A_BY_K, bool B_BY_K, int EACH>
 __global__ void __launch_bounds__(THREADS)
-tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, size_t b_step, const float *bias, size_t M,
-                       size_t N, size_t K, size_t k_each, int accumulate) {
+tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, size_t b_step, const float *bias,
+                       size_t M, size_t N, size_t K, size_t k_each, int accumulate) {
     DYNAMIC_SHARED(float, memory);
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp / 4 * 64, column = warp % 4 * 32;
     const place tile = place_of(blockIdx.x, M, N, TENSOR_TILE);
@@ -475,7 +486,7 @@ tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, 
     for (size_t step = 0; step < STAGES - 1; step++) copy(step);
     for (size_t step = 0; step < steps; step++) {
         copy_wait<STAGES - 2>();
-        __syncthreads();                                             // this strip is there for all, and the last one is free
+        __syncthreads();                                             // this strip is there for all, the last one is free
         copy(step + STAGES - 1);
         const float *of_a = memory + step % STAGES * 2 * STRIP_FLOATS, *of_b = of_a + STRIP_FLOATS;
 #pragma unroll
@@ -488,8 +499,8 @@ tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, 
 #pragma unroll
                 for (int j = 0; j < 2; j++) load_rows<B_BY_K>(y[j][half], of_b, column + 16 * j, k + 8 * half);
             }
-            // Registers e and e + 2 of a piece are the same row at k t and t + 4. For bfloat16 they go to the two halves of
-            // one register, which multiply with each other whatever k they are called.
+            // Registers e and e + 2 of a piece are the same row at k t and t + 4. For bfloat16 they go to the two
+            // halves of one register, which multiply with each other whatever k they are called.
             if (MATH == METALA_BFLOAT16) {
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
@@ -568,18 +579,18 @@ void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_ste
     if (!to) return;
     extent grid(ceil_div(M, TENSOR_TILE) * ceil_div(N, TENSOR_TILE), 1, splits);
     if (a_step % 4 == 0 && b_step % 4 == 0 && (uintptr_t)a % 16 == 0 && (uintptr_t)b % 16 == 0)
-        RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 4>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M, N,
-            K, k_each, accumulate);
+        RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 4>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M,
+            N, K, k_each, accumulate);
     else
-        RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 1>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M, N,
-            K, k_each, accumulate);
+        RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 1>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M,
+            N, K, k_each, accumulate);
     if (splits > 1)
         RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
 }
 
 #ifdef METALA_CUBLAS
-// ---- The same by the library of the CUDA Toolkit (make CUDA=1 CUBLAS=1), to compare with. Its handle is the one thing in
-// this file that outlives a call: each thread makes its own and keeps it.
+// ---- The same by the library of the CUDA Toolkit (make CUDA=1 CUBLAS=1), to compare with. Its handle is the one thing
+// in this file that outlives a call: each thread makes its own and keeps it.
 __global__ void start_rows_kernel(float *c, const float *bias, size_t M, size_t N) {
     FOR_EACH(i, M * N) c[i] = bias[i % N];
 }
@@ -590,15 +601,16 @@ void library_multiply(metala_context *ctx, float *c, const float *a, size_t a_st
     const float one = 1, start = accumulate || bias ? 1.0f : 0.0f;
     if (M == 0 || N == 0) return;
     if (M > INT_MAX || N > INT_MAX || K > INT_MAX || a_step > INT_MAX || b_step > INT_MAX) {
-        metala_context_fail(ctx, "%s:%d: cuBLAS takes sizes up to %d; use a smaller batch", __FILE__, __LINE__, INT_MAX);
+        metala_context_fail(ctx, "%s:%d: cuBLAS takes sizes up to %d; use a smaller batch", __FILE__, __LINE__,
+                            INT_MAX);
         return;
     }
     if (bias) RUN(start_rows_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, bias, M, N);
     cublasStatus_t status = handle ? CUBLAS_STATUS_SUCCESS : cublasCreate(&handle);
     // Its matrices are stored by columns: our C is its Cᵀ = Bᵀ Aᵀ.
     if (status == CUBLAS_STATUS_SUCCESS)
-        status = cublasGemmEx(handle, B_BY_K ? CUBLAS_OP_T : CUBLAS_OP_N, A_BY_K ? CUBLAS_OP_N : CUBLAS_OP_T, (int)N, (int)M,
-                              (int)K, &one, b, CUDA_R_32F, (int)(b_step ? b_step : 1), a, CUDA_R_32F,
+        status = cublasGemmEx(handle, B_BY_K ? CUBLAS_OP_T : CUBLAS_OP_N, A_BY_K ? CUBLAS_OP_N : CUBLAS_OP_T, (int)N,
+                              (int)M, (int)K, &one, b, CUDA_R_32F, (int)(b_step ? b_step : 1), a, CUDA_R_32F,
                               (int)(a_step ? a_step : 1), &start, c, CUDA_R_32F, (int)N,
                               MATH == METALA_TF32       ? CUBLAS_COMPUTE_32F_FAST_TF32
                               : MATH == METALA_BFLOAT16 ? CUBLAS_COMPUTE_32F_FAST_16BF
@@ -818,9 +830,9 @@ void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const
     RUN(conv_forward_kernel, blocks_for(B * T, 1), THREADS, 0, u, c, n, w, tail, B, T, D);
 }
 
-// dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
-// A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of the next
-// three in registers, and leaves the run's part of dw in parts (runs,D,4).
+// dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙
+// n_{t-3+j} A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of
+// the next three in registers, and leaves the run's part of dw in parts (runs,D,4).
 enum { RUN_TOKENS = 32 };
 __global__ void conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, const float *n,
                                      const float *w, const float *tail, size_t B, size_t T, size_t D) {
@@ -959,7 +971,8 @@ void augment_backward(metala_context *ctx, float *dq, float *dk, float *dv, floa
     size_t strips = ceil_div(rows, ROWS_OF_STRIP);
     float *dw = scratch(ctx, rows * H + strips * H * K), *parts = dw + rows * H;
     if (!dw) return;
-    RUN(augment_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dq, dk, dv, dw, dp, q, k, v, b, rows, H, K, V);
+    RUN(augment_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dq, dk, dv, dw, dp, q, k, v, b, rows, H, K,
+        V);
     RUN(augment_balance_kernel, blocks_for(strips * H * K, THREADS), THREADS, 0, parts, dw, q, k, rows, H, K);
     RUN(sum_parts_kernel, blocks_for(H * K, THREADS), THREADS, 0, db, parts, strips, H * K, H * K, 1);
 }
@@ -1029,8 +1042,8 @@ void add(metala_context *ctx, float *y, const float *a, const float *b, size_t n
 }
 
 // Softmax cross-entropy:  lse = log Σ_n e^{logit_n},  loss = lse - logit_target; 0 where the target is METALA_IGNORE
-//   loss, lse (rows)   logits (rows,N). A block for each row reads it once: every thread keeps the largest logit that it
-//   has met and the sum of exponentials relative to it, and these pairs are joined at the end.
+//   loss, lse (rows)   logits (rows,N). A block for each row reads it once: every thread keeps the largest logit that
+//   it has met and the sum of exponentials relative to it, and these pairs are joined at the end.
 __device__ void join_sums(float &most, float &sum, float other_most, float other_sum) {
     float larger = most > other_most ? most : other_most;
     sum = sum * expf(most - larger) + other_sum * expf(other_most - larger);
@@ -1149,9 +1162,9 @@ void adamw(metala_context *ctx, float *p, float *m, float *v, const float *g, si
 //   o, v (B,T,H,V)   q, k, alpha (B,T,H,K)   S (B,H,K,V): initial state in, final state out, NULL for zeros and no
 //   interest; states (B,H,ceil(T/64),K,V) receives the state before every 64th token, for the backward, or NULL
 //
-// The columns of S do not know of each other: a block of threads takes one head and a tile of columns, and walks through
-// time. Forward, tiles have nothing to share. Backward, dq, dk and da are sums over all columns; each tile leaves its
-// part of them in scratch memory.
+// The columns of S do not know of each other: a block of threads takes one head and a tile of columns, and walks
+// through time. Forward, tiles have nothing to share. Backward, dq, dk and da are sums over all columns; each tile
+// leaves its part of them in scratch memory.
 //
 // As in metala.c, decays over several tokens are products of α, each at most 1, and nothing is ever divided by one.
 
@@ -1160,9 +1173,9 @@ __host__ __device__ constexpr size_t chunks(size_t T) { return ceil_div(T, METAL
 // Head b_h = b·H + h starts at this row of q, k, v, …, and its next token is H rows on.
 __device__ size_t first_row(size_t b_h, size_t T, size_t H) { return b_h / H * T * H + b_h % H; }
 
-// ---- Recurrent: the definition, token by token. Threads (32, GROUPS): lane l has column l of the tile, and group g the
-// rows g, g + GROUPS, g + 2·GROUPS, … of S, ROWS of them, in registers. Generation reads and writes S once a token, and
-// that is all that it does.
+// ---- Recurrent: the definition, token by token. Threads (32, GROUPS): lane l has column l of the tile, and group g
+// the rows g, g + GROUPS, g + 2·GROUPS, … of S, ROWS of them, in registers. Generation reads and writes S once a token,
+// and that is all that it does.
 
 enum { RECURRENT_COLUMNS = WARP };
 
@@ -1275,7 +1288,8 @@ recurrent_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
 }
 
 // ---- Chunkwise: products of matrices inside blocks of 16 tokens, the recurrence from block to block, as in metala.c.
-// S stays in shared memory. With t and j inside a block, S_0 the state before it, p_t = Π_{r<=t} α_r and n its last token:
+// S stays in shared memory. With t and j inside a block, S_0 the state before it, p_t = Π_{r<=t} α_r and n its last
+// token:
 //
 //     o_t = s ( S_0ᵀ (q_t ⊙ p_t) + Σ_{j<=t} A_tj v_j ),   A_tj = q_t · (k_j ⊙ Π_{j<r<=t} α_r)
 //     S_n = diag(p_n) S_0 + Σ_j (k_j ⊙ Π_{j<r<=n} α_r) v_jᵀ
@@ -1287,10 +1301,10 @@ enum { BLOCK = 16, A_PITCH = BLOCK + 2 };
 // Distance of rows of q, k, α in shared memory: whole float4, and neighbours in other banks.
 __host__ __device__ constexpr size_t row_pitch(size_t K) { return round_up(K, 4) + 4; }
 
-// to (BLOCK, pitch) = the tokens t0 … t0+n-1 of one head of x (·,H,width), columns from…from+columns-1, which are filled
-// up with `rest`. A warp for each row.
-__device__ void load_tokens(float *to, size_t pitch, size_t columns, const float *x, size_t step, size_t n, size_t width,
-                            float rest) {
+// to (BLOCK, pitch) = the tokens t0 … t0+n-1 of one head of x (·,H,width), columns from…from+columns-1, which are
+// filled up with `rest`. A warp for each row.
+__device__ void load_tokens(float *to, size_t pitch, size_t columns, const float *x, size_t step, size_t n,
+                            size_t width, float rest) {
     for (size_t t = threadIdx.x / WARP; t < BLOCK; t += WARPS)
         for (size_t i = threadIdx.x % WARP; i < columns; i += WARP)
             to[t * pitch + i] = t < n && i < width ? x[t * step + i] : rest;
@@ -1318,8 +1332,8 @@ __device__ void block_map(float *A, const float *q, const float *k, const float 
     }
 }
 
-// In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q may be NULL. A thread for each channel, of
-// several blocks one behind the other.
+// In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q may be NULL. A thread for each channel,
+// of several blocks one behind the other.
 __device__ void block_decay(float *q, float *k, const float *alpha, float *total, size_t K, size_t pitch, float scale,
                             size_t blocks = 1) {
     for (size_t task = threadIdx.x; task < blocks * K; task += THREADS) {
@@ -1337,10 +1351,10 @@ __device__ void block_decay(float *q, float *k, const float *alpha, float *total
     }
 }
 
-// ---- Small products on tensor cores, of operands in shared memory or in registers, which are rounded when they are used.
-// With g = lane/4, t = lane%4, a 16×8 piece of a left operand or of a result has in x[e] row g + 8(e/2), column 2t + e%2, and
-// two rows of a right operand are a float2, rows 2t and 2t+1 of column g. (tf32 takes other places; but the columns of the
-// left may be called what they will, if the rows of the right are called the same.)
+// ---- Small products on tensor cores, of operands in shared memory or in registers, which are rounded when they are
+// used. With g = lane/4, t = lane%4, a 16×8 piece of a left operand or of a result has in x[e] row g + 8(e/2), column
+// 2t + e%2, and two rows of a right operand are a float2, rows 2t and 2t+1 of column g. (tf32 takes other places; but
+// the columns of the left may be called what they will, if the rows of the right are called the same.)
 
 // D += [a0 a1] B:  16×8 += 16×16 times 16×8;  b1: the lower 8 rows of B
 template <metala_math MATH>
@@ -1419,7 +1433,8 @@ __device__ void block_update(float *S, size_t s_pitch, const float *total, const
     }
 }
 
-// A tile of a state between global memory, (K,V) with the tile's first column at `global`, and shared memory, (Kp, pitch).
+// A tile of a state between global memory, (K,V) with the tile's first column at `global`, and shared memory, (Kp,
+// pitch).
 template <int COLUMNS>
 __device__ void load_state(float *S, size_t pitch, const float *global, size_t Kp, size_t K, size_t V, size_t columns) {
     for (size_t n = threadIdx.x; n < Kp * COLUMNS; n += THREADS) {
@@ -1491,10 +1506,10 @@ chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, cons
     if (S) store_state<COLUMNS>(S + b_h * K * V + j0, state, COLUMNS, K, V, columns);
 }
 
-// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128), forward. Everything that all columns share is made
-// for the four blocks of a chunk at once: the maps A and the decayed q and k, in float. Then every warp goes through the
-// blocks alone: it has 16 columns of S, as Sᵀ [16 × K] in the registers of the multiplier's results, where a result of one
-// product is the operand of the next one:
+// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128), forward. Everything that all columns share is
+// made for the four blocks of a chunk at once: the maps A and the decayed q and k, in float. Then every warp goes
+// through the blocks alone: it has 16 columns of S, as Sᵀ [16 × K] in the registers of the multiplier's results, where
+// a result of one product is the operand of the next one:
 //
 //     oᵀ = Sᵀ qpᵀ + vᵀ Aᵀ          Sᵀ <- Sᵀ diag(p_n) + vᵀ keys
 //
@@ -1544,7 +1559,8 @@ tensor_forward_kernel(float *o, float *S, float *states, const float *q, const f
             load_tokens(q_chunk + to, PITCH, MOST, q + here * K, H * K, left, K, 0);
             load_tokens(k_chunk + to, PITCH, MOST, k + here * K, H * K, left, K, 0);
             load_tokens(alpha_chunk + to, PITCH, MOST, alpha + here * K, H * K, left, K, 1);
-            load_tokens(v_chunk + b * BLOCK * V_PITCH, V_PITCH, TENSOR_COLUMNS, v + here * V + j0, H * V, left, columns, 0);
+            load_tokens(v_chunk + b * BLOCK * V_PITCH, V_PITCH, TENSOR_COLUMNS, v + here * V + j0, H * V, left,
+                        columns, 0);
         }
         if (states) {
             float *to = states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V;
@@ -1613,8 +1629,8 @@ __device__ void block_products(float *D, const float *dO, const float *v, size_t
     D[t * A_PITCH + j] = j <= t ? scale * sum : 0;
 }
 
-// y[t][i] = Σ_l x[t][l] S[i][l]:   x (BLOCK, columns)   S (K, columns). One row of S and 4 tokens for each thread, or 8 rows
-// and all tokens for each warp.
+// y[t][i] = Σ_l x[t][l] S[i][l]:   x (BLOCK, columns)   S (K, columns). One row of S and 4 tokens for each thread, or 8
+// rows and all tokens for each warp.
 template <metala_math MATH, int COLUMNS>
 __device__ void block_project(float *y, size_t pitch, const float *x, const float *S, size_t s_pitch, size_t K) {
     if constexpr (MATH != METALA_EXACT) {
@@ -1646,8 +1662,8 @@ __device__ void block_project(float *y, size_t pitch, const float *x, const floa
     }
 }
 
-// dv_j = Σ_t A_tj do_t + Σ_i keys_ji Γ_i, to global memory, `step` from token to token, for n tokens and `columns` columns:
-// 4 columns of a token for each thread, or 8 of all tokens for each warp.
+// dv_j = Σ_t A_tj do_t + Σ_i keys_ji Γ_i, to global memory, `step` from token to token, for n tokens and `columns`
+// columns: 4 columns of a token for each thread, or 8 of all tokens for each warp.
 template <metala_math MATH, int COLUMNS>
 __device__ void block_values(float *dv, size_t step, size_t n, size_t columns, const float *A, const float *dO,
                              const float *keys, size_t pitch, const float *gamma, size_t g_pitch, size_t K) {
@@ -1727,7 +1743,9 @@ __device__ void channel_dk(float *y, const float *q, const float *alpha, const f
 }
 
 // Rows of a state in shared memory: whole float4, or whole pieces of tensor cores.
-__host__ __device__ constexpr size_t padded(metala_math math, size_t K) { return round_up(K, math == METALA_EXACT ? 4 : 16); }
+__host__ __device__ constexpr size_t padded(metala_math math, size_t K) {
+    return round_up(K, math == METALA_EXACT ? 4 : 16);
+}
 
 // Floats of shared memory: S and Γ, five tensors (BLOCK, K), do and v, A and D, two vectors (K).
 size_t chunkwise_backward_shared(metala_math math, size_t K, size_t columns) {
@@ -1813,7 +1831,8 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             __syncthreads();
             block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
             __syncthreads();
-            block_values<MATH, COLUMNS>(dv + at * V + j0, H * V, n, columns, A, dO_block, k_block, pitch, gamma, PITCH, Kp);
+            block_values<MATH, COLUMNS>(dv + at * V + j0, H * V, n, columns, A, dO_block, k_block, pitch, gamma, PITCH,
+                                        Kp);
             __syncthreads();
             block_update<MATH, COLUMNS>(gamma, PITCH, total, q_block, pitch, dO_block, PITCH, Kp);
             __syncthreads();
@@ -1824,8 +1843,8 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
 
 // ---- All heads of all sequences.
 
-// The chunkwise kernels have room for K up to 256 (the backward takes narrower tiles of V beyond 128); the recurrent ones
-// for 512, and do the work of both beyond 256. The parallel form is the chunkwise one: its T×T map is for reading.
+// The chunkwise kernels have room for K up to 256 (the backward takes narrower tiles of V beyond 128); the recurrent
+// ones for 512, and do the work of both beyond 256. The parallel form is the chunkwise one: its T×T map is for reading.
 enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_TENSOR_K = 128, MOST_CHUNKWISE_K = 256, MOST_K = 512 };
 
 bool head_fits(metala_context *ctx, size_t K) {
@@ -1861,9 +1880,9 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
     }
     if constexpr (MATH != METALA_EXACT) {
         extent grid(ceil_div(V, TENSOR_COLUMNS), B * H);
-#define FORWARD(MOST)                                                                                              \
-    RUN((tensor_forward_kernel<MATH, MOST>), grid, THREADS, tensor_forward_shared<MOST>() * sizeof(float), o, S, states, \
-        q, k, v, alpha, T, H, K, V, (float)scale)
+#define FORWARD(MOST)                                                                                            \
+    RUN((tensor_forward_kernel<MATH, MOST>), grid, THREADS, tensor_forward_shared<MOST>() * sizeof(float), o, S, \
+        states, q, k, v, alpha, T, H, K, V, (float)scale)
         if (K <= 32) FORWARD(32);
         else if (K <= 64) FORWARD(64);
         else if (K <= MOST_TENSOR_K) FORWARD(128);
@@ -1959,7 +1978,8 @@ const metala_backend *metala_cuda(metala_math math, char *why, size_t size) {
     if (error == cudaSuccess && count < 1) error = (cudaError_t)NO_DEVICE;
     if (error == cudaSuccess) error = cudaGetDeviceProperties(&gpu, 0);
     if (error == cudaSuccess && gpu.major < 8) {
-        snprintf(why, size, "%s has compute capability %d.%d, the kernels need 8.0 or newer", gpu.name, gpu.major, gpu.minor);
+        snprintf(why, size, "%s has compute capability %d.%d, the kernels need 8.0 or newer", gpu.name, gpu.major,
+                 gpu.minor);
         return NULL;
     }
     if (error == cudaSuccess) error = cudaMalloc(&memory, sizeof *memory);
