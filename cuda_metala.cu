@@ -830,9 +830,10 @@ void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const
     RUN(conv_forward_kernel, blocks_for(B * T, 1), THREADS, 0, u, c, n, w, tail, B, T, D);
 }
 
-// dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙
-// n_{t-3+j} A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of
-// the next three in registers, and leaves the run's part of dw in parts (runs,D,4).
+// dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)
+// dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
+// A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of the next
+// three in registers, and leaves the run's part of dw in parts (runs,D,4).
 enum { RUN_TOKENS = 32 };
 __global__ void conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, const float *n,
                                      const float *w, const float *tail, size_t B, size_t T, size_t D) {
