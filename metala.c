@@ -2194,7 +2194,8 @@ void metala_trainer_free(metala_trainer *t) {
 }
 
 metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T, metala_keep keep) {
-    if (same_device(ctx, model->backend, "training") || need_reals(ctx, model, "training")) return NULL;
+    if (same_device(ctx, model->backend, "training")) return NULL;
+    if (need_reals(ctx, model, "training")) return NULL;
     if (B < 1 || T < 1 || times((size_t)B, T) > INT_MAX) {
         fail(ctx, "training: the batch must have at least 1 and at most %d tokens, got %d sequences of %zu", INT_MAX, B,
              T);
