@@ -114,6 +114,7 @@ mutants: build/flags
 # of threads and blocks, in the three kinds of arithmetic, and under the sanitizers for addresses and undefined behaviour.
 EMU_WITH_address := -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_WITH_thread  := -fsanitize=thread
+EMU_WITH_gdb     := -O0 -ggdb3
 EMU_C  = $(CC) $(or $(WARNINGS),-std=c99) -O1 -g $(NATIVE) -DMETALA_CUDA -I.
 EMU_CU = $(CXX) -std=c++17 -Wall -Wextra -Wno-unknown-pragmas -O1 -g $(NATIVE) -I. -x c++ -include emulator/cuda_on_cpu.h
 build/emu-%/test: test.c metala.c metala.h cuda_metala.cu emulator/cuda_on_cpu.h build/flags
@@ -151,8 +152,9 @@ cuda-mutants: build/emu-plain/test
 	SOURCE=cuda_metala.cu LIST=tests/cuda_mutants.txt \
 	BUILD='$(subst -g ,,$(EMU_CU)) -c -o $$dir/cuda_metala.o $$dir/cuda_metala.cu && \
 	    $(CXX) -o $$dir/test build/emu-plain/test.o build/emu-plain/metala.o $$dir/cuda_metala.o' \
-	CHECK='try() { CUDA_ORDER=$$1 ./test --device cuda --only "kernel " --math $$2 --stop || exit 1; }; \
-	    try forward exact; try reverse tf32; try random exact; try random bf16; try reverse exact' \
+	CHECK='try() { CUDA_ORDER=$$1 ./test --device cuda --math $$2 --only "$$3" --stop || exit 1; }; \
+	    try forward exact "kernel "; try reverse tf32 "kernel "; try random exact "kernel "; try random bf16 "kernel "; \
+	    try reverse exact "kernel "; try forward exact scalar; try forward exact matmul' \
 	tests/mutants.sh $(COUNT)
 
 build/bench: build/bench.o build/metala.o $(GPU)

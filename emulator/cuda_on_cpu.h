@@ -7,10 +7,10 @@
 //
 // The file stays CUDA: nvcc compiles the same text. It keeps to three conventions, which it defines for nvcc itself:
 //
-//     LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)     kernel<<<grid, block, shared_bytes, stream>>>(...)
-//     DYNAMIC_SHARED(type, name)                                          extern __shared__ type name[]
-//     inline PTX stands in one-instruction functions that are missing here: section 7 has mma_bf16, mma_tf32, ldmatrix…,
-//     copy16_async, copy_commit, copy_wait under the register layouts of the PTX ISA
+//     LAUNCH(kernel, grid, block, shared, stream, arguments...)    kernel<<<grid, block, shared, stream>>>(arguments...)
+//     DYNAMIC_SHARED(type, name)                                   extern __shared__ type name[]
+//     inline PTX stands in functions of one instruction each, which section 7 has as well, with the register layouts of
+//     the PTX ISA: mma_bf16, mma_tf32, ldmatrix_x4, …, copy16_async, copy_commit, copy_wait
 //
 // What it notices by itself, in every build, named by kernel, block and thread:
 //     barriers that not all threads of the block reach; warp operations whose lanes do not meet
@@ -21,9 +21,9 @@
 //     fresh global and shared memory, and what cp.async is about to overwrite, read as NaN (integers as -1)
 //     the threads between two barriers, and the blocks, run in an order that can be chosen
 //
-// It is one CPU's idea of a GPU: speed, bank conflicts, real concurrency and the last bits of expf are not its business.
-// wgmma, TMA, wmma, clusters, cooperative groups and blocks that wait for each other are not there. A kernel may not
-// return early while other threads of its block still meet in barriers (on a GPU it may, since Volta).
+// It is one CPU's idea of a GPU: speed, bank conflicts, real concurrency and the last bits of expf are not its
+// business. wgmma, TMA, wmma, clusters, cooperative groups and blocks that wait for each other are not there. A kernel
+// may not return early while other threads of its block still meet in barriers (on a GPU it may, since Volta).
 //
 // Environment
 //     CUDA_ORDER=forward|reverse|random[:seed]   of threads and blocks; a result that depends on it is a race
@@ -102,8 +102,9 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
 
-// A shared array is one for all fibers of an OS thread. thread_local also marks it in the symbol table, where fill_shared
-// finds it. The sanitizers know thread-local arrays less well than static ones, which they surround with forbidden zones.
+// A shared array is one for all fibers of an OS thread. thread_local also marks it in the symbol table, where
+// fill_shared finds it. The sanitizers know thread-local arrays less well than static ones, which they surround with
+// forbidden zones.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define __shared__ static
 #else
@@ -251,7 +252,8 @@ template <class... P>
 struct Call : Body {
     void (*kernel)(P...);
     std::tuple<P...> arguments;
-    template <class... A> Call(void (*kernel)(P...), A &&...given) : kernel(kernel), arguments(std::forward<A>(given)...) {}
+    template <class... A>
+    Call(void (*kernel)(P...), A &&...given) : kernel(kernel), arguments(std::forward<A>(given)...) {}
     void call() const override { call(std::index_sequence_for<P...>()); }
     template <size_t... I> __attribute__((always_inline)) void call(std::index_sequence<I...>) const {
         kernel(std::get<I>(arguments)...);
@@ -271,7 +273,7 @@ struct Engine {
     const Launch *launch;
     uint3 block;                                                 // blockIdx
     Thread *threads, scheduler, *self, *before;                  // self runs, and before did before it
-    int n, most, returned;                                       // threads of the block, stacks there are, how many ended
+    int n, most, returned;                                       // threads of the block, stacks, threads that ended
     int order[MOST_THREADS];                                     // in which the threads run from barrier to barrier
     int at;                                                      // place in it
     char *dynamic;                                               // shared memory of this launch
@@ -289,7 +291,7 @@ const size_t STACK = 512 * 1024;
 #else
 const size_t STACK = 128 * 1024;
 #endif
-const size_t PAGE = 4096;
+inline const size_t PAGE = (size_t)sysconf(_SC_PAGESIZE);
 
 inline bool running() { return E && E->self && E->self != &E->scheduler; }
 
@@ -298,8 +300,8 @@ EMU_UNWATCHED inline void print_place(bool with_thread) {
     fflush(stdout);
     fprintf(stderr, "cuda_on_cpu: ");
     if (!running() && !(E && E->launch)) return;
-    fprintf(stderr, "%s:%d: kernel %s, block (%u,%u,%u)", E->launch->file, E->launch->line, E->launch->kernel, E->block.x,
-            E->block.y, E->block.z);
+    fprintf(stderr, "%s:%d: kernel %s, block (%u,%u,%u)", E->launch->file, E->launch->line, E->launch->kernel,
+            E->block.x, E->block.y, E->block.z);
     if (with_thread && running())
         fprintf(stderr, ", thread (%u,%u,%u)", E->self->thread.x, E->self->thread.y, E->self->thread.z);
     fprintf(stderr, ": ");
@@ -393,7 +395,7 @@ EMU_UNWATCHED inline void prepare(Thread &t) {                   // so that swit
     void **top = (void **)(t.stack + STACK);
     memset(top - EMU_SAVED - 2, 0, (EMU_SAVED + 2) * sizeof *top);
 #ifdef __x86_64__
-    top[-2] = (void *)fiber_main;                                // where ret goes, and above it that fiber_main has no caller
+    top[-2] = (void *)fiber_main;                                // where ret goes; above it: fiber_main has no caller
     t.sp = top - EMU_SAVED - 2;
 #else
     top[-EMU_SAVED + 11] = (void *)fiber_main;                   // x30
@@ -442,8 +444,8 @@ inline void ready_engine(int n) {
 
 // ============================================================== 3. Barriers and warp operations
 
-// For the thread sanitizer, whoever arrives gives to a tag what it did, and whoever leaves takes it from there. Meetings
-// that follow one another have different tags, or a thread that ran ahead into the next would hide a race.
+// For the thread sanitizer, whoever arrives gives to a tag what it did, and whoever leaves takes it from there.
+// Meetings that follow one another have different tags, or a thread that ran ahead into the next would hide a race.
 
 EMU_UNWATCHED inline void barrier(const char *what, const char *file, int line, int vote) {
     Thread &t = *E->self;
@@ -461,11 +463,13 @@ EMU_UNWATCHED inline void release_barrier() {
     for (int i = 0; i < E->n; i++) {
         Thread &t = E->threads[i];
         if (t.state == IN_WARP_OPERATION)
-            stop(false, "a warp operation waits for lanes of its mask that never come; all lanes that the mask names must"
+            stop(false,
+                 "a warp operation waits for lanes of its mask that never come; all lanes that the mask names must"
                  " reach the same call");
         if (t.state == AT_BARRIER && !first) first = &t;
         if (t.state == RETURNED || t.line != first->line || strcmp(t.file, first->file))
-            stop(false, "barrier divergence: these threads never meet; each __syncthreads must be reached by all threads"
+            stop(false,
+                 "barrier divergence: these threads never meet; each __syncthreads must be reached by all threads"
                  " of the block or by none");
         E->any |= t.vote != 0, E->all &= t.vote != 0, E->count += t.vote != 0;
     }
@@ -479,9 +483,11 @@ EMU_UNWATCHED inline void warp_operation(const char *what, unsigned mask, void *
     int lanes = E->n - warp->index, hash = mask == ~0u ? 0 : 1 + mask % 7;
     char *tag = &E->warp_tag[t.index / 32][hash][t.operations[hash]++ & 1];
     t.what = what, t.file = file, t.line = line, t.mask = mask, t.argument = argument, t.operation = operation;
-    if (!(mask >> t.lane & 1)) stop(true, "%s:%d: %s with mask 0x%08x, which leaves the caller out", file, line, what, mask);
+    if (!(mask >> t.lane & 1))
+        stop(true, "%s:%d: %s with mask 0x%08x, which leaves the caller out", file, line, what, mask);
     if (lanes < 32 && mask >> lanes)
-        stop(true, "%s:%d: %s with mask 0x%08x, but this warp has %d threads; make blocks of whole warps, or fit the mask",
+        stop(true,
+             "%s:%d: %s with mask 0x%08x, but this warp has %d threads; make blocks of whole warps, or fit the mask",
              file, line, what, mask, lanes);
     t.state = IN_WARP_OPERATION;
     EMU_RELEASE(tag);
@@ -554,7 +560,8 @@ T shuffle(const char *what, unsigned mask, T value, int from, const char *file, 
     memcpy(&value, &e.out, sizeof value);
     return value;
 }
-inline uint64_t exchange(const char *what, unsigned mask, uint64_t in, Operation *operation, const char *file, int line) {
+inline uint64_t exchange(const char *what, unsigned mask, uint64_t in, Operation *operation, const char *file,
+                         int line) {
     Exchange e = {in, 0, 0};
     warp_operation(what, mask, &e, operation, file, line);
     return e.out;
@@ -572,7 +579,9 @@ inline int segment_check(int width, const char *file, int line) {
 inline void __syncthreads(EMU_HERE) { emu::barrier("__syncthreads", file, line, 0); }
 inline int __syncthreads_or(int p, EMU_HERE) { return emu::barrier("__syncthreads_or", file, line, p), emu::E->any; }
 inline int __syncthreads_and(int p, EMU_HERE) { return emu::barrier("__syncthreads_and", file, line, p), emu::E->all; }
-inline int __syncthreads_count(int p, EMU_HERE) { return emu::barrier("__syncthreads_count", file, line, p), emu::E->count; }
+inline int __syncthreads_count(int p, EMU_HERE) {
+    return emu::barrier("__syncthreads_count", file, line, p), emu::E->count;
+}
 inline void __syncwarp(unsigned mask = ~0u, EMU_HERE) {
     emu::warp_operation("__syncwarp", mask, nullptr, emu::operate_nothing, file, line);
 }
@@ -586,12 +595,13 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width
 }
 template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, EMU_HERE) {
     int first = emu::segment_check(width, file, line), lane = emu::E->self->lane;
-    return emu::shuffle("__shfl_down_sync", mask, value, lane + by < (unsigned)(first + width) ? lane + (int)by : lane, file,
-                        line);
+    return emu::shuffle("__shfl_down_sync", mask, value, lane + by < (unsigned)(first + width) ? lane + (int)by : lane,
+                        file, line);
 }
 template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, EMU_HERE) {
     int first = emu::segment_check(width, file, line), lane = emu::E->self->lane;
-    return emu::shuffle("__shfl_up_sync", mask, value, by <= (unsigned)(lane - first) ? lane - (int)by : lane, file, line);
+    return emu::shuffle("__shfl_up_sync", mask, value, by <= (unsigned)(lane - first) ? lane - (int)by : lane, file,
+                        line);
 }
 inline unsigned __ballot_sync(unsigned mask, int p, EMU_HERE) {
     return (unsigned)emu::exchange("__ballot_sync", mask, p != 0, emu::operate_ballot, file, line);
@@ -686,8 +696,9 @@ EMU_UNWATCHED inline bool in_shared_memory(const void *p, size_t bytes) {
 #endif
 }
 
-// Dynamic shared memory ends where its page ends, up to the alignment of 128 bytes, and the next page is forbidden. What
-// lies between is filled and looked at after each block. The address sanitizer gets it as an allocation of its own.
+// Dynamic shared memory ends where its page ends, up to the alignment of 128 bytes, and the next page is forbidden.
+// What lies between is filled and looked at after each block. The address sanitizer gets it as an allocation of its
+// own.
 const size_t SHARED_ALIGN = 128, SHARED_ROOM = 256 * 1024, FORBIDDEN = 1 << 20;
 const unsigned char UNWRITTEN = 0xFF;                            // in all bytes: NaN in every floating type
 
@@ -723,9 +734,9 @@ EMU_UNWATCHED inline void check_shared() {
 
 enum Kind { DEVICE, MANAGED, PINNED };                           // cudaMalloc, cudaMallocManaged, cudaMallocHost
 
-// Each allocation has pages of its own, aligned to the end up to 256 bytes, between forbidden ones of 1 MB. Host code can
-// touch device memory only while a copy or a kernel runs. Under the address sanitizer it is ordinary memory, which is
-// poisoned while it may not be touched.
+// Each allocation has pages of its own, aligned to the end up to 256 bytes, between forbidden ones of 1 MB. Host code
+// can touch device memory only while a copy or a kernel runs. Under the address sanitizer it is ordinary memory, which
+// is poisoned while it may not be touched.
 struct Allocation {
     char *memory, *pages;
     size_t bytes, page_bytes;
@@ -813,7 +824,8 @@ inline int allocate(void **p, size_t bytes, Kind kind, const char *file, int lin
 #else
     size_t whole = (bytes + ALIGN - 1) / ALIGN * ALIGN;
     a.page_bytes = (whole + PAGE - 1) / PAGE * PAGE;
-    char *pages = (char *)mmap(nullptr, a.page_bytes + 2 * FORBIDDEN, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *pages = (char *)mmap(nullptr, a.page_bytes + 2 * FORBIDDEN, PROT_NONE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pages == MAP_FAILED) return heap.error = 2;
     a.pages = pages + FORBIDDEN, a.memory = a.pages + a.page_bytes - whole;
     mprotect(a.pages, a.page_bytes, PROT_READ | PROT_WRITE);
@@ -843,8 +855,9 @@ inline int release(void *p, bool pinned, const char *name, const char *file, int
     auto at = heap.alive.find((uintptr_t)p);
     if (at == heap.alive.end() || at->second.registered || (at->second.kind == PINNED) != pinned) {
         const Allocation *a = find_freed(p), *inside = find(p);
-        return complain(1, file, line, "%s(%p): %s%s", name, p, a ? "freed already: " : inside ? "not the start, or not the"
-                        " kind, of " : "never allocated", a ? name_of(*a).c_str() : inside ? name_of(*inside).c_str() : "");
+        const char *why = a ? "freed already: " : inside ? "not the start, or not the kind, of " : "never allocated";
+        return complain(1, file, line, "%s(%p): %s%s", name, p, why,
+                        a ? name_of(*a).c_str() : inside ? name_of(*inside).c_str() : "");
     }
     Allocation a = at->second;
     heap.alive.erase(at);
@@ -864,8 +877,8 @@ inline int release(void *p, bool pinned, const char *name, const char *file, int
     return 0;
 }
 
-// What the memory protection, or an arithmetic trap, says. The same instruction then runs again and ends the program, so
-// that gdb and core files show it.
+// What the memory protection, or an arithmetic trap, says. The same instruction then runs again and ends the program,
+// so that gdb and core files show it.
 EMU_UNWATCHED inline void on_signal(int signal_number, siginfo_t *info, void *) {
     const char *p = (const char *)info->si_addr;
     const Allocation *a = find(p, true), *gone = find_freed(p);
@@ -964,7 +977,8 @@ struct Policy {
         const char *s = getenv("CUDA_ORDER");
         if (!s || !*s || !strcmp(s, "forward")) return;
         if (!strcmp(s, "reverse")) order = REVERSE;
-        else if (!strncmp(s, "random", 6) && (!s[6] || s[6] == ':')) order = RANDOM, seed = s[6] ? strtoull(s + 7, nullptr, 10) : 1;
+        else if (!strncmp(s, "random", 6) && (!s[6] || s[6] == ':'))
+            order = RANDOM, seed = s[6] ? strtoull(s + 7, nullptr, 10) : 1;
         else {
             fprintf(stderr, "cuda_on_cpu: CUDA_ORDER=%s: must be forward, reverse, random or random:seed\n", s);
             exit(2);
@@ -1013,8 +1027,8 @@ struct Table : std::map<std::string, Statistics> {
         if (!is_set("CUDA_STATS", "1")) return;
         fprintf(stderr, "%-48s %9s %9s %9s %10s %10s\n", "kernel", "launches", "blocks", "threads", "switches", "ms");
         for (auto &k : *this)
-            fprintf(stderr, "%-48.48s %9ld %9ld %9ld %10ld %10.3f\n", k.first.c_str(), k.second.launches, k.second.blocks,
-                    k.second.threads, k.second.switches, 1e3 * k.second.seconds);
+            fprintf(stderr, "%-48.48s %9ld %9ld %9ld %10ld %10.3f\n", k.first.c_str(), k.second.launches,
+                    k.second.blocks, k.second.threads, k.second.switches, 1e3 * k.second.seconds);
     }
 };
 inline Table statistics;
@@ -1072,7 +1086,10 @@ template <class T> bool host_pointer(T) { return false; }
 template <class T> bool host_pointer(T *p) { return p && !std::is_function<T>::value && !find((const void *)p); }
 
 inline size_t shared_limit() {                                   // of a block, after cudaFuncSetAttribute
-    return (heap.capability == 80 || heap.capability == 87 ? 163 : heap.capability < 90 || heap.capability >= 120 ? 99 : 227) * 1024;
+    return (heap.capability == 80 || heap.capability == 87   ? 163
+            : heap.capability < 90 || heap.capability >= 120 ? 99
+                                                             : 227) *
+           1024;
 }
 inline bool known_stream(const void *stream) { return !stream || heap.streams.count(stream); }
 
@@ -1088,13 +1105,13 @@ void launch(const char *kernel, const char *file, int line, dim3 grid, dim3 bloc
         fprintf(stderr, "cuda_on_cpu: %s:%d: %s, grid (%u,%u,%u), block (%u,%u,%u), %zu bytes of shared memory\n", file,
                 line, kernel, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared_bytes);
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535) {
-        complain(9, file, line, "kernel %s: grid (%u,%u,%u); x must be 1 to 2147483647, y and z 1 to 65535", kernel, grid.x,
-                 grid.y, grid.z);
+        complain(9, file, line, "kernel %s: grid (%u,%u,%u); x must be 1 to 2147483647, y and z 1 to 65535", kernel,
+                 grid.x, grid.y, grid.z);
         return;
     }
     if (!threads || threads > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64) {
-        complain(9, file, line, "kernel %s: block (%u,%u,%u); a block has 1 to 1024 threads, z at most 64", kernel, block.x,
-                 block.y, block.z);
+        complain(9, file, line, "kernel %s: block (%u,%u,%u); a block has 1 to 1024 threads, z at most 64", kernel,
+                 block.x, block.y, block.z);
         return;
     }
     if (shared_bytes > limit) {
@@ -1120,8 +1137,10 @@ void launch(const char *kernel, const char *file, int line, dim3 grid, dim3 bloc
 EMU_UNWATCHED inline void warn_of_float_atomics(const char *file, int line) {
     static std::set<std::string> *warned = new std::set<std::string>();
     if (!running() || !warned->insert(E->launch->kernel).second) return;
-    fprintf(stderr, "cuda_on_cpu: %s:%d: kernel %s adds floats atomically; the order of the sum, and so its last bits, will"
-            " differ from run to run\n", file, line, E->launch->kernel);
+    fprintf(stderr,
+            "cuda_on_cpu: %s:%d: kernel %s adds floats atomically; the order of the sum, and so its last bits, will"
+            " differ from run to run\n",
+            file, line, E->launch->kernel);
 }
 
 }  // namespace emu
@@ -1142,12 +1161,24 @@ template <class T> T atomicAdd(T *p, typename emu_same<T>::type x, EMU_HERE) {
     if (std::is_floating_point<T>::value) emu::warn_of_float_atomics(file, line);
     return emu_atomic(p, [=](T old) { return (T)(old + x); });
 }
-template <class T> T atomicSub(T *p, typename emu_same<T>::type x) { return emu_atomic(p, [=](T old) { return (T)(old - x); }); }
-template <class T> T atomicMin(T *p, typename emu_same<T>::type x) { return emu_atomic(p, [=](T old) { return x < old ? x : old; }); }
-template <class T> T atomicMax(T *p, typename emu_same<T>::type x) { return emu_atomic(p, [=](T old) { return old < x ? x : old; }); }
-template <class T> T atomicAnd(T *p, typename emu_same<T>::type x) { return emu_atomic(p, [=](T old) { return (T)(old & x); }); }
-template <class T> T atomicOr(T *p, typename emu_same<T>::type x) { return emu_atomic(p, [=](T old) { return (T)(old | x); }); }
-template <class T> T atomicXor(T *p, typename emu_same<T>::type x) { return emu_atomic(p, [=](T old) { return (T)(old ^ x); }); }
+template <class T> T atomicSub(T *p, typename emu_same<T>::type x) {
+    return emu_atomic(p, [=](T old) { return (T)(old - x); });
+}
+template <class T> T atomicMin(T *p, typename emu_same<T>::type x) {
+    return emu_atomic(p, [=](T old) { return x < old ? x : old; });
+}
+template <class T> T atomicMax(T *p, typename emu_same<T>::type x) {
+    return emu_atomic(p, [=](T old) { return old < x ? x : old; });
+}
+template <class T> T atomicAnd(T *p, typename emu_same<T>::type x) {
+    return emu_atomic(p, [=](T old) { return (T)(old & x); });
+}
+template <class T> T atomicOr(T *p, typename emu_same<T>::type x) {
+    return emu_atomic(p, [=](T old) { return (T)(old | x); });
+}
+template <class T> T atomicXor(T *p, typename emu_same<T>::type x) {
+    return emu_atomic(p, [=](T old) { return (T)(old ^ x); });
+}
 template <class T> T atomicExch(T *p, typename emu_same<T>::type x) { return emu_atomic(p, [=](T) { return x; }); }
 template <class T> T atomicCAS(T *p, typename emu_same<T>::type expected, typename emu_same<T>::type x) {
     return emu_atomic(p, [=](T old) { return old == expected ? x : old; });
@@ -1224,14 +1255,16 @@ struct __half {
         unsigned u = __float_as_uint(a), h;
         if (x != x) h = 0x7FFF;
         else if (a >= 65520) h = 0x7C00;                         // infinity
-        else if (a < 6.103515625e-05f) h = (unsigned)rintf(a * 16777216);                 // denormal: multiples of 2^-24
+        else if (a < 6.103515625e-05f)
+            h = (unsigned)rintf(a * 16777216);                   // denormal: multiples of 2^-24
         else h = (u - (112u << 23) + 0xFFF + (u >> 13 & 1)) >> 13;
         bits = (uint16_t)(h | (x == x && signbit(x) ? 0x8000 : 0));
     }
     operator float() const {
         unsigned exponent = bits >> 10 & 31, fraction = bits & 1023;
         float x = exponent == 31 ? (fraction ? NAN : INFINITY)
-                                 : exponent ? ldexpf(1024.f + (float)fraction, (int)exponent - 25) : ldexpf((float)fraction, -24);
+                  : exponent     ? ldexpf(1024.f + (float)fraction, (int)exponent - 25)
+                                 : ldexpf((float)fraction, -24);
         return bits & 0x8000 ? -x : x;
     }
 };
@@ -1264,8 +1297,8 @@ inline float __high2float(__half2 v) { return v.y; }
 
 // ============================================================== 7. Instructions: mma, ldmatrix, cp.async
 
-// Under the register layouts of the PTX ISA ("Matrix fragments"); lane = 4g + t, g = 0…7, t = 0…3. Products are exact and
-// summed in double, then rounded to float once: tensor cores keep fewer digits, in an order of their own.
+// Under the register layouts of the PTX ISA ("Matrix fragments"); lane = 4g + t, g = 0…7, t = 0…3. Products are exact
+// and summed in double, then rounded to float once: tensor cores keep fewer digits, in an order of their own.
 
 namespace emu {
 
@@ -1286,8 +1319,8 @@ EMU_UNWATCHED inline void multiply_add(void **x, const float (*A)[K], const floa
         }
 }
 
-// m16n8k16, bfloat16: a[r] is row g + 8(r%2), columns 2t + 8(r/2) and the next; b[r] is rows 2t + 8r and the next, column g.
-// The lower half of a register comes first.
+// m16n8k16, bfloat16: a[r] is row g + 8(r%2), columns 2t + 8(r/2) and the next; b[r] is rows 2t + 8r and the next,
+// column g. The lower half of a register comes first.
 EMU_UNWATCHED inline void operate_mma_bf16(void **x, unsigned) {
     float A[16][16], B[16][8];
     for (int lane = 0; lane < 32; lane++) {
@@ -1297,7 +1330,8 @@ EMU_UNWATCHED inline void operate_mma_bf16(void **x, unsigned) {
             float *to = &A[g + r % 2 * 8][2 * t + r / 2 * 8];
             to[0] = low_half(m->a[r]), to[1] = high_half(m->a[r]);
         }
-        for (int r = 0; r < 2; r++) B[2 * t + 8 * r][g] = low_half(m->b[r]), B[2 * t + 8 * r + 1][g] = high_half(m->b[r]);
+        for (int r = 0; r < 2; r++)
+            B[2 * t + 8 * r][g] = low_half(m->b[r]), B[2 * t + 8 * r + 1][g] = high_half(m->b[r]);
     }
     multiply_add<16>(x, A, B);
 }
@@ -1314,8 +1348,8 @@ EMU_UNWATCHED inline void operate_mma_tf32(void **x, unsigned) {
     multiply_add<8>(x, A, B);
 }
 
-// ldmatrix: lane 8m + i gives the address of row i of matrix m, 8 numbers of 16 bits; r[m] of a lane is row g, columns 2t and
-// 2t + 1 of matrix m, or with .trans rows 2t and 2t + 1, column g.
+// ldmatrix: lane 8m + i gives the address of row i of matrix m, 8 numbers of 16 bits; r[m] of a lane is row g, columns
+// 2t and 2t + 1 of matrix m, or with .trans rows 2t and 2t + 1, column g.
 struct LoadMatrix { unsigned *r; const uint16_t *row; };
 template <int MATRICES, bool TRANSPOSED>
 EMU_UNWATCHED inline void operate_ldmatrix(void **x, unsigned) {
@@ -1324,7 +1358,8 @@ EMU_UNWATCHED inline void operate_ldmatrix(void **x, unsigned) {
             int g = lane / 4, t = lane % 4;
             unsigned value[2];
             for (int e = 0; e < 2; e++)
-                value[e] = TRANSPOSED ? ((LoadMatrix *)x[8 * m + 2 * t + e])->row[g] : ((LoadMatrix *)x[8 * m + g])->row[2 * t + e];
+                value[e] = TRANSPOSED ? ((LoadMatrix *)x[8 * m + 2 * t + e])->row[g]
+                                      : ((LoadMatrix *)x[8 * m + g])->row[2 * t + e];
             ((LoadMatrix *)x[lane])->r[m] = value[0] | value[1] << 16;
         }
 }
@@ -1341,8 +1376,10 @@ inline void move_words(void *to, const void *from, unsigned word, int bytes) {
 template <int MATRICES, bool TRANSPOSED>
 void load_matrices(unsigned *r, const void *row, const char *file, int line) {
     if (E->self->lane < 8 * MATRICES) {
-        if ((uintptr_t)row % 16) stop(true, "%s:%d: ldmatrix from %p; rows start at multiples of 16 bytes", file, line, row);
-        if (!in_shared_memory(row, 16)) stop(true, "%s:%d: ldmatrix from %p, which is not in shared memory", file, line, row);
+        if ((uintptr_t)row % 16)
+            stop(true, "%s:%d: ldmatrix from %p; rows start at multiples of 16 bytes", file, line, row);
+        if (!in_shared_memory(row, 16))
+            stop(true, "%s:%d: ldmatrix from %p, which is not in shared memory", file, line, row);
         look_at(row, 16);
     }
     LoadMatrix l = {r, (const uint16_t *)row};
@@ -1352,8 +1389,10 @@ void load_matrices(unsigned *r, const void *row, const char *file, int line) {
 // cp.async: from now on the destination is undefined (NaN), until the thread waits for the copy's group.
 inline void copy_async(void *to, const void *from, int bytes, bool real, const char *file, int line) {
     if ((uintptr_t)to % bytes || (real && (uintptr_t)from % bytes))
-        stop(true, "%s:%d: cp.async of %d bytes to %p from %p; both must be multiples of %d", file, line, bytes, to, from, bytes);
-    if (!in_shared_memory(to, bytes)) stop(true, "%s:%d: cp.async to %p, which is not in shared memory", file, line, to);
+        stop(true, "%s:%d: cp.async of %d bytes to %p from %p; both must be multiples of %d", file, line, bytes, to,
+             from, bytes);
+    if (!in_shared_memory(to, bytes))
+        stop(true, "%s:%d: cp.async to %p, which is not in shared memory", file, line, to);
     const Allocation *a = real ? find(from) : nullptr;
     if (real && (!a || (const char *)from + bytes > a->memory + a->bytes))
         stop(true, "%s:%d: cp.async of %d bytes from %p, which is not in global memory", file, line, bytes, from);
@@ -1388,9 +1427,15 @@ inline unsigned to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xFFF
 inline void ldmatrix_x1(unsigned *r, const void *row, EMU_HERE) { emu::load_matrices<1, false>(r, row, file, line); }
 inline void ldmatrix_x2(unsigned *r, const void *row, EMU_HERE) { emu::load_matrices<2, false>(r, row, file, line); }
 inline void ldmatrix_x4(unsigned *r, const void *row, EMU_HERE) { emu::load_matrices<4, false>(r, row, file, line); }
-inline void ldmatrix_x1_trans(unsigned *r, const void *row, EMU_HERE) { emu::load_matrices<1, true>(r, row, file, line); }
-inline void ldmatrix_x2_trans(unsigned *r, const void *row, EMU_HERE) { emu::load_matrices<2, true>(r, row, file, line); }
-inline void ldmatrix_x4_trans(unsigned *r, const void *row, EMU_HERE) { emu::load_matrices<4, true>(r, row, file, line); }
+inline void ldmatrix_x1_trans(unsigned *r, const void *row, EMU_HERE) {
+    emu::load_matrices<1, true>(r, row, file, line);
+}
+inline void ldmatrix_x2_trans(unsigned *r, const void *row, EMU_HERE) {
+    emu::load_matrices<2, true>(r, row, file, line);
+}
+inline void ldmatrix_x4_trans(unsigned *r, const void *row, EMU_HERE) {
+    emu::load_matrices<4, true>(r, row, file, line);
+}
 inline void ldmatrix(unsigned *r, const void *row, EMU_HERE) { emu::load_matrices<4, false>(r, row, file, line); }
 inline void ldmatrix_trans(unsigned *r, const void *row, EMU_HERE) { emu::load_matrices<4, true>(r, row, file, line); }
 
@@ -1417,16 +1462,40 @@ enum cudaError {
     cudaErrorIllegalAddress = 700, cudaErrorLaunchFailure = 719, cudaErrorNotSupported = 801
 };
 typedef enum cudaError cudaError_t;
-enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed
+};
 enum cudaDeviceAttr {
-    cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxGridDimX = 5, cudaDevAttrMaxGridDimY = 6, cudaDevAttrMaxGridDimZ = 7,
-    cudaDevAttrMaxSharedMemoryPerBlock = 8, cudaDevAttrWarpSize = 10, cudaDevAttrClockRate = 13,
-    cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMemoryClockRate = 36, cudaDevAttrGlobalMemoryBusWidth = 37,
-    cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxThreadsPerMultiProcessor = 39, cudaDevAttrComputeCapabilityMajor = 75,
-    cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
-    cudaDevAttrManagedMemory = 83, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+    cudaDevAttrMaxThreadsPerBlock = 1,
+    cudaDevAttrMaxGridDimX = 5,
+    cudaDevAttrMaxGridDimY = 6,
+    cudaDevAttrMaxGridDimZ = 7,
+    cudaDevAttrMaxSharedMemoryPerBlock = 8,
+    cudaDevAttrWarpSize = 10,
+    cudaDevAttrClockRate = 13,
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrMemoryClockRate = 36,
+    cudaDevAttrGlobalMemoryBusWidth = 37,
+    cudaDevAttrL2CacheSize = 38,
+    cudaDevAttrMaxThreadsPerMultiProcessor = 39,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+    cudaDevAttrManagedMemory = 83,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventBlockingSync = 1,
        cudaEventDisableTiming = 2, cudaMemAttachGlobal = 1, cudaHostAllocDefault = 0, cudaHostRegisterDefault = 0 };
@@ -1438,7 +1507,10 @@ struct cudaDeviceProp {
     int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor, maxThreadsDim[3],
         maxGridSize[3], regsPerBlock, l2CacheSize, memoryBusWidth, integrated, managedMemory, concurrentManagedAccess;
 };
-struct cudaFuncAttributes { size_t sharedSizeBytes, localSizeBytes; int maxThreadsPerBlock, numRegs, maxDynamicSharedSizeBytes; };
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes, localSizeBytes;
+    int maxThreadsPerBlock, numRegs, maxDynamicSharedSizeBytes;
+};
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
 struct cudaPointerAttributes { cudaMemoryType type; int device; void *devicePointer, *hostPointer; };
 
@@ -1478,8 +1550,12 @@ inline cudaError_t result(int error) {
 }
 inline int no_device() { return heap.driver < CUDART_VERSION / 1000 * 1000 ? 35 : heap.devices < 1 ? 100 : 0; }
 }  // namespace emu
-inline const char *cudaGetErrorName(cudaError_t e) { return emu::error_name(e) ? emu::error_name(e)->name : "unrecognized error code"; }
-inline const char *cudaGetErrorString(cudaError_t e) { return emu::error_name(e) ? emu::error_name(e)->text : "unrecognized error code"; }
+inline const char *cudaGetErrorName(cudaError_t e) {
+    return emu::error_name(e) ? emu::error_name(e)->name : "unrecognized error code";
+}
+inline const char *cudaGetErrorString(cudaError_t e) {
+    return emu::error_name(e) ? emu::error_name(e)->text : "unrecognized error code";
+}
 inline cudaError_t cudaPeekAtLastError() { return (cudaError_t)emu::heap.error; }
 inline cudaError_t cudaGetLastError() {
     cudaError_t e = (cudaError_t)emu::heap.error;
@@ -1505,9 +1581,11 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     if (device < 0 || device >= emu::heap.devices) return emu::result(101);
     *p = cudaDeviceProp();
     snprintf(p->name, sizeof p->name, "CPU (cuda_on_cpu.h)");
-    p->totalGlobalMem = emu::heap.limit, p->sharedMemPerBlock = 48 * 1024, p->sharedMemPerBlockOptin = emu::shared_limit();
+    p->totalGlobalMem = emu::heap.limit, p->sharedMemPerBlock = 48 * 1024,
+    p->sharedMemPerBlockOptin = emu::shared_limit();
     p->sharedMemPerMultiprocessor = emu::shared_limit() + 1024;
-    p->major = emu::heap.capability / 10, p->minor = emu::heap.capability % 10, p->multiProcessorCount = 4, p->warpSize = 32;
+    p->major = emu::heap.capability / 10, p->minor = emu::heap.capability % 10, p->multiProcessorCount = 4,
+    p->warpSize = 32;
     p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048, p->regsPerBlock = 65536;
     p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
     p->maxGridSize[0] = 0x7FFFFFFF, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
@@ -1538,7 +1616,9 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, 
     }
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize() { return emu::drain(), emu::result(emu::no_device() ? emu::no_device() : emu::heap.error); }
+inline cudaError_t cudaDeviceSynchronize() {
+    return emu::drain(), emu::result(emu::no_device() ? emu::no_device() : emu::heap.error);
+}
 inline cudaError_t cudaDeviceReset() { return emu::drain(), cudaSuccess; }
 inline cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
     *total = emu::heap.limit, *free = emu::heap.limit - emu::heap.used;
@@ -1552,10 +1632,12 @@ template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute
 template <class F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, F *kernel) {
     *a = cudaFuncAttributes();
     a->maxThreadsPerBlock = 1024, a->maxDynamicSharedSizeBytes = 48 * 1024;
-    if (emu::heap.dynamic_limit.count((const void *)kernel)) a->maxDynamicSharedSizeBytes = (int)emu::heap.dynamic_limit[(const void *)kernel];
+    if (emu::heap.dynamic_limit.count((const void *)kernel))
+        a->maxDynamicSharedSizeBytes = (int)emu::heap.dynamic_limit[(const void *)kernel];
     return cudaSuccess;
 }
-template <class F> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, F *, int threads, size_t shared) {
+template <class F>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, F *, int threads, size_t shared) {
     size_t by_shared = shared ? (emu::shared_limit() + 1024) / (shared + 1024) : 32;
     *blocks = (int)min((size_t)(2048 / threads), by_shared);
     return cudaSuccess;
@@ -1566,7 +1648,9 @@ template <class T> cudaError_t cudaMalloc(T **p, size_t bytes, EMU_HERE) {
     if (emu::no_device()) return emu::result(emu::no_device());
     return (cudaError_t)emu::allocate((void **)p, bytes, emu::DEVICE, file, line);
 }
-template <class T> cudaError_t cudaMallocAsync(T **p, size_t bytes, cudaStream_t, EMU_HERE) { return cudaMalloc(p, bytes, file, line); }
+template <class T> cudaError_t cudaMallocAsync(T **p, size_t bytes, cudaStream_t, EMU_HERE) {
+    return cudaMalloc(p, bytes, file, line);
+}
 template <class T> cudaError_t cudaMallocManaged(T **p, size_t bytes, unsigned = cudaMemAttachGlobal, EMU_HERE) {
     if (emu::no_device()) return emu::result(emu::no_device());
     return (cudaError_t)emu::allocate((void **)p, bytes, emu::MANAGED, file, line);
@@ -1575,13 +1659,18 @@ template <class T> cudaError_t cudaMallocHost(T **p, size_t bytes, unsigned = 0,
     if (emu::no_device()) return emu::result(emu::no_device());
     return (cudaError_t)emu::allocate((void **)p, bytes, emu::PINNED, file, line);
 }
-template <class T> cudaError_t cudaHostAlloc(T **p, size_t bytes, unsigned, EMU_HERE) { return cudaMallocHost(p, bytes, 0, file, line); }
+template <class T> cudaError_t cudaHostAlloc(T **p, size_t bytes, unsigned, EMU_HERE) {
+    return cudaMallocHost(p, bytes, 0, file, line);
+}
 inline cudaError_t cudaFree(void *p, EMU_HERE) { return (cudaError_t)emu::release(p, false, "cudaFree", file, line); }
 inline cudaError_t cudaFreeAsync(void *p, cudaStream_t, EMU_HERE) { return cudaFree(p, file, line); }
-inline cudaError_t cudaFreeHost(void *p, EMU_HERE) { return (cudaError_t)emu::release(p, true, "cudaFreeHost", file, line); }
+inline cudaError_t cudaFreeHost(void *p, EMU_HERE) {
+    return (cudaError_t)emu::release(p, true, "cudaFreeHost", file, line);
+}
 inline cudaError_t cudaHostRegister(void *p, size_t bytes, unsigned, EMU_HERE) {
     if (emu::find(p)) return emu::result(1);
-    emu::heap.alive[(uintptr_t)p] = {(char *)p, (char *)p, bytes, bytes, emu::PINNED, true, ++emu::heap.count, line, file};
+    emu::heap.alive[(uintptr_t)p] = {(char *)p, (char *)p,         bytes, bytes, emu::PINNED,
+                                     true,      ++emu::heap.count, line,  file};
     return cudaSuccess;
 }
 inline cudaError_t cudaHostUnregister(void *p) {
@@ -1593,22 +1682,23 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *to, const voi
     void *pointer = (void *)p;
     to->type = !a ? cudaMemoryTypeUnregistered : a->kind == emu::DEVICE ? cudaMemoryTypeDevice
              : a->kind == emu::MANAGED ? cudaMemoryTypeManaged : cudaMemoryTypeHost;
-    to->device = 0, to->devicePointer = a ? pointer : nullptr, to->hostPointer = a && a->kind == emu::DEVICE ? nullptr : pointer;
+    to->device = 0, to->devicePointer = a ? pointer : nullptr,
+    to->hostPointer = a && a->kind == emu::DEVICE ? nullptr : pointer;
     return cudaSuccess;
 }
 
 namespace emu {
 // Is [p, p + bytes) on the side where a copy wants it, and inside one allocation?
-inline int check_range(const char *name, const char *role, const void *p, size_t bytes, bool device, bool either, const char *file,
-                       int line) {
+inline int check_range(const char *name, const char *role, const void *p, size_t bytes, bool device, bool either,
+                       const char *file, int line) {
     const Allocation *a = find(p), *gone = a ? nullptr : find_freed(p);
     if (gone) return complain(1, file, line, "%s: the %s was freed, %s", name, role, name_of(*gone).c_str());
     if (!p) return complain(1, file, line, "%s: the %s is NULL", name, role);
     if (!either && device && (!a || a->kind == PINNED))
         return complain(1, file, line, "%s: the %s %p is not device memory", name, role, p);
     if (!either && !device && a && a->kind == DEVICE)
-        return complain(1, file, line, "%s: the %s is device memory, byte %ld of %s", name, role, (long)((const char *)p - a->memory),
-                        name_of(*a).c_str());
+        return complain(1, file, line, "%s: the %s is device memory, byte %ld of %s", name, role,
+                        (long)((const char *)p - a->memory), name_of(*a).c_str());
     if (a && (const char *)p + bytes > a->memory + a->bytes)
         return complain(1, file, line, "%s: %zu bytes at byte %ld of the %s, which is %s", name, bytes,
                         (long)((const char *)p - a->memory), role, name_of(*a).c_str());
@@ -1629,7 +1719,8 @@ inline cudaError_t copy(const char *name, void *to, size_t to_pitch, const void 
                         size_t height, int kind, cudaStream_t stream, bool wait, const char *file, int line) {
     if (no_device()) return result(no_device());
     if (!width || !height) return cudaSuccess;
-    if (!known_stream(stream)) return (cudaError_t)complain(400, file, line, "%s: there is no such stream, or no longer", name);
+    if (!known_stream(stream))
+        return (cudaError_t)complain(400, file, line, "%s: there is no such stream, or no longer", name);
     size_t to_bytes = (height - 1) * to_pitch + width, from_bytes = (height - 1) * from_pitch + width;
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
@@ -1643,10 +1734,12 @@ inline cudaError_t copy(const char *name, void *to, size_t to_pitch, const void 
     if (wait) drain();
     return cudaSuccess;
 }
-inline cudaError_t set(const char *name, void *to, int value, size_t bytes, cudaStream_t stream, const char *file, int line) {
+inline cudaError_t set(const char *name, void *to, int value, size_t bytes, cudaStream_t stream, const char *file,
+                       int line) {
     if (no_device()) return result(no_device());
     if (!bytes) return cudaSuccess;
-    if (!known_stream(stream)) return (cudaError_t)complain(400, file, line, "%s: there is no such stream, or no longer", name);
+    if (!known_stream(stream))
+        return (cudaError_t)complain(400, file, line, "%s: there is no such stream, or no longer", name);
     if (int e = check_range(name, "destination", to, bytes, true, false, file, line)) return (cudaError_t)e;
     enqueue([=] {
         Opened opened(to);
@@ -1658,28 +1751,32 @@ inline cudaError_t set(const char *name, void *to, int value, size_t bytes, cuda
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, EMU_HERE) {
     return emu::copy("cudaMemcpy", to, bytes, from, bytes, bytes, 1, kind, nullptr, true, file, line);
 }
-inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = 0, EMU_HERE) {
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t stream = 0, EMU_HERE) {
     return emu::copy("cudaMemcpyAsync", to, bytes, from, bytes, bytes, 1, kind, stream, false, file, line);
 }
-inline cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
-                                cudaMemcpyKind kind, EMU_HERE) {
+inline cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                                size_t height, cudaMemcpyKind kind, EMU_HERE) {
     return emu::copy("cudaMemcpy2D", to, to_pitch, from, from_pitch, width, height, kind, nullptr, true, file, line);
 }
 inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
                                      size_t height, cudaMemcpyKind kind, cudaStream_t stream = 0, EMU_HERE) {
-    return emu::copy("cudaMemcpy2DAsync", to, to_pitch, from, from_pitch, width, height, kind, stream, false, file, line);
+    return emu::copy("cudaMemcpy2DAsync", to, to_pitch, from, from_pitch, width, height, kind, stream, false, file,
+                     line);
 }
 template <class T> cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t bytes, size_t offset = 0,
                                                   cudaMemcpyKind = cudaMemcpyHostToDevice, EMU_HERE) {
     if (offset + bytes > sizeof symbol)
-        return (cudaError_t)emu::complain(1, file, line, "cudaMemcpyToSymbol: %zu bytes at byte %zu of %zu", bytes, offset, sizeof symbol);
+        return (cudaError_t)emu::complain(1, file, line, "cudaMemcpyToSymbol: %zu bytes at byte %zu of %zu", bytes,
+                                          offset, sizeof symbol);
     emu::drain();
     return memcpy((char *)&symbol + offset, from, bytes), cudaSuccess;
 }
 template <class T> cudaError_t cudaMemcpyFromSymbol(void *to, const T &symbol, size_t bytes, size_t offset = 0,
                                                     cudaMemcpyKind = cudaMemcpyDeviceToHost, EMU_HERE) {
     if (offset + bytes > sizeof symbol)
-        return (cudaError_t)emu::complain(1, file, line, "cudaMemcpyFromSymbol: %zu bytes at byte %zu of %zu", bytes, offset, sizeof symbol);
+        return (cudaError_t)emu::complain(1, file, line, "cudaMemcpyFromSymbol: %zu bytes at byte %zu of %zu", bytes,
+                                          offset, sizeof symbol);
     emu::drain();
     return memcpy(to, (const char *)&symbol + offset, bytes), cudaSuccess;
 }
@@ -1732,7 +1829,9 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) {
     delete emu::heap.graph;
     return emu::heap.capturing = false, emu::heap.graph = nullptr, cudaSuccess;
 }
-inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *to, cudaGraph_t g, unsigned long long = 0) { return *to = new EmuGraph(*g), cudaSuccess; }
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *to, cudaGraph_t g, unsigned long long = 0) {
+    return *to = new EmuGraph(*g), cudaSuccess;
+}
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t) {
     for (auto &node : g->nodes) emu::enqueue(node);
     return cudaSuccess;

@@ -6,7 +6,8 @@
 // 1. Everything that is emulated, each result computed a second time by plain loops. A GPU must pass these as well: in
 //    particular what mma and ldmatrix expect in which register.
 // 2. Mistakes, each in a process of its own, with the words that must appear about it. In a build with a sanitizer
-//    others appear than without.
+//    others appear than without. RUN_WITH="qemu-aarch64 -L /usr/aarch64-linux-gnu" in the environment when this program
+//    needs another one to run it.
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -29,14 +30,16 @@ typedef __nv_bfloat16 bf16;
 
 #ifdef __CUDACC__
 __device__ void mma_bf16(float *d, const unsigned *a, const unsigned *b) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ void mma_tf32(float *d, const unsigned *a, const unsigned *b) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ unsigned to_tf32(float x) {
     unsigned u;
@@ -74,7 +77,9 @@ __device__ void copy4_async(void *shared, const void *global, bool real = true) 
                  :: "r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(real ? 4 : 0) : "memory");
 }
 __device__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory"); }
+template <int PENDING> __device__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 #endif
 
 namespace {
@@ -128,7 +133,8 @@ void test_indices() {
 }
 
 __global__ void votes_kernel(int *out) {                         // 70 threads: the last warp has 6
-    int t = threadIdx.x, a = __syncthreads_count(t % 3 == 0), b = __syncthreads_or(t == 69), c = __syncthreads_or(t == 70);
+    int t = threadIdx.x, a = __syncthreads_count(t % 3 == 0), b = __syncthreads_or(t == 69),
+        c = __syncthreads_or(t == 70);
     int d = __syncthreads_and(t < 70), e = __syncthreads_and(t < 69);
     out[t] = a * 10000 + b * 1000 + c * 100 + d * 10 + e;
 }
@@ -159,16 +165,19 @@ bool shuffles_are_right(int width) {
     bool good = true;
     for (int lane = 0; lane < 32; lane++) {
         int first = lane / width * width, in = lane - first;
-        good = good && host[lane] == (T)(100 + first + 5 % width) && host[32 + lane] == (T)(100 + ((in ^ 3) < width ? lane ^ 3 : lane))
-            && host[64 + lane] == (T)(100 + (in + 3 < width ? lane + 3 : lane))
-            && host[96 + lane] == (T)(100 + (in >= 3 ? lane - 3 : lane)) && host[128 + lane] == (T)(lane % 2 ? 100 + (lane ^ 2) : 0);
+        good = good && host[lane] == (T)(100 + first + 5 % width) &&
+               host[32 + lane] == (T)(100 + ((in ^ 3) < width ? lane ^ 3 : lane)) &&
+               host[64 + lane] == (T)(100 + (in + 3 < width ? lane + 3 : lane)) &&
+               host[96 + lane] == (T)(100 + (in >= 3 ? lane - 3 : lane)) &&
+               host[128 + lane] == (T)(lane % 2 ? 100 + (lane ^ 2) : 0);
     }
     return good;
 }
 void test_shuffles() {
     bool good = true;
     for (int width = 4; width <= 32; width *= 2)
-        good = good && shuffles_are_right<int>(width) && shuffles_are_right<float>(width) && shuffles_are_right<double>(width);
+        good = good && shuffles_are_right<int>(width) && shuffles_are_right<float>(width) &&
+               shuffles_are_right<double>(width);
     check("shuffles of int, float, double; width 4 to 32", good);
 }
 
@@ -179,7 +188,8 @@ __global__ void warp_votes_kernel(unsigned *out) {
     to[0] = __ballot_sync(all, lane % 3 == 0), to[1] = __ballot_sync(half, lane % 3 == 0);
     to[2] = __any_sync(half, lane == 20), to[3] = __all_sync(half, lane != 20);
     to[4] = __reduce_add_sync(all, x), to[5] = __reduce_add_sync(half, x);
-    to[6] = __reduce_max_sync(all, x), to[7] = (unsigned)__reduce_min_sync(all, -t), to[8] = __reduce_or_sync(half, 1u << lane);
+    to[6] = __reduce_max_sync(all, x), to[7] = (unsigned)__reduce_min_sync(all, -t),
+    to[8] = __reduce_or_sync(half, 1u << lane);
     to[9] = __match_any_sync(all, t % 4), to[10] = __reduce_xor_sync(all, x), to[11] = __reduce_and_sync(all, x | 1);
 }
 void test_warp_votes() {
@@ -191,9 +201,10 @@ void test_warp_votes() {
         int lane = t % 32, low = lane < 16, base = t / 32 * 32;
         const unsigned third = 0x49249249u, half = low ? 0x0000FFFFu : 0xFFFF0000u, *x = &host[12 * t];
         unsigned add_half = low ? 120 + 16 * (unsigned)base : 376 + 16 * (unsigned)base;
-        good = good && x[0] == third && x[1] == (third & half) && x[2] == !low && x[3] == (unsigned)low
-            && x[4] == 496 + 32 * (unsigned)base && x[5] == add_half && x[6] == (unsigned)base + 31 && x[7] == (unsigned)-(base + 31)
-            && x[8] == half && x[9] == 0x11111111u << t % 4 && x[10] == 0 && x[11] == ((unsigned)base | 1);
+        good = good && x[0] == third && x[1] == (third & half) && x[2] == !low && x[3] == (unsigned)low &&
+               x[4] == 496 + 32 * (unsigned)base && x[5] == add_half && x[6] == (unsigned)base + 31 &&
+               x[7] == (unsigned)-(base + 31) && x[8] == half && x[9] == 0x11111111u << t % 4 && x[10] == 0 &&
+               x[11] == ((unsigned)base | 1);
     }
     check("ballot, any, all, match, reduce; halves of a warp", good);
 }
@@ -291,10 +302,12 @@ void test_ldmatrix() {
     for (int lane = 0; lane < 32; lane++) {
         int g = lane / 4, t = lane % 4;
         auto pair = [](int a, int b) { return (unsigned)a | (unsigned)b << 16; };
-        const int matrix_of[14] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1, 0, 0}, transposed[14] = {0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 1};
+        const int matrix_of[14] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1, 0, 0},
+                  transposed[14] = {0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 1};
         for (int i = 0; i < 14; i++) {
             int m = 1000 * matrix_of[i];
-            unsigned expected = transposed[i] ? pair(m + 20 * t + g, m + 20 * t + 10 + g) : pair(m + 10 * g + 2 * t, m + 10 * g + 2 * t + 1);
+            unsigned expected = transposed[i] ? pair(m + 20 * t + g, m + 20 * t + 10 + g)
+                                              : pair(m + 10 * g + 2 * t, m + 10 * g + 2 * t + 1);
             good = good && host[lane * 14 + i] == expected;
         }
     }
@@ -352,8 +365,8 @@ void test_atomics() {
     LAUNCH(atomics_kernel, 10, 100, 0, 0, counter, most, sum, once);
     unsigned highest = 0;
     for (unsigned i = 0; i < 1000; i++) highest = i * 7919 % 1009 > highest ? i * 7919 % 1009 : highest;
-    check("atomics on integers", download(counter, 1)[0] == 500 && download(most, 1)[0] == highest && download(sum, 1)[0] == 499500
-          && download(once, 1)[0] == 11);
+    check("atomics on integers", download(counter, 1)[0] == 500 && download(most, 1)[0] == highest &&
+                                     download(sum, 1)[0] == 499500 && download(once, 1)[0] == 11);
 }
 
 // Rounding, by the definition: the nearest of the two neighbours, the even one when both are as near.
@@ -369,14 +382,19 @@ __global__ void numbers_kernel(unsigned *out, const float *x, int n) {
     out[4 * i] = b_bits, out[4 * i + 1] = h_bits, out[4 * i + 2] = to_tf32(x[i]) & 0xFFFFE000u;
     memcpy(&out[4 * i + 3], &back, 4);
 }
-bool rounds_to(double x, double got, int digits, double least_step) {      // got has so many binary digits, or is a multiple
-    double step = std::fmax(std::ldexp(1, std::ilogb(x == 0 ? 1 : x) + 1 - digits), least_step), below = std::floor(x / step) * step;
+bool rounds_to(double x, double got, int digits, double least_step) { // got has so many binary digits, or is a multiple
+    double step = std::fmax(std::ldexp(1, std::ilogb(x == 0 ? 1 : x) + 1 - digits), least_step),
+           below = std::floor(x / step) * step;
     double up = below + step - x, down = x - below;
-    return up < down ? got == below + step : down < up ? got == below : std::fmod(got / step, 2) == 0 && std::fabs(got - x) == up;
+    return up < down   ? got == below + step
+           : down < up ? got == below
+                       : std::fmod(got / step, 2) == 0 && std::fabs(got - x) == up;
 }
 void test_numbers() {
-    std::vector<float> x = {0, 1, -1, 1.00390625f, 1.01171875f, 65504, 1e-7f, 5.9604645e-08f, 8.9406967e-08f, 6.1e-05f, 3.1415927f};
-    for (unsigned i = 0; i < 2000; i++) x.push_back(std::ldexp((float)(i * 2654435761u >> 8) - 8388608.f, (int)(i % 36) - 43));
+    std::vector<float> x = {
+        0, 1, -1, 1.00390625f, 1.01171875f, 65504, 1e-7f, 5.9604645e-08f, 8.9406967e-08f, 6.1e-05f, 3.1415927f};
+    for (unsigned i = 0; i < 2000; i++)
+        x.push_back(std::ldexp((float)(i * 2654435761u >> 8) - 8388608.f, (int)(i % 36) - 43));
     float *from = upload(x);
     unsigned *out = device<unsigned>(4 * x.size());
     LAUNCH(numbers_kernel, (unsigned)(x.size() + 63) / 64, 64, 0, 0, out, from, (int)x.size());
@@ -389,7 +407,8 @@ void test_numbers() {
         memcpy(&as_tf32, &bits[4 * i + 2], 4);
         memcpy(&as_half, &bits[4 * i + 3], 4);
         int exponent = half >> 10 & 31;
-        double of_bits = (exponent ? std::ldexp(1024 + (half & 1023), exponent - 25) : std::ldexp(half & 1023, -24)) * (half >> 15 ? -1 : 1);
+        double of_bits = (exponent ? std::ldexp(1024 + (half & 1023), exponent - 25) : std::ldexp(half & 1023, -24)) *
+                         (half >> 15 ? -1 : 1);
         b = b && rounds_to(x[i], as_bf16, 8, 0);
         t = t && std::fabs(as_tf32 - x[i]) <= std::ldexp(1, std::ilogb(x[i] == 0 ? 1 : x[i]) - 11);
         if (std::fabs(x[i]) < 65520) h = h && rounds_to(x[i], as_half, 11, std::ldexp(1, -24)) && of_bits == as_half;
@@ -445,7 +464,8 @@ void test_runtime() {
     CHECK(cudaMemset(grid, 0, 80));
     CHECK(cudaMemcpy2D(grid + 6, 20, small.data(), 12, 12, 2, cudaMemcpyHostToDevice));
     wide = download(grid, 20);
-    check("copies of rows", wide[6] == 1 && wide[8] == 3 && wide[9] == 0 && wide[11] == 4 && wide[13] == 6 && wide[0] == 0);
+    check("copies of rows",
+          wide[6] == 1 && wide[8] == 3 && wide[9] == 0 && wide[11] == 4 && wide[13] == 6 && wide[0] == 0);
 
     const int n = 20000;
     float *sums = device<float>(256), *managed, *pinned;
@@ -469,8 +489,9 @@ void test_runtime() {
     size_t free_bytes, all_bytes;
     CHECK(cudaMemGetInfo(&free_bytes, &all_bytes));
     cudaError_t error = cudaMalloc(&much, all_bytes + 1);
-    check("out of memory is an error, once", error == cudaErrorMemoryAllocation && cudaGetLastError() == error && cudaGetLastError() == 0
-          && !strcmp(cudaGetErrorName(error), "cudaErrorMemoryAllocation") && free_bytes <= all_bytes);
+    check("out of memory is an error, once",
+          error == cudaErrorMemoryAllocation && cudaGetLastError() == error && cudaGetLastError() == 0 &&
+              !strcmp(cudaGetErrorName(error), "cudaErrorMemoryAllocation") && free_bytes <= all_bytes);
 }
 
 // ============================================================== 2. Mistakes
@@ -653,7 +674,9 @@ __global__ void ldmatrix_bug_kernel(unsigned *to, const uint16_t *from, int bug)
     to[threadIdx.x] = r[0];
 }
 void ldmatrix_not_aligned() { LAUNCH(ldmatrix_bug_kernel, 1, 32, 0, 0, device<unsigned>(32), device<uint16_t>(64), 0); }
-void ldmatrix_from_global_memory() { LAUNCH(ldmatrix_bug_kernel, 1, 32, 0, 0, device<unsigned>(32), device<uint16_t>(64), 1); }
+void ldmatrix_from_global_memory() {
+    LAUNCH(ldmatrix_bug_kernel, 1, 32, 0, 0, device<unsigned>(32), device<uint16_t>(64), 1);
+}
 
 __global__ void chain_kernel(float *x) {                         // block b needs what block b - 1 wrote
     if (blockIdx.x) x[blockIdx.x] = x[blockIdx.x - 1] + 1;
@@ -685,6 +708,11 @@ __device__ int deep(volatile int *x, int n) {
 __global__ void deep_kernel(int *x) { x[0] = deep(x, 2000); }
 void stack_overflow() { LAUNCH(deep_kernel, 1, 1, 0, 0, device<int>(1)); }
 
+#if defined(__x86_64__) || defined(__i386__)
+#define TRAPS(words) words
+#else
+#define TRAPS(words) NULL                                        // other processors divide by zero and go on
+#endif
 // What must be said without a sanitizer, by the address sanitizer, by the thread sanitizer; NULL: nothing is expected.
 const struct {
     void (*run)();
@@ -708,18 +736,18 @@ const struct {
     M(unwritten_global_memory, "wrong result", "wrong result", "wrong result"),
     M(beyond_static_shared_memory, NULL, "global-buffer-overflow", NULL),
     M(beyond_dynamic_shared_memory, "of dynamic shared memory", "heap-buffer-overflow", NULL),
-    M(right_behind_dynamic_shared_memory, "wrote behind the 252 bytes of dynamic", "heap-buffer-overflow", "wrote behind"),
-    M(right_behind_an_allocation, "wrote right before or behind allocation 1 (252", "heap-buffer-overflow", "wrote right"),
+    M(right_behind_dynamic_shared_memory, "wrote behind the 252 bytes", "heap-buffer-overflow", "wrote behind"),
+    M(right_behind_an_allocation, "before or behind allocation 1 (252", "heap-buffer-overflow", "wrote right"),
     M(far_behind_an_allocation, "byte 8000 of allocation 1 (256 bytes", "AddressSanitizer", NULL),
     M(before_an_allocation, "byte -8000 of allocation 1 (256 bytes", "AddressSanitizer", NULL),
-    M(host_follows_a_device_pointer, "host code reads or writes device memory, byte 12 of", "host code reads or writes", NULL),
-    M(kernel_follows_a_host_pointer, "argument 1 is no pointer to device memory", "argument 1 is no", "argument 1 is no"),
+    M(host_follows_a_device_pointer, "host code reads or writes device memory, byte 12", "host code reads", NULL),
+    M(kernel_follows_a_host_pointer, "argument 1 is no pointer to device", "argument 1 is no", "argument 1 is no"),
     M(copy_overruns, "256 bytes at byte 4 of the destination", "256 bytes at byte 4", "256 bytes at byte 4"),
     M(copy_the_wrong_way, "the destination is device memory", "the destination is device", "the destination is device"),
     M(free_twice, "freed already", "cudaFree(", "freed already"),
     M(free_the_middle, "not the start", "not the start", "not the start"),
     M(use_after_free, "argument 1 is no pointer to device memory", "argument 1 is no", "argument 1 is no"),
-    M(never_freed, "were never freed, first allocation 1 (256 bytes, emulator/selftest.cu", "never freed", "never freed"),
+    M(never_freed, "never freed, first allocation 1 (256 bytes, emulator/", "never freed", "never freed"),
     M(too_many_threads, "block (1025,1,1)", "block (1025,1,1)", "block (1025,1,1)"),
     M(too_large_a_grid, "grid (1,1,65536)", "grid (1,1,65536)", "grid (1,1,65536)"),
     M(too_much_shared_memory, "50000 bytes of dynamic shared memory; the limit is 49152", "50000 bytes", "50000 bytes"),
@@ -731,14 +759,16 @@ const struct {
     M(blocks_that_need_each_other, "wrong result", "wrong result", "wrong result"),
     M(float_atomics, "adds floats atomically", "adds floats atomically", "adds floats atomically"),
     M(no_synchronisation, "wrong result", "wrong result", "wrong result"),
-    M(division_by_zero, "integer division by zero", "division by zero", NULL),
+    M(division_by_zero, TRAPS("integer division by zero"), TRAPS("division by zero"), NULL),
     M(stack_overflow, "its stack of 128 kB is too small", "stack-overflow", NULL),
 };
 
 // Runs this program again for one mistake, in the three orders of threads, until the words appear.
 bool noticed(const char *program, const char *name, const char *words, std::string *said) {
     for (const char *order : {"forward", "reverse", "random"}) {
-        std::string command = std::string("CUDA_ASYNC=1 CUDA_ORDER=") + order + " '" + program + "' --mistake " + name + " 2>&1";
+        const char *with = getenv("RUN_WITH");
+        std::string command = std::string("CUDA_ASYNC=1 CUDA_ORDER=") + order + " " + (with ? with : "") + " '" +
+                              program + "' --mistake " + name + " 2>&1";
         FILE *f = popen(command.c_str(), "r");
         char line[1000];
         said->clear();
