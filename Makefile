@@ -55,6 +55,7 @@ CUDA_LIBS := -lcudart_static -lstdc++ -lpthread -ldl -lrt
 DEFINES   := -DMETALA_CUDA
 ifneq ($(filter-out 0,$(CUBLAS)),)
 DEFINES   += -DMETALA_CUBLAS
+NVCCFLAGS += -diag-suppress 177              # the kernels that it replaces stay in the file, unused
 CUDA_LIBS := -lcublas -Wl,-rpath,$(CUDA_LIB) $(CUDA_LIBS)
 endif
 LDLIBS    += -L$(CUDA_LIB) $(CUDA_LIBS)
