@@ -12,7 +12,7 @@
 #   make bench-cuda     speed of the GPU's kernels, as a share of what it does in a large product or copy (with CUDA=1)
 #   make test-cuda      the GPU against the CPU: every kernel, models, golden files (make CUDA=1 test-cuda)
 #   make test-emu       the kernels of cuda_metala.cu on the CPU, without nvcc or a GPU (make -j2 test-emu, needs a C++
-#                       compiler); make emu-thread looks for races with the thread sanitizer, in a quarter of an hour
+#                       compiler); make emu-thread looks for races with the thread sanitizer, which takes long
 #   make cuda-mutants   plants faults in cuda_metala.cu and requires that test-emu notices each
 #   make clean
 #
