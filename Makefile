@@ -8,10 +8,18 @@
 #   make mutants        plants faults in metala.c and requires that the checks notice each (COUNT=6 for a sample)
 #   make bench          speed of every kernel, as a share of what this machine can do, and of training steps
 #   make bench-peers    a training step in turn with PyTorch's, where python3 has torch
+#   make CUDA=1         with the kernels of cuda_metala.cu, for --device cuda; without nvcc the CPU's programs alone
+#   make bench-cuda     speed of the GPU's kernels, as a share of what it does in a large product or copy (with CUDA=1)
+#   make test-cuda      the GPU against the CPU: every kernel, models, golden files (make CUDA=1 test-cuda)
+#   make test-emu       the kernels of cuda_metala.cu on the CPU, without nvcc or a GPU (make -j2 test-emu, needs a C++
+#                       compiler); make emu-thread looks for races with the thread sanitizer, which takes long
+#   make cuda-mutants   plants faults in cuda_metala.cu and requires that test-emu notices each
 #   make clean
 #
 #   make CC=clang       another compiler       make PORTABLE=1   for any machine with this instruction set
 #   make OPENMP=0       one thread             make CFLAGS=...   flags of your own in place of all those below
+#   make CUDA=1 CUDA_ARCH="80 90"   the GPUs to compile for; newer ones translate the last
+#   make CUDA=1 CUBLAS=1            matrix products by cuBLAS, to compare with
 #   make GOLDEN=DIR test   compare with the golden files in DIR (default ../shared/golden, skipped when not there)
 
 # What this compiler understands is tried, not guessed: $(call works,flags) is "flags" or nothing.
@@ -34,18 +42,43 @@ endif
 CFLAGS   := $(or $(WARNINGS),-std=c99) $(or $(FAST),-O2) $(NATIVE) $(THREADS)
 LDLIBS   := -lm
 
-FOUND := $(notdir $(CC)), $(or $(NATIVE),any machine of this kind), OpenMP: $(if $(THREADS),yes,no)
+# nvcc is looked for in PATH, $CUDA_HOME and /usr/local/cuda.
+CUDA_ARCH ?= 80 90
+ifneq ($(filter-out 0,$(CUDA)),)
+NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+ifdef NVCC
+CUDA_LIB  := $(dir $(NVCC))../lib64
+NVCCFLAGS := -std=c++17 -O3 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
+             -gencode arch=compute_$(lastword $(CUDA_ARCH)),code=compute_$(lastword $(CUDA_ARCH))
+GPU       := build/cuda_metala.o
+CUDA_LIBS := -lcudart_static -lstdc++ -lpthread -ldl -lrt
+DEFINES   := -DMETALA_CUDA
+ifneq ($(filter-out 0,$(CUBLAS)),)
+DEFINES   += -DMETALA_CUBLAS
+NVCCFLAGS += -diag-suppress 177              # the kernels that it replaces stay in the file, unused
+CUDA_LIBS := -lcublas -Wl,-rpath,$(CUDA_LIB) $(CUDA_LIBS)
+endif
+LDLIBS    += -L$(CUDA_LIB) $(CUDA_LIBS)
+endif
+endif
+
+FOUND := $(notdir $(CC)), $(or $(NATIVE),any machine of this kind), OpenMP: $(if $(THREADS),yes,no)$(if \
+         $(filter-out 0,$(CUDA)),$(if $(NVCC),$(strip , CUDA: $(NVCC) for $(CUDA_ARCH)),$(strip , CUDA: no nvcc in \
+         PATH, CUDA_HOME/bin or /usr/local/cuda/bin; building for the CPU)))
+BUILT_WITH = $(CC) $(CFLAGS) $(LDFLAGS)$(if $(GPU), $(NVCC) $(NVCCFLAGS) $(DEFINES))
 LINK  = $(CC) $(CFLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LDLIBS)
 
 all: train run build/test data/stories
 
 build/%.o: %.c metala.h build/flags
-	$(CC) $(CFLAGS) -c -o $@ $<
-train: build/train.o build/metala.o
+	$(CC) $(CFLAGS) $(DEFINES) -c -o $@ $<
+build/%.o: %.cu metala.h build/flags
+	$(NVCC) $(NVCCFLAGS) $(DEFINES) -c -o $@ $<
+train: build/train.o build/metala.o $(GPU)
 	$(LINK)
-run: build/run.o build/metala.o
+run: build/run.o build/metala.o $(GPU)
 	$(LINK)
-build/test: build/test.o build/metala.o          # and ./test: the name "test" is the target below
+build/test: build/test.o build/metala.o $(GPU)   # and ./test: the name "test" is the target below
 	$(LINK)
 	cp $@ test
 data/stories: data/stories.c build/flags
@@ -53,12 +86,15 @@ data/stories: data/stories.c build/flags
 
 # Rewritten when the compiler or its flags change; everything is then built anew.
 build/flags: FORCE
-	@echo '$(CC) $(CFLAGS) $(LDFLAGS)' | cmp -s - $@ || { echo '$(FOUND)'; echo '$(CC) $(CFLAGS) $(LDFLAGS)' > $@; }
+	@echo '$(BUILT_WITH)' | cmp -s - $@ || { echo '$(FOUND)'; echo '$(BUILT_WITH)' > $@; }
 FORCE:
 
 GOLDEN ?= ../shared/golden
 test: build/test
 	./test --golden $(GOLDEN)
+
+test-cuda: build/test
+	./test --device cuda --golden $(GOLDEN)
 
 test64: build/flags
 	$(CC) $(CFLAGS) -DMETALA_FLOAT64 $(LDFLAGS) -o build/test64 test.c metala.c $(LDLIBS)
@@ -75,14 +111,66 @@ test-programs: all
 mutants: build/flags
 	CC='$(CC)' CFLAGS='$(WARNINGS) -O1 $(NATIVE)' tests/mutants.sh $(COUNT)
 
-build/bench: build/bench.o build/metala.o
+# The kernels of cuda_metala.cu on the CPU, where emulator/cuda_on_cpu.h makes each of their threads a fiber: in three orders
+# of threads and blocks, in the three kinds of arithmetic, and under the sanitizers for addresses and undefined behaviour.
+EMU_WITH_address := -fsanitize=address,undefined -fno-sanitize-recover=all
+EMU_WITH_thread  := -fsanitize=thread
+EMU_WITH_gdb     := -O0 -ggdb3
+EMU_C  = $(CC) $(or $(WARNINGS),-std=c99) -O1 -g $(NATIVE) -DMETALA_CUDA -I.
+EMU_CU = $(CXX) -std=c++17 -Wall -Wextra -Wno-unknown-pragmas -O1 -g $(NATIVE) -I. -x c++ -include emulator/cuda_on_cpu.h
+build/emu-%/test: test.c metala.c metala.h cuda_metala.cu emulator/cuda_on_cpu.h build/flags
+	@mkdir -p $(@D)
+	$(EMU_C) $(EMU_WITH_$*) -c -o $(@D)/test.o test.c
+	$(EMU_C) $(EMU_WITH_$*) -c -o $(@D)/metala.o metala.c
+	$(EMU_CU) $(EMU_WITH_$*) -c -o $(@D)/cuda_metala.o cuda_metala.cu
+	$(CXX) $(EMU_WITH_$*) -o $@ $(@D)/test.o $(@D)/metala.o $(@D)/cuda_metala.o
+build/emu-%/selftest: emulator/selftest.cu emulator/cuda_on_cpu.h build/flags
+	@mkdir -p $(@D)
+	$(EMU_CU) $(EMU_WITH_$*) -o $@ emulator/selftest.cu
+
+EMU_RUNS := emu-forward emu-reverse emu-random emu-tf32 emu-bf16 emu-address
+emu-forward: ORDER = forward
+emu-reverse: ORDER = reverse
+emu-tf32:    MATH = tf32
+emu-bf16:    MATH = bf16
+emu-address: KIND = address
+emu-thread:  KIND = thread
+KIND  = plain
+ORDER = random
+MATH  = exact
+test-emu: $(EMU_RUNS)
+emu-address: build/emu-address/test build/emu-address/selftest
+emu-thread: build/emu-thread/test build/emu-thread/selftest
+$(filter-out emu-address,$(EMU_RUNS)): build/emu-plain/test build/emu-plain/selftest
+$(EMU_RUNS) emu-thread:
+	@build/emu-$(KIND)/selftest > build/$@.log 2>&1 && CUDA_ORDER=$(ORDER) CUDA_ASYNC=1 CUDA_LEAKS=fail \
+	    ASAN_OPTIONS=allocator_may_return_null=1 build/emu-$(KIND)/test --device cuda --math $(MATH) --golden $(GOLDEN) \
+	    >> build/$@.log 2>&1 || { grep -a -A 6 -E 'FAILED|cuda_on_cpu|Sanitizer' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
+	@echo "$@ ($(KIND), $(ORDER) order, $(MATH)): $$(tail -n 1 build/$@.log)"
+
+# Of the checks, those of single kernels; of the compiler's time, what debug information takes is saved.
+cuda-mutants: build/emu-plain/test
+	SOURCE=cuda_metala.cu LIST=tests/cuda_mutants.txt \
+	BUILD='$(subst -g ,,$(EMU_CU)) -c -o $$dir/cuda_metala.o $$dir/cuda_metala.cu && \
+	    $(CXX) -o $$dir/test build/emu-plain/test.o build/emu-plain/metala.o $$dir/cuda_metala.o' \
+	CHECK='try() { CUDA_ORDER=$$1 ./test --device cuda --math $$2 --only "$$3" --stop || exit 1; }; \
+	    try forward exact "kernel "; try reverse tf32 "kernel "; try random exact "kernel "; try random bf16 "kernel "; \
+	    try reverse exact "kernel "; try forward exact scalar; try forward exact matmul; try forward exact adamw' \
+	tests/mutants.sh $(COUNT)
+
+build/bench: build/bench.o build/metala.o $(GPU)
 	$(LINK)
 build/bench.o: bench/bench.c metala.h build/flags
-	$(CC) $(CFLAGS) -I. -c -o $@ $<
+	$(CC) $(CFLAGS) $(DEFINES) -I. -c -o $@ $<
 bench: build/bench train
 	build/bench
 	./train --bench
 	./train --bench --width 512 --layers 8 --heads 8 --glu-dim 1408 --vocab 8192
+
+bench-cuda: build/bench train
+	for math in exact tf32 bf16; do build/bench --device cuda --math $$math || exit 1; done
+	./train --bench --profile --device cuda --math bf16 --width 1024 --layers 24 --heads 8 --glu-dim 2816 --vocab 32000 \
+	    --context 2048 --batch 8 --checkpoint-layers
 
 bench-peers: train
 	bench/bench.sh
@@ -97,4 +185,6 @@ demo: train run data/stories
 clean:
 	rm -rf build train run test data/stories
 
-.PHONY: all test test64 asan test-programs mutants bench bench-peers demo clean FORCE
+.PHONY: all test bench-cuda test-cuda test64 asan test-programs mutants bench bench-peers demo clean FORCE
+.PHONY: test-emu $(EMU_RUNS) emu-thread cuda-mutants
+.SECONDARY:

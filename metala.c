@@ -125,6 +125,19 @@ static void *scratch(metala_context *ctx, size_t bytes) {
     return ctx->scratch;
 }
 
+void *metala_context_scratch(metala_context *ctx, size_t bytes) { return scratch(ctx, bytes); }
+
+// The first failure is the cause of those that follow.
+void metala_context_fail(metala_context *ctx, const char *format, ...) {
+    char text[sizeof ctx->error];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    if (!ctx->failed) fail(ctx, "%s", text);
+    ctx->failed = 1;
+}
+
 // Threads share out the outputs of a kernel, never the terms of a sum: results do not depend on their number.
 // PARALLEL_FOR(work) starts threads only when there is work for them (about 10 µs worth of operations).
 #ifdef _OPENMP
@@ -1504,6 +1517,14 @@ static const metala_backend cpu_backend = {
 
 const metala_backend *metala_cpu(void) { return &cpu_backend; }
 
+#ifndef METALA_CUDA                     // cuda_metala.cu has another
+const metala_backend *metala_cuda(metala_math math, char *why, size_t size) {
+    (void)math;
+    snprintf(why, size, "these programs were built without CUDA; build with make CUDA=1");
+    return NULL;
+}
+#endif
+
 // ============================================================== 7. The model: configuration, parameters, initialisation
 
 #define REAL_TYPE (sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32)
@@ -1706,7 +1727,7 @@ int metala_model_get(metala_context *ctx, const metala_model *m, const char *nam
     size_t place = m->places[t - m->tensors];
     if (t->dtype == REAL_TYPE) {
         m->backend->download(ctx, out, m->parameters + place, t->count * sizeof(real));
-        return 0;
+        return metala_context_failed(ctx);
     }
     size_t bytes = quantized_size(t->dtype, t->shape[0], t->shape[1]);
     unsigned char *host = cpu_alloc(bytes);
@@ -1715,7 +1736,7 @@ int metala_model_get(metala_context *ctx, const metala_model *m, const char *nam
     quantized weights = quantized_at(host, t->dtype, t->shape[0], t->shape[1]);
     for (size_t o = 0; o < t->shape[0]; o++) dequantize(out + o * t->shape[1], &weights, o, 0, t->shape[1]);
     cpu_free(host);
-    return 0;
+    return metala_context_failed(ctx);
 }
 
 static const char *weights_name(metala_dtype type) {             // as in a file's metadata
@@ -2063,6 +2084,13 @@ static void layer_backward(metala_context *ctx, const metala_model *m, int layer
 #undef GRAD
 }
 
+// What lives on one device cannot be computed with on another.
+static int same_device(metala_context *ctx, const metala_backend *backend, const char *what) {
+    if (ctx->backend == backend) return 0;
+    return fail(ctx, "%s: the context's device is '%s', the model's '%s'; open the context with the backend that the model"
+                " was created with", what, ctx->backend->name, backend->name);
+}
+
 static double embedding_scale(const metala_config *c) { return c->scale_embedding ? sqrt((double)c->width) : 1; }
 
 // Tokens and targets come from outside: none may reach past the vocabulary.
@@ -2168,6 +2196,7 @@ void metala_trainer_free(metala_trainer *t) {
 }
 
 metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T, metala_keep keep) {
+    if (same_device(ctx, model->backend, "training")) return NULL;
     if (need_reals(ctx, model, "training")) return NULL;
     if (B < 1 || T < 1 || times((size_t)B, T) > INT_MAX) {
         fail(ctx, "training: the batch must have at least 1 and at most %d tokens, got %d sequences of %zu", INT_MAX, B,
@@ -2227,7 +2256,7 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
     const metala_model *m = t->model;
     const metala_config *c = &m->config;
     size_t B = (size_t)batch, rows, D = (size_t)c->width, counted = 0;
-    if (need_reals(ctx, m, "gradient")) return -1;
+    if (same_device(ctx, be, "gradient") || need_reals(ctx, m, "gradient")) return -1;
     if (batch < 1 || T < 1 || B > t->B || T > t->T)
         return fail(ctx, "gradient: this trainer takes up to %zu sequences of %zu tokens, got %d of %zu", t->B, t->T,
                     batch, T);
@@ -2256,11 +2285,11 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
     be->embedding_backward(ctx, t->grads + m->embedding, t->dx, t->tokens, rows, D, embedding_scale(c),
                            c->pad_token_id);
 
+    be->download(ctx, t->host_loss, t->loss, rows * sizeof(real));       // a GPU's errors show here
     if (metala_context_failed(ctx)) {                         // half a gradient must not be taken for one
         metala_trainer_zero(ctx, t);
         return -1;
     }
-    be->download(ctx, t->host_loss, t->loss, rows * sizeof(real));
     double sum = 0;
     for (size_t row = 0; row < rows; row++) sum += t->host_loss[row];
     if (loss) *loss = sum / (double)counted;
@@ -2273,7 +2302,7 @@ uint64_t metala_trainer_step(const metala_trainer *t) { return t->step; }
 int metala_update(metala_context *ctx, metala_trainer *t, const metala_adamw *adamw, double *norm) {
     const metala_backend *be = t->backend;
     metala_model *m = t->model;
-    if (need_reals(ctx, m, "update")) return -1;
+    if (same_device(ctx, be, "update") || need_reals(ctx, m, "update")) return -1;
     double length = sqrt(be->sum_squares(ctx, t->grads, m->size)), scale = 1;
     if (norm) *norm = length;
     if (metala_context_failed(ctx)) return -1;
@@ -2297,7 +2326,7 @@ int metala_trainer_gradient(metala_context *ctx, const metala_trainer *t, const 
     const metala_tensor *tensor = find_parameter(ctx, t->model, name);
     if (!tensor) return -1;
     t->backend->download(ctx, out, t->grads + tensor->offset, tensor->count * sizeof(real));
-    return 0;
+    return metala_context_failed(ctx);
 }
 
 int metala_trainer_activation(metala_context *ctx, const metala_trainer *t, const char *name, real *out,
@@ -2326,7 +2355,7 @@ int metala_trainer_activation(metala_context *ctx, const metala_trainer *t, cons
     if (!from) return fail(ctx, "there is no activation called %s", name);
     if (count) *count = n;
     if (out) t->backend->download(ctx, out, from, n * sizeof(real));
-    return 0;
+    return metala_context_failed(ctx);
 }
 
 // ============================================================== 10. Inference: states, steps, prefill, scoring
@@ -2425,6 +2454,7 @@ metala_state *metala_state_create(metala_context *ctx, const metala_model *model
         fail(ctx, "state: the number of sequences must be at least 1, got %d", B);
         return NULL;
     }
+    if (same_device(ctx, model->backend, "state")) return NULL;
     metala_state *s = calloc(1, sizeof *s);
     size_t bytes = times((size_t)B, metala_state_bytes(&model->config));
     if (s) {
@@ -2481,14 +2511,14 @@ static int download_state(metala_context *ctx, const metala_state *s, int layer,
     const real *from = (which ? s->tails : s->S) + (size_t)layer * count;
     if (!which) {
         s->backend->download(ctx, host, from, count * sizeof(real));
-        return 0;
+        return metala_context_failed(ctx);
     }
     real *copy = malloc(count * sizeof(real));
     if (!copy) return fail_memory(ctx, "a copy of the convolution's state", (double)count * sizeof(real));
     s->backend->download(ctx, copy, from, count * sizeof(real));
     swap_tail(host, copy, s->B, METALA_CONV, (size_t)c->width);
     free(copy);
-    return 0;
+    return metala_context_failed(ctx);
 }
 
 int metala_state_get(metala_context *ctx, const metala_state *s, const char *name, real *out) {
@@ -2526,6 +2556,7 @@ static int read_tokens(metala_context *ctx, metala_state *s, metala_form form, c
     const metala_model *m = s->model;
     size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width, B = s->B;
     if (T < 1) return fail(ctx, "state: no tokens to read");
+    if (same_device(ctx, be, "state")) return -1;
     if (check_tokens(ctx, &m->config, tokens, B * T, 0)) return -1;
     if (targets && check_tokens(ctx, &m->config, targets, B * T, 1)) return -1;
     if (reserve(ctx, s, T < SEGMENT ? T : SEGMENT)) return -1;
@@ -3476,7 +3507,8 @@ static int save(metala_context *ctx, const metala_model *m, const metala_trainer
         collect_number(&c, "step", "%.0f", (double)trainer->step);
     }
     for (size_t i = 0; i < extras; i++) collect_pair(&c, extra[i].key, extra[i].value);
-    int status = metala_file_write(ctx, path, c.tensors, c.data, c.count, c.pairs, c.pair_count);
+    int status = metala_context_failed(ctx);                      // what could not be read must not replace a file
+    if (!status) status = metala_file_write(ctx, path, c.tensors, c.data, c.count, c.pairs, c.pair_count);
     collection_free(&c);
     return status;
 }

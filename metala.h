@@ -389,6 +389,21 @@ struct metala_backend {
 
 const metala_backend *metala_cpu(void);
 
+// The kernels of cuda_metala.cu, for an NVIDIA GPU; NULL when there is none that can run them, and why (one line of at
+// most `size` bytes) says the reason. Built without them (make CUDA=1), always NULL. `math` is how the matrix products of
+// more than 4 rows, and those inside the chunkwise scan, are computed; all else is float in each.
+typedef enum {
+    METALA_EXACT,              // float
+    METALA_TF32,               // tensor cores: factors of 11 bits, sums in float
+    METALA_BFLOAT16            // tensor cores: factors of 8 bits, sums in float
+} metala_math;
+const metala_backend *metala_cuda(metala_math math, char *why, size_t size);
+
+// For backends. Memory of the context's backend for the duration of one kernel call, its content undefined; NULL marks
+// the context as failed. And the mark of a kernel that fails for another reason, with its message.
+void *metala_context_scratch(metala_context *ctx, size_t bytes);
+void metala_context_fail(metala_context *ctx, const char *format, ...);
+
 // 0 unless a kernel of this context failed since the last call; what it was is in metala_error.
 int metala_context_failed(metala_context *ctx);
 

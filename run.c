@@ -49,12 +49,13 @@ static int complain(const char *format, ...) {
 // ------------------------------------------------------------------------------------------------ options
 
 typedef struct {
-    const char *model, *prompt, *prompt_file, *stop, *save_state, *load_state, *eval, *form_name, *weights, *quantize;
+    const char *model, *prompt, *prompt_file, *stop, *save_state, *load_state, *eval, *form_name, *weights, *quantize, *device, *math;
     uint64_t tokens, samples, seed, top_k, repeat_window, context, threads;
     double temperature, top_p, min_p, repeat_penalty;
     int chat, info, no_echo, quiet, help, version;
     metala_form form;
     metala_dtype type;                  // of the weights, as --weights names it; METALA_F32: full precision
+    metala_math math_type;
 } settings;
 
 typedef enum { HEADING, FLAG, COUNT, NUMBER, TEXT } option_kind;      // int, uint64_t, double, const char * in settings
@@ -98,6 +99,10 @@ static const option options[] = {        // letter, name, argument, help, kind, 
      "numbers are the same [chunkwise]", TEXT, AT(form_name), 0, 0, 0},
     {0, "weights", "TYPE", "f32, bf16 (half the memory) or int8 (a quarter): writing is about twice\n"
      "as fast, the text a little worse; --eval tells how much [as the file]", TEXT, AT(weights), 0, 0, 0},
+    {0, "device", "NAME", "cpu, or cuda: an NVIDIA GPU, where the programs were built with CUDA=1 [cpu]", TEXT,
+     AT(device), 0, 0, 0},
+    {0, "math", "NAME", "of large matrix products on the GPU: exact, or tensor cores: tf32 or bf16 [exact]", TEXT,
+     AT(math), 0, 0, 0},
     {0, "threads", "N", "0 = one per core", COUNT, AT(threads), 0, 0, 1024},
     {'q', "quiet", 0, "no speeds, no progress", FLAG, AT(quiet), 0, 0, 0},
     {'h', "help", 0, "this text", FLAG, AT(help), 0, 0, 0},
@@ -204,12 +209,14 @@ static int set_option(settings *s, const option *o, const char *value) {
     return 0;
 }
 
+static int on_cuda(const settings *s) { return s->device && !strcmp(s->device, "cuda"); }
+
 // What no single option can see.
 static int check_settings(settings *s) {
     static const char *const forms[] = {"chunkwise", "recurrent", "parallel"};       // in the order of metala_form
-    static const char *const weights[] = {"f32", "bf16", "int8"};
+    static const char *const weights[] = {"f32", "bf16", "int8"}, *const maths[] = {"exact", "tf32", "bf16"};
     static const metala_dtype types[] = {METALA_F32, METALA_BF16, METALA_I8};
-    int from_stdin = s->prompt && !strcmp(s->prompt, "-"), type = 0;
+    int from_stdin = s->prompt && !strcmp(s->prompt, "-"), type = 0, math = 0;
     if (s->help || s->version) return 0;
     if (!s->model) return complain("no model given; usage: run MODEL [PROMPT] [options], run --help says more");
     if (s->prompt && s->prompt_file) return complain("got a prompt and --prompt-file, expected one of them");
@@ -226,6 +233,12 @@ static int check_settings(settings *s) {
     if (s->quantize && !type) return complain("--quantize: got --weights f32, expected bf16 or int8");
     s->type = types[type];
     if (s->save_state && s->samples > 1) return complain("--save-state keeps one sequence, expected --samples 1");
+    if (s->device && strcmp(s->device, "cpu") && strcmp(s->device, "cuda"))
+        return complain("--device: got '%s', expected cpu or cuda", s->device);
+    if (s->math && !on_cuda(s)) return complain("--math: expected --device cuda with it");
+    while (s->math && math < 3 && strcmp(s->math, maths[math])) math++;
+    if (math == 3) return complain("--math: got '%s', expected exact, tf32 or bf16", s->math);
+    s->math_type = (metala_math)math;
     for (int i = 0; i < 3 && s->form_name; i++)
         if (!strcmp(s->form_name, forms[i])) {
             s->form = (metala_form)i;
@@ -944,6 +957,14 @@ static void wait_asleep(char **argv) {
 }
 #endif
 
+// What --device asks for, or the CPU and why.
+static const metala_backend *backend_of(const settings *s) {
+    char why[300];
+    const metala_backend *backend = on_cuda(s) ? metala_cuda(s->math_type, why, sizeof why) : metala_cpu();
+    if (!backend) complain("--device cuda: %s; going on with the CPU", why);
+    return backend ? backend : metala_cpu();
+}
+
 int main(int argc, char **argv) {
     settings s;
     program p = {0};
@@ -956,7 +977,7 @@ int main(int argc, char **argv) {
     if (s.help || s.version) return flush_output() ? 1 : 0;
     p.s = &s;
     p.last_written = -1;
-    p.ctx = metala_open(NULL, (int)s.threads);
+    p.ctx = metala_open(backend_of(&s), (int)s.threads);
     int status = p.ctx ? run(&p) : complain("%s", metala_error(NULL));
     free(p.logits);
     free(p.candidates);

@@ -5,6 +5,8 @@
 //   ./test --golden DIR         also the golden files in DIR (or the environment variable METALA_GOLDEN)
 //   ./test FILE...              only compare with these golden files
 //   ./test --stop               stop at the first failure
+//   ./test --device cuda        the GPU against the CPU: every kernel, then models and golden files
+//   ./test --device cuda --kernel NAME      one kernel of it, such as scan_forward
 //
 // Everything is compared with plain loops in double precision that are written here once more, from the equations and
 // without looking at metala.c: the reference. Where the reference is a forward pass, gradients are its slopes by
@@ -12,7 +14,7 @@
 // multiple of what was measured with gcc and clang, with and without vector instructions: TOLERANCE(float32, float64).
 //
 // Contents: checks - numbers - scalar functions - kernels - matrix products - the scan - AdamW - the model - states -
-// training - files - data - memory that runs out - golden files - main.
+// training - files - data - memory that runs out - twins - golden files - main.
 
 #include "metala.h"
 
@@ -29,14 +31,16 @@
 
 typedef metala_real real;
 enum { IS_DOUBLE = sizeof(real) == sizeof(double) };
-#define TOLERANCE(single_precision, double_precision) (IS_DOUBLE ? (double_precision) : (single_precision))
+static double fast;                      // the least tolerance of whole models with --math tf32 or bf16
+#define TOLERANCE(single_precision, double_precision) \
+    (IS_DOUBLE ? (double_precision) : fast > (single_precision) ? fast : (single_precision))
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 #define DIMS(...) ((const size_t[]){__VA_ARGS__, 0})
 
 // ------------------------------------------------------------------------------------------------ checks
 
 static struct {
-    const char *only, *golden;
+    const char *only, *golden, *device, *kernel, *math;
     int list, stop;
     size_t passed, failed;
 } run;
@@ -69,6 +73,11 @@ static int begin(double tolerance, const char *format, ...) {
     vsnprintf(now.name, sizeof now.name, format, arguments);
     va_end(arguments);
     if ((run.only && !strstr(now.name, run.only)) || (run.stop && run.failed)) return 0;
+    if (run.kernel) {                    // "kernel NAME sizes"
+        size_t length = strlen(run.kernel);
+        if (strncmp(now.name, "kernel ", 7) || strncmp(now.name + 7, run.kernel, length) || now.name[7 + length] != ' ')
+            return 0;
+    }
     if (run.list) puts(now.name);
     return !run.list;
 }
@@ -110,7 +119,9 @@ static void end_check(void) {
     char tolerance[32] = "";
     if (now.tolerance > 0) snprintf(tolerance, sizeof tolerance, " (%.0e)", now.tolerance);
     printf("%-52s%s%s   %s\n", now.name, now.parts, tolerance, *now.problem ? "FAILED" : "ok");
-    if (*now.problem) printf("    %s\n    again: ./test --only \"%s\"\n", now.problem, now.name);
+    if (*now.problem) printf("    %s\n    again: ./test%s%s%s%s --only \"%s\"\n", now.problem,
+                             strcmp(run.device, "cpu") ? " --device " : "", strcmp(run.device, "cpu") ? run.device : "",
+                             run.math ? " --math " : "", run.math ? run.math : "", now.name);
     fflush(stdout);
     *now.problem ? run.failed++ : run.passed++;
     while (now.memories) free(now.memory[--now.memories]);
@@ -204,6 +215,9 @@ static char called[256];
 
 static metala_context *ctx;              // of one thread; that others give the same bits is a check of its own
 static const metala_backend *be;
+static metala_context *other_context(int threads) {           // of the same device
+    return metala_open(metala_context_backend(ctx), threads);
+}
 
 // ------------------------------------------------------------------------------------------------ scalar functions
 
@@ -752,7 +766,7 @@ static void check_matmuls(void) {
             for (size_t i = 0; i < out; i++) bias[i] = (real)normal();
             for (int i = 0; i < 2; i++) y[i] = reals(rows * out), dx[i] = reals(rows * in), dw[i] = reals(out * in);
             for (int threads = 1; threads <= 5; threads++) {
-                metala_context *c = metala_open(NULL, threads);
+                metala_context *c = other_context(threads);
                 int i = threads > 1;
                 memset(dw[i], 0, out * in * sizeof(real));
                 CALL(matmul_forward)(c, y[i], x, w, bias, rows, out, in);
@@ -806,7 +820,7 @@ static void check_matmul_quantized(int int8, size_t rows, size_t out, size_t in,
     CALL(matmul_quantized)(ctx, ry, rx, weights, int8 ? scales : NULL, with_bias ? rbias : NULL, rows, out, in);
     compare("y", ry, y, DIMS(rows, out));
     for (int threads = 2; threads <= 5; threads++) {
-        metala_context *c = metala_open(NULL, threads);
+        metala_context *c = other_context(threads);
         CALL(matmul_quantized)(c, again, rx, weights, int8 ? scales : NULL, with_bias ? rbias : NULL, rows, out, in);
         same_bits("y of more threads", ry, again, rows * out);
         metala_close(c);
@@ -1093,6 +1107,9 @@ static void check_optimizer(void) {
         }
         end_check();
     }
+}
+
+static void check_backend_memory(void) {
     if (begin(0, "backend memory is zeroed, copied, cleared")) {
         unsigned char here[100], back[100], *a = CALL(alloc)(100), *b = CALL(alloc)(100);
         for (int i = 0; i < 100; i++) here[i] = (unsigned char)(i + 1);
@@ -1609,7 +1626,7 @@ static void check_states(void) {
 #pragma omp parallel for num_threads(THREADS) reduction(+ : failed)
 #endif
         for (int i = 0; i < THREADS; i++) {                          // thread 3 uses the other model
-            metala_context *own = metala_open(NULL, 1);
+            metala_context *own = other_context(1);
             metala_state *s = metala_state_create(own, i < 3 ? m : other, 1);
             for (int t = 0; t < STEPS; t++) {
                 int token = t * 5 % 29;
@@ -1634,6 +1651,11 @@ static void check_states(void) {
         double nats = 0;
         size_t counted = 0;
         real *logits = reals(2 * 29);
+        metala_backend elsewhere = *be;                              // a table of its own stands for another device
+        metala_context *there = metala_open(&elsewhere, 1);
+        expect(!metala_state_create(there, m, 2) && strstr(metala_error(there), "device"), "a model of another device");
+        expect(metala_step(there, s, good, logits) && strstr(metala_error(there), "device"), "a state of another device");
+        metala_close(there);
         expect(!metala_state_create(ctx, m, 0) && strstr(metala_error(ctx), "at least 1"), "0 sequences");
         expect(metala_step(ctx, s, token, logits) && strstr(metala_error(ctx), "29"), "a token beyond the vocabulary");
         token[1] = -100;
@@ -1757,7 +1779,7 @@ static void check_training(void) {
         static const int threads[] = {1, 2, 3, 5};
         real *first = NULL;
         for (size_t i = 0; i < COUNT(threads); i++) {
-            metala_context *c = metala_open(NULL, threads[i]);
+            metala_context *c = other_context(threads[i]);
             metala_model *m = fresh_model();
             metala_trainer *t = metala_trainer_create(c, m, 4, 70, METALA_KEEP_ALL);
             train_steps(c, t, 0, 3);
@@ -2667,6 +2689,557 @@ static void check_memory(void) {
     }
 }
 
+// ------------------------------------------------------------------------------------------------ twins
+
+// A device on trial against the CPU, one entry of the backend table at a time. Every tensor exists on both with the same
+// numbers in it, outputs as NaN; the same call is made on both, and on the device once more; then outputs must agree, the
+// device's two runs in every bit, inputs must be as they were, and so must be what lies before and behind each tensor.
+enum { CPU, DEVICE, AGAIN, RUNS };
+#if defined __SANITIZE_ADDRESS__                 // whoever writes beyond a tensor is caught by the sanitizer itself
+enum { GUARD = 0 };
+#else
+enum { GUARD = 256 };                            // bytes on either side
+#endif
+enum { GUARD_BYTE = 0xA5, MOST_TENSORS = 20 };
+
+typedef struct {
+    const char *name, *letters;                  // "q" and "bthk": what its dimensions are called
+    size_t dims[6], count, size;
+    int written;
+    unsigned char *content, *at[RUNS];           // what it holds before the call; the devices' memory
+} tensor;
+
+static struct { const metala_backend *be; metala_context *ctx; } on[RUNS];
+static tensor tensors[MOST_TENSORS];
+static size_t tensor_count;
+
+// Numbers of 8 bits multiply exactly in every --math: then nothing but the order of sums is different. A scan must also keep
+// such numbers, which -1, 0 and 1 are with decays of 0 and 1.
+static enum { FINE, COARSE, WHOLE } coarse;
+static real drawn(void) {
+    if (coarse == WHOLE) return (real)(below(3) - 1);
+    real x = (real)normal();
+    int exponent;
+    double fraction = frexp((double)x, &exponent);
+    return coarse ? (real)ldexp(rint(256 * fraction), exponent - 8) : x;
+}
+
+// A tensor of which every run gets a copy. content NULL: normal numbers, or NaN where they are to be written.
+static const tensor *add_tensor(const char *name, const char *letters, const size_t *dims, int written, size_t size,
+                                const void *content) {
+    tensor *t = &tensors[tensor_count++];
+    memset(t, 0, sizeof *t);
+    t->name = name, t->letters = letters, t->size = size, t->written = written, t->count = 1;
+    for (int i = 0; letters[i]; i++) t->count *= t->dims[i] = dims[i];
+    unsigned char *all = take(t->count * size + 2 * GUARD, 1);
+    memset(all, GUARD_BYTE, t->count * size + 2 * GUARD);
+    t->content = all + GUARD;
+    if (content) memcpy(t->content, content, t->count * size);
+    for (size_t i = 0; i < t->count && !content; i++) ((real *)(void *)t->content)[i] = written ? (real)NAN : drawn();
+    for (int r = 0; r < RUNS; r++) {
+        unsigned char *memory = on[r].be->alloc(t->count * size + 2 * GUARD);
+        if (!memory) problem("no memory for %s", name);
+        else on[r].be->upload(on[r].ctx, memory, all, t->count * size + 2 * GUARD);
+        t->at[r] = memory ? memory + GUARD : NULL;
+    }
+    return t;
+}
+
+// Reads a tensor of a run back. The guards are checked.
+static unsigned char *read_tensor(const tensor *t, int r) {
+    size_t bytes = t->count * t->size + 2 * GUARD;
+    unsigned char *all = take(bytes, 1);
+    on[r].be->download(on[r].ctx, all, t->at[r] - GUARD, bytes);
+    for (size_t i = 0; i < GUARD; i++)
+        if (all[i] != GUARD_BYTE || all[bytes - 1 - i] != GUARD_BYTE) {
+            problem("%s: something was written %zu bytes %s it", t->name, GUARD - i,
+                    all[i] != GUARD_BYTE ? "before" : "behind");
+            break;
+        }
+    return all + GUARD;
+}
+
+static const char *place_of(const tensor *t, size_t index, char text[120]) {
+    size_t left = t->count, used = 0;
+    used += (size_t)snprintf(text, 120, "[");
+    for (int i = 0; t->letters[i]; i++) {
+        left /= t->dims[i];
+        used += (size_t)snprintf(text + used, 120 - used, "%s%c%zu", i ? "," : "", t->letters[i], index / left % t->dims[i]);
+    }
+    snprintf(text + used, 120 - used, "]");
+    return text;
+}
+
+static void compare_tensor(const tensor *t, double *worst, char *where) {
+    const unsigned char *bytes[RUNS];
+    char text[120];
+    for (int r = 0; r < RUNS; r++) bytes[r] = read_tensor(t, r);
+    if (memcmp(bytes[DEVICE], bytes[AGAIN], t->count * t->size)) {
+        size_t i = 0;
+        while (!memcmp(bytes[DEVICE] + i * t->size, bytes[AGAIN] + i * t->size, t->size)) i++;
+        problem("%s%s: two runs differ", t->name, place_of(t, i, text));
+    }
+    if (!t->written) {
+        if (memcmp(bytes[DEVICE], t->content, t->count * t->size)) problem("%s is an input and was changed", t->name);
+        return;
+    }
+    const real *cpu = (const void *)bytes[CPU], *device = (const void *)bytes[DEVICE];
+    double most = 0;
+    size_t wrong = 0, first = 0;
+    for (size_t i = 0; i < t->count; i++) most = fmax(most, fabs((double)cpu[i]));
+    for (size_t i = 0; i < t->count; i++) {
+        double error = fabs((double)device[i] - (double)cpu[i]) / (most > 0 ? most : 1);
+        if (!(error <= *worst)) {
+            *worst = error;
+            snprintf(where, 140, "%s%s", t->name, place_of(t, i, text));
+        }
+        if (!(error <= now.tolerance) && wrong++ == 0) first = i;
+    }
+    if (wrong) problem("%s%s, element %zu: the device has %.9g, the CPU %.9g; %zu of %zu are wrong", t->name,
+                       place_of(t, first, text), first, (double)device[first], (double)cpu[first], wrong, t->count);
+}
+
+static void compare_tensors(void) {
+    double worst = 0;
+    char where[140] = "";
+    for (int r = 0; r < RUNS; r++)
+        if (metala_context_failed(on[r].ctx)) problem("%s", metala_error(on[r].ctx));
+    for (size_t i = 0; i < tensor_count && !*now.problem; i++) compare_tensor(&tensors[i], &worst, where);
+    note(" %.1e", worst);
+    if (*where) note(" %s", where);
+}
+
+// In the calls below, r is the run. IN is read, OUT written, ADDED both.
+#define IN(name, letters, ...) add_tensor(name, letters, DIMS(__VA_ARGS__), 0, sizeof(real), NULL)
+#define OUT(name, letters, ...) add_tensor(name, letters, DIMS(__VA_ARGS__), 1, sizeof(real), NULL)
+#define FILLED(name, letters, written, content, ...) \
+    add_tensor(name, letters, DIMS(__VA_ARGS__), written, sizeof *(content), content)
+#define ADDED(name, letters, n, ...) FILLED(name, letters, 1, normals(n), __VA_ARGS__)
+#define REAL(t) ((t) ? (real *)(void *)(t)->at[r] : NULL)
+#define INTS(t) ((t) ? (int *)(void *)(t)->at[r] : NULL)
+#define BYTES(t) ((t) ? (uint8_t *)(t)->at[r] : NULL)
+#define ALL(entry, ...) \
+    for (int r = 0; r < RUNS && !*now.problem; r++) CALL_ON(r, entry)(on[r].ctx, __VA_ARGS__)
+#define CALL_ON(r, member) (called[offsetof(metala_backend, member) / sizeof(void (*)(void))] = 1, on[r].be->member)
+
+static real *normals(size_t n) {
+    real *x = reals(n);
+    for (size_t i = 0; i < n; i++) x[i] = drawn();
+    return x;
+}
+static real *uniforms(size_t n, double least, double most) {
+    real *x = reals(n);
+    for (size_t i = 0; i < n; i++) x[i] = (real)uniform(least, most);
+    return x;
+}
+static const tensor *mask_tensor(const shape *s) {
+    return s->variant & 1 ? FILLED("mask", "bt", 0, mask_list(s), s->B, s->T) : NULL;
+}
+static const tensor *token_tensor(const shape *s, int (*at)(const shape *, size_t)) {
+    return FILLED(at == token_at ? "tokens" : "targets", "bt", 0, token_list(s, at), s->B, s->T);
+}
+
+static void twin_embedding_forward(const shape *s) {
+    const tensor *x = OUT("x", "btd", s->B, s->T, s->D), *tokens = token_tensor(s, token_at), *E = IN("E", "nd", s->N, s->D);
+    ALL(embedding_forward, REAL(x), INTS(tokens), REAL(E), rows_of(s), s->D, 1.5);
+}
+static void twin_embedding_backward(const shape *s) {
+    const tensor *dE = ADDED("dE", "nd", s->N * s->D, s->N, s->D), *dx = IN("dx", "btd", s->B, s->T, s->D);
+    const tensor *tokens = token_tensor(s, token_at);
+    ALL(embedding_backward, REAL(dE), REAL(dx), INTS(tokens), rows_of(s), s->D, 1.5, pad_of(s));
+}
+static void twin_rms_forward(const shape *s) {
+    const tensor *n = OUT("n", "btd", s->B, s->T, s->D), *inverse = OUT("r", "bt", s->B, s->T);
+    const tensor *x = IN("x", "btd", s->B, s->T, s->D), *mask = mask_tensor(s);
+    ALL(rms_forward, REAL(n), REAL(inverse), REAL(x), BYTES(mask), rows_of(s), s->D, 1e-6);
+}
+static void twin_rms_backward(const shape *s) {
+    const tensor *dx = ADDED("dx", "btd", rows_of(s) * s->D, s->B, s->T, s->D), *dn = IN("dn", "btd", s->B, s->T, s->D);
+    const tensor *x = IN("x", "btd", s->B, s->T, s->D), *mask = mask_tensor(s);
+    const tensor *inverse = FILLED("r", "bt", 0, uniforms(rows_of(s), 0.5, 2), s->B, s->T);
+    ALL(rms_backward, REAL(dx), REAL(dn), REAL(x), REAL(inverse), BYTES(mask), rows_of(s), s->D);
+}
+static void twin_conv_forward(const shape *s) {
+    const tensor *u = OUT("u", "btd", s->B, s->T, s->D), *c = OUT("c", "btd", s->B, s->T, s->D);
+    const tensor *n = IN("n", "btd", s->B, s->T, s->D), *w = IN("w", "dj", s->D, 4);
+    const tensor *tail = s->variant ? IN("tail", "bjd", s->B, 4, s->D) : NULL;
+    ALL(conv_forward, REAL(u), REAL(c), REAL(n), REAL(w), REAL(tail), s->B, s->T, s->D);
+}
+static void twin_conv_backward(const shape *s) {
+    const tensor *dn = OUT("dn", "btd", s->B, s->T, s->D), *dw = ADDED("dw", "dj", s->D * 4, s->D, 4);
+    const tensor *du = IN("du", "btd", s->B, s->T, s->D), *c = IN("c", "btd", s->B, s->T, s->D);
+    const tensor *n = IN("n", "btd", s->B, s->T, s->D), *w = IN("w", "dj", s->D, 4);
+    const tensor *tail = s->variant ? IN("tail", "bjd", s->B, 4, s->D) : NULL;
+    ALL(conv_backward, REAL(dn), REAL(dw), REAL(du), REAL(c), REAL(n), REAL(w), REAL(tail), s->B, s->T, s->D);
+}
+static void twin_conv_tail(const shape *s) {
+    const tensor *tail = ADDED("tail", "bjd", s->B * 4 * s->D, s->B, 4, s->D), *n = IN("n", "btd", s->B, s->T, s->D);
+    ALL(conv_tail, REAL(tail), REAL(n), s->B, s->T, s->D);
+}
+// Products: B·T rows, D inputs, N outputs; variant 1: with a bias; variant 2: adds to dx; variant 4: no dx.
+static void twin_matmul_forward(const shape *s) {
+    const tensor *y = OUT("y", "bto", s->B, s->T, s->N), *x = IN("x", "bti", s->B, s->T, s->D), *w = IN("w", "oi", s->N, s->D);
+    const tensor *bias = s->variant & 1 ? IN("bias", "o", s->N) : NULL;
+    ALL(matmul_forward, REAL(y), REAL(x), REAL(w), REAL(bias), rows_of(s), s->N, s->D);
+}
+static void twin_matmul_backward(const shape *s) {
+    int adds = s->variant >> 1 & 1;
+    const tensor *dx = s->variant & 4 ? NULL : adds ? ADDED("dx", "bti", rows_of(s) * s->D, s->B, s->T, s->D)
+                                                    : OUT("dx", "bti", s->B, s->T, s->D);
+    const tensor *dw = ADDED("dw", "oi", s->N * s->D, s->N, s->D);
+    const tensor *dbias = s->variant & 1 ? ADDED("dbias", "o", s->N, s->N) : NULL;
+    const tensor *dy = IN("dy", "bto", s->B, s->T, s->N), *x = IN("x", "bti", s->B, s->T, s->D), *w = IN("w", "oi", s->N, s->D);
+    ALL(matmul_backward, REAL(dx), REAL(dw), REAL(dbias), REAL(dy), REAL(x), REAL(w), rows_of(s), s->N, s->D, adds);
+}
+static void twin_matmul_quantized(const shape *s) {
+    size_t groups = (s->D + METALA_GROUP - 1) / METALA_GROUP, n = s->N * s->D;
+    float *scale = take(s->N * groups, sizeof *scale);
+    int8_t *q = take(n, 1);
+    uint16_t *half = take(n, sizeof *half);
+    for (size_t i = 0; i < s->N * groups; i++) scale[i] = (float)uniform(0.001, 0.1);
+    for (size_t i = 0; i < n; i++) {
+        q[i] = (int8_t)(below(255) - 127);
+        half[i] = (uint16_t)(below(2) << 15 | (120 + below(8)) << 7 | below(128));
+    }
+    const tensor *y = OUT("y", "bto", s->B, s->T, s->N), *x = IN("x", "bti", s->B, s->T, s->D);
+    const tensor *bias = s->variant & 1 ? IN("bias", "o", s->N) : NULL;
+    const tensor *w = s->variant & 2 ? FILLED("q", "oi", 0, q, s->N, s->D) : FILLED("w", "oi", 0, half, s->N, s->D);
+    const tensor *scales = s->variant & 2 ? FILLED("scales", "og", 0, scale, s->N, groups) : NULL;
+    ALL(matmul_quantized, REAL(y), REAL(x), w->at[r], (const float *)(scales ? (void *)scales->at[r] : NULL), REAL(bias),
+        rows_of(s), s->N, s->D);
+}
+static void twin_mask_rows(const shape *s) {
+    const tensor *x = ADDED("x", "btd", rows_of(s) * s->D, s->B, s->T, s->D);
+    const tensor *mask = FILLED("mask", "bt", 0, mask_list(s), s->B, s->T);
+    ALL(mask_rows, REAL(x), BYTES(mask), rows_of(s), s->D);
+}
+static void twin_gate_forward(const shape *s) {
+    size_t n = rows_of(s) * s->D;
+    const tensor *alpha = OUT("alpha", "btd", s->B, s->T, s->D), *k = s->variant ? NULL : OUT("k", "btd", s->B, s->T, s->D);
+    const tensor *z = FILLED("z", "btd", 0, uniforms(n, -120, 110), s->B, s->T, s->D);
+    ALL(gate_forward, REAL(alpha), REAL(k), REAL(z), n, 16);
+}
+static void twin_gate_backward(const shape *s) {
+    size_t n = rows_of(s) * s->D;
+    const tensor *dz = OUT("dz", "btd", s->B, s->T, s->D), *da = IN("da", "btd", s->B, s->T, s->D);
+    const tensor *dk = s->variant ? NULL : IN("dk", "btd", s->B, s->T, s->D);
+    const tensor *z = FILLED("z", "btd", 0, uniforms(n, -120, 110), s->B, s->T, s->D);
+    const tensor *alpha = FILLED("alpha", "btd", 0, uniforms(n, 0, 1), s->B, s->T, s->D);
+    ALL(gate_backward, REAL(dz), REAL(da), REAL(dk), REAL(z), REAL(alpha), n, 16);
+}
+
+// The scan's inputs; variant: the gates, and 4 for an initial state and a gradient of the final one.
+typedef struct { const tensor *q, *k, *v, *alpha; } scan_inputs;
+static scan_inputs scan_input_tensors(const shape *s, real **numbers) {
+    size_t nk = rows_of(s) * s->H * s->K, nv = rows_of(s) * s->H * s->V;
+    real *q = normals(nk), *k = reals(nk), *alpha = reals(nk), *v = normals(nv);
+    for (size_t i = 0; i < nk; i++) {
+        double z = (s->variant & 3) == SOFT ? 0.5 * normal() : uniform(-120, 110);
+        alpha[i] = (real)exp(log_logistic(z) / 16);
+        if (((s->variant & 3) == HARD && below(4) == 0) || coarse == WHOLE) alpha[i] = (real)(below(4) > 0);
+        k[i] = 1 - alpha[i];
+    }
+    numbers[0] = q, numbers[1] = k, numbers[2] = v, numbers[3] = alpha;
+    scan_inputs in = {FILLED("q", "bthk", 0, q, s->B, s->T, s->H, s->K), FILLED("k", "bthk", 0, k, s->B, s->T, s->H, s->K),
+        FILLED("v", "bthv", 0, v, s->B, s->T, s->H, s->V), FILLED("alpha", "bthk", 0, alpha, s->B, s->T, s->H, s->K)};
+    return in;
+}
+static size_t chunks_of(const shape *s) { return (s->T + METALA_CHUNK - 1) / METALA_CHUNK; }
+
+static void twin_scan_forward_in(const shape *s, metala_form form) {
+    real *numbers[4];
+    scan_inputs in = scan_input_tensors(s, numbers);
+    const tensor *o = OUT("o", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *S = s->variant & 4 ? ADDED("S", "bhkv", s->B * s->H * s->K * s->V, s->B, s->H, s->K, s->V) : NULL;
+    const tensor *states = OUT("states", "bhckv", s->B, s->H, chunks_of(s), s->K, s->V);
+    ALL(scan_forward, form, REAL(o), REAL(S), s->variant & 4 && s->T % 3 == 0 ? NULL : REAL(states), REAL(in.q), REAL(in.k),
+        REAL(in.v), REAL(in.alpha), s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE);
+    if (s->variant & 4 && s->T % 3 == 0) tensors[states - tensors].written = 0;      // NULL was given
+}
+static void twin_scan_backward_in(const shape *s, metala_form form) {
+    real *numbers[4];
+    scan_inputs in = scan_input_tensors(s, numbers);
+    size_t nS = s->B * s->H * s->K * s->V;
+    real *states = reals(nS * chunks_of(s)), *o = reals(rows_of(s) * s->H * s->V);
+    real *S = s->variant & 4 ? normals(nS) : NULL;
+    metala_cpu()->scan_forward(on[CPU].ctx, METALA_RECURRENT, o, S, states, numbers[0], numbers[1], numbers[2], numbers[3],
+                               s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE);
+    const tensor *dq = OUT("dq", "bthk", s->B, s->T, s->H, s->K), *dk = OUT("dk", "bthk", s->B, s->T, s->H, s->K);
+    const tensor *dv = OUT("dv", "bthv", s->B, s->T, s->H, s->V), *da = OUT("da", "bthk", s->B, s->T, s->H, s->K);
+    const tensor *dS = s->variant & 4 ? ADDED("dS", "bhkv", nS, s->B, s->H, s->K, s->V) : NULL;
+    const tensor *dO = IN("do", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *kept = FILLED("states", "bhckv", 0, states, s->B, s->H, chunks_of(s), s->K, s->V);
+    ALL(scan_backward, form, REAL(dq), REAL(dk), REAL(dv), REAL(da), REAL(dS), REAL(dO), REAL(kept), REAL(in.q),
+        REAL(in.k), REAL(in.v), REAL(in.alpha), s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE);
+}
+static void twin_scan_forward_recurrent(const shape *s) { twin_scan_forward_in(s, METALA_RECURRENT); }
+static void twin_scan_forward_chunkwise(const shape *s) { twin_scan_forward_in(s, METALA_CHUNKWISE); }
+static void twin_scan_backward_recurrent(const shape *s) { twin_scan_backward_in(s, METALA_RECURRENT); }
+static void twin_scan_backward_chunkwise(const shape *s) { twin_scan_backward_in(s, METALA_CHUNKWISE); }
+
+static void twin_augment_forward(const shape *s) {
+    const tensor *p = OUT("p", "bthv", s->B, s->T, s->H, s->V), *o = IN("o", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *q = IN("q", "bthk", s->B, s->T, s->H, s->K), *k = IN("k", "bthk", s->B, s->T, s->H, s->K);
+    const tensor *v = IN("v", "bthv", s->B, s->T, s->H, s->V), *b = IN("b", "hk", s->H, s->K);
+    ALL(augment_forward, REAL(p), REAL(o), REAL(q), REAL(k), REAL(v), REAL(b), rows_of(s), s->H, s->K, s->V);
+}
+static void twin_augment_backward(const shape *s) {
+    size_t nk = rows_of(s) * s->H * s->K, nv = rows_of(s) * s->H * s->V;
+    const tensor *dq = ADDED("dq", "bthk", nk, s->B, s->T, s->H, s->K), *dk = ADDED("dk", "bthk", nk, s->B, s->T, s->H, s->K);
+    const tensor *dv = ADDED("dv", "bthv", nv, s->B, s->T, s->H, s->V), *db = ADDED("db", "hk", s->H * s->K, s->H, s->K);
+    const tensor *dp = IN("dp", "bthv", s->B, s->T, s->H, s->V), *q = IN("q", "bthk", s->B, s->T, s->H, s->K);
+    const tensor *k = IN("k", "bthk", s->B, s->T, s->H, s->K), *v = IN("v", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *b = IN("b", "hk", s->H, s->K);
+    ALL(augment_backward, REAL(dq), REAL(dk), REAL(dv), REAL(db), REAL(dp), REAL(q), REAL(k), REAL(v), REAL(b), rows_of(s),
+        s->H, s->K, s->V);
+}
+static void twin_head_norm_forward(const shape *s) {
+    const tensor *n = OUT("n", "bthv", s->B, s->T, s->H, s->V), *rho = OUT("rho", "bth", s->B, s->T, s->H);
+    const tensor *p = IN("p", "bthv", s->B, s->T, s->H, s->V);
+    ALL(head_norm_forward, REAL(n), REAL(rho), REAL(p), rows_of(s), s->H, s->V, 1e-5);
+}
+static void twin_head_norm_backward(const shape *s) {
+    const tensor *dp = OUT("dp", "bthv", s->B, s->T, s->H, s->V), *dn = IN("dn", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *n = IN("n", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *rho = FILLED("rho", "bth", 0, uniforms(rows_of(s) * s->H, 0.5, 2), s->B, s->T, s->H);
+    ALL(head_norm_backward, REAL(dp), REAL(dn), REAL(n), REAL(rho), rows_of(s), s->H, s->V);
+}
+static void twin_silu_gate_forward(const shape *s) {
+    const tensor *y = OUT("y", "btd", s->B, s->T, s->D), *a = IN("a", "btd", s->B, s->T, s->D);
+    const tensor *b = IN("b", "btd", s->B, s->T, s->D);
+    ALL(silu_gate_forward, REAL(y), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+static void twin_silu_gate_backward(const shape *s) {
+    const tensor *da = OUT("da", "btd", s->B, s->T, s->D), *db = OUT("db", "btd", s->B, s->T, s->D);
+    const tensor *dy = IN("dy", "btd", s->B, s->T, s->D), *a = IN("a", "btd", s->B, s->T, s->D);
+    const tensor *b = IN("b", "btd", s->B, s->T, s->D);
+    ALL(silu_gate_backward, REAL(da), REAL(db), REAL(dy), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+static void twin_add(const shape *s) {                               // variant 1: in place
+    const tensor *b = IN("b", "btd", s->B, s->T, s->D);
+    const tensor *y = s->variant ? ADDED("y", "btd", rows_of(s) * s->D, s->B, s->T, s->D) : OUT("y", "btd", s->B, s->T, s->D);
+    const tensor *a = s->variant ? y : IN("a", "btd", s->B, s->T, s->D);
+    ALL(add, REAL(y), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+static void twin_cross_entropy_forward(const shape *s) {
+    const tensor *loss = OUT("loss", "bt", s->B, s->T), *lse = OUT("lse", "bt", s->B, s->T);
+    const tensor *logits = FILLED("logits", "btn", 0, uniforms(rows_of(s) * s->N, -20, 20), s->B, s->T, s->N);
+    const tensor *targets = token_tensor(s, target_at);
+    ALL(cross_entropy_forward, REAL(loss), REAL(lse), REAL(logits), INTS(targets), rows_of(s), s->N);
+}
+static void twin_cross_entropy_backward(const shape *s) {            // variant 1: in place
+    size_t n = rows_of(s) * s->N;
+    const tensor *logits = FILLED("logits", "btn", s->variant, uniforms(n, -3, 3), s->B, s->T, s->N);
+    const tensor *dlogits = s->variant ? logits : OUT("dlogits", "btn", s->B, s->T, s->N);
+    const tensor *lse = FILLED("lse", "bt", 0, uniforms(rows_of(s), 0, 3), s->B, s->T), *targets = token_tensor(s, target_at);
+    ALL(cross_entropy_backward, REAL(dlogits), REAL(logits), REAL(lse), INTS(targets), rows_of(s), s->N, WEIGHT);
+}
+static void twin_sum_squares(const shape *s) {
+    const tensor *x = IN("x", "btd", s->B, s->T, s->D);
+    double sum[RUNS];
+    for (int r = 0; r < RUNS; r++) sum[r] = CALL_ON(r, sum_squares)(on[r].ctx, REAL(x), rows_of(s) * s->D);
+    compare_doubles("Σ", &sum[DEVICE], &sum[CPU], DIMS(1));
+    expect(!memcmp(&sum[DEVICE], &sum[AGAIN], sizeof *sum), "two runs with the same bits");
+}
+static void twin_adamw(const shape *s) {
+    const metala_adamw a = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0};
+    size_t n = rows_of(s) * s->D;
+    const tensor *p = ADDED("p", "btd", n, s->B, s->T, s->D), *m = ADDED("m", "btd", n, s->B, s->T, s->D);
+    const tensor *v = FILLED("v", "btd", 1, uniforms(n, 0, 1), s->B, s->T, s->D), *g = IN("g", "btd", s->B, s->T, s->D);
+    ALL(adamw, REAL(p), REAL(m), REAL(v), REAL(g), n, &a, 3, 0.5, s->variant ? 0.1 : 0);
+}
+
+// With operands rounded to 11 or 8 bits.
+static double product_tolerance;
+
+static void check_twins(void) {
+    // B T D H K V N variant: one number, edges of warps, tiles and blocks, and a little beyond
+    static const shape common[] = {{1, 1, 2, 1, 1, 2, 3, 0}, {2, 5, 6, 3, 1, 2, 7, 1}, {3, 19, 40, 4, 5, 10, 61, 1},
+        {2, 70, 48, 3, 8, 16, 300, 0}, {4, 64, 66, 1, 33, 66, 97, 1}, {1, 3, 130, 1, 65, 130, 1000, 0},
+        {5, 2, 37, 1, 7, 37, 11, 1}, {1, 33, 300, 5, 30, 60, 5, 0}};
+    static const shape products[] = {{1, 1, 1, 0, 0, 0, 1, 1}, {1, 3, 8, 0, 0, 0, 0, 0}, {2, 2, 64, 0, 0, 0, 33, 3},
+        {1, 4, 130, 0, 0, 0, 301, 0}, {1, 5, 7, 0, 0, 0, 2, 1}, {1, 64, 16, 0, 0, 0, 64, 0}, {5, 13, 17, 0, 0, 0, 65, 1},
+        {3, 43, 33, 0, 0, 0, 70, 2}, {1, 9, 256, 0, 0, 0, 128, 3}, {2, 65, 128, 0, 0, 0, 63, 6}, {1, 6, 1030, 0, 0, 0, 40, 1},
+        {1, 1025, 30, 0, 0, 0, 20, 3}, {1, 10, 0, 0, 0, 0, 6, 5}, {1, 140, 200, 0, 0, 0, 136, 1}, {1, 1100, 36, 0, 0, 0, 132, 2},
+        {1, 610, 4, 0, 0, 0, 200, 0}, {1, 1300, 5, 0, 0, 0, 150, 1}};
+    static const shape scans[] = {{1, 1, 0, 1, 1, 1, 0, SOFT}, {2, 3, 0, 2, 1, 2, 0, MIXED + 4}, {1, 15, 0, 3, 5, 7, 0, HARD},
+        {1, 16, 0, 1, 4, 8, 0, SOFT + 4}, {2, 17, 0, 2, 3, 16, 0, MIXED}, {1, 63, 0, 1, 8, 16, 0, HARD + 4},
+        {1, 64, 0, 2, 2, 33, 0, SOFT}, {1, 65, 0, 1, 9, 5, 0, HARD + 4}, {2, 130, 0, 3, 8, 16, 0, MIXED + 4},
+        {1, 1, 0, 2, 64, 128, 0, SOFT + 4}, {1, 70, 0, 1, 64, 128, 0, MIXED}, {1, 40, 0, 1, 128, 256, 0, SOFT + 4},
+        {1, 20, 0, 1, 130, 65, 0, MIXED + 4}, {1, 18, 0, 1, 256, 40, 0, HARD + 4}, {1, 17, 0, 1, 300, 33, 0, SOFT + 4}};
+#define ENTRY(name, tolerance, list) {#name, #name, twin_##name, tolerance, list, COUNT(list)}
+    const struct {
+        const char *name, *form;
+        void (*run)(const shape *s);
+        double tolerance;
+        const shape *shapes;
+        size_t count;
+    } entries[] = {
+        ENTRY(embedding_forward, 1e-7, common), ENTRY(embedding_backward, 2e-7, common),
+        ENTRY(rms_forward, 5e-7, common), ENTRY(rms_backward, 5e-7, common), ENTRY(conv_forward, 3e-7, common),
+        ENTRY(conv_backward, 1e-6, common), ENTRY(conv_tail, 1e-30, common), ENTRY(matmul_forward, 3e-6, products),
+        ENTRY(matmul_backward, 3e-6, products), ENTRY(matmul_quantized, 3e-6, products), ENTRY(mask_rows, 1e-30, common),
+        ENTRY(gate_forward, 5e-7, common), ENTRY(gate_backward, 5e-7, common),
+        {"scan_forward", "recurrent ", twin_scan_forward_recurrent, 1e-6, scans, COUNT(scans)},
+        {"scan_forward", "chunkwise ", twin_scan_forward_chunkwise, 1e-6, scans, COUNT(scans)},
+        {"scan_backward", "recurrent ", twin_scan_backward_recurrent, 2e-6, scans, COUNT(scans)},
+        {"scan_backward", "chunkwise ", twin_scan_backward_chunkwise, 2e-6, scans, COUNT(scans)},
+        ENTRY(augment_forward, 5e-7, common), ENTRY(augment_backward, 2e-6, common),
+        ENTRY(head_norm_forward, 1e-6, common), ENTRY(head_norm_backward, 1e-6, common),
+        ENTRY(silu_gate_forward, 3e-7, common), ENTRY(silu_gate_backward, 3e-7, common), ENTRY(add, 1e-7, common),
+        ENTRY(cross_entropy_forward, 5e-7, common), ENTRY(cross_entropy_backward, 5e-7, common),
+        ENTRY(sum_squares, 5e-7, common), ENTRY(adamw, 5e-7, common)};
+    for (size_t e = 0; e < COUNT(entries); e++)
+        for (size_t n = 0; n < 2 * entries[e].count; n++) {
+            size_t i = n / 2;
+            const shape *s = &entries[e].shapes[i];
+            char sizes[100] = "";
+            const struct { char letter; size_t n; } parts[] = {{'B', s->B}, {'T', s->T}, {'D', s->D}, {'H', s->H},
+                {'K', s->K}, {'V', s->V}, {'N', s->N}};
+            for (size_t p = 0; p < COUNT(parts); p++)
+                if (parts[p].n) snprintf(sizes + strlen(sizes), sizeof sizes - strlen(sizes), "%c%zu ", parts[p].letter, parts[p].n);
+            int is_product = entries[e].shapes == products && strcmp(entries[e].name, "matmul_quantized");
+            int is_scan = entries[e].shapes == scans && !strcmp(entries[e].form, "chunkwise ");
+            int rounds = (is_product || is_scan) && fast > 0;
+            double tolerance = rounds && n % 2 ? product_tolerance : entries[e].tolerance;
+            coarse = n % 2 ? FINE : is_scan ? WHOLE : COARSE;
+            if (coarse && !rounds) continue;
+            if (!begin(tolerance, "kernel %s %s%s%d%s", entries[e].name, entries[e].form == entries[e].name ? "" : entries[e].form,
+                       sizes, s->variant, coarse ? " exact numbers" : ""))
+                continue;
+            random_state = 100 * e + i;
+            tensor_count = 0;
+            entries[e].run(s);
+            compare_tensors();
+            for (size_t t = 0; t < tensor_count; t++)
+                for (int r = 0; r < RUNS; r++)
+                    if (tensors[t].at[r]) on[r].be->free(tensors[t].at[r] - GUARD);
+            end_check();
+        }
+}
+
+// ---- The checks above give kernels tensors of the host. For a device they are brought there and back, call by call, by a
+// table of its own: R is read, W written (and read), sizes in numbers.
+static const metala_backend *stage_of;
+static struct { const void *host; void *memory; size_t bytes; int written; } staged[16];
+static int staged_count;
+
+static void *stage(metala_context *c, const void *host, size_t bytes, int written) {
+    if (!host) return NULL;
+    for (int i = 0; i < staged_count; i++)                           // in place: the same memory there too
+        if (staged[i].host == host) return staged[i].written |= written, staged[i].memory;
+    void *memory = stage_of->alloc(bytes);
+    if (!memory) problem("no memory for %zu bytes", bytes);
+    else stage_of->upload(c, memory, host, bytes);
+    staged[staged_count].host = host, staged[staged_count].memory = memory;
+    staged[staged_count].bytes = bytes, staged[staged_count++].written = written;
+    return memory;
+}
+static void unstage(metala_context *c) {
+    while (staged_count--) {
+        void *to = (void *)(uintptr_t)staged[staged_count].host;
+        if (staged[staged_count].written) stage_of->download(c, to, staged[staged_count].memory, staged[staged_count].bytes);
+        stage_of->free(staged[staged_count].memory);
+    }
+    staged_count = 0;
+}
+static size_t table_rows(const int *tokens, size_t rows) {           // as many rows of E as the tokens ask for
+    int most = 0;
+    for (size_t row = 0; row < rows; row++) most = tokens[row] > most ? tokens[row] : most;
+    return (size_t)most + 1;
+}
+
+typedef metala_context ctx_t;
+typedef const real in_t;
+#define R(x, n) stage(c, x, (n) * sizeof *(x), 0)
+#define W(x, n) stage(c, x, (n) * sizeof *(x), 1)
+#define STAGED(function, parameters, arguments) \
+    static void staged_##function parameters { stage_of->function arguments; unstage(c); }
+STAGED(embedding_forward, (ctx_t *c, real *x, const int *t, in_t *E, size_t r, size_t D, double s),
+       (c, W(x, r * D), R(t, r), R(E, table_rows(t, r) * D), r, D, s))
+STAGED(embedding_backward, (ctx_t *c, real *dE, in_t *dx, const int *t, size_t r, size_t D, double s, int pad),
+       (c, W(dE, table_rows(t, r) * D), R(dx, r * D), R(t, r), r, D, s, pad))
+STAGED(rms_forward, (ctx_t *c, real *n, real *s, in_t *x, const uint8_t *m, size_t r, size_t D, double eps),
+       (c, W(n, r * D), W(s, r), R(x, r * D), R(m, r), r, D, eps))
+STAGED(rms_backward, (ctx_t *c, real *dx, in_t *dn, in_t *x, in_t *s, const uint8_t *m, size_t r, size_t D),
+       (c, W(dx, r * D), R(dn, r * D), R(x, r * D), R(s, r), R(m, r), r, D))
+STAGED(conv_forward, (ctx_t *c, real *u, real *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
+       (c, W(u, B * T * D), W(p, B * T * D), R(n, B * T * D), R(w, 4 * D), R(tail, B * 4 * D), B, T, D))
+STAGED(conv_backward,
+       (ctx_t *c, real *dn, real *dw, in_t *du, in_t *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
+       (c, W(dn, B * T * D), W(dw, 4 * D), R(du, B * T * D), R(p, B * T * D), R(n, B * T * D), R(w, 4 * D),
+        R(tail, B * 4 * D), B, T, D))
+STAGED(conv_tail, (ctx_t *c, real *tail, in_t *n, size_t B, size_t T, size_t D),
+       (c, W(tail, B * 4 * D), R(n, B * T * D), B, T, D))
+STAGED(matmul_forward, (ctx_t *c, real *y, in_t *x, in_t *w, in_t *b, size_t r, size_t o, size_t i),
+       (c, W(y, r * o), R(x, r * i), R(w, o * i), R(b, o), r, o, i))
+STAGED(matmul_backward,
+       (ctx_t *c, real *dx, real *dw, real *db, in_t *dy, in_t *x, in_t *w, size_t r, size_t o, size_t i, int add),
+       (c, W(dx, r * i), W(dw, o * i), W(db, o), R(dy, r * o), R(x, r * i), R(w, o * i), r, o, i, add))
+STAGED(matmul_quantized,
+       (ctx_t *c, real *y, in_t *x, const void *w, const float *s, in_t *b, size_t r, size_t o, size_t i),
+       (c, W(y, r * o), R(x, r * i), stage(c, w, o * i * (s ? 1 : 2), 0), R(s, o * ((i + METALA_GROUP - 1) / METALA_GROUP)),
+        R(b, o), r, o, i))
+STAGED(mask_rows, (ctx_t *c, real *x, const uint8_t *m, size_t r, size_t D), (c, W(x, r * D), R(m, r), r, D))
+STAGED(gate_forward, (ctx_t *c, real *a, real *k, in_t *z, size_t n, double tau), (c, W(a, n), W(k, n), R(z, n), n, tau))
+STAGED(gate_backward, (ctx_t *c, real *dz, in_t *da, in_t *dk, in_t *z, in_t *a, size_t n, double tau),
+       (c, W(dz, n), R(da, n), R(dk, n), R(z, n), R(a, n), n, tau))
+STAGED(scan_forward,
+       (ctx_t *c, metala_form f, real *o, real *S, real *states, in_t *q, in_t *k, in_t *v, in_t *a, size_t B, size_t T,
+        size_t H, size_t K, size_t V, double s),
+       (c, f, W(o, B * T * H * V), W(S, B * H * K * V), W(states, B * H * ((T + METALA_CHUNK - 1) / METALA_CHUNK) * K * V),
+        R(q, B * T * H * K), R(k, B * T * H * K), R(v, B * T * H * V), R(a, B * T * H * K), B, T, H, K, V, s))
+STAGED(scan_backward,
+       (ctx_t *c, metala_form f, real *dq, real *dk, real *dv, real *da, real *dS, in_t *dO, in_t *states, in_t *q,
+        in_t *k, in_t *v, in_t *a, size_t B, size_t T, size_t H, size_t K, size_t V, double s),
+       (c, f, W(dq, B * T * H * K), W(dk, B * T * H * K), W(dv, B * T * H * V), W(da, B * T * H * K), W(dS, B * H * K * V),
+        R(dO, B * T * H * V), R(states, B * H * ((T + METALA_CHUNK - 1) / METALA_CHUNK) * K * V), R(q, B * T * H * K),
+        R(k, B * T * H * K), R(v, B * T * H * V), R(a, B * T * H * K), B, T, H, K, V, s))
+STAGED(augment_forward,
+       (ctx_t *c, real *p, in_t *o, in_t *q, in_t *k, in_t *v, in_t *b, size_t r, size_t H, size_t K, size_t V),
+       (c, W(p, r * H * V), R(o, r * H * V), R(q, r * H * K), R(k, r * H * K), R(v, r * H * V), R(b, H * K), r, H, K, V))
+STAGED(augment_backward,
+       (ctx_t *c, real *dq, real *dk, real *dv, real *db, in_t *dp, in_t *q, in_t *k, in_t *v, in_t *b, size_t r, size_t H,
+        size_t K, size_t V),
+       (c, W(dq, r * H * K), W(dk, r * H * K), W(dv, r * H * V), W(db, H * K), R(dp, r * H * V), R(q, r * H * K),
+        R(k, r * H * K), R(v, r * H * V), R(b, H * K), r, H, K, V))
+STAGED(head_norm_forward, (ctx_t *c, real *n, real *rho, in_t *p, size_t r, size_t H, size_t V, double eps),
+       (c, W(n, r * H * V), W(rho, r * H), R(p, r * H * V), r, H, V, eps))
+STAGED(head_norm_backward, (ctx_t *c, real *dp, in_t *dn, in_t *n, in_t *rho, size_t r, size_t H, size_t V),
+       (c, W(dp, r * H * V), R(dn, r * H * V), R(n, r * H * V), R(rho, r * H), r, H, V))
+STAGED(silu_gate_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
+STAGED(silu_gate_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
+       (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
+STAGED(add, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
+STAGED(cross_entropy_forward, (ctx_t *c, real *loss, real *lse, in_t *l, const int *t, size_t r, size_t N),
+       (c, W(loss, r), W(lse, r), R(l, r * N), R(t, r), r, N))
+STAGED(cross_entropy_backward,
+       (ctx_t *c, real *dl, in_t *l, in_t *lse, const int *t, size_t r, size_t N, double w),
+       (c, W(dl, r * N), R(l, r * N), R(lse, r), R(t, r), r, N, w))
+STAGED(adamw,
+       (ctx_t *c, real *p, real *m, real *v, in_t *g, size_t n, const metala_adamw *a, uint64_t step, double scale,
+        double decay), (c, W(p, n), W(m, n), W(v, n), R(g, n), n, a, step, scale, decay))
+static double staged_sum_squares(ctx_t *c, in_t *x, size_t n) {
+    double sum = stage_of->sum_squares(c, R(x, n), n);
+    unstage(c);
+    return sum;
+}
+#undef R
+#undef W
+
+static metala_backend staged_backend(const metala_backend *device) {
+    metala_backend b = *device;
+    stage_of = device;
+#define USE(function) b.function = staged_##function
+    USE(embedding_forward), USE(embedding_backward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
+    USE(conv_backward), USE(conv_tail), USE(matmul_forward), USE(matmul_backward), USE(matmul_quantized), USE(mask_rows);
+    USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(augment_forward);
+    USE(augment_backward), USE(head_norm_forward), USE(head_norm_backward), USE(silu_gate_forward);
+    USE(silu_gate_backward), USE(add), USE(cross_entropy_forward), USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
+#undef USE
+    return b;
+}
+
 // ------------------------------------------------------------------------------------------------ golden files
 
 // Tensors computed with the authors' code in double precision. Everything in a file is compared; a tensor that this
@@ -3017,7 +3590,7 @@ static void check_golden_folder(void) {
 // ------------------------------------------------------------------------------------------------ main
 
 static void check_table(void) {
-    if (run.only || run.list || run.stop) return;
+    if (run.only || run.kernel || run.list || run.stop) return;
     if (!begin(0, "every entry of the backend table was called")) return;
     size_t first = offsetof(metala_backend, alloc) / sizeof(void (*)(void));
     size_t end = sizeof(metala_backend) / sizeof(void (*)(void));
@@ -3027,58 +3600,119 @@ static void check_table(void) {
 }
 
 static int usage(const char *problem_text, const char *argument) {
-    fprintf(stderr, "test: %s %s; usage: test [--golden DIR] [--only TEXT] [--list] [--stop] [FILE...]\n", problem_text,
-            argument);
+    fprintf(stderr, "test: %s %s; usage: test [--golden DIR] [--only TEXT] [--device cpu|cuda] [--kernel NAME] [--math MATH]"
+            " [--list] [--stop] [FILE...]\n", problem_text, argument);
     return 2;
+}
+
+static int help(void) {
+    puts("usage: test [options] [FILE...]\n\n"
+         "Checks metala.c, or compares it with golden FILEs alone.\n\n"
+         "  --golden DIR   compare with the golden files in DIR too [environment variable METALA_GOLDEN]\n"
+         "  --only TEXT    only checks whose name contains TEXT\n"
+         "  --device NAME  cpu, or cuda: every kernel of the GPU against its twin on the CPU, then whole models [cpu]\n"
+         "  --kernel NAME  with --device cuda: only this kernel, such as scan_forward\n"
+         "  --math NAME    with --device cuda: exact, tf32 or bf16 [exact]\n"
+         "  --list         names of the checks\n"
+         "  --stop         stop at the first failure\n\n"
+         "Exit status: 0 all passed, 1 failures, 2 wrong usage.");
+    return 0;
+}
+
+// Opens the contexts: `ctx` and `be` for most checks, and the runs that twins compare.
+static int open_device(metala_math math) {
+    char why[300];
+    int is_cuda = !strcmp(run.device, "cuda");
+    be = is_cuda ? metala_cuda(math, why, sizeof why) : metala_cpu();
+    if (!be) {
+        fprintf(stderr, "test: --device cuda: %s\n", why);
+        return 1;
+    }
+    ctx = metala_open(be, 1);
+    if (is_cuda && math != METALA_EXACT) {                           // as measured, see --math
+        product_tolerance = math == METALA_TF32 ? 1e-3 : 8e-3;
+        fast = math == METALA_TF32 ? 2e-2 : 2e-1;
+    }
+    on[CPU].be = metala_cpu(), on[DEVICE].be = on[AGAIN].be = be;
+    on[CPU].ctx = metala_open(metala_cpu(), 1), on[DEVICE].ctx = on[AGAIN].ctx = ctx;
+    return ctx && on[CPU].ctx ? 0 : usage("out of", "memory");
+}
+
+static void check_cpu(void) {
+    check_scalars();
+    check_kernels();
+    check_matmuls();
+    check_quantized();
+    check_scans();
+    check_optimizer();
+    check_backend_memory();
+    check_models();
+    check_states();
+    check_training();
+    check_conversions();
+    check_headers();
+    check_model_files();
+    check_quantized_files();
+    check_data();
+    check_memory();
+    check_table();
+}
+
+static void check_device(void) {
+    const metala_backend *device = be, table = staged_backend(device);
+    check_twins();
+    be = &table;                         // now the references in double
+    check_scalars();
+    check_kernels();
+    check_matmuls();
+    check_quantized();
+    check_scans();
+    check_optimizer();
+    be = device;
+    check_backend_memory();
+    if (!(fast > 0)) {                   // rounded products upset models of 12 channels; golden files are less delicate
+        check_models();
+        check_states();
+    }
+    check_training();
+    check_table();
 }
 
 int main(int argc, char **argv) {
     int files = 0, status = 0;
+    metala_math math = METALA_EXACT;
     run.golden = getenv("METALA_GOLDEN");
+    run.device = "cpu";
     for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--list")) run.list = 1;
-        else if (!strcmp(argv[i], "--stop")) run.stop = 1;
-        else if (!strcmp(argv[i], "--only") || !strcmp(argv[i], "--golden")) {
+        static const char *const with_value[] = {"--only", "--golden", "--device", "--kernel", "--math"};
+        const char **const values[] = {&run.only, &run.golden, &run.device, &run.kernel, &run.math};
+        size_t o = 0;
+        while (o < COUNT(with_value) && strcmp(argv[i], with_value[o])) o++;
+        if (o < COUNT(with_value)) {
             if (i + 1 == argc) return usage("no value after", argv[i]);
-            if (argv[i][2] == 'o') run.only = argv[++i];
-            else run.golden = argv[++i];
-        } else if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
-            puts("usage: test [options] [FILE...]\n\n"
-                 "Checks metala.c, or compares it with golden FILEs alone.\n\n"
-                 "  --golden DIR   compare with the golden files in DIR too [environment variable METALA_GOLDEN]\n"
-                 "  --only TEXT    only checks whose name contains TEXT\n"
-                 "  --list         names of the checks\n"
-                 "  --stop         stop at the first failure\n\n"
-                 "Exit status: 0 all passed, 1 failures, 2 wrong usage.");
-            return 0;
-        } else if (argv[i][0] == '-') return usage("unknown option", argv[i]);
+            *values[o] = argv[++i];
+        } else if (!strcmp(argv[i], "--list")) run.list = 1;
+        else if (!strcmp(argv[i], "--stop")) run.stop = 1;
+        else if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return help();
+        else if (argv[i][0] == '-') return usage("unknown option", argv[i]);
         else argv[++files] = argv[i];
     }
+    if (strcmp(run.device, "cpu") && strcmp(run.device, "cuda")) return usage("--device is cpu or cuda, not", run.device);
+    if (run.math && strcmp(run.device, "cuda")) return usage("--device cuda is needed for --math", run.math);
+    if (run.math && !strcmp(run.math, "tf32")) math = METALA_TF32;
+    else if (run.math && !strcmp(run.math, "bf16")) math = METALA_BFLOAT16;
+    else if (run.math && strcmp(run.math, "exact")) return usage("--math is exact, tf32 or bf16, not", run.math);
+    if (run.kernel && strcmp(run.device, "cuda")) return usage("--device cuda is needed for --kernel", run.kernel);
     FILE *there = fopen("build/test.tmp", "wb");             // files go to build/ where there is such a folder
     if (there) fclose(there), remove("build/test.tmp"), strcpy(scratch_folder, "build/");
-    ctx = metala_open(NULL, 1);
-    if (!ctx) return usage("out of", "memory");
-    be = metala_context_backend(ctx);
+    if (open_device(math)) return 1;
     for (int i = 1; i <= files; i++) status |= check_golden(argv[i]);
     if (!files) {
-        check_scalars();
-        check_kernels();
-        check_matmuls();
-        check_quantized();
-        check_scans();
-        check_optimizer();
-        check_models();
-        check_states();
-        check_training();
-        check_conversions();
-        check_headers();
-        check_model_files();
-        check_quantized_files();
-        check_data();
-        check_memory();
-        check_table();
-        if (run.golden) check_golden_folder();
+        if (be == metala_cpu()) check_cpu();
+        else check_device();
+        if (run.golden && !run.kernel) check_golden_folder();
     }
+    metala_close(on[CPU].ctx);
     metala_close(ctx);
     if (run.list) return 0;
     printf("%zu passed, %zu failed\n", run.passed, run.failed);

@@ -48,12 +48,13 @@ static int complain(const char *format, ...) {
 
 enum { MOST_OPTIONS = 80 };
 enum { COSINE, CONSTANT, LINEAR };        // --schedule
+enum { ON_CPU, ON_CUDA };                 // --device
 
 typedef struct {
     const char *data, *val, *init, *out, *keep_best, *prompt, *log;
     int context, batch, accumulate, warmup, schedule, max_steps, stop_at, seed, form;
     int resume, save_every, eval_every, eval_batches, sample_every, sample_tokens, log_every;
-    int quiet, threads, checkpoint_layers, profile, bench, help, version;
+    int quiet, threads, device, math, checkpoint_layers, profile, bench, help, version;
     double val_fraction, learning_rate, min_lr, max_seconds, temperature;
     metala_config config;
     metala_init initial;                 // 0 in std and residual_scale: what depends on the sizes
@@ -152,6 +153,8 @@ static const option options[] = {
     IS_TEXT("init", 0, "FILE", 0, init, "start from this model; its configuration holds"),
     IS_WHOLE("stop-at", 0, "N", "0", 0, 1e9, stop_at, "stop after step N, as Ctrl-C would; the schedule stays"),
     IS_WHOLE("threads", 0, "N", "0", 0, 1024, threads, "0 = one per core; the numbers are the same"),
+    IS_CHOICE("device", "cpu|cuda", "cpu", device, "cuda: an NVIDIA GPU, where the programs were built with CUDA=1"),
+    IS_CHOICE("math", "exact|tf32|bf16", "exact", math, "of large matrix products on the GPU: float, or tensor cores"),
     IS_FLAG("checkpoint-layers", 0, checkpoint_layers, "keep only what enters each layer and compute it again: less memory,\n"
             "a third more work, the same numbers"),
     IS_FLAG("profile", 0, profile, "at the end, the time that each kernel took"),
@@ -305,7 +308,9 @@ static int is_same_file(const char *a, const char *b) {
 // What no single option can see.
 static int check_settings(settings *s) {
     const char *const files[] = {s->out, s->keep_best, s->log, s->data, s->val, s->init};   // the first 3 are written
-    if (s->help || s->version || s->bench) return 0;
+    if (s->help || s->version) return 0;
+    if (is_given(s, "math") && s->device != ON_CUDA) return complain("--math: expected --device cuda with it");
+    if (s->bench) return 0;
     if (!s->data && !s->resume) return complain("no data given; usage: train FILE [options], train --help says more");
     if (s->resume && s->init) return complain("got --resume and --init, expected one of them");
     for (int i = 0; i < 3; i++)
@@ -527,8 +532,18 @@ static metala_memory memory_of(const program *p, size_t T) {
                                  metala_context_threads(p->ctx));
 }
 
+// Where the numbers are computed: "2 threads", or "cuda".
+static const char *device_text(const program *p, char text[ROOM]) {
+    int threads = metala_context_threads(p->ctx);
+    const char *name = metala_context_backend(p->ctx)->name;
+    if (strcmp(name, "cpu")) snprintf(text, ROOM, "%s", name);
+    else snprintf(text, ROOM, "%d thread%s", threads, threads > 1 ? "s" : "");
+    return text;
+}
+
 // A system that promises more memory than it has ends the program without a word once it is used.
 static int check_memory(const program *p, size_t T) {
+    if (strcmp(metala_context_backend(p->ctx)->name, "cpu")) return 0;       // a GPU says so when it has no more
 #if defined _POSIX_C_SOURCE && defined _SC_PHYS_PAGES
     double wanted = (double)memory_of(p, T).total;
     double there = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
@@ -556,11 +571,10 @@ static void describe_model(const program *p) {
 
 static void describe_settings(const program *p) {
     const settings *s = p->s;
-    char form[ROOM], schedule[ROOM];
+    char form[ROOM], schedule[ROOM], device[ROOM];
     double tokens = (double)s->accumulate * s->batch * s->context, all = (double)metala_dataset_tokens(p->train);
-    say(p, "step     %d x %d = %.0f tokens, %s, %d thread%s", s->accumulate * s->batch, s->context, tokens,
-        value_text(s, option_named("form"), form), metala_context_threads(p->ctx),
-        metala_context_threads(p->ctx) > 1 ? "s" : "");
+    say(p, "step     %d x %d = %.0f tokens, %s, %s", s->accumulate * s->batch, s->context, tokens,
+        value_text(s, option_named("form"), form), device_text(p, device));
     if (s->max_steps) say(p, "; %d steps pass %.3g times over the data", s->max_steps, tokens * s->max_steps / all);
     if (s->max_seconds > 0) say(p, "; %g seconds", s->max_seconds);
     value_text(s, option_named("schedule"), schedule);
@@ -808,8 +822,11 @@ static int add_gradient(program *p, uint64_t index, double weight, double *loss)
     size_t T = (size_t)s->context;
     metala_dataset_batch(p->train, (uint64_t)s->seed, index, s->batch, p->inputs, p->targets, p->mask);
     if (metala_gradient(p->ctx, p->trainer, (metala_form)s->form, p->inputs, p->targets,
-                        mask_or_null(p, (size_t)s->batch * T), s->batch, T, weight, loss))
-        return library_failed(p);
+                        mask_or_null(p, (size_t)s->batch * T), s->batch, T, weight, loss)) {
+        library_failed(p);
+        if (step_of(p) > 0) save_checkpoint(p);              // memory has run out, say: nothing that was learnt is lost
+        return -1;
+    }
     return 0;
 }
 
@@ -991,13 +1008,15 @@ static void report(const program *p, const char *command) {
 
 // ------------------------------------------------------------------------------------------------ profile
 
-// --profile: the CPU's backend table with a clock around every kernel. Each wrapper has its kernel's arguments.
+// --profile: the device's backend table with a clock around every kernel. Each wrapper has its kernel's arguments.
+// A download of nothing waits until a GPU has done what it was asked for.
 enum kernel { EMBEDDING, RMS, CONV, MATMUL, MASK, GATE, SCAN, AUGMENT, HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM,
               ADAMW, KERNELS };
 static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "matrix products",
     "mask", "gate", "decay scan", "self-augmentation", "head norm", "gated products", "residual add", "cross-entropy",
     "gradient norm", "AdamW"};
 static struct { double seconds[2], operations[2]; long calls[2]; } spent[KERNELS];     // forward, backward
+static const metala_backend *profiled;
 
 static void clocked(enum kernel kernel, int backward, double began, double operations) {
     spent[kernel].seconds[backward] += seconds() - began;
@@ -1011,7 +1030,8 @@ typedef const metala_real in_t;
 #define CLOCKED(function, kernel, backward, operations, parameters, arguments) \
     static void clocked_##function parameters {                                \
         double began = seconds();                                              \
-        metala_cpu()->function arguments;                                      \
+        profiled->function arguments;                                          \
+        profiled->download(c, NULL, NULL, 0);                                  \
         clocked(kernel, backward, began, operations);                          \
     }
 CLOCKED(embedding_forward, EMBEDDING, 0, 0, (ctx_t *c, real *x, const int *t, in_t *E, size_t r, size_t D, double s),
@@ -1066,13 +1086,14 @@ CLOCKED(adamw, ADAMW, 1, 0,
         (ctx_t *c, real *p, real *m, real *v, in_t *g, size_t n, const metala_adamw *a, uint64_t step, double scale,
          double decay), (c, p, m, v, g, n, a, step, scale, decay))
 static double clocked_sum_squares(ctx_t *c, in_t *x, size_t n) {
-    double began = seconds(), sum = metala_cpu()->sum_squares(c, x, n);
+    double began = seconds(), sum = profiled->sum_squares(c, x, n);
     clocked(NORM, 1, began, 0);
     return sum;
 }
 
-static metala_backend clocked_backend(void) {
-    metala_backend b = *metala_cpu();
+static metala_backend clocked_backend(const metala_backend *device) {
+    profiled = device;
+    metala_backend b = *device;
 #define USE(function) b.function = clocked_##function
     USE(embedding_forward), USE(embedding_backward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
     USE(conv_backward), USE(matmul_forward), USE(matmul_backward), USE(mask_rows), USE(gate_forward), USE(gate_backward);
@@ -1121,7 +1142,7 @@ static int bench(program *p) {
     const metala_config *c = &s->config;
     uint64_t random = (uint64_t)s->seed;
     double times[TIMED], loss, norm;
-    char count[ROOM], form[ROOM];
+    char count[ROOM], form[ROOM], device[ROOM];
     if (!is_given(s, "width")) s->config.width = 256;
     if (!is_given(s, "layers")) s->config.layers = 6;
     if (!is_given(s, "context")) s->context = 256;
@@ -1147,9 +1168,8 @@ static int bench(program *p) {
     double speed = step > 0 ? (double)s->batch * s->context / step : 0;
     printf("bench D%d L%d H%d F%d N%d B%d T%d P %s: ", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size,
            s->batch, s->context, count_text(count, parameters));
-    printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %d thread%s, %.1f MB\n", 1e3 * step, speed,
-           6e-9 * parameters * speed, value_text(s, option_named("form"), form), metala_context_threads(p->ctx),
-           metala_context_threads(p->ctx) > 1 ? "s" : "", (double)memory_of(p, (size_t)s->context).total / 1e6);
+    printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %s, %.1f MB\n", 1e3 * step, speed,
+           6e-9 * parameters * speed, value_text(s, option_named("form"), form), device_text(p, device), (double)memory_of(p, (size_t)s->context).total / 1e6);
     return 0;
 }
 
@@ -1231,19 +1251,32 @@ static int close_all(program *p) {
     return status;
 }
 
+// What --device asks for, or the CPU and why.
+static const metala_backend *backend_of(const settings *s) {
+    char why[300];
+    const metala_backend *backend = s->device == ON_CUDA ? metala_cuda((metala_math)s->math, why, sizeof why) : metala_cpu();
+    if (!backend) complain("--device cuda: %s; going on with the CPU", why);
+    return backend ? backend : metala_cpu();
+}
+
 int main(int argc, char **argv) {
     settings s;
     program p = {0};
-    metala_backend clocks = clocked_backend();
+    metala_backend clocks;
+    const metala_backend *backend = NULL;
 #if defined _OPENMP && defined _POSIX_C_SOURCE
     wait_asleep(argv);
 #endif
     if (parse_options(&s, argc, argv)) return 2;
     p.s = &s;
     int status = 0;
+    if (!s.help && !s.version) {
+        backend = backend_of(&s);
+        clocks = clocked_backend(backend);
+    }
     if (s.help) print_help();
     else if (s.version) printf("metala %s, float%d\n", METALA_VERSION, 8 * (int)sizeof(metala_real));
-    else if ((p.ctx = metala_open(s.profile ? &clocks : NULL, s.threads)) == NULL) status = complain("%s", metala_error(NULL));
+    else if ((p.ctx = metala_open(s.profile ? &clocks : backend, s.threads)) == NULL) status = complain("%s", metala_error(NULL));
     else status = run(&p, argv[0]);
     if (close_all(&p)) status = -1;
     return status ? 1 : interrupted ? 128 + (int)interrupted : 0;

@@ -1,10 +1,11 @@
 // bench.c - what metala.c's kernels reach of what this machine can do, both measured in the same run.
 //
-//   build/bench [--threads N] [--only TEXT] [--rounds N]
+//   build/bench [--threads N] [--only TEXT] [--rounds N] [--device cpu|cuda] [--math exact|tf32|bf16] [--divide N]
 //
-// First the limits: multiply-adds in registers alone (GFLOP/s), and reading an array that no cache holds (GB/s). Then a
-// line for each kernel and shape: median time of the rounds, its rate, and that rate as a share of the limit that
-// bounds it. A round repeats a kernel for at least 30 ms. Rates of kernels that move data count each tensor once.
+// First the limits. On the CPU: multiply-adds in registers alone (GFLOP/s), and reading an array that no cache holds (GB/s).
+// On a GPU: a product of matrices of 8192 × 8192 in the chosen --math (by cuBLAS in a build with CUBLAS=1), and a copy of 1 GB.
+// There --divide makes all sizes smaller, to try this program. Then a line for each kernel and shape: median time of the rounds, its rate, and that rate as a share of the limit that
+// bounds it. A round repeats a kernel for about 30 ms. Rates of kernels that move data count each tensor once.
 
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L         // clock_gettime; everything else is C99
@@ -49,13 +50,20 @@ static int by_size(const void *a, const void *b) {
 static double median_time(void (*call)(void *), void *data) {
     enum { MOST = 99 };
     double times[MOST];
+    int calls = 1;
     call(data);
-    for (int r = 0; r < rounds && r < MOST; r++) {
-        double start = seconds(), passed;
-        int calls = 0;
-        do call(data), calls++;
-        while ((passed = seconds() - start) < 0.03);
-        times[r] = passed / calls;
+    for (int r = -1; r < rounds && r < MOST; r++) {                  // the first one finds out how many calls to make
+        be->download(ctx, NULL, NULL, 0);                            // waits for a GPU
+        double start = seconds();
+        for (int i = 0; i < calls; i++) call(data);
+        be->download(ctx, NULL, NULL, 0);
+        double each = (seconds() - start) / calls;
+        if (r >= 0) times[r] = each;
+        else calls = each > 0.03 ? 1 : each > 1e-6 ? (int)(0.03 / each) + 1 : 30000;
+    }
+    if (metala_context_failed(ctx)) {
+        fprintf(stderr, "bench: %s\n", metala_error(ctx));
+        exit(1);
     }
     qsort(times, (size_t)rounds, sizeof *times, by_size);
     return times[rounds / 2];
@@ -157,7 +165,7 @@ typedef struct {
     int *tokens;
 } call_data;
 
-enum { ROOM = 1 << 24 };                  // numbers of each of the tensors x[i]
+static size_t room = 1 << 24;             // numbers of each of the tensors x[i]
 
 static void matmul_y(void *p) { call_data *c = p; be->matmul_forward(ctx, c->x[0], c->x[1], c->x[2], NULL, c->rows, c->out, c->in); }
 static void matmul_dx(void *p) { call_data *c = p; be->matmul_backward(ctx, c->x[0], NULL, NULL, c->x[1], NULL, c->x[2], c->rows, c->out, c->in, 0); }
@@ -197,10 +205,15 @@ static void loss_backward(void *p) { call_data *c = p; be->cross_entropy_backwar
 static void adamw(void *p) {
     call_data *c = p;
     const metala_adamw a = {1e-9, 0.9, 0.95, 1e-8, 0.1, 0};
-    be->adamw(ctx, c->x[0], c->x[1], c->x[2], c->x[3], ROOM, &a, 10, 1, 0.1);
+    be->adamw(ctx, c->x[0], c->x[1], c->x[2], c->x[3], room, &a, 10, 1, 0.1);
 }
 
-static void bench_kernels(call_data *c) {
+// The shapes: those of the CPU, or of a GPU, divided.
+static int on_gpu;
+static size_t divide = 1;
+static size_t part(size_t n) { return n / divide ? n / divide : 1; }
+
+static void bench_kernels(call_data *c, size_t B, size_t T, size_t D, size_t N) {
     // Bytes: tensors of rows × D that are read or written, each once.
     static const struct { const char *name; void (*call)(void *); int tensors; } kernels[] = {
         {"rms forward", rms_forward, 2}, {"rms backward", rms_backward, 4}, {"conv forward", conv_forward, 3},
@@ -209,48 +222,49 @@ static void bench_kernels(call_data *c) {
         {"augment forward", augment_forward, 4}, {"augment backward", augment_backward, 7},
         {"head norm forward", head_norm_forward, 2}, {"head norm backward", head_norm_backward, 3}};
     char shape[60];
-    c->B = 8, c->T = 512, c->D = 512, c->H = 8, c->K = 32, c->V = 64, c->N = 8192, c->rows = 4096;
-    snprintf(shape, sizeof shape, "B8 T512 D512 H8");
+    c->B = B, c->T = T, c->D = D, c->H = 8, c->K = D / 16, c->V = D / 8, c->N = N, c->rows = B * T;
+    snprintf(shape, sizeof shape, "B%zu T%zu D%zu H8", B, T, D);
     for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++)
         if (strstr(kernels[i].name, only))
             line(kernels[i].name, shape, median_time(kernels[i].call, c), 0,
                  (double)kernels[i].tensors * (double)c->rows * (double)c->D * sizeof(real));
-    c->rows = 2048;
-    if (strstr("cross-entropy forward", only))
-        line("cross-entropy forward", "2048 rows N8192", median_time(loss_forward, c), 0, 2048.0 * 8192 * sizeof(real));
+    c->rows = part(2048);
+    double logits = (double)c->rows * (double)c->N;
+    snprintf(shape, sizeof shape, "%zu rows N%zu", c->rows, c->N);
+    if (strstr("cross-entropy forward", only)) line("cross-entropy forward", shape, median_time(loss_forward, c), 0, logits * sizeof(real));
     if (strstr("cross-entropy backward", only))
-        line("cross-entropy backward", "2048 rows N8192", median_time(loss_backward, c), 0, 2 * 2048.0 * 8192 * sizeof(real));
-    if (strstr("adamw", only)) line("adamw", "16.8 M parameters", median_time(adamw, c), 0, 7.0 * ROOM * sizeof(real));
+        line("cross-entropy backward", shape, median_time(loss_backward, c), 0, 2 * logits * sizeof(real));
+    snprintf(shape, sizeof shape, "%.1f M parameters", (double)room / 1e6);
+    if (strstr("adamw", only)) line("adamw", shape, median_time(adamw, c), 0, 7.0 * (double)room * sizeof(real));
 }
 
-static void bench_matmul(call_data *c) {
-    static const size_t sizes[][2] = {{256, 256}, {512, 512}, {1024, 1024}, {2048, 2048}, {256, 2048}, {2048, 256},
-                                      {704, 256}, {1408, 512}};
+static void bench_matmul(call_data *c, size_t rows, const size_t (*sizes)[2], size_t count) {
     static const struct { const char *name; void (*call)(void *); } forms[] = {
         {"matmul y = x W'", matmul_y}, {"matmul dx = dy W", matmul_dx}, {"matmul dW += dy' x", matmul_dw}};
-    c->rows = 1536;
-    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+    c->rows = rows;
+    for (size_t s = 0; s < count; s++)
         for (int f = 0; f < 3; f++) {
             char shape[60];
-            c->out = sizes[s][0], c->in = sizes[s][1];
-            snprintf(shape, sizeof shape, "1536 rows, %zu out, %zu in", c->out, c->in);
-            if (strstr(forms[f].name, only))
-                line(forms[f].name, shape, median_time(forms[f].call, c), 2.0 * 1536 * (double)c->out * (double)c->in, 0);
+            c->out = part(sizes[s][0]), c->in = part(sizes[s][1]);
+            snprintf(shape, sizeof shape, "%zu rows, %zu out, %zu in", rows, c->out, c->in);
+            if (!strstr(forms[f].name, only) || (rows == 1 && f > 0)) continue;
+            double products = (double)rows * (double)c->out * (double)c->in;
+            double time = median_time(forms[f].call, c);             // of one row, the weights are read and little else
+            line(forms[f].name, shape, time, rows > 1 ? 2 * products : 0, products * sizeof(real));
         }
 }
 
-static void bench_scan(call_data *c) {
-    static const size_t shapes[][5] = {{8, 256, 4, 32, 64}, {4, 256, 8, 32, 64}, {1, 1024, 8, 64, 128}, {1, 16384, 8, 64, 128}};
-    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+static void bench_scan(call_data *c, const size_t (*shapes)[5], size_t count) {
+    for (size_t s = 0; s < count; s++)
         for (int form = METALA_CHUNKWISE; form <= METALA_RECURRENT; form++) {
             char shape[60];
             const char *const names[2][2] = {{"scan chunk forward", "scan chunk backward"},
                                              {"scan recurrent forward", "scan recurr. backward"}};
-            c->B = shapes[s][0], c->T = shapes[s][1], c->H = shapes[s][2], c->K = shapes[s][3], c->V = shapes[s][4];
+            c->B = shapes[s][0], c->T = part(shapes[s][1]), c->H = shapes[s][2], c->K = shapes[s][3], c->V = shapes[s][4];
             c->form = (metala_form)form;
             double work = (double)(c->B * c->T * c->H * c->K * c->V);    // of a state update or a read: one multiply-add
             snprintf(shape, sizeof shape, "B%zu T%zu H%zu K%zu V%zu", c->B, c->T, c->H, c->K, c->V);
-            if (c->T > 4096 && form == METALA_RECURRENT) continue;
+            if ((c->T > 4096 || on_gpu) && form == METALA_RECURRENT) continue;
             if (!strstr(names[form][0], only) && !strstr(names[form][1], only)) continue;
             line(names[form][0], shape, median_time(scan_forward, c), 4 * work, 0);
             line(names[form][1], shape, median_time(scan_backward, c), 12 * work, 0);
@@ -259,46 +273,93 @@ static void bench_scan(call_data *c) {
 
 // ------------------------------------------------------------------------------------------------ main
 
-int main(int argc, char **argv) {
-    int threads = 0;
-    call_data c = {0};
-    for (int i = 1; i + 1 < argc; i += 2) {
-        if (!strcmp(argv[i], "--threads")) threads = atoi(argv[i + 1]);
-        else if (!strcmp(argv[i], "--only")) only = argv[i + 1];
-        else if (!strcmp(argv[i], "--rounds") && atoi(argv[i + 1]) > 0) rounds = atoi(argv[i + 1]) < 99 ? atoi(argv[i + 1]) : 99;
-        else argc = 2;
-    }
-    if (argc % 2 == 0) {
-        fprintf(stderr, "usage: bench [--threads N] [--only TEXT] [--rounds N]\n");
-        return 2;
-    }
-    ctx = metala_open(NULL, threads);
-    if (!ctx) return 1;
-    be = metala_context_backend(ctx);
-    big = be->alloc(BIG * sizeof *big);
-    c.tokens = calloc(1 << 16, sizeof *c.tokens);
-    uint64_t random = 1;
-    for (size_t i = 0; i < sizeof c.x / sizeof *c.x; i++)
-        if ((c.x[i] = be->alloc(ROOM * sizeof(real))) != NULL)
-            for (size_t j = 0; j < ROOM; j++) c.x[i][j] = (real)metala_uniform(&random);
-    if (!big || !c.tokens || !c.x[11]) {
-        fprintf(stderr, "bench: out of memory, 1.1 GB are needed\n");
-        return 1;
-    }
+static const size_t cpu_products[][2] = {{256, 256}, {512, 512}, {1024, 1024}, {2048, 2048}, {256, 2048}, {2048, 256},
+                                         {704, 256}, {1408, 512}};
+static const size_t cpu_scans[][5] = {{8, 256, 4, 32, 64}, {4, 256, 8, 32, 64}, {1, 1024, 8, 64, 128}, {1, 16384, 8, 64, 128}};
+static const size_t gpu_products[][2] = {{512, 1024}, {1024, 1024}, {2816, 1024}, {1024, 2816}, {4096, 4096}};
+static const size_t gpu_scans[][5] = {{8, 2048, 8, 64, 128}, {8, 2048, 8, 128, 256}, {1, 16384, 8, 64, 128}};
+#define LIST(x) x, sizeof(x) / sizeof *(x)
+
+static void large_product(void *p) { call_data *c = p; be->matmul_forward(ctx, c->x[0], c->x[1], c->x[2], NULL, part(8192), part(8192), part(8192)); }
+static void large_copy(void *p) { call_data *c = p; be->copy(ctx, c->x[0], c->x[1], room * sizeof(real)); }
+
+static void measure_gpu(call_data *c) {
+    double n = (double)part(8192);
+    peak = 2 * n * n * n / median_time(large_product, c) * 1e-9;
+    bandwidth = 2.0 * (double)room * sizeof(real) / median_time(large_copy, c) * 1e-9;
+}
+
+static void bench_gpu(call_data *c) {
+    measure_gpu(c);
+    printf("%s: %.1f GFLOP/s in a product of %zu x %zu, %.1f GB/s in a copy\n\n", be->name, peak, part(8192), part(8192),
+           bandwidth);
+    printf("%-22s %-28s %10s %8s %17s\n", "kernel", "shape", "time", "rate", "of the limit");
+    bench_matmul(c, part(16384), LIST(gpu_products));
+    bench_matmul(c, 1, LIST(gpu_products));
+    bench_scan(c, LIST(gpu_scans));
+    bench_kernels(c, 8, part(2048), divide > 1 ? 128 : 1024, part(32000));
+    measure_gpu(c);
+    printf("\nat the end: %.1f GFLOP/s, %.1f GB/s\n", peak, bandwidth);
+}
+
+static void bench_cpu(call_data *c) {
     memset(big, 1, BIG * sizeof *big);
     peak = 2.0 * 12 * CHAIN * LANES * metala_context_threads(ctx) / median_time(run_chains, NULL) * 1e-9;
     bandwidth = (double)BIG * sizeof *big / median_time(run_reads, NULL) * 1e-9;
     printf("%d threads, vectors of %d bytes: %.1f GFLOP/s of multiply-adds in registers, %.1f GB/s read from memory\n\n",
            metala_context_threads(ctx), (int)VEC_BYTES, peak, bandwidth);
     printf("%-22s %-28s %10s %8s %17s\n", "kernel", "shape", "time", "rate", "of the limit");
-    bench_matmul(&c);
-    bench_scan(&c);
-    bench_kernels(&c);
+    bench_matmul(c, 1536, LIST(cpu_products));
+    bench_scan(c, LIST(cpu_scans));
+    bench_kernels(c, 8, 512, 512, 8192);
     printf("\nat the end: %.1f GFLOP/s, ", 2.0 * 12 * CHAIN * LANES * metala_context_threads(ctx) / median_time(run_chains, NULL) * 1e-9);
     printf("%.1f GB/s\n", (double)BIG * sizeof *big / median_time(run_reads, NULL) * 1e-9);
+}
+
+int main(int argc, char **argv) {
+    int threads = 0, math = METALA_EXACT;
+    char why[300];
+    call_data c = {0};
+    for (int i = 1; i + 1 < argc; i += 2) {
+        if (!strcmp(argv[i], "--threads")) threads = atoi(argv[i + 1]);
+        else if (!strcmp(argv[i], "--only")) only = argv[i + 1];
+        else if (!strcmp(argv[i], "--rounds") && atoi(argv[i + 1]) > 0) rounds = atoi(argv[i + 1]) < 99 ? atoi(argv[i + 1]) : 99;
+        else if (!strcmp(argv[i], "--device") && (!strcmp(argv[i + 1], "cpu") || !strcmp(argv[i + 1], "cuda")))
+            on_gpu = argv[i + 1][1] == 'u';
+        else if (!strcmp(argv[i], "--math") && (!strcmp(argv[i + 1], "tf32") || !strcmp(argv[i + 1], "bf16")))
+            math = argv[i + 1][0] == 't' ? METALA_TF32 : METALA_BFLOAT16;
+        else if (!strcmp(argv[i], "--divide") && atoi(argv[i + 1]) > 0) divide = (size_t)atoi(argv[i + 1]);
+        else if (strcmp(argv[i], "--math") || strcmp(argv[i + 1], "exact")) argc = 2;
+    }
+    if (argc % 2 == 0) {
+        fprintf(stderr, "usage: bench [--threads N] [--only TEXT] [--rounds N] [--device cpu|cuda] [--math exact|tf32|bf16]"
+                        " [--divide N]\n");
+        return 2;
+    }
+    be = on_gpu ? metala_cuda((metala_math)math, why, sizeof why) : metala_cpu();
+    if (!be) {
+        fprintf(stderr, "bench: --device cuda: %s\n", why);
+        return 1;
+    }
+    ctx = metala_open(be, threads);
+    if (!ctx) return 1;
+    if (on_gpu) room = part((size_t)1 << 26);
+    if (room < 1 << 21) room = 1 << 21;
+    big = malloc(BIG * sizeof *big);
+    c.tokens = be->alloc((1 << 16) * sizeof *c.tokens);
+    uint64_t random = 1;
+    for (size_t i = 0; big && i < room; i++) big[i] = (real)metala_uniform(&random);
+    for (size_t i = 0; i < sizeof c.x / sizeof *c.x && big; i++)
+        if ((c.x[i] = be->alloc(room * sizeof(real))) != NULL) be->upload(ctx, c.x[i], big, room * sizeof(real));
+    if (!big || !c.tokens || !c.x[11]) {
+        fprintf(stderr, "bench: out of memory, %.1f GB are needed\n", (12.0 * (double)room + BIG) * sizeof(real) / 1e9);
+        return 1;
+    }
+    if (on_gpu) bench_gpu(&c);
+    else bench_cpu(&c);
     for (size_t i = 0; i < sizeof c.x / sizeof *c.x; i++) be->free(c.x[i]);
-    be->free(big);
-    free(c.tokens);
+    free(big);
+    be->free(c.tokens);
     metala_close(ctx);
     return 0;
 }

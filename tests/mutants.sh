@@ -1,40 +1,44 @@
 #!/bin/sh
-# Do the tests bite? Plants each fault of mutants.txt in a copy of metala.c, builds, and requires that ./test fails.
+# Do the tests bite? Plants each fault of a list in a copy of a source file, builds, and requires that the checks fail.
 #
 #   tests/mutants.sh [COUNT]       all faults, or COUNT of them, evenly spread;  CC and CFLAGS from the environment
 #   ONLY="text" tests/mutants.sh   those whose name contains the text
+#   SOURCE=file LIST=list BUILD=command CHECK=command tests/mutants.sh       another file than metala.c: the command BUILD
+#       makes $dir/test of $dir/file, and CHECK, which runs in $dir, fails when the fault is noticed (make cuda-mutants)
 #
 # Two faults are tried at a time (JOBS=2). Exit status 0 when every fault was noticed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CFLAGS=${CFLAGS:--std=c99 -O1} JOBS=${JOBS:-2}
-work=build/mutants
+SOURCE=${SOURCE:-metala.c} LIST=${LIST:-tests/mutants.txt}
+BUILD=${BUILD:-'$CC $CFLAGS -I. -o "$dir/test" test.c "$dir/$SOURCE" -lm'} CHECK=${CHECK:-./test --stop}
+work=build/mutants-$SOURCE
 rm -rf "$work"
 mkdir -p "$work"
 
-try() {                                  # in the folder of one fault: 0 when the tests noticed it
-    if ! $CC $CFLAGS -I. -o "$1/test" test.c "$1/metala.c" -lm > "$1/log" 2>&1; then echo "does not compile" > "$1/result"
-    elif (cd "$1" && timeout "${LIMIT:-900}" ./test --stop > log 2>&1); then echo "NOT NOTICED" > "$1/result"
+try() {                                  # in the folder of one fault: writes to `result` what the tests say about it
+    if ! (dir=$1; eval "$BUILD") > "$1/log" 2>&1; then echo "does not compile" > "$1/result"
+    elif (cd "$1" && timeout "${LIMIT:-900}" sh -c "$CHECK" > log 2>&1); then echo "NOT NOTICED" > "$1/result"
     else
-        tail -n 60 "$1/log" | grep -a -m 1 -E 'FAILED|Sanitizer|runtime error' | cut -c 1-100 > "$1/result"
+        tail -n 60 "$1/log" | grep -a -m 1 -E 'FAILED|Sanitizer|runtime error|cuda_on_cpu' | cut -c 1-100 > "$1/result"
         [ -s "$1/result" ] || echo "crashed" > "$1/result"
     fi
     rm -f "$1/test"
 }
 
 mkdir -p "$work/000"                     # without a fault they must pass, or noticing one would mean nothing
-cp metala.c "$work/000/metala.c"
+cp "$SOURCE" "$work/000/$SOURCE"
 try "$work/000"
 [ "$(cat "$work/000/result")" = "NOT NOTICED" ] || { echo "the tests fail without any fault: $(cat "$work/000/result")"; exit 1; }
 rm -r "$work/000"
 
-# One folder for each fault: its name, and metala.c with the fault in it.
-awk -v work="$work" -v count="${1:-0}" -v only="${ONLY:-}" '
+# One folder for each fault: its name, and the source with the fault in it.
+awk -v work="$work" -v what="$SOURCE" -v list="$LIST" -v count="${1:-0}" -v only="${ONLY:-}" '
     function plant(   i, at, hits, folder, file) {
         for (i = 1; i <= lines; i++) if (index(source[i], old)) { hits++; at = i }
-        if (hits != 1) { printf "mutants.txt: \"%s\": its text stands on %d lines of metala.c, must be 1\n", name, hits; bad = 1; exit }
+        if (hits != 1) { printf "%s: \"%s\": its text stands on %d lines of %s, must be 1\n", list, name, hits, what; bad = 1; exit }
         folder = work "/" sprintf("%03d", number)
-        file = folder "/metala.c"
+        file = folder "/" what
         system("mkdir -p " folder)
         print name > (folder "/name")
         for (i = 1; i <= lines; i++)
@@ -58,7 +62,7 @@ awk -v work="$work" -v count="${1:-0}" -v only="${ONLY:-}" '
             plant()
             if (bad) exit 1
         }
-    }' metala.c tests/mutants.txt || exit 1
+    }' "$SOURCE" "$LIST" || exit 1
 
 noticed=0 missed=0 running=0
 for folder in "$work"/*/; do

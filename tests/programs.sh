@@ -459,6 +459,17 @@ if grep -q openmp "$root/build/flags" 2> /dev/null || train --bench $tiny --thre
     has "train --threads 3 starts 3" out "3 threads"
 else has "train --threads 3 without OpenMP: one" out "1 thread"; fi
 
+# Without a GPU, or a build for one, the CPU does it and says why; with one, the line says so.
+works "train --device cpu" train --bench $tiny --device cpu
+has "train --device cpu is the default" out "1 thread"
+for math in exact tf32 bf16; do
+    works "train --device cuda --math $math" train --bench $tiny --device cuda --math $math
+    if [ -s err ]; then
+        has "train --device cuda, which is not there" err "--device cuda: " "going on with the CPU"
+        has "train --device cuda, which is not there: the CPU" out "1 thread"
+    else has "train --device cuda --math $math" out "cuda"; fi
+done
+
 train text.txt $six --layers 2 --out all.st > out 2> err
 train text.txt $six --layers 2 --checkpoint-layers --out kept.st > out 2> err
 for flag in "" --checkpoint-layers; do
@@ -618,6 +629,9 @@ fails 1 "c?d: cannot be opened" "train with a control character in a name" train
 fails 2 "got '2', expected a whole number from 0 to 1" "train --tie=2" train missing.txt --tie=2
 fails 2 "got 'sine', expected cosine|constant|linear" "train --schedule sine" train missing.txt --schedule sine
 fails 2 "got 'loop', expected chunkwise|recurrent|parallel" "train --form loop" train missing.txt --form loop
+fails 2 "got 'gpu', expected cpu|cuda" "train --device gpu" train missing.txt --device gpu
+fails 2 "got 'fast', expected exact|tf32|bf16" "train --math fast" train missing.txt --device cuda --math fast
+fails 2 "expected --device cuda" "train --math without a GPU" train missing.txt --math tf32
 fails 2 "got nothing, expected TEXT" "train --prompt with an empty text" train missing.txt --prompt ""
 fails 2 "got '1e3', expected a whole number" "train --width 1e3" train missing.txt --width 1e3
 fails 2 "got 'nan', expected a number" "train --learning-rate nan" train missing.txt --learning-rate nan
@@ -797,6 +811,11 @@ for form in chunkwise recurrent parallel; do
     quiet -n 60 --temperature 0 --form $form > out
     same_bytes "run --form $form: the same text" greedy out
 done
+quiet -n 60 --temperature 0 --device cpu > out
+same_bytes "run --device cpu: the same text" greedy out
+run m.st "One day" -q -n 60 --temperature 0 --threads 1 --device cuda --math exact > out 2> err
+if [ -s err ]; then has "run --device cuda, which is not there" err "--device cuda: " "going on with the CPU"; fi
+same_bytes "run --device cuda: the same text" greedy out
 run m.st "One day" -q -n 60 --temperature 0 --threads 2 > out
 same_bytes "run --threads 2: the same text" greedy out
 
@@ -1020,6 +1039,9 @@ fails 2 "unknown option --a?b" "run with a control character in an option" run "
 fails 1 "c?d: cannot be opened" "run with a control character in a name" run "$(printf 'c\033d')"
 fails 2 "--quiet: got '1', expected no value" "run --quiet=1" run m.st --quiet=1
 fails 2 "got 'loop', expected chunkwise, recurrent or parallel" "run --form loop" run m.st --form loop
+fails 2 "got 'gpu', expected cpu or cuda" "run --device gpu" run m.st --device gpu
+fails 2 "got 'fast', expected exact, tf32 or bf16" "run --math fast" run m.st --device cuda --math fast
+fails 2 "expected --device cuda" "run --math without a GPU" run m.st --math tf32
 fails 2 "got a prompt and --prompt-file" "run PROMPT --prompt-file" run m.st hello --prompt-file prompt.txt
 fails 2 "expected one of --chat, --info, --eval" "run --chat --info" run m.st --chat --info
 fails 2 "the prompt cannot be -" "run - --chat" run m.st - --chat

@@ -1,0 +1,2000 @@
+// cuda_metala.cu - the kernels of metala.c once more, for an NVIDIA GPU (compute capability 8.0 or newer).
+//
+// The file mirrors sections 2 to 6 of metala.c: the same functions in the same order under the same names, with the
+// same arguments, and the kernel behind `name` is called `name_kernel`. What a function computes stands above its twin
+// in metala.c; the comments here say how the work is shared out over threads. The model itself is not here: metala.c
+// calls whatever backend table its context has, and this file fills one.
+//
+// Contents
+//     1. Context: errors, memory, launches
+//     2. Scalar functions; sums over warps and blocks
+//     3. Matrix products
+//     4. The kernels around the scan
+//     5. The decay scan
+//     6. The backend table
+//
+// To write a kernel of your own, put it in place of one here and ask
+//
+//     make CUDA=1 && ./test --device cuda --kernel rms_forward       on a GPU
+//     make test-emu                                                  without one
+//
+// which compare it with its CPU twin on random and edge shapes. So that it also runs without a GPU, where
+// emulator/cuda_on_cpu.h makes every thread a fiber of the CPU, three conventions hold:
+//
+//     LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)      in place of kernel<<<...>>>(...)
+//     DYNAMIC_SHARED(type, name)                                           in place of extern __shared__ type name[]
+//     inline PTX only in the functions under "Instructions" below, one instruction each
+//
+// Bits: the order of every sum follows from the shapes alone. There are no atomics on floats; where blocks share a sum,
+// each leaves its part in scratch memory and a second kernel adds the parts in order.
+
+#include "metala.h"
+
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+
+#ifdef METALA_FLOAT64
+#error "the GPU's kernels compute in float: build without -DMETALA_FLOAT64"
+#endif
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#ifdef METALA_CUBLAS
+#include <cublas_v2.h>
+#endif
+#define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define DYNAMIC_SHARED(type, name)                                        \
+    extern __shared__ __align__(128) unsigned char name##_as_bytes[];     \
+    type *name = (type *)name##_as_bytes
+#endif
+
+// Hidden from other files, as `static` hides them in C; kernels of a template cannot be static.
+namespace {
+
+// ---- Instructions. One each, in the register layouts of the PTX ISA; the emulator has its own.
+
+#ifdef __CUDACC__
+// D += A B on tensor cores by a warp: D 16×8 in float, A 16×16 and B 16×8 in bfloat16, or 16×8 and 8×8 in tf32. With
+// g = lane/4, t = lane%4:  d[i] is row g + 8(i/2), column 2t + i%2;  tf32: a[r] is row g + 8(r%2), column t + 4(r/2),
+// b[r] row t + 4r, column g;  bfloat16: two to a register, columns 2t + 8(r/2) and the next of A, rows 2t + 8r of B.
+__device__ __forceinline__ void mma_bf16(float *d, const unsigned *a, const unsigned *b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_tf32(float *d, const unsigned *a, const unsigned *b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                 "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// A float rounded to tf32, 10 bits of fraction.
+__device__ __forceinline__ unsigned to_tf32(float x) {
+    unsigned u;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(u) : "f"(x));
+    return u;
+}
+// Four matrices of 8 rows of 16 bytes each: lane 8m + i points to row i of matrix m, and r[m] becomes the t-th four
+// bytes of its row g.
+__device__ __forceinline__ void ldmatrix_x4(unsigned *r, const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
+}
+// Copies from global to shared memory that the thread does not wait for; zeros when not `real`. copy_commit makes a
+// group of those so far, copy_wait<n> waits until at most the last n groups are on their way.
+__device__ __forceinline__ void copy16_async(void *shared, const void *global, bool real) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(global), "r"(real ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy4_async(void *shared, const void *global, bool real) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(global), "r"(real ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+#endif
+
+// ============================================================== 1. Context: errors, memory, launches
+
+enum { WARP = 32, THREADS = 256, WARPS = THREADS / WARP };       // of a block, unless a kernel says otherwise
+
+// Values of cudaError_t that have an advice of their own.
+enum { OUT_OF_MEMORY = 2, OLD_DRIVER = 35, NO_DEVICE = 100, NO_IMAGE = 209, ILLEGAL_ADDRESS = 700,
+       LAUNCH_FAILED = 719 };
+
+const char *advice(int error) {
+    switch (error) {
+    case OUT_OF_MEMORY: return "try a smaller batch, context or model";
+    case OLD_DRIVER: return "there is no NVIDIA driver, or it is older than this program's CUDA: install or update it";
+    case NO_DEVICE: return "nvidia-smi lists the GPUs; CUDA_VISIBLE_DEVICES hides them";
+    case NO_IMAGE: return "build again with the CUDA_ARCH of this GPU, as in make CUDA=1 CUDA_ARCH=90";
+    case ILLEGAL_ADDRESS:
+    case LAUNCH_FAILED: return "compute-sanitizer names the kernel, as does CUDA_LAUNCH_BLOCKING=1";
+    default: return "CUDA_LAUNCH_BLOCKING=1 shows which call it was";
+    }
+}
+
+// Marks the context when a call of the runtime has failed; true when all is well.
+bool check(metala_context *ctx, cudaError_t error, const char *what, const char *file, int line) {
+    if (error == cudaSuccess) return true;
+    cudaGetLastError();                                          // the error is reported, so it is over, if it can be
+    metala_context_fail(ctx, "%s:%d: %s: CUDA error %d, %s; %s", file, line, what, (int)error,
+                        cudaGetErrorString(error), advice((int)error));
+    return false;
+}
+#define CHECK(call) check(ctx, call, #call, __FILE__, __LINE__)
+
+void *cuda_alloc(size_t bytes) {
+    void *memory = NULL;
+    if (cudaMalloc(&memory, bytes ? bytes : 1) != cudaSuccess || cudaMemset(memory, 0, bytes) != cudaSuccess) {
+        cudaGetLastError();                                      // the caller says what was wanted
+        cudaFree(memory);
+        return NULL;
+    }
+    return memory;
+}
+
+void cuda_free(void *memory) { cudaFree(memory); }
+
+// Kernels and copies are in one stream and so in order; a copy to the host waits for all that came before it, and is
+// where an error inside a kernel shows. download of 0 bytes only waits.
+void cuda_upload(metala_context *ctx, void *to, const void *host, size_t bytes) {
+    if (bytes) CHECK(cudaMemcpy(to, host, bytes, cudaMemcpyHostToDevice));
+}
+void cuda_download(metala_context *ctx, void *host, const void *from, size_t bytes) {
+    if (bytes) CHECK(cudaMemcpy(host, from, bytes, cudaMemcpyDeviceToHost));
+    else CHECK(cudaDeviceSynchronize());
+}
+void cuda_copy(metala_context *ctx, void *to, const void *from, size_t bytes) {
+    if (bytes) CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, 0));
+}
+void cuda_zero(metala_context *ctx, void *memory, size_t bytes) {
+    if (bytes) CHECK(cudaMemsetAsync(memory, 0, bytes, 0));
+}
+
+// Memory for the duration of one call, as in metala.c; the context has it. Kernels of the next call may reuse it while
+// those of this one still wait in the stream: they run after them.
+float *scratch(metala_context *ctx, size_t floats) {
+    float *memory = (float *)metala_context_scratch(ctx, floats * sizeof(float));
+#ifndef __CUDACC__                                               // the emulator shows who reads what nobody wrote
+    if (memory) cudaMemset(memory, 0xFF, floats * sizeof(float));
+#endif
+    return memory;
+}
+
+struct extent {                                                  // of a grid, in blocks, before it is known to fit
+    size_t x, y, z;
+    extent(size_t x, size_t y = 1, size_t z = 1) : x(x), y(y), z(z) {}
+};
+
+// Does a launch keep to the limits of the GPU? A grid without blocks has nothing to do. More than 48 KB of shared
+// memory must be asked for, which fails when the GPU has less.
+template <class Kernel>
+bool fits(metala_context *ctx, Kernel *kernel, const char *name, extent grid, size_t shared, const char *file,
+          int line) {
+    if (!grid.x || !grid.y || !grid.z) return false;
+    if (grid.x > INT_MAX || grid.y > 65535 || grid.z > 65535) {
+        metala_context_fail(ctx, "%s:%d: %s needs a grid of %zu x %zu x %zu blocks, CUDA allows %d x 65535 x 65535;"
+                            " try a smaller batch or fewer heads", file, line, name, grid.x, grid.y, grid.z, INT_MAX);
+        return false;
+    }
+    if (shared <= 48 * 1024) return true;
+    if (shared <= INT_MAX &&
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) == cudaSuccess)
+        return true;
+    cudaGetLastError();
+    metala_context_fail(ctx, "%s:%d: %s needs %zu bytes of shared memory in a block, more than this GPU has; use more"
+                        " heads, so that each is smaller", file, line, name, shared);
+    return false;
+}
+
+// RUN(kernel, grid, block, shared bytes, arguments...): checks the limits, launches, checks the launch.
+#define RUN(kernel, grid, block, shared, ...)                                         \
+    do {                                                                              \
+        extent grid_ = grid;                                                          \
+        size_t shared_ = shared;                                                      \
+        if (fits(ctx, kernel, #kernel, grid_, shared_, __FILE__, __LINE__)) {         \
+            dim3 blocks_((unsigned)grid_.x, (unsigned)grid_.y, (unsigned)grid_.z);    \
+            LAUNCH(kernel, blocks_, block, shared_, 0, __VA_ARGS__);                  \
+            check(ctx, cudaGetLastError(), #kernel, __FILE__, __LINE__);              \
+        }                                                                             \
+    } while (0)
+
+__host__ __device__ constexpr size_t ceil_div(size_t n, size_t unit) { return n / unit + (n % unit != 0); }
+__host__ __device__ constexpr size_t least(size_t a, size_t b) { return a < b ? a : b; }
+__host__ __device__ constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Blocks for n independent numbers or rows. Each thread, or warp, takes one and then every so many further on, so that
+// the grid stays small whatever n is.
+size_t blocks_for(size_t n, size_t in_block) {
+    size_t blocks = ceil_div(n, in_block);
+    return blocks < 1 << 16 ? blocks : 1 << 16;
+}
+#define FOR_EACH(i, n) \
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (n); i += (size_t)gridDim.x * blockDim.x)
+#define FOR_EACH_ROW(row, rows) for (size_t row = blockIdx.x; row < (rows); row += gridDim.x)
+#define FOR_EACH_WARP(row, rows) \
+    for (size_t row = blockIdx.x * (size_t)WARPS + threadIdx.x / WARP; row < (rows); row += (size_t)gridDim.x * WARPS)
+
+// ============================================================== 2. Scalar functions; sums over warps and blocks
+
+// expf, log1pf and expm1f of the CUDA library are right to one or two units of the last place (no -use_fast_math).
+
+// σ(x) = 1/(1+e^-x), with the exponential of -|x|.
+__device__ float sigmoid(float x) {
+    float e = expf(-fabsf(x)), s = 1 / (1 + e);
+    return x < 0 ? e * s : s;
+}
+// log σ(z) = min(z,0) - log(1 + e^-|z|)
+__device__ float log_sigmoid(float z) { return (z < 0 ? z : 0) - log1pf(expf(-fabsf(z))); }
+// silu(x) = x σ(x) and its derivative σ(x)(1 + x(1 - σ(x))).
+__device__ float silu(float x) { return x * sigmoid(x); }
+__device__ float silu_slope(float x) {
+    float s = sigmoid(x);
+    return s * (1 + x * (1 - s));
+}
+
+const unsigned ALL_LANES = 0xFFFFFFFFu;
+
+// The sum over the 32 lanes of a warp, in every lane: pairs, then pairs of pairs, …
+template <class Number>
+__device__ Number warp_sum(Number x) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+
+// The sum over a block of THREADS, in every thread.
+template <class Number>
+__device__ Number block_sum(Number x) {
+    __shared__ Number part[WARPS];
+    x = warp_sum(x);
+    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = 0;
+    for (int warp = 0; warp < WARPS; warp++) x += part[warp];
+    __syncthreads();                                             // part may be written again
+    return x;
+}
+
+// to[i] (+)= Σ_p parts[p·stride + i] in order: the second stage of a sum that blocks share.
+__global__ void sum_parts_kernel(float *to, const float *parts, size_t count, size_t stride, size_t n, int accumulate) {
+    FOR_EACH(i, n) {
+        float sum = 0;
+        for (size_t p = 0; p < count; p++) sum += parts[p * stride + i];
+        to[i] = accumulate ? to[i] + sum : sum;
+    }
+}
+
+// ============================================================== 3. Matrix products
+
+// C = A B in float, on the ordinary multipliers. A block of 256 threads computes a TILE × TILE piece of C; for every 16
+// values of k it brings a strip of A and one of B to shared memory, and each thread multiplies an outer product of R
+// numbers of A with R of B, R = TILE/16, which stay in registers: 2R loads for R² multiply-adds. While it does, the
+// next strips are on their way from global memory.
+//
+//   A(i,k) = a[i·a_row + k·a_k]      B(k,j) = b.at(k,j)      bias [N] or NULL is added when C is not accumulated
+//   A_BY_K, B_BY_K: k is what is contiguous in memory, so that threads side by side must read k side by side
+//
+// gridDim.z > 1 shares out k: block z sums k from z·k_each on and leaves its part in c + z·M·N.
+
+enum { STRIP = 16 };
+
+// Which tile a block computes. Blocks that run at the same time should share operands, which then come from the cache:
+// a group of 8 tiles in height is gone through column by column.
+struct place { size_t i, j; };
+__device__ place place_of(size_t block, size_t M, size_t N, size_t tile) {
+    const size_t rows = ceil_div(M, tile), columns = ceil_div(N, tile), first = block / (8 * columns) * 8;
+    const size_t height = least(rows - first, 8), n = block - first * columns;
+    place p = {(first + n % height) * tile, n / height * tile};
+    return p;
+}
+
+struct real_weights {
+    const float *w;
+    size_t k_step, column_step;
+    __device__ float at(size_t k, size_t j) const { return w[k * k_step + j * column_step]; }
+    __device__ void four(float *to, size_t k, size_t j) const {  // k, k+1, k+2, k+3; 16 bytes, aligned
+        float4 x = *(const float4 *)(w + j * column_step + k);
+        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    }
+};
+
+// Quantized weights, W'[j][k] as metala.c explains them: the upper halves of floats, or scaled bytes.
+struct bfloat16_weights {
+    const uint16_t *w;
+    size_t in;
+    __device__ static float real(unsigned bits) { return __uint_as_float(bits << 16); }
+    __device__ float at(size_t k, size_t j) const { return real(w[j * in + k]); }
+    __device__ void four(float *to, size_t k, size_t j) const {
+        uint2 x = *(const uint2 *)(w + j * in + k);
+        to[0] = real(x.x & 0xFFFF), to[1] = real(x.x >> 16), to[2] = real(x.y & 0xFFFF), to[3] = real(x.y >> 16);
+    }
+};
+
+struct int8_weights {
+    const int8_t *q;
+    const float *scales;
+    size_t in, groups;
+    __device__ float at(size_t k, size_t j) const {
+        return scales[j * groups + k / METALA_GROUP] * (float)q[j * in + k];
+    }
+    __device__ void four(float *to, size_t k, size_t j) const {
+        unsigned x = *(const unsigned *)(q + j * in + k);
+        float s = scales[j * groups + k / METALA_GROUP];
+        for (int i = 0; i < 4; i++) to[i] = s * (float)(int8_t)(x >> 8 * i & 0xFF);
+    }
+};
+
+template <int TILE, bool A_BY_K, bool B_BY_K, class Weights>
+__global__ void __launch_bounds__(THREADS)
+matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weights b, const float *bias, size_t M,
+                       size_t N, size_t K, size_t k_each, int accumulate) {
+    enum { R = TILE / 16, PITCH = TILE + 4 };
+    alignas(16) __shared__ float a_strip[STRIP][PITCH], b_strip[STRIP][PITCH];
+    const unsigned thread = threadIdx.x, row = thread / 16 * 4, column = thread % 16 * 4;
+    const place tile = place_of(blockIdx.x, M, N, TILE);
+    const size_t i0 = tile.i, j0 = tile.j;
+    const size_t first = blockIdx.z * k_each, last = least(K, first + k_each);
+    float next_a[R], next_b[R], sum[R][R] = {};
+
+    auto fetch = [&](size_t k0) {
+#pragma unroll
+        for (int e = 0; e < R; e++) {
+            unsigned n = e * THREADS + thread;
+            size_t i = i0 + (A_BY_K ? n / STRIP : n % TILE), k = k0 + (A_BY_K ? n % STRIP : n / TILE);
+            next_a[e] = i < M && k < last ? a[i * a_row + k * a_k] : 0;
+            size_t j = j0 + (B_BY_K ? n / STRIP : n % TILE);
+            k = k0 + (B_BY_K ? n % STRIP : n / TILE);
+            next_b[e] = j < N && k < last ? b.at(k, j) : 0;
+        }
+    };
+    fetch(first);
+    for (size_t k0 = first; k0 < last; k0 += STRIP) {
+#pragma unroll
+        for (int e = 0; e < R; e++) {
+            unsigned n = e * THREADS + thread;
+            a_strip[A_BY_K ? n % STRIP : n / TILE][A_BY_K ? n / STRIP : n % TILE] = next_a[e];
+            b_strip[B_BY_K ? n % STRIP : n / TILE][B_BY_K ? n / STRIP : n % TILE] = next_b[e];
+        }
+        __syncthreads();
+        if (k0 + STRIP < last) fetch(k0 + STRIP);
+#pragma unroll
+        for (int k = 0; k < STRIP; k++) {
+            float x[R], y[R];
+#pragma unroll
+            for (int e = 0; e < R; e += 4) {                     // rows row…row+3, and 64 further on
+                float4 p = *(const float4 *)&a_strip[k][row + 16 * e];
+                float4 q = *(const float4 *)&b_strip[k][column + 16 * e];
+                x[e] = p.x, x[e + 1] = p.y, x[e + 2] = p.z, x[e + 3] = p.w;
+                y[e] = q.x, y[e + 1] = q.y, y[e + 2] = q.z, y[e + 3] = q.w;
+            }
+#pragma unroll
+            for (int i = 0; i < R; i++)
+#pragma unroll
+                for (int j = 0; j < R; j++) sum[i][j] += x[i] * y[j];
+        }
+        __syncthreads();
+    }
+    float *to = c + blockIdx.z * M * N;
+    bool whole = gridDim.z == 1;
+#pragma unroll
+    for (int i = 0; i < R; i++)
+#pragma unroll
+        for (int j = 0; j < R; j++) {
+            size_t at_i = i0 + row + 64 * (i / 4) + i % 4, at_j = j0 + column + 64 * (j / 4) + j % 4;
+            if (at_i < M && at_j < N) {
+                float start = !whole ? 0 : accumulate ? to[at_i * N + at_j] : bias ? bias[at_j] : 0;
+                to[at_i * N + at_j] = start + sum[i][j];
+            }
+        }
+}
+
+// C = start + Σ_z parts[z], where the start is C itself, the bias, or 0.
+__global__ void sum_splits_kernel(float *c, const float *parts, const float *bias, size_t splits, size_t M, size_t N,
+                                  int accumulate) {
+    FOR_EACH(i, M * N) {
+        float sum = accumulate ? c[i] : bias ? bias[i % N] : 0;
+        for (size_t z = 0; z < splits; z++) sum += parts[z * M * N + i];
+        c[i] = sum;
+    }
+}
+
+// A long sum with few tiles, as dW has, is cut into parts so that the GPU is full: about 128 blocks, and at least 512
+// values of k each. Only the shape decides, or the bits would differ from GPU to GPU.
+size_t splits_of(size_t tiles, size_t K) {
+    size_t most = K / 512, wanted = tiles < 128 ? 128 / tiles : 1, splits = wanted < most ? wanted : most;
+    return splits ? splits : 1;
+}
+
+// ---- The same on tensor cores, with operands rounded to tf32 or bfloat16 on their way from shared memory to
+// registers, and sums in float. A tile of 128 × 128 by 8 warps of 64 × 32 each; strips of 32 values of k come by
+// asynchronous copies, two of them on their way while the third is used.
+//
+//   A(i,k) = a[i·a_step + k] when A_BY_K, else a[k·a_step + i]
+//   B(k,j) = b[j·b_step + k] when B_BY_K, else b[k·b_step + j]
+//   EACH: numbers of one copy, 4 when all rows start at multiples of 16 bytes, else 1
+//
+// A strip lies in shared memory as it does in global memory: rows of k with 4 numbers of padding, or rows of i with 8,
+// so that the lanes of a warp read from different banks. Where k is contiguous, ldmatrix moves four 8×4 pieces of
+// floats.
+
+enum { TENSOR_TILE = 128, TENSOR_STRIP = 32, STAGES = 3, PITCH_BY_K = TENSOR_STRIP + 4, PITCH = TENSOR_TILE + 8,
+       STRIP_FLOATS = TENSOR_TILE * PITCH_BY_K };
+static_assert(TENSOR_STRIP * PITCH <= STRIP_FLOATS, "either kind of strip has room");
+
+template <bool BY_K, int EACH>
+__device__ void copy_strip(float *strip, const float *x, size_t step, size_t i0, size_t rows, size_t k0, size_t last) {
+    enum { ROW = (BY_K ? TENSOR_STRIP : TENSOR_TILE) / EACH };       // copies of a row
+    for (unsigned n = threadIdx.x; n < TENSOR_TILE * TENSOR_STRIP / EACH; n += THREADS) {
+        unsigned i = BY_K ? n / ROW : n % ROW * EACH, k = BY_K ? n % ROW * EACH : n / ROW;
+        bool real = i0 + i < rows && k0 + k < last;
+        const float *from = !real ? x : BY_K ? x + (i0 + i) * step + k0 + k : x + (k0 + k) * step + i0 + i;
+        float *to = strip + (BY_K ? i * PITCH_BY_K + k : k * PITCH + i);
+        if (EACH == 4) copy16_async(to, from, real);
+        else copy4_async(to, from, real);
+    }
+}
+
+// 16 rows and 8 values of k: r[e] is row g + 8(e%2), k t + 4(e/2).
+template <bool BY_K>
+__device__ void load_rows(unsigned *r, const float *strip, unsigned row, unsigned k) {
+    const unsigned lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    if (BY_K) ldmatrix_x4(r, strip + (row + lane % 16) * PITCH_BY_K + k + lane / 16 * 4);
+    else
+#pragma unroll
+        for (unsigned e = 0; e < 4; e++)
+            r[e] = __float_as_uint(strip[(k + t + e / 2 * 4) * PITCH + row + g + e % 2 * 8]);
+}
+
+// Two floats as bfloat16 in one register, the first in the lower half.
+__device__ unsigned pack(float first, float second) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+    return (unsigned)__bfloat16_as_ushort(both.y) << 16 | __bfloat16_as_ushort(both.x);
+}
+__device__ unsigned pack(unsigned first, unsigned second) {
+    return pack(__uint_as_float(first), __uint_as_float(second));
+}
+
+template <metala_math MATH, bool A_BY_K, bool B_BY_K, int EACH>
+__global__ void __launch_bounds__(THREADS)
+tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, size_t b_step, const float *bias,
+                       size_t M, size_t N, size_t K, size_t k_each, int accumulate) {
+    DYNAMIC_SHARED(float, memory);
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp / 4 * 64, column = warp % 4 * 32;
+    const place tile = place_of(blockIdx.x, M, N, TENSOR_TILE);
+    const size_t i0 = tile.i, j0 = tile.j;
+    const size_t first = blockIdx.z * k_each, last = least(K, first + k_each);
+    const size_t steps = ceil_div(last - first, TENSOR_STRIP);
+    float sum[4][4][4] = {};                                         // 16 × 8 pieces
+
+    auto copy = [&](size_t step) {                                   // an empty group beyond the end keeps the count
+        float *to = memory + step % STAGES * 2 * STRIP_FLOATS;
+        size_t k0 = first + step * TENSOR_STRIP;
+        if (step < steps) {
+            copy_strip<A_BY_K, EACH>(to, a, a_step, i0, M, k0, last);
+            copy_strip<B_BY_K, EACH>(to + STRIP_FLOATS, b, b_step, j0, N, k0, last);
+        }
+        copy_commit();
+    };
+    for (size_t step = 0; step < STAGES - 1; step++) copy(step);
+    for (size_t step = 0; step < steps; step++) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();                                             // this strip is there for all, the last one is free
+        copy(step + STAGES - 1);
+        const float *of_a = memory + step % STAGES * 2 * STRIP_FLOATS, *of_b = of_a + STRIP_FLOATS;
+#pragma unroll
+        for (unsigned k = 0; k < TENSOR_STRIP; k += 16) {
+            unsigned x[4][2][4], y[2][2][4];                         // [piece][half of k][register]
+#pragma unroll
+            for (unsigned half = 0; half < 2; half++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) load_rows<A_BY_K>(x[i][half], of_a, row + 16 * i, k + 8 * half);
+#pragma unroll
+                for (int j = 0; j < 2; j++) load_rows<B_BY_K>(y[j][half], of_b, column + 16 * j, k + 8 * half);
+            }
+            // Registers e and e + 2 of a piece are the same row at k t and t + 4. For bfloat16 they go to the two
+            // halves of one register, which multiply with each other whatever k they are called.
+            if (MATH == METALA_BFLOAT16) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const unsigned e = j % 2, (*of_y)[4] = y[j / 2];
+                    const unsigned in_b[2] = {pack(of_y[0][e], of_y[0][e + 2]), pack(of_y[1][e], of_y[1][e + 2])};
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const unsigned in_a[4] = {pack(x[i][0][0], x[i][0][2]), pack(x[i][0][1], x[i][0][3]),
+                                                  pack(x[i][1][0], x[i][1][2]), pack(x[i][1][1], x[i][1][3])};
+                        mma_bf16(sum[i][j], in_a, in_b);
+                    }
+                }
+            } else {
+#pragma unroll
+                for (unsigned half = 0; half < 2; half++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        unsigned in_a[4];
+#pragma unroll
+                        for (int e = 0; e < 4; e++) in_a[e] = to_tf32(__uint_as_float(x[i][half][e]));
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            const unsigned *of_y = y[j / 2][half];
+                            const unsigned in_b[2] = {to_tf32(__uint_as_float(of_y[j % 2])),
+                                                      to_tf32(__uint_as_float(of_y[j % 2 + 2]))};
+                            mma_tf32(sum[i][j], in_a, in_b);
+                        }
+                    }
+            }
+        }
+    }
+    float *to = c + blockIdx.z * M * N;
+    const bool whole = gridDim.z == 1;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                size_t at_i = i0 + row + 16 * i + lane / 4 + e / 2 * 8, at_j = j0 + column + 8 * j + lane % 4 * 2 + e % 2;
+                if (at_i < M && at_j < N) {
+                    float start = !whole ? 0 : accumulate ? to[at_i * N + at_j] : bias ? bias[at_j] : 0;
+                    to[at_i * N + at_j] = start + sum[i][j][e];
+                }
+            }
+}
+
+// ---- C = A B, or C += A B; operands as above.
+template <bool A_BY_K, bool B_BY_K, class Weights>
+void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row, size_t a_k, Weights b,
+                     const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+    if (M == 0 || N == 0) return;
+    bool large = ceil_div(M, 128) * ceil_div(N, 128) >= 64;      // enough tiles of 128 to go around
+    size_t tile = large ? 128 : 64, splits = splits_of(ceil_div(M, tile) * ceil_div(N, tile), K);
+    size_t k_each = round_up(ceil_div(K, splits), STRIP);
+    splits = K ? ceil_div(K, k_each) : 1;
+    float *to = splits > 1 ? scratch(ctx, splits * M * N) : c;
+    if (!to) return;
+    extent grid(ceil_div(M, tile) * ceil_div(N, tile), 1, splits);
+    if (large) RUN((matrix_multiply_kernel<128, A_BY_K, B_BY_K, Weights>), grid, THREADS, 0, to, a, a_row, a_k, b, bias,
+                   M, N, K, k_each, accumulate);
+    else RUN((matrix_multiply_kernel<64, A_BY_K, B_BY_K, Weights>), grid, THREADS, 0, to, a, a_row, a_k, b, bias, M, N,
+             K, k_each, accumulate);
+    if (splits > 1)
+        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
+}
+
+template <metala_math MATH, bool A_BY_K, bool B_BY_K>
+void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
+                     const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+    if (M == 0 || N == 0) return;
+    size_t splits = splits_of(ceil_div(M, TENSOR_TILE) * ceil_div(N, TENSOR_TILE), K);
+    size_t k_each = round_up(ceil_div(K, splits), TENSOR_STRIP), shared = STAGES * 2 * STRIP_FLOATS * sizeof(float);
+    splits = K ? ceil_div(K, k_each) : 1;
+    float *to = splits > 1 ? scratch(ctx, splits * M * N) : c;
+    if (!to) return;
+    extent grid(ceil_div(M, TENSOR_TILE) * ceil_div(N, TENSOR_TILE), 1, splits);
+    if (a_step % 4 == 0 && b_step % 4 == 0 && (uintptr_t)a % 16 == 0 && (uintptr_t)b % 16 == 0)
+        RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 4>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M,
+            N, K, k_each, accumulate);
+    else
+        RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 1>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M,
+            N, K, k_each, accumulate);
+    if (splits > 1)
+        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
+}
+
+#ifdef METALA_CUBLAS
+// ---- The same by the library of the CUDA Toolkit (make CUDA=1 CUBLAS=1), to compare with. Its handle is the one thing
+// in this file that outlives a call: each thread makes its own and keeps it.
+__global__ void start_rows_kernel(float *c, const float *bias, size_t M, size_t N) {
+    FOR_EACH(i, M * N) c[i] = bias[i % N];
+}
+template <metala_math MATH, bool A_BY_K, bool B_BY_K>
+void library_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
+                      const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+    static thread_local cublasHandle_t handle = NULL;
+    const float one = 1, start = accumulate || bias ? 1.0f : 0.0f;
+    if (M == 0 || N == 0) return;
+    if (M > INT_MAX || N > INT_MAX || K > INT_MAX || a_step > INT_MAX || b_step > INT_MAX) {
+        metala_context_fail(ctx, "%s:%d: cuBLAS takes sizes up to %d; use a smaller batch", __FILE__, __LINE__,
+                            INT_MAX);
+        return;
+    }
+    if (bias) RUN(start_rows_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, bias, M, N);
+    cublasStatus_t status = handle ? CUBLAS_STATUS_SUCCESS : cublasCreate(&handle);
+    // Its matrices are stored by columns: our C is its Cᵀ = Bᵀ Aᵀ.
+    if (status == CUBLAS_STATUS_SUCCESS)
+        status = cublasGemmEx(handle, B_BY_K ? CUBLAS_OP_T : CUBLAS_OP_N, A_BY_K ? CUBLAS_OP_N : CUBLAS_OP_T, (int)N,
+                              (int)M, (int)K, &one, b, CUDA_R_32F, (int)(b_step ? b_step : 1), a, CUDA_R_32F,
+                              (int)(a_step ? a_step : 1), &start, c, CUDA_R_32F, (int)N,
+                              MATH == METALA_TF32       ? CUBLAS_COMPUTE_32F_FAST_TF32
+                              : MATH == METALA_BFLOAT16 ? CUBLAS_COMPUTE_32F_FAST_16BF
+                                                        : CUBLAS_COMPUTE_32F_PEDANTIC,
+                              CUBLAS_GEMM_DEFAULT);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        metala_context_fail(ctx, "%s:%d: cuBLAS error %d, %s; build without CUBLAS=1", __FILE__, __LINE__, (int)status,
+                            cublasGetStatusString(status));
+}
+#endif
+
+// C = A B, or C += A B, of tensors in float, the way that MATH says.
+template <metala_math MATH, bool A_BY_K, bool B_BY_K>
+void multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
+              const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+#ifdef METALA_CUBLAS
+    library_multiply<MATH, A_BY_K, B_BY_K>(ctx, c, a, a_step, b, b_step, bias, M, N, K, accumulate);
+#else
+    real_weights weights = {b, B_BY_K ? 1 : b_step, B_BY_K ? b_step : 1};
+    if constexpr (MATH != METALA_EXACT)
+        tensor_multiply<MATH, A_BY_K, B_BY_K>(ctx, c, a, a_step, b, b_step, bias, M, N, K, accumulate);
+    else
+        matrix_multiply<A_BY_K, B_BY_K>(ctx, c, a, A_BY_K ? a_step : 1, A_BY_K ? 1 : a_step, weights, bias, M, N, K,
+                                        accumulate);
+#endif
+}
+
+// y = x Wᵀ + bias for a few rows of x, as in generation: memory is the limit, each weight is read once. A warp for each
+// output; FOUR: all rows of x and W start at multiples of 4 numbers and are read four at a time.
+enum { FEW_ROWS = 4 };
+template <bool FOUR, class Weights>
+__global__ void matmul_few_rows_kernel(float *y, const float *x, Weights w, const float *bias, size_t rows, size_t out,
+                                       size_t in) {
+    enum { EACH = FOUR ? 4 : 1 };
+    FOR_EACH_WARP(o, out) {
+        float sum[FEW_ROWS] = {};
+        for (size_t k = threadIdx.x % WARP * EACH; k < in; k += WARP * EACH) {
+            float weight[EACH];
+            if (FOUR) w.four(weight, k, o);
+            else weight[0] = w.at(k, o);
+#pragma unroll
+            for (size_t row = 0; row < FEW_ROWS; row++)
+                if (row < rows)
+                    for (int e = 0; e < EACH; e++) sum[row] += x[row * in + k + e] * weight[e];
+        }
+#pragma unroll
+        for (size_t row = 0; row < FEW_ROWS; row++) {
+            float all = warp_sum(sum[row]);
+            if (row < rows && threadIdx.x % WARP == 0) y[row * out + o] = all + (bias ? bias[o] : 0);
+        }
+    }
+}
+
+template <class Weights>
+void matmul_few_rows(metala_context *ctx, float *y, const float *x, Weights w, const void *memory, const float *bias,
+                     size_t rows, size_t out, size_t in) {
+    if (in % 4 == 0 && (uintptr_t)memory % 16 == 0)
+        RUN((matmul_few_rows_kernel<true, Weights>), blocks_for(out, WARPS), THREADS, 0, y, x, w, bias, rows, out, in);
+    else
+        RUN((matmul_few_rows_kernel<false, Weights>), blocks_for(out, WARPS), THREADS, 0, y, x, w, bias, rows, out, in);
+}
+
+// Linear layer:  y = x Wᵀ + bias.    y (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
+template <metala_math MATH>
+void matmul_forward(metala_context *ctx, float *y, const float *x, const float *w, const float *bias, size_t rows,
+                    size_t out, size_t in) {
+    real_weights weights = {w, 1, in};
+    if (rows <= FEW_ROWS) matmul_few_rows(ctx, y, x, weights, w, bias, rows, out, in);
+    else multiply<MATH, true, true>(ctx, y, x, in, w, in, bias, rows, out, in, 0);
+}
+
+// sums[j] += Σ_row a[row][j], the gradient of a bias: strips of rows, then the strips.
+enum { ROWS_OF_STRIP = 64 };
+__global__ void column_sums_kernel(float *parts, const float *a, size_t rows, size_t columns) {
+    FOR_EACH(i, ceil_div(rows, ROWS_OF_STRIP) * columns) {
+        size_t strip = i / columns, j = i % columns, end = (strip + 1) * ROWS_OF_STRIP;
+        float sum = 0;
+        for (size_t row = strip * ROWS_OF_STRIP; row < rows && row < end; row++) sum += a[row * columns + j];
+        parts[i] = sum;
+    }
+}
+
+void add_column_sums(metala_context *ctx, float *sums, const float *a, size_t rows, size_t columns) {
+    size_t strips = ceil_div(rows, ROWS_OF_STRIP);
+    float *parts = scratch(ctx, strips * columns);
+    if (!parts) return;
+    RUN(column_sums_kernel, blocks_for(strips * columns, THREADS), THREADS, 0, parts, a, rows, columns);
+    RUN(sum_parts_kernel, blocks_for(columns, THREADS), THREADS, 0, sums, parts, strips, columns, columns, 1);
+}
+
+// dx = dy W (or dx += dy W)      dW += dyᵀ x      dbias += Σ_rows dy
+//   dx (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
+template <metala_math MATH>
+void matmul_backward(metala_context *ctx, float *dx, float *dw, float *dbias, const float *dy, const float *x,
+                     const float *w, size_t rows, size_t out, size_t in, int accumulate) {
+    if (dx) multiply<MATH, true, false>(ctx, dx, dy, out, w, in, NULL, rows, in, out, accumulate);
+    if (dw) multiply<MATH, false, false>(ctx, dw, dy, out, x, in, NULL, out, in, rows, 1);
+    if (dbias) add_column_sums(ctx, dbias, dy, rows, out);
+}
+
+// y = x W'ᵀ + bias of quantized weights.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16
+void matmul_quantized(metala_context *ctx, float *y, const float *x, const void *w, const float *scales,
+                      const float *bias, size_t rows, size_t out, size_t in) {
+    int8_weights bytes = {(const int8_t *)w, scales, in, ceil_div(in, METALA_GROUP)};
+    bfloat16_weights halves = {(const uint16_t *)w, in};
+    if (rows <= FEW_ROWS && scales) matmul_few_rows(ctx, y, x, bytes, w, bias, rows, out, in);
+    else if (rows <= FEW_ROWS) matmul_few_rows(ctx, y, x, halves, w, bias, rows, out, in);
+    else if (scales) matrix_multiply<true, true>(ctx, y, x, in, 1, bytes, bias, rows, out, in, 0);
+    else matrix_multiply<true, true>(ctx, y, x, in, 1, halves, bias, rows, out, in, 0);
+}
+
+// ============================================================== 4. The kernels around the scan
+
+// x_row = scale · E[token_row]          x (rows,D)   E [N,D]: a block for each row.
+__global__ void embedding_forward_kernel(float *x, const int *tokens, const float *E, size_t rows, size_t D,
+                                         float scale) {
+    FOR_EACH_ROW(row, rows) {
+        const float *from = E + (size_t)tokens[row] * D;
+        for (size_t d = threadIdx.x; d < D; d += THREADS) x[row * D + d] = scale * from[d];
+    }
+}
+void embedding_forward(metala_context *ctx, float *x, const int *tokens, const float *E, size_t rows, size_t D,
+                       double scale) {
+    RUN(embedding_forward_kernel, blocks_for(rows, 1), THREADS, 0, x, tokens, E, rows, D, (float)scale);
+}
+
+// dE[token] += scale · dx, but nothing for the padding token. A token may come often, and its rows are to be added in
+// order: block `row` looks whether an earlier row has the same token, in which case that one's block does the work;
+// otherwise it adds up all rows of the token. blockIdx.y: 256 columns each.
+__global__ void embedding_backward_kernel(float *dE, const float *dx, const int *tokens, size_t rows, size_t D,
+                                          float scale, int pad_token_id) {
+    __shared__ unsigned hits[WARPS];
+    const size_t row = blockIdx.x, d = blockIdx.y * (size_t)THREADS + threadIdx.x;
+    const int token = tokens[row];
+    bool first = token != pad_token_id;
+    for (size_t end = row; first && end > 0; end = end < THREADS ? 0 : end - THREADS)
+        first = !__syncthreads_or(threadIdx.x < end && tokens[end - 1 - threadIdx.x] == token);
+    float sum = first && d < D ? dE[(size_t)token * D + d] : 0;
+    for (size_t base = row; first && base < rows; base += THREADS) {
+        unsigned hit = __ballot_sync(ALL_LANES, base + threadIdx.x < rows && tokens[base + threadIdx.x] == token);
+        if (threadIdx.x % WARP == 0) hits[threadIdx.x / WARP] = hit;
+        __syncthreads();
+        for (int warp = 0; warp < WARPS && d < D; warp++)
+            for (int lane = 0; lane < WARP && hits[warp]; lane++)
+                if (hits[warp] >> lane & 1) sum += scale * dx[(base + warp * WARP + lane) * D + d];
+        __syncthreads();
+    }
+    if (first && d < D) dE[(size_t)token * D + d] = sum;
+}
+void embedding_backward(metala_context *ctx, float *dE, const float *dx, const int *tokens, size_t rows, size_t D,
+                        double scale, int pad_token_id) {
+    RUN(embedding_backward_kernel, extent(rows, ceil_div(D, THREADS)), THREADS, 0, dE, dx, tokens, rows, D,
+        (float)scale, pad_token_id);
+}
+
+// RMS norm:  n = m x r,  r = (mean_D(x²) + eps)^(-1/2)
+//   n, x (rows,D)   r (rows)   mask m (rows) of 0 and 1, or NULL: a warp for each row.
+__global__ void rms_forward_kernel(float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
+                                   float eps) {
+    FOR_EACH_WARP(row, rows) {
+        const float *in = x + row * D;
+        float sum = 0;
+        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) sum += in[d] * in[d];
+        float scale = 1 / sqrtf(warp_sum(sum) / (float)D + eps);
+        if (threadIdx.x % WARP == 0) r[row] = scale;
+        if (mask && !mask[row]) scale = 0;
+        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) n[row * D + d] = in[d] * scale;
+    }
+}
+void rms_forward(metala_context *ctx, float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
+                 double eps) {
+    RUN(rms_forward_kernel, blocks_for(rows, WARPS), THREADS, 0, n, r, x, mask, rows, D, (float)eps);
+}
+
+// dx += r (m dn - x̂ mean_D(m dn ⊙ x̂)),  x̂ = x r         dx, dn (rows,D)   r (rows): a warp for each row.
+__global__ void rms_backward_kernel(float *dx, const float *dn, const float *x, const float *r, const uint8_t *mask,
+                                    size_t rows, size_t D) {
+    FOR_EACH_WARP(row, rows) {
+        const float *in = x + row * D, *gradient = dn + row * D;
+        float scale = r[row], sum = 0;
+        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) sum += gradient[d] * in[d];
+        float mean = scale * warp_sum(sum) / (float)D;
+        if (!mask || mask[row])
+            for (size_t d = threadIdx.x % WARP; d < D; d += WARP)
+                dx[row * D + d] += scale * (gradient[d] - in[d] * scale * mean);
+    }
+}
+void rms_backward(metala_context *ctx, float *dx, const float *dn, const float *x, const float *r, const uint8_t *mask,
+                  size_t rows, size_t D) {
+    RUN(rms_backward_kernel, blocks_for(rows, WARPS), THREADS, 0, dx, dn, x, r, mask, rows, D);
+}
+
+// Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
+//   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read, NULL for zeros: a block for each row.
+__device__ float conv_input(const float *n, const float *tail, size_t b, size_t t, size_t j, size_t d, size_t T,
+                            size_t D) {
+    enum { REACH = METALA_CONV - 1 };
+    if (t + j >= REACH) return n[(b * T + t + j - REACH) * D + d];
+    return tail ? tail[(b * METALA_CONV + t + j + 1) * D + d] : 0;
+}
+
+__global__ void conv_forward_kernel(float *u, float *c, const float *n, const float *w, const float *tail, size_t B,
+                                    size_t T, size_t D) {
+    FOR_EACH_ROW(row, B * T) {
+        size_t t = row % T, b = row / T;
+        for (size_t d = threadIdx.x; d < D; d += THREADS) {
+            float sum = 0;
+            for (size_t j = 0; j < METALA_CONV; j++)
+                sum += w[d * METALA_CONV + j] * conv_input(n, tail, b, t, j, d, T, D);
+            c[row * D + d] = sum;
+            u[row * D + d] = silu(sum);
+        }
+    }
+}
+void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const float *w, const float *tail, size_t B,
+                  size_t T, size_t D) {
+    RUN(conv_forward_kernel, blocks_for(B * T, 1), THREADS, 0, u, c, n, w, tail, B, T, D);
+}
+
+// dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)
+// dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
+// A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of the next
+// three in registers, and leaves the run's part of dw in parts (runs,D,4).
+enum { RUN_TOKENS = 32 };
+__global__ void conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, const float *n,
+                                     const float *w, const float *tail, size_t B, size_t T, size_t D) {
+    const size_t runs = ceil_div(T, RUN_TOKENS);
+    FOR_EACH(i, B * runs * D) {
+        size_t d = i % D, b = i / D / runs, t0 = i / D % runs * RUN_TOKENS, end = least(T, t0 + RUN_TOKENS);
+        const float *taps = w + d * METALA_CONV;
+        float later[METALA_CONV] = {}, sum[METALA_CONV] = {};    // dc of t, t+1, t+2, t+3
+        for (size_t t = end + METALA_CONV - 1; t-- > t0;) {
+            size_t at = (b * T + t) * D + d;
+            later[3] = later[2], later[2] = later[1], later[1] = later[0];
+            later[0] = t < T ? du[at] * silu_slope(c[at]) : 0;
+            if (t >= end) continue;                              // the next run's, only looked at
+            dn[at] = taps[3] * later[0] + taps[2] * later[1] + taps[1] * later[2] + taps[0] * later[3];
+            for (size_t j = 0; j < METALA_CONV; j++) sum[j] += later[0] * conv_input(n, tail, b, t, j, d, T, D);
+        }
+        for (size_t j = 0; j < METALA_CONV; j++) parts[i * METALA_CONV + j] = sum[j];
+    }
+}
+void conv_backward(metala_context *ctx, float *dn, float *dw, const float *du, const float *c, const float *n,
+                   const float *w, const float *tail, size_t B, size_t T, size_t D) {
+    size_t runs = B * ceil_div(T, RUN_TOKENS), taps = D * METALA_CONV;
+    float *parts = scratch(ctx, runs * taps);
+    if (!parts) return;
+    RUN(conv_backward_kernel, blocks_for(runs * D, THREADS), THREADS, 0, dn, parts, du, c, n, w, tail, B, T, D);
+    RUN(sum_parts_kernel, blocks_for(taps, THREADS), THREADS, 0, dw, parts, runs, taps, taps, 1);
+}
+
+// tail = the last 4 of (tail, n_0 … n_{T-1}), oldest first: a thread moves all 4 of one channel.
+__global__ void conv_tail_kernel(float *tail, const float *n, size_t B, size_t T, size_t D) {
+    FOR_EACH(i, B * D) {
+        size_t b = i / D, d = i % D;
+        float last[METALA_CONV];
+        for (size_t j = 0; j < METALA_CONV; j++) {               // place T + j of the tail and the inputs behind it
+            size_t from = T + j;
+            last[j] = from < METALA_CONV ? tail[(b * METALA_CONV + from) * D + d]
+                                         : n[(b * T + from - METALA_CONV) * D + d];
+        }
+        for (size_t j = 0; j < METALA_CONV; j++) tail[(b * METALA_CONV + j) * D + d] = last[j];
+    }
+}
+void conv_tail(metala_context *ctx, float *tail, const float *n, size_t B, size_t T, size_t D) {
+    RUN(conv_tail_kernel, blocks_for(B * D, THREADS), THREADS, 0, tail, n, B, T, D);
+}
+
+// x_row = m_row x_row, in place; its own backward. x (rows,D), m (rows): a block for each row.
+__global__ void mask_rows_kernel(float *x, const uint8_t *mask, size_t rows, size_t D) {
+    FOR_EACH_ROW(row, rows)
+        if (!mask[row])
+            for (size_t d = threadIdx.x; d < D; d += THREADS) x[row * D + d] = 0;
+}
+void mask_rows(metala_context *ctx, float *x, const uint8_t *mask, size_t rows, size_t D) {
+    RUN(mask_rows_kernel, blocks_for(rows, 1), THREADS, 0, x, mask, rows, D);
+}
+
+// a = log σ(z) / τ,  α = e^a,  k = 1 - α        alpha, k, z: n numbers; k NULL when the key is not tied to the decay.
+__global__ void gate_forward_kernel(float *alpha, float *k, const float *z, size_t n, float inverse_tau) {
+    FOR_EACH(i, n) {
+        float a = log_sigmoid(z[i]) * inverse_tau;
+        alpha[i] = expf(a);
+        if (k) k[i] = -expm1f(a);
+    }
+}
+void gate_forward(metala_context *ctx, float *alpha, float *k, const float *z, size_t n, double tau) {
+    RUN(gate_forward_kernel, blocks_for(n, THREADS), THREADS, 0, alpha, k, z, n, (float)(1 / tau));
+}
+
+// dz = (da - α dk) σ(-z) / τ      da is the gradient in a = log α, dk that of the tied key, NULL when it is not tied.
+__global__ void gate_backward_kernel(float *dz, const float *da, const float *dk, const float *z, const float *alpha,
+                                     size_t n, float inverse_tau) {
+    FOR_EACH(i, n) {
+        float gradient = da[i];
+        if (dk) gradient -= alpha[i] * dk[i];
+        dz[i] = gradient * sigmoid(-z[i]) * inverse_tau;
+    }
+}
+void gate_backward(metala_context *ctx, float *dz, const float *da, const float *dk, const float *z, const float *alpha,
+                   size_t n, double tau) {
+    RUN(gate_backward_kernel, blocks_for(n, THREADS), THREADS, 0, dz, da, dk, z, alpha, n, (float)(1 / tau));
+}
+
+// Self-augmentation:  p_t = o_t + σ(w_t v_t),  w_t = Σ_i q_{t,i} k_{t,i} b_i        per head
+//   p, o, v (rows,H,V)   q, k (rows,H,K)   b [H·K]: a warp for each row and head.
+__device__ float augment_weight(const float *q, const float *k, const float *b, size_t K) {
+    float w = 0;
+    for (size_t i = threadIdx.x % WARP; i < K; i += WARP) w += q[i] * k[i] * b[i];
+    return warp_sum(w);
+}
+
+__global__ void augment_forward_kernel(float *p, const float *o, const float *q, const float *k, const float *v,
+                                       const float *b, size_t rows, size_t H, size_t K, size_t V) {
+    FOR_EACH_WARP(r, rows * H) {
+        float w = augment_weight(q + r * K, k + r * K, b + r % H * K, K);
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) p[r * V + j] = o[r * V + j] + sigmoid(w * v[r * V + j]);
+    }
+}
+void augment_forward(metala_context *ctx, float *p, const float *o, const float *q, const float *k, const float *v,
+                     const float *b, size_t rows, size_t H, size_t K, size_t V) {
+    RUN(augment_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, p, o, q, k, v, b, rows, H, K, V);
+}
+
+// With e = σ(w v), t = dp ⊙ e ⊙ (1 - e):   do = dp (the same memory serves both)     dw = Σ_V t ⊙ v
+//   dv += w t     dq += dw (k ⊙ b)     dk += dw (q ⊙ b)     db += Σ_rows dw (q ⊙ k)
+// A warp for each row and head, which leaves dw (rows,H); then db in strips of rows.
+__global__ void augment_backward_kernel(float *dq, float *dk, float *dv, float *dw, const float *dp, const float *q,
+                                        const float *k, const float *v, const float *b, size_t rows, size_t H, size_t K,
+                                        size_t V) {
+    FOR_EACH_WARP(r, rows * H) {
+        const float *qh = q + r * K, *kh = k + r * K, *bh = b + r % H * K;
+        float w = augment_weight(qh, kh, bh, K), sum = 0;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
+            float e = sigmoid(w * v[r * V + j]), t = dp[r * V + j] * e * (1 - e);
+            dv[r * V + j] += w * t;
+            sum += t * v[r * V + j];
+        }
+        sum = warp_sum(sum);
+        for (size_t i = threadIdx.x % WARP; i < K; i += WARP) {
+            dq[r * K + i] += sum * kh[i] * bh[i];
+            dk[r * K + i] += sum * qh[i] * bh[i];
+        }
+        if (threadIdx.x % WARP == 0) dw[r] = sum;
+    }
+}
+__global__ void augment_balance_kernel(float *parts, const float *dw, const float *q, const float *k, size_t rows,
+                                       size_t H, size_t K) {
+    FOR_EACH(i, ceil_div(rows, ROWS_OF_STRIP) * H * K) {
+        size_t strip = i / (H * K), channel = i % (H * K), end = (strip + 1) * ROWS_OF_STRIP;
+        float sum = 0;
+        for (size_t row = strip * ROWS_OF_STRIP; row < rows && row < end; row++)
+            sum += dw[row * H + channel / K] * q[row * H * K + channel] * k[row * H * K + channel];
+        parts[i] = sum;
+    }
+}
+void augment_backward(metala_context *ctx, float *dq, float *dk, float *dv, float *db, const float *dp, const float *q,
+                      const float *k, const float *v, const float *b, size_t rows, size_t H, size_t K, size_t V) {
+    size_t strips = ceil_div(rows, ROWS_OF_STRIP);
+    float *dw = scratch(ctx, rows * H + strips * H * K), *parts = dw + rows * H;
+    if (!dw) return;
+    RUN(augment_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dq, dk, dv, dw, dp, q, k, v, b, rows, H, K,
+        V);
+    RUN(augment_balance_kernel, blocks_for(strips * H * K, THREADS), THREADS, 0, parts, dw, q, k, rows, H, K);
+    RUN(sum_parts_kernel, blocks_for(H * K, THREADS), THREADS, 0, db, parts, strips, H * K, H * K, 1);
+}
+
+// Head norm:  n = (p - μ) ρ,  ρ = (mean((p-μ)²) + eps)^(-1/2)     n, p (rows,H,V)   ρ (rows,H): a warp for each head.
+__global__ void head_norm_forward_kernel(float *n, float *rho, const float *p, size_t heads, size_t V, float eps) {
+    FOR_EACH_WARP(r, heads) {
+        float sum = 0, square = 0;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) sum += p[r * V + j];
+        float mean = warp_sum(sum) / (float)V;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) square += (p[r * V + j] - mean) * (p[r * V + j] - mean);
+        float scale = 1 / sqrtf(warp_sum(square) / (float)V + eps);
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) n[r * V + j] = (p[r * V + j] - mean) * scale;
+        if (threadIdx.x % WARP == 0) rho[r] = scale;
+    }
+}
+void head_norm_forward(metala_context *ctx, float *n, float *rho, const float *p, size_t rows, size_t H, size_t V,
+                       double eps) {
+    RUN(head_norm_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, n, rho, p, rows * H, V, (float)eps);
+}
+
+// dp = ρ (dn - mean(dn) - n mean(dn ⊙ n)): a warp for each head.
+__global__ void head_norm_backward_kernel(float *dp, const float *dn, const float *n, const float *rho, size_t heads,
+                                          size_t V) {
+    FOR_EACH_WARP(r, heads) {
+        float sum = 0, product = 0;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
+            sum += dn[r * V + j];
+            product += dn[r * V + j] * n[r * V + j];
+        }
+        float mean = warp_sum(sum) / (float)V, along = warp_sum(product) / (float)V;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP)
+            dp[r * V + j] = rho[r] * (dn[r * V + j] - mean - n[r * V + j] * along);
+    }
+}
+void head_norm_backward(metala_context *ctx, float *dp, const float *dn, const float *n, const float *rho, size_t rows,
+                        size_t H, size_t V) {
+    RUN(head_norm_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dp, dn, n, rho, rows * H, V);
+}
+
+// Gated product:  y = silu(a) ⊙ b, n numbers.
+__global__ void silu_gate_forward_kernel(float *y, const float *a, const float *b, size_t n) {
+    FOR_EACH(i, n) y[i] = silu(a[i]) * b[i];
+}
+void silu_gate_forward(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
+    RUN(silu_gate_forward_kernel, blocks_for(n, THREADS), THREADS, 0, y, a, b, n);
+}
+
+// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
+__global__ void silu_gate_backward_kernel(float *da, float *db, const float *dy, const float *a, const float *b,
+                                          size_t n) {
+    FOR_EACH(i, n) {
+        float s = sigmoid(a[i]), gradient = dy[i];
+        da[i] = gradient * b[i] * s * (1 + a[i] * (1 - s));
+        db[i] = gradient * a[i] * s;
+    }
+}
+void silu_gate_backward(metala_context *ctx, float *da, float *db, const float *dy, const float *a, const float *b,
+                        size_t n) {
+    RUN(silu_gate_backward_kernel, blocks_for(n, THREADS), THREADS, 0, da, db, dy, a, b, n);
+}
+
+// Residual:  y = a + b, n numbers; y may be a or b.
+__global__ void add_kernel(float *y, const float *a, const float *b, size_t n) { FOR_EACH(i, n) y[i] = a[i] + b[i]; }
+void add(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
+    RUN(add_kernel, blocks_for(n, THREADS), THREADS, 0, y, a, b, n);
+}
+
+// Softmax cross-entropy:  lse = log Σ_n e^{logit_n},  loss = lse - logit_target; 0 where the target is METALA_IGNORE
+//   loss, lse (rows)   logits (rows,N). A block for each row reads it once: every thread keeps the largest logit that
+//   it has met and the sum of exponentials relative to it, and these pairs are joined at the end.
+__device__ void join_sums(float &most, float &sum, float other_most, float other_sum) {
+    float larger = most > other_most ? most : other_most;
+    sum = sum * expf(most - larger) + other_sum * expf(other_most - larger);
+    most = larger;
+}
+
+__global__ void cross_entropy_forward_kernel(float *loss, float *lse, const float *logits, const int *targets,
+                                             size_t rows, size_t N) {
+    __shared__ float mosts[WARPS], sums[WARPS];
+    FOR_EACH_ROW(row, rows) {
+        const float *x = logits + row * N;
+        float most = -FLT_MAX, sum = 0;
+        for (size_t i = threadIdx.x; i < N; i += THREADS) {
+            if (x[i] > most) {
+                sum *= expf(most - x[i]);
+                most = x[i];
+            }
+            sum += expf(x[i] - most);
+        }
+        for (int distance = WARP / 2; distance > 0; distance /= 2) {
+            float other_most = __shfl_xor_sync(ALL_LANES, most, distance);
+            float other_sum = __shfl_xor_sync(ALL_LANES, sum, distance);
+            join_sums(most, sum, other_most, other_sum);
+        }
+        if (threadIdx.x % WARP == 0) mosts[threadIdx.x / WARP] = most, sums[threadIdx.x / WARP] = sum;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            for (int warp = 1; warp < WARPS; warp++) join_sums(most, sum, mosts[warp], sums[warp]);
+            float log_sum = logf(sum);
+            lse[row] = most + log_sum;
+            loss[row] = targets[row] == METALA_IGNORE ? 0 : most - x[targets[row]] + log_sum;
+        }
+        __syncthreads();
+    }
+}
+void cross_entropy_forward(metala_context *ctx, float *loss, float *lse, const float *logits, const int *targets,
+                           size_t rows, size_t N) {
+    RUN(cross_entropy_forward_kernel, blocks_for(rows, 1), THREADS, 0, loss, lse, logits, targets, rows, N);
+}
+
+// dlogits = weight (softmax(logits) - onehot(target)), 0 where ignored; may overwrite the logits. A block for each row.
+__global__ void cross_entropy_backward_kernel(float *dlogits, const float *logits, const float *lse, const int *targets,
+                                              size_t rows, size_t N, float weight) {
+    FOR_EACH_ROW(row, rows) {
+        const int target = targets[row];
+        const float base = lse[row];
+        for (size_t i = threadIdx.x; i < N; i += THREADS) {
+            float p = weight * expf(logits[row * N + i] - base) - ((size_t)target == i ? weight : 0);
+            dlogits[row * N + i] = target == METALA_IGNORE ? 0 : p;
+        }
+    }
+}
+void cross_entropy_backward(metala_context *ctx, float *dlogits, const float *logits, const float *lse,
+                            const int *targets, size_t rows, size_t N, double weight) {
+    RUN(cross_entropy_backward_kernel, blocks_for(rows, 1), THREADS, 0, dlogits, logits, lse, targets, rows, N,
+        (float)weight);
+}
+
+// Σ x², for the global norm of the gradients: blocks of 4096 numbers, then one block adds up their sums in order.
+enum { SQUARES = 4096 };
+__global__ void sum_squares_kernel(double *parts, const float *x, size_t n) {
+    FOR_EACH_ROW(part, ceil_div(n, SQUARES)) {
+        size_t end = least(n, (part + 1) * SQUARES);
+        float sum = 0;
+        for (size_t i = part * SQUARES + threadIdx.x; i < end; i += THREADS) sum += x[i] * x[i];
+        double all = block_sum((double)sum);
+        if (threadIdx.x == 0) parts[part] = all;
+    }
+}
+__global__ void sum_doubles_kernel(double *sum, const double *parts, size_t count) {
+    double own = 0;
+    for (size_t p = threadIdx.x; p < count; p += THREADS) own += parts[p];
+    own = block_sum(own);
+    if (threadIdx.x == 0) *sum = own;
+}
+double sum_squares(metala_context *ctx, const float *x, size_t n) {
+    size_t count = ceil_div(n, SQUARES);
+    double *parts = (double *)scratch(ctx, 2 * (count + 1)), sum = 0;
+    if (!parts) return 0;
+    RUN(sum_squares_kernel, blocks_for(count, 1), THREADS, 0, parts, x, n);
+    RUN(sum_doubles_kernel, 1, THREADS, 0, parts + count, parts, count);
+    cuda_download(ctx, &sum, parts + count, sizeof sum);
+    return sum;
+}
+
+// AdamW, step = 1, 2, …:  g = gradient_scale · g;  θ *= 1 - lr·wd;  m = β₁m + (1-β₁)g;  v = β₂v + (1-β₂)g²
+//                         θ -= lr/(1-β₁^step) · m / (√v / √(1-β₂^step) + eps)        a thread for each parameter
+typedef struct { float scale, keep, beta1, beta2, eps, rate, root; } adamw_numbers;
+
+__global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n, adamw_numbers a) {
+    FOR_EACH(i, n) {
+        float gradient = a.scale * g[i];
+        m[i] = a.beta1 * m[i] + (1 - a.beta1) * gradient;
+        v[i] = a.beta2 * v[i] + (1 - a.beta2) * gradient * gradient;
+        p[i] = a.keep * p[i] - a.rate * m[i] / (sqrtf(v[i]) * a.root + a.eps);
+    }
+}
+void adamw(metala_context *ctx, float *p, float *m, float *v, const float *g, size_t n, const metala_adamw *adamw,
+           uint64_t step, double gradient_scale, double weight_decay) {
+    adamw_numbers a;
+    a.scale = (float)gradient_scale;
+    a.keep = (float)(1 - adamw->learning_rate * weight_decay);
+    a.beta1 = (float)adamw->beta1, a.beta2 = (float)adamw->beta2, a.eps = (float)adamw->eps;
+    a.rate = (float)(adamw->learning_rate / (1 - pow(adamw->beta1, (double)step)));
+    a.root = (float)(1 / sqrt(1 - pow(adamw->beta2, (double)step)));
+    RUN(adamw_kernel, blocks_for(n, THREADS), THREADS, 0, p, m, v, g, n, a);
+}
+
+// ============================================================== 5. The decay scan
+
+// For each sequence and head, see metala.c for the equations and their gradients:
+//
+//     S_t = diag(α_t) S_{t-1} + k_t v_tᵀ           S in R^{K×V}
+//     o_t = s S_tᵀ q_t
+//
+//   o, v (B,T,H,V)   q, k, alpha (B,T,H,K)   S (B,H,K,V): initial state in, final state out, NULL for zeros and no
+//   interest; states (B,H,ceil(T/64),K,V) receives the state before every 64th token, for the backward, or NULL
+//
+// The columns of S do not know of each other: a block of threads takes one head and a tile of columns, and walks
+// through time. Forward, tiles have nothing to share. Backward, dq, dk and da are sums over all columns; each tile
+// leaves its part of them in scratch memory.
+//
+// As in metala.c, decays over several tokens are products of α, each at most 1, and nothing is ever divided by one.
+
+__host__ __device__ constexpr size_t chunks(size_t T) { return ceil_div(T, METALA_CHUNK); }
+
+// Head b_h = b·H + h starts at this row of q, k, v, …, and its next token is H rows on.
+__device__ size_t first_row(size_t b_h, size_t T, size_t H) { return b_h / H * T * H + b_h % H; }
+
+// ---- Recurrent: the definition, token by token. Threads (32, GROUPS): lane l has column l of the tile, and group g
+// the rows g, g + GROUPS, g + 2·GROUPS, … of S, ROWS of them, in registers. Generation reads and writes S once a token,
+// and that is all that it does.
+
+enum { RECURRENT_COLUMNS = WARP };
+
+// The sum over the groups of x, at column `lane`, in order. part (GROUPS, 32). Group 0 gets it.
+template <int GROUPS>
+__device__ float sum_groups(float *part, float x) {
+    part[threadIdx.y * WARP + threadIdx.x] = x;
+    __syncthreads();
+    float sum = 0;
+    for (int g = 0; g < GROUPS && threadIdx.y == 0; g++) sum += part[g * WARP + threadIdx.x];
+    __syncthreads();
+    return sum;
+}
+
+template <int ROWS, int GROUPS>
+__global__ void __launch_bounds__(WARP * GROUPS, 1)
+recurrent_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
+                         const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
+    __shared__ float part[GROUPS * WARP];
+    const size_t b_h = blockIdx.y, j = blockIdx.x * (size_t)RECURRENT_COLUMNS + threadIdx.x, row = first_row(b_h, T, H);
+    float s[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        size_t i = threadIdx.y + r * GROUPS;
+        s[r] = S && i < K && j < V ? S[(b_h * K + i) * V + j] : 0;
+    }
+    for (size_t t = 0; t < T; t++) {
+        const size_t at = row + t * H;
+        const float vj = j < V ? v[at * V + j] : 0;
+        float sum = 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            size_t i = threadIdx.y + r * GROUPS;
+            if (i >= K) break;
+            if (states && t % METALA_CHUNK == 0 && j < V)
+                states[((b_h * chunks(T) + t / METALA_CHUNK) * K + i) * V + j] = s[r];
+            s[r] = alpha[at * K + i] * s[r] + k[at * K + i] * vj;
+            sum += q[at * K + i] * s[r];
+        }
+        sum = sum_groups<GROUPS>(part, sum);
+        if (threadIdx.y == 0 && j < V) o[at * V + j] = scale * sum;
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        size_t i = threadIdx.y + r * GROUPS;
+        if (S && i < K && j < V) S[(b_h * K + i) * V + j] = s[r];
+    }
+}
+
+// As recurrent_backward of metala.c. before (heads,64,K,V): the states of one chunk, made again from its first. dq, dk,
+// da: this tile's part, `tile_step` numbers from tile to tile. first_head: the heads of this launch begin there.
+template <int ROWS, int GROUPS>
+__global__ void __launch_bounds__(WARP * GROUPS, 1)
+recurrent_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, float *dv, float *dS, float *before,
+                          const float *dO, const float *states, const float *q, const float *k, const float *v,
+                          const float *alpha, size_t first_head, size_t T, size_t H, size_t K, size_t V, float scale) {
+    __shared__ float part[GROUPS * WARP];
+    const size_t b_h = first_head + blockIdx.y, j = blockIdx.x * (size_t)RECURRENT_COLUMNS + threadIdx.x;
+    const size_t row = first_row(b_h, T, H), to = blockIdx.x * tile_step;
+    float *own = before + blockIdx.y * METALA_CHUNK * K * V;
+    float s[ROWS], g[ROWS];                                          // S and Γ, then G
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        size_t i = threadIdx.y + r * GROUPS;
+        g[r] = dS && i < K && j < V ? dS[(b_h * K + i) * V + j] : 0;
+    }
+    for (size_t c = chunks(T); c-- > 0;) {
+        const size_t t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {                             // forwards through the chunk: each row for itself
+            size_t i = threadIdx.y + r * GROUPS;
+            if (i >= K || j >= V) break;
+            s[r] = states[((b_h * chunks(T) + c) * K + i) * V + j];
+#pragma unroll 1
+            for (size_t t = 0; t < n; t++) {
+                const size_t at = row + (t0 + t) * H;
+                own[(t * K + i) * V + j] = s[r];
+                s[r] = alpha[at * K + i] * s[r] + k[at * K + i] * v[at * V + j];
+            }
+        }
+        for (size_t t = n; t-- > 0;) {
+            const size_t at = row + (t0 + t) * H;
+            const float vj = j < V ? v[at * V + j] : 0, doj = j < V ? dO[at * V + j] : 0;
+            float sum = 0;                                           // dv
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                size_t i = threadIdx.y + r * GROUPS;
+                if (i >= K) break;                                   // all lanes of a warp together
+                float a = alpha[at * K + i], ki = k[at * K + i], was = j < V ? own[(t * K + i) * V + j] : 0;
+                float after = a * was + ki * vj;
+                g[r] += scale * q[at * K + i] * doj;
+                sum += g[r] * ki;
+                float of_q = warp_sum(after * doj), of_k = warp_sum(g[r] * vj), of_a = warp_sum(g[r] * was);
+                if (threadIdx.x == 0) {
+                    dq[to + at * K + i] = scale * of_q;
+                    dk[to + at * K + i] = of_k;
+                    da[to + at * K + i] = a * of_a;
+                }
+                g[r] *= a;
+            }
+            sum = sum_groups<GROUPS>(part, sum);
+            if (threadIdx.y == 0 && j < V) dv[at * V + j] = sum;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        size_t i = threadIdx.y + r * GROUPS;
+        if (dS && i < K && j < V) dS[(b_h * K + i) * V + j] = g[r];
+    }
+}
+
+// ---- Chunkwise: products of matrices inside blocks of 16 tokens, the recurrence from block to block, as in metala.c.
+// S stays in shared memory. With t and j inside a block, S_0 the state before it, p_t = Π_{r<=t} α_r and n its last
+// token:
+//
+//     o_t = s ( S_0ᵀ (q_t ⊙ p_t) + Σ_{j<=t} A_tj v_j ),   A_tj = q_t · (k_j ⊙ Π_{j<r<=t} α_r)
+//     S_n = diag(p_n) S_0 + Σ_j (k_j ⊙ Π_{j<r<=n} α_r) v_jᵀ
+//
+// Tokens beyond the end have q = k = v = do = 0 and α = 1, which changes nothing.
+
+enum { BLOCK = 16, A_PITCH = BLOCK + 2 };
+
+// Distance of rows of q, k, α in shared memory: whole float4, and neighbours in other banks.
+__host__ __device__ constexpr size_t row_pitch(size_t K) { return round_up(K, 4) + 4; }
+
+// to (BLOCK, pitch) = the tokens t0 … t0+n-1 of one head of x (·,H,width), columns from…from+columns-1, which are
+// filled up with `rest`. A warp for each row.
+__device__ void load_tokens(float *to, size_t pitch, size_t columns, const float *x, size_t step, size_t n,
+                            size_t width, float rest) {
+    for (size_t t = threadIdx.x / WARP; t < BLOCK; t += WARPS)
+        for (size_t i = threadIdx.x % WARP; i < columns; i += WARP)
+            to[t * pitch + i] = t < n && i < width ? x[t * step + i] : rest;
+}
+
+// A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. 16 threads share a key j: each carries some of its
+// channels from t = j on, multiplying by α_t, and they add up their products.
+__device__ void block_map(float *A, const float *q, const float *k, const float *alpha, size_t K, size_t pitch,
+                          float scale) {
+    const int j = threadIdx.x / 16, lane = threadIdx.x % 16;
+    float sum[BLOCK] = {};
+    for (size_t i = lane; i < K; i += 16) {
+        float key = k[j * pitch + i];
+#pragma unroll
+        for (int t = 0; t < BLOCK; t++) {
+            if (t > j) key *= alpha[t * pitch + i];
+            if (t >= j) sum[t] += q[t * pitch + i] * key;
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < BLOCK; t++) {
+        float all = sum[t];
+        for (int distance = 8; distance > 0; distance /= 2) all += __shfl_xor_sync(ALL_LANES, all, distance);
+        if (lane == t) A[t * A_PITCH + j] = scale * all;
+    }
+}
+
+// In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q may be NULL. A thread for each channel,
+// of several blocks one behind the other.
+__device__ void block_decay(float *q, float *k, const float *alpha, float *total, size_t K, size_t pitch, float scale,
+                            size_t blocks = 1) {
+    for (size_t task = threadIdx.x; task < blocks * K; task += THREADS) {
+        const size_t at = task / K * BLOCK * pitch + task % K;
+        float p = 1, rest = 1;
+        for (int t = 0; t < BLOCK; t++) {
+            p *= alpha[at + t * pitch];
+            if (q) q[at + t * pitch] *= scale * p;
+        }
+        for (int t = BLOCK - 1; t >= 0; t--) {
+            k[at + t * pitch] *= rest;
+            rest *= alpha[at + t * pitch];
+        }
+        total[task] = p;
+    }
+}
+
+// ---- Small products on tensor cores, of operands in shared memory or in registers, which are rounded when they are
+// used. With g = lane/4, t = lane%4, a 16×8 piece of a left operand or of a result has in x[e] row g + 8(e/2), column
+// 2t + e%2, and two rows of a right operand are a float2, rows 2t and 2t+1 of column g. (tf32 takes other places; but
+// the columns of the left may be called what they will, if the rows of the right are called the same.)
+
+// D += [a0 a1] B:  16×8 += 16×16 times 16×8;  b1: the lower 8 rows of B
+template <metala_math MATH>
+__device__ void multiply_pieces(float *d, const float *a0, const float *a1, float2 b0, float2 b1) {
+    if (MATH == METALA_BFLOAT16) {
+        const unsigned a[4] = {pack(a0[0], a0[1]), pack(a0[2], a0[3]), pack(a1[0], a1[1]), pack(a1[2], a1[3])};
+        const unsigned b[2] = {pack(b0.x, b0.y), pack(b1.x, b1.y)};
+        mma_bf16(d, a, b);
+    } else {
+        const unsigned left[4] = {to_tf32(a0[0]), to_tf32(a0[2]), to_tf32(a0[1]), to_tf32(a0[3])};
+        const unsigned right[4] = {to_tf32(a1[0]), to_tf32(a1[2]), to_tf32(a1[1]), to_tf32(a1[3])};
+        const unsigned upper[2] = {to_tf32(b0.x), to_tf32(b0.y)}, lower[2] = {to_tf32(b1.x), to_tf32(b1.y)};
+        mma_tf32(d, left, upper);
+        mma_tf32(d, right, lower);
+    }
+}
+
+// Rows k…k+15 of column j of a right operand x[k][j], or of xᵀ.
+__device__ float2 down(const float *x, size_t pitch, unsigned k, unsigned j) {
+    return make_float2(x[k * pitch + j], x[(k + 1) * pitch + j]);
+}
+__device__ float2 along(const float *x, size_t pitch, unsigned k, unsigned j) {
+    return *(const float2 *)&x[j * pitch + k];                       // pitch and k are even
+}
+// A 16×8 piece of a left operand: of x[i][k], or of xᵀ, where x has k as its rows.
+__device__ void piece(float *a, const float *x, size_t pitch, unsigned i, unsigned k) {
+    for (int e = 0; e < 4; e++) a[e] = x[(i + e / 2 * 8) * pitch + k + e % 2];
+}
+__device__ void piece_transposed(float *a, const float *x, size_t pitch, unsigned i, unsigned k) {
+    for (int e = 0; e < 4; e++) a[e] = x[(k + e % 2) * pitch + i + e / 2 * 8];
+}
+
+// S = diag(total) S + aᵀ b:   S (K, COLUMNS), rows s_pitch apart   a (BLOCK, K)   b (BLOCK, COLUMNS), b_pitch apart.
+// A thread has 4 × 4 numbers of S at a time, or a warp 16 × 8. K is a multiple of 4, or 16: rows are padded with zeros.
+template <metala_math MATH, int COLUMNS>
+__device__ void block_update(float *S, size_t s_pitch, const float *total, const float *a, size_t pitch, const float *b,
+                             size_t b_pitch, size_t K) {
+    if constexpr (MATH != METALA_EXACT) {
+        const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+        for (unsigned tile = threadIdx.x / WARP; tile < K / 16 * (COLUMNS / 8); tile += WARPS) {
+            const unsigned i = tile / (COLUMNS / 8) * 16, j = tile % (COLUMNS / 8) * 8;
+            float a0[4], a1[4], sum[4];
+            for (unsigned e = 0; e < 4; e++) {
+                unsigned row = i + g + e / 2 * 8;
+                sum[e] = total[row] * S[row * s_pitch + j + 2 * t + e % 2];
+            }
+            piece_transposed(a0, a, pitch, i + g, 2 * t);
+            piece_transposed(a1, a, pitch, i + g, 2 * t + 8);
+            multiply_pieces<MATH>(sum, a0, a1, down(b, b_pitch, 2 * t, j + g), down(b, b_pitch, 2 * t + 8, j + g));
+            for (unsigned e = 0; e < 4; e++) S[(i + g + e / 2 * 8) * s_pitch + j + 2 * t + e % 2] = sum[e];
+        }
+    } else {
+        for (size_t task = threadIdx.x; task < K / 4 * (COLUMNS / 4); task += THREADS) {
+            size_t i = task / (COLUMNS / 4) * 4, j = task % (COLUMNS / 4) * 4;
+            float sum[4][4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float4 x = *(const float4 *)&S[(i + e) * s_pitch + j];
+                float p = total[i + e];
+                sum[e][0] = p * x.x, sum[e][1] = p * x.y, sum[e][2] = p * x.z, sum[e][3] = p * x.w;
+            }
+#pragma unroll
+            for (int t = 0; t < BLOCK; t++) {
+                float4 x = *(const float4 *)&a[t * pitch + i], y = *(const float4 *)&b[t * b_pitch + j];
+                const float of_a[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    sum[e][0] += of_a[e] * y.x, sum[e][1] += of_a[e] * y.y;
+                    sum[e][2] += of_a[e] * y.z, sum[e][3] += of_a[e] * y.w;
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                *(float4 *)&S[(i + e) * s_pitch + j] = make_float4(sum[e][0], sum[e][1], sum[e][2], sum[e][3]);
+        }
+    }
+}
+
+// A tile of a state between global memory, (K,V) with the tile's first column at `global`, and shared memory, (Kp,
+// pitch).
+template <int COLUMNS>
+__device__ void load_state(float *S, size_t pitch, const float *global, size_t Kp, size_t K, size_t V, size_t columns) {
+    for (size_t n = threadIdx.x; n < Kp * COLUMNS; n += THREADS) {
+        size_t i = n / COLUMNS, j = n % COLUMNS;
+        S[i * pitch + j] = global && i < K && j < columns ? global[i * V + j] : 0;
+    }
+}
+template <int COLUMNS>
+__device__ void store_state(float *global, const float *S, size_t pitch, size_t K, size_t V, size_t columns) {
+    for (size_t n = threadIdx.x; n < K * COLUMNS; n += THREADS) {
+        size_t i = n / COLUMNS, j = n % COLUMNS;
+        if (j < columns) global[i * V + j] = S[i * pitch + j];
+    }
+}
+
+// Floats of shared memory: S, q, k, α, v, A and the block's total decay.
+template <int COLUMNS>
+size_t chunkwise_forward_shared(size_t K) {
+    return round_up(K, 4) * (COLUMNS + 1) + 3 * BLOCK * row_pitch(K) + BLOCK * COLUMNS + BLOCK * A_PITCH;
+}
+
+template <int COLUMNS>
+__global__ void __launch_bounds__(THREADS, 1)
+chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
+                         const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
+    DYNAMIC_SHARED(float, memory);
+    const size_t Kp = round_up(K, 4), pitch = row_pitch(K), b_h = blockIdx.y, j0 = blockIdx.x * (size_t)COLUMNS;
+    const size_t columns = least(V - j0, COLUMNS), row = first_row(b_h, T, H);
+    float *state = memory, *q_block = state + Kp * COLUMNS, *k_block = q_block + BLOCK * pitch;
+    float *alpha_block = k_block + BLOCK * pitch, *v_block = alpha_block + BLOCK * pitch;
+    float *total = v_block + BLOCK * COLUMNS, *A = total + Kp;
+
+    load_state<COLUMNS>(state, COLUMNS, S ? S + b_h * K * V + j0 : NULL, Kp, K, V, columns);
+    for (size_t t0 = 0; t0 < T; t0 += BLOCK) {
+        const size_t n = least(T - t0, BLOCK), at = row + t0 * H;
+        load_tokens(q_block, pitch, Kp, q + at * K, H * K, n, K, 0);
+        load_tokens(k_block, pitch, Kp, k + at * K, H * K, n, K, 0);
+        load_tokens(alpha_block, pitch, Kp, alpha + at * K, H * K, n, K, 1);
+        load_tokens(v_block, COLUMNS, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
+        __syncthreads();
+        if (states && t0 % METALA_CHUNK == 0)
+            store_state<COLUMNS>(states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V + j0, state, COLUMNS, K, V,
+                                 columns);
+        block_map(A, q_block, k_block, alpha_block, K, pitch, scale);
+        __syncthreads();
+        block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
+        __syncthreads();
+        for (unsigned task = threadIdx.x; task < BLOCK * (COLUMNS / 4); task += THREADS) {     // o = qp S_0 + A v
+            const unsigned t = task / (COLUMNS / 4), j = task % (COLUMNS / 4) * 4;
+            float sum[4] = {};
+            for (size_t i = 0; i < Kp; i++) {
+                float x = q_block[t * pitch + i];
+                float4 y = *(const float4 *)&state[i * COLUMNS + j];
+                sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+            }
+            for (unsigned l = 0; l <= t; l++) {
+                float x = A[t * A_PITCH + l];
+                float4 y = *(const float4 *)&v_block[l * COLUMNS + j];
+                sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (t < n && j + e < columns) o[(at + t * H) * V + j0 + j + e] = sum[e];
+        }
+        __syncthreads();                                             // the old state is read
+        block_update<METALA_EXACT, COLUMNS>(state, COLUMNS, total, k_block, pitch, v_block, COLUMNS, Kp);
+        __syncthreads();                                             // the block's tokens are done with
+    }
+    if (S) store_state<COLUMNS>(S + b_h * K * V + j0, state, COLUMNS, K, V, columns);
+}
+
+// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128), forward. Everything that all columns share is
+// made for the four blocks of a chunk at once: the maps A and the decayed q and k, in float. Then every warp goes
+// through the blocks alone: it has 16 columns of S, as Sᵀ [16 × K] in the registers of the multiplier's results, where
+// a result of one product is the operand of the next one:
+//
+//     oᵀ = Sᵀ qpᵀ + vᵀ Aᵀ          Sᵀ <- Sᵀ diag(p_n) + vᵀ keys
+//
+// S stays in float, and is rounded each time that it is read.
+
+enum { TENSOR_COLUMNS = WARPS * 16 };
+template <int MOST>
+constexpr size_t tensor_forward_shared() {                           // in floats: q, k, α, v, total decays, A
+    return METALA_CHUNK * (3 * (MOST + 4) + TENSOR_COLUMNS + 4) + METALA_CHUNK / BLOCK * (MOST + BLOCK * A_PITCH);
+}
+
+template <metala_math MATH, int MOST>
+__global__ void __launch_bounds__(THREADS, 1)
+tensor_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
+                      const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
+    enum { PITCH = MOST + 4, V_PITCH = TENSOR_COLUMNS + 4, BLOCKS = METALA_CHUNK / BLOCK };
+    DYNAMIC_SHARED(float, memory);
+    const size_t b_h = blockIdx.y, j0 = blockIdx.x * (size_t)TENSOR_COLUMNS, columns = least(V - j0, TENSOR_COLUMNS);
+    const size_t row = first_row(b_h, T, H);
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, column = threadIdx.x / WARP * 16 + g;
+    const bool works = threadIdx.x / WARP * 16 < columns;
+    float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
+    float *v_chunk = alpha_chunk + METALA_CHUNK * PITCH, *total = v_chunk + METALA_CHUNK * V_PITCH;
+    float *A = total + BLOCKS * MOST;
+    float s[MOST / 8][4];                                            // Sᵀ: rows `column` and `column` + 8
+
+    // f(number in registers, its place in a state in global memory), for those that exist
+    auto for_state = [&](auto f) {
+#pragma unroll
+        for (int n = 0; n < MOST / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                size_t i = 8 * n + 2 * t + e % 2, j = column + e / 2 * 8;
+                if (i < K && j < columns) f(s[n][e], i * V + j0 + j);
+            }
+    };
+#pragma unroll
+    for (int n = 0; n < MOST / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[n][e] = 0;
+    if (S) for_state([&](float &x, size_t at) { x = S[b_h * K * V + at]; });
+
+    for (size_t t0 = 0; t0 < T; t0 += METALA_CHUNK) {
+        const size_t n = least(T - t0, METALA_CHUNK), at = row + t0 * H;
+        for (size_t b = 0; b < BLOCKS; b++) {
+            const size_t here = at + b * BLOCK * H, to = b * BLOCK * PITCH, left = n < b * BLOCK ? 0 : n - b * BLOCK;
+            load_tokens(q_chunk + to, PITCH, MOST, q + here * K, H * K, left, K, 0);
+            load_tokens(k_chunk + to, PITCH, MOST, k + here * K, H * K, left, K, 0);
+            load_tokens(alpha_chunk + to, PITCH, MOST, alpha + here * K, H * K, left, K, 1);
+            load_tokens(v_chunk + b * BLOCK * V_PITCH, V_PITCH, TENSOR_COLUMNS, v + here * V + j0, H * V, left,
+                        columns, 0);
+        }
+        if (states) {
+            float *to = states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V;
+            for_state([&](float &x, size_t place) { to[place] = x; });
+        }
+        __syncthreads();
+        for (int b = 0; b < BLOCKS; b++) {
+            size_t from = b * BLOCK * PITCH;
+            block_map(A + b * BLOCK * A_PITCH, q_chunk + from, k_chunk + from, alpha_chunk + from, K, PITCH, scale);
+        }
+        __syncthreads();
+        block_decay(q_chunk, k_chunk, alpha_chunk, total, MOST, PITCH, scale, BLOCKS);
+        __syncthreads();
+        for (size_t b = 0; works && b * BLOCK < n; b++) {
+            const float *q_block = q_chunk + b * BLOCK * PITCH, *k_block = k_chunk + b * BLOCK * PITCH;
+            const float *v_block = v_chunk + b * BLOCK * V_PITCH, *A_block = A + b * BLOCK * A_PITCH;
+            float v0[4], v1[4];
+            piece_transposed(v0, v_block, V_PITCH, column, 2 * t);
+            piece_transposed(v1, v_block, V_PITCH, column, 2 * t + 8);
+#pragma unroll
+            for (unsigned token = 0; token < BLOCK; token += 8) {
+                float out[4] = {};
+#pragma unroll
+                for (unsigned i = 0; i < MOST; i += 16)
+                    multiply_pieces<MATH>(out, s[i / 8], s[i / 8 + 1], along(q_block, PITCH, i + 2 * t, token + g),
+                                          along(q_block, PITCH, i + 2 * t + 8, token + g));
+                multiply_pieces<MATH>(out, v0, v1, along(A_block, A_PITCH, 2 * t, token + g),
+                                      along(A_block, A_PITCH, 2 * t + 8, token + g));
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    size_t i = b * BLOCK + token + 2 * t + e % 2, j = column + e / 2 * 8;
+                    if (i < n && j < columns) o[(at + i * H) * V + j0 + j] = out[e];
+                }
+            }
+#pragma unroll
+            for (unsigned i = 0; i < MOST; i += 8) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[i / 8][e] *= total[b * MOST + i + 2 * t + e % 2];
+                multiply_pieces<MATH>(s[i / 8], v0, v1, down(k_block, PITCH, 2 * t, i + g),
+                                      down(k_block, PITCH, 2 * t + 8, i + g));
+            }
+        }
+        __syncthreads();                                             // the chunk's tokens are done with
+    }
+    if (S) for_state([&](float &x, size_t at) { S[b_h * K * V + at] = x; });
+}
+
+// ---- Chunkwise, backward.
+//
+// Block by block from the last, see chunkwise_backward of metala.c. Γ is the gradient of the state after the block,
+// D_tj = s do_t·v_j for j <= t, and over the columns of this tile:
+//
+//     dq_t = s p_t ⊙ (S_0 do_t) + Σ_{j<=t} D_tj (k_j ⊙ Π_{j<r<=t} α_r)
+//     dk_j = Σ_{t>=j} D_tj (q_t ⊙ Π_{j<r<=t} α_r) + Π_{j<r<=n} α_r ⊙ (Γ v_j)
+//     dv_j = s Σ_{t>=j} A_tj do_t + Γᵀ (k_j ⊙ Π_{j<r<=n} α_r)
+//     da_t = Σ_{r>=t} (q_r ⊙ dq_r - k_r ⊙ dk_r) + rowsum(Γ ⊙ S_n)
+//     Γ   <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ
+//
+// The states between the blocks of a chunk are made again, and wait in global memory, `between` (heads,3,K,V).
+
+// D[t][j] = s do_t·v_j for j <= t, 0 above: a thread for each.
+__device__ void block_products(float *D, const float *dO, const float *v, size_t pitch, int columns, float scale) {
+    const int t = threadIdx.x / BLOCK, j = threadIdx.x % BLOCK;
+    float sum = 0;
+    for (int l = 0; l < columns; l++) sum += dO[t * pitch + l] * v[j * pitch + l];
+    D[t * A_PITCH + j] = j <= t ? scale * sum : 0;
+}
+
+// y[t][i] = Σ_l x[t][l] S[i][l]:   x (BLOCK, columns)   S (K, columns). One row of S and 4 tokens for each thread, or 8
+// rows and all tokens for each warp.
+template <metala_math MATH, int COLUMNS>
+__device__ void block_project(float *y, size_t pitch, const float *x, const float *S, size_t s_pitch, size_t K) {
+    if constexpr (MATH != METALA_EXACT) {
+        const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+        for (unsigned i = threadIdx.x / WARP * 8; i < K; i += WARPS * 8) {
+            float a0[4], a1[4], sum[4] = {};
+            for (unsigned l = 0; l < COLUMNS; l += 16) {
+                piece(a0, x, s_pitch, g, l + 2 * t);
+                piece(a1, x, s_pitch, g, l + 2 * t + 8);
+                multiply_pieces<MATH>(sum, a0, a1, along(S, s_pitch, l + 2 * t, i + g),
+                                      along(S, s_pitch, l + 2 * t + 8, i + g));
+            }
+            for (unsigned e = 0; e < 4; e++) y[(g + e / 2 * 8) * pitch + i + 2 * t + e % 2] = sum[e];
+        }
+    } else {
+        for (size_t task = threadIdx.x; task < K * (BLOCK / 4); task += THREADS) {
+            size_t i = task % K, t = task / K * 4;
+            float sum[4] = {};
+            for (int l = 0; l < COLUMNS; l += 4) {
+                float4 a = *(const float4 *)&S[i * s_pitch + l];
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float4 b = *(const float4 *)&x[(t + e) * s_pitch + l];
+                    sum[e] += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+                }
+            }
+            for (int e = 0; e < 4; e++) y[(t + e) * pitch + i] = sum[e];
+        }
+    }
+}
+
+// dv_j = Σ_t A_tj do_t + Σ_i keys_ji Γ_i, to global memory, `step` from token to token, for n tokens and `columns`
+// columns: 4 columns of a token for each thread, or 8 of all tokens for each warp.
+template <metala_math MATH, int COLUMNS>
+__device__ void block_values(float *dv, size_t step, size_t n, size_t columns, const float *A, const float *dO,
+                             const float *keys, size_t pitch, const float *gamma, size_t g_pitch, size_t K) {
+    if constexpr (MATH != METALA_EXACT) {
+        const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+        for (unsigned l = threadIdx.x / WARP * 8; l < COLUMNS; l += WARPS * 8) {
+            float a0[4], a1[4], sum[4] = {};
+            piece_transposed(a0, A, A_PITCH, g, 2 * t);
+            piece_transposed(a1, A, A_PITCH, g, 2 * t + 8);
+            multiply_pieces<MATH>(sum, a0, a1, down(dO, g_pitch, 2 * t, l + g), down(dO, g_pitch, 2 * t + 8, l + g));
+            for (unsigned i = 0; i < K; i += 16) {
+                piece(a0, keys, pitch, g, i + 2 * t);
+                piece(a1, keys, pitch, g, i + 2 * t + 8);
+                multiply_pieces<MATH>(sum, a0, a1, down(gamma, g_pitch, i + 2 * t, l + g),
+                                      down(gamma, g_pitch, i + 2 * t + 8, l + g));
+            }
+            for (unsigned e = 0; e < 4; e++) {
+                unsigned j = g + e / 2 * 8, column = l + 2 * t + e % 2;
+                if (j < n && column < columns) dv[j * step + column] = sum[e];
+            }
+        }
+    } else {
+        for (unsigned task = threadIdx.x; task < BLOCK * (COLUMNS / 4); task += THREADS) {
+            const unsigned j = task / (COLUMNS / 4), l = task % (COLUMNS / 4) * 4;
+            float sum[4] = {};
+            for (unsigned t = j; t < BLOCK; t++) {
+                float x = A[t * A_PITCH + j];
+                float4 y = *(const float4 *)&dO[t * g_pitch + l];
+                sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+            }
+            for (size_t i = 0; i < K; i++) {
+                float x = keys[j * pitch + i];
+                float4 y = *(const float4 *)&gamma[i * g_pitch + l];
+                sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+            }
+#pragma unroll
+            for (unsigned e = 0; e < 4; e++)
+                if (j < n && l + e < columns) dv[j * step + l + e] = sum[e];
+        }
+    }
+}
+
+// One channel of dq, from y = S_0 do_t which it takes the place of: keys decay forwards.
+__device__ void channel_dq(float *y, const float *k, const float *alpha, const float *D, size_t pitch, float scale) {
+    float key[BLOCK], p = 1;
+#pragma unroll
+    for (int t = 0; t < BLOCK; t++) {
+        float a = alpha[t * pitch], sum;
+        p *= a;
+        sum = scale * p * y[t * pitch];
+        key[t] = k[t * pitch];
+#pragma unroll
+        for (int j = 0; j < BLOCK; j++) {
+            if (j < t) key[j] *= a;
+            if (j <= t) sum += D[t * A_PITCH + j] * key[j];
+        }
+        y[t * pitch] = sum;
+    }
+}
+
+// One channel of dk, from y = Γ v_j which it takes the place of: queries decay backwards.
+__device__ void channel_dk(float *y, const float *q, const float *alpha, const float *D, size_t pitch) {
+    float query[BLOCK], rest = 1;
+#pragma unroll
+    for (int j = BLOCK - 1; j >= 0; j--) {
+        float a = alpha[j * pitch], sum = rest * y[j * pitch];
+        query[j] = q[j * pitch];
+#pragma unroll
+        for (int t = BLOCK - 1; t >= 0; t--)
+            if (t >= j) sum += D[t * A_PITCH + j] * query[t];
+        y[j * pitch] = sum;
+#pragma unroll
+        for (int t = 0; t < BLOCK; t++)
+            if (t >= j) query[t] *= a;
+        rest *= a;
+    }
+}
+
+// Rows of a state in shared memory: whole float4, or whole pieces of tensor cores.
+__host__ __device__ constexpr size_t padded(metala_math math, size_t K) {
+    return round_up(K, math == METALA_EXACT ? 4 : 16);
+}
+
+// Floats of shared memory: S and Γ, five tensors (BLOCK, K), do and v, A and D, two vectors (K).
+size_t chunkwise_backward_shared(metala_math math, size_t K, size_t columns) {
+    K = padded(math, K);
+    return 2 * K * (columns + 4 + 1) + 5 * BLOCK * row_pitch(K) + 2 * BLOCK * (columns + 4) +
+           2 * BLOCK * A_PITCH;
+}
+
+template <metala_math MATH, int COLUMNS>
+__global__ void __launch_bounds__(THREADS, 1)
+chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, float *dv, float *dS, float *between,
+                          const float *dO, const float *states, const float *q, const float *k, const float *v,
+                          const float *alpha, size_t first_head, size_t T, size_t H, size_t K, size_t V, float scale) {
+    enum { PITCH = COLUMNS + 4, BLOCKS = METALA_CHUNK / BLOCK };
+    DYNAMIC_SHARED(float, memory);
+    const size_t Kp = padded(MATH, K), pitch = row_pitch(Kp), b_h = first_head + blockIdx.y;
+    const size_t j0 = blockIdx.x * (size_t)COLUMNS, columns = least(V - j0, COLUMNS);
+    const size_t row = first_row(b_h, T, H), tile = blockIdx.x * tile_step;
+    float *state = memory, *gamma = state + Kp * PITCH, *q_block = gamma + Kp * PITCH;
+    float *k_block = q_block + BLOCK * pitch, *alpha_block = k_block + BLOCK * pitch;
+    float *dq_block = alpha_block + BLOCK * pitch, *dk_block = dq_block + BLOCK * pitch;
+    float *dO_block = dk_block + BLOCK * pitch, *v_block = dO_block + BLOCK * PITCH;
+    float *total = v_block + BLOCK * PITCH, *along = total + Kp, *A = along + Kp, *D = A + BLOCK * A_PITCH;
+    float *own = between + blockIdx.y * (BLOCKS - 1) * K * V + j0;
+
+    load_state<COLUMNS>(gamma, PITCH, dS ? dS + b_h * K * V + j0 : NULL, Kp, K, V, columns);
+    for (size_t c = chunks(T); c-- > 0;) {
+        const size_t c0 = c * METALA_CHUNK, end = least(T, c0 + METALA_CHUNK);
+        const size_t blocks = ceil_div(end - c0, BLOCK);
+        const float *start = states + (b_h * chunks(T) + c) * K * V + j0;
+        load_state<COLUMNS>(state, PITCH, start, Kp, K, V, columns);
+        for (size_t b = 0; b < blocks; b++) {                        // forwards: the states between the blocks
+            const size_t t0 = c0 + b * BLOCK, n = least(end - t0, BLOCK), at = row + t0 * H;
+            load_tokens(k_block, pitch, Kp, k + at * K, H * K, n, K, 0);
+            load_tokens(alpha_block, pitch, Kp, alpha + at * K, H * K, n, K, 1);
+            load_tokens(v_block, PITCH, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
+            __syncthreads();
+            if (b > 0) store_state<COLUMNS>(own + (b - 1) * K * V, state, PITCH, K, V, columns);
+            block_decay(NULL, k_block, alpha_block, total, Kp, pitch, scale);
+            __syncthreads();
+            block_update<MATH, COLUMNS>(state, PITCH, total, k_block, pitch, v_block, PITCH, Kp);
+            __syncthreads();
+        }
+        for (size_t b = blocks; b-- > 0;) {                          // backwards; `state` is now that after block b
+            const size_t t0 = c0 + b * BLOCK, n = least(end - t0, BLOCK), at = row + t0 * H;
+            for (size_t i = threadIdx.x; i < Kp; i += THREADS) {     // rowsum(Γ ⊙ S_n)
+                float sum = 0;
+                for (int l = 0; l < COLUMNS; l += 4) {
+                    float4 x = *(const float4 *)&gamma[i * PITCH + l], y = *(const float4 *)&state[i * PITCH + l];
+                    sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+                }
+                along[i] = sum;
+            }
+            __syncthreads();
+            load_state<COLUMNS>(state, PITCH, b ? own + (b - 1) * K * V : start, Kp, K, V, columns);
+            load_tokens(q_block, pitch, Kp, q + at * K, H * K, n, K, 0);
+            load_tokens(k_block, pitch, Kp, k + at * K, H * K, n, K, 0);
+            load_tokens(alpha_block, pitch, Kp, alpha + at * K, H * K, n, K, 1);
+            load_tokens(v_block, PITCH, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
+            load_tokens(dO_block, PITCH, COLUMNS, dO + at * V + j0, H * V, n, columns, 0);
+            __syncthreads();
+            block_map(A, q_block, k_block, alpha_block, K, pitch, scale);
+            block_products(D, dO_block, v_block, PITCH, COLUMNS, scale);
+            block_project<MATH, COLUMNS>(dq_block, pitch, dO_block, state, PITCH, Kp);
+            block_project<MATH, COLUMNS>(dk_block, pitch, v_block, gamma, PITCH, Kp);
+            __syncthreads();
+            for (size_t task = threadIdx.x; task < 2 * Kp; task += THREADS) {
+                if (task < Kp) channel_dq(dq_block + task, k_block + task, alpha_block + task, D, pitch, scale);
+                else channel_dk(dk_block + task - Kp, q_block + task - Kp, alpha_block + task - Kp, D, pitch);
+            }
+            __syncthreads();
+            for (size_t i = threadIdx.x; i < K; i += THREADS) {
+                float sum = along[i];
+                for (int t = BLOCK - 1; t >= 0; t--) {
+                    size_t here = t * pitch + i, there = tile + (at + t * H) * K + i;
+                    sum += q_block[here] * dq_block[here] - k_block[here] * dk_block[here];
+                    if ((size_t)t >= n) continue;
+                    dq[there] = dq_block[here];
+                    dk[there] = dk_block[here];
+                    da[there] = sum;
+                }
+            }
+            __syncthreads();
+            block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
+            __syncthreads();
+            block_values<MATH, COLUMNS>(dv + at * V + j0, H * V, n, columns, A, dO_block, k_block, pitch, gamma, PITCH,
+                                        Kp);
+            __syncthreads();
+            block_update<MATH, COLUMNS>(gamma, PITCH, total, q_block, pitch, dO_block, PITCH, Kp);
+            __syncthreads();
+        }
+    }
+    if (dS) store_state<COLUMNS>(dS + b_h * K * V + j0, gamma, PITCH, K, V, columns);
+}
+
+// ---- All heads of all sequences.
+
+// The chunkwise kernels have room for K up to 256 (the backward takes narrower tiles of V beyond 128); the recurrent
+// ones for 512, and do the work of both beyond 256. The parallel form is the chunkwise one: its T×T map is for reading.
+enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_TENSOR_K = 128, MOST_CHUNKWISE_K = 256, MOST_K = 512 };
+
+bool head_fits(metala_context *ctx, size_t K) {
+    if (K > MOST_K)
+        metala_context_fail(ctx, "%s:%d: the scan has room for heads of %d key channels on the GPU, got %zu; use more"
+                            " heads", __FILE__, __LINE__, MOST_K, K);
+    return K <= MOST_K;
+}
+
+// CALL(ROWS, GROUPS) with as many rows of S for each thread as K takes.
+#define FOR_ROWS(K, CALL)             \
+    do {                              \
+        if (K <= 8) CALL(1, 8);       \
+        else if (K <= 32) CALL(4, 8); \
+        else if (K <= 64) CALL(8, 8); \
+        else if (K <= 128) CALL(16, 8); \
+        else if (K <= 256) CALL(32, 8); \
+        else CALL(32, 16);            \
+    } while (0)
+
+template <metala_math MATH>
+void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, float *states, const float *q,
+                  const float *k, const float *v, const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V,
+                  double scale) {
+    if (!head_fits(ctx, K)) return;
+    if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || T == 1) {
+#define FORWARD(ROWS, GROUPS)                                                                                     \
+    RUN((recurrent_forward_kernel<ROWS, GROUPS>), extent(ceil_div(V, RECURRENT_COLUMNS), B * H), dim3(WARP, GROUPS), \
+        0, o, S, states, q, k, v, alpha, T, H, K, V, (float)scale)
+        FOR_ROWS(K, FORWARD);
+#undef FORWARD
+        return;
+    }
+    if constexpr (MATH != METALA_EXACT) {
+        extent grid(ceil_div(V, TENSOR_COLUMNS), B * H);
+#define FORWARD(MOST)                                                                                            \
+    RUN((tensor_forward_kernel<MATH, MOST>), grid, THREADS, tensor_forward_shared<MOST>() * sizeof(float), o, S, \
+        states, q, k, v, alpha, T, H, K, V, (float)scale)
+        if (K <= 32) FORWARD(32);
+        else if (K <= 64) FORWARD(64);
+        else if (K <= MOST_TENSOR_K) FORWARD(128);
+#undef FORWARD
+        if (K <= MOST_TENSOR_K) return;
+    }
+    RUN((chunkwise_forward_kernel<WIDE>), extent(ceil_div(V, WIDE), B * H), THREADS,
+            chunkwise_forward_shared<WIDE>(K) * sizeof(float), o, S, states, q, k, v, alpha, T, H, K, V, (float)scale);
+}
+
+// Scratch: `states_each` states of each head, for some heads at a time so that they stay below 256 MB, and the tiles'
+// parts of dq, dk and da (tiles,3,B,T,H,K) when there are several.
+template <metala_math MATH>
+void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, float *dv, float *da, float *dS,
+                   const float *dO, const float *states, const float *q, const float *k, const float *v,
+                   const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
+    if (!head_fits(ctx, K) || !B || !T || !H) return;
+    bool recurrent = form == METALA_RECURRENT || K > MOST_CHUNKWISE_K;
+    size_t width = recurrent ? (size_t)RECURRENT_COLUMNS : K <= MOST_WIDE_K ? (size_t)WIDE : (size_t)NARROW;
+    size_t states_each = recurrent ? METALA_CHUNK : METALA_CHUNK / BLOCK - 1;
+    size_t tiles = ceil_div(V, width), count = B * T * H * K, tile_step = tiles > 1 ? 3 * count : 0;
+    size_t room = (size_t)64 << 20, heads = room / (states_each * K * V);
+    if (heads < 1) heads = 1;
+    if (heads > B * H) heads = B * H;
+    float *between = scratch(ctx, heads * states_each * K * V + tiles * tile_step);
+    if (!between) return;
+    float *part_q = dq, *part_k = dk, *part_a = da;
+    if (tiles > 1) {
+        part_q = between + heads * states_each * K * V;
+        part_k = part_q + count, part_a = part_k + count;
+    }
+    for (size_t first = 0; first < B * H; first += heads) {
+        extent grid(tiles, B * H - first < heads ? B * H - first : heads);
+#define ARGUMENTS part_q, part_k, part_a, tile_step, dv, dS, between, dO, states, q, k, v, alpha, first, T, H, K, V, \
+                  (float)scale
+#define BACKWARD(ROWS, GROUPS) \
+    RUN((recurrent_backward_kernel<ROWS, GROUPS>), grid, dim3(WARP, GROUPS), 0, ARGUMENTS)
+        if (recurrent) FOR_ROWS(K, BACKWARD);
+        else if (width == WIDE)
+            RUN((chunkwise_backward_kernel<MATH, WIDE>), grid, THREADS,
+                chunkwise_backward_shared(MATH, K, WIDE) * sizeof(float), ARGUMENTS);
+        else
+            RUN((chunkwise_backward_kernel<MATH, NARROW>), grid, THREADS,
+                chunkwise_backward_shared(MATH, K, NARROW) * sizeof(float), ARGUMENTS);
+#undef BACKWARD
+#undef ARGUMENTS
+    }
+    if (tiles == 1) return;
+    float *const whole[] = {dq, dk, da}, *const part[] = {part_q, part_k, part_a};
+    for (int i = 0; i < 3; i++)
+        RUN(sum_parts_kernel, blocks_for(count, THREADS), THREADS, 0, whole[i], part[i], tiles, tile_step, count, 0);
+}
+
+// ============================================================== 6. The backend table
+
+#ifdef __CUDACC__
+#define NAME "cuda"
+#else
+#define NAME "cuda, emulated"
+#endif
+
+template <metala_math MATH>
+const metala_backend *backend() {
+    static const metala_backend table = {
+        MATH == METALA_TF32 ? NAME " tf32" : MATH == METALA_BFLOAT16 ? NAME " bf16" : NAME,
+        cuda_alloc, cuda_free, cuda_upload, cuda_download, cuda_copy, cuda_zero,
+        embedding_forward, embedding_backward,
+        rms_forward, rms_backward,
+        conv_forward, conv_backward, conv_tail,
+        matmul_forward<MATH>, matmul_backward<MATH>, matmul_quantized,
+        mask_rows,
+        gate_forward, gate_backward,
+        scan_forward<MATH>, scan_backward<MATH>,
+        augment_forward, augment_backward,
+        head_norm_forward, head_norm_backward,
+        silu_gate_forward, silu_gate_backward,
+        add,
+        cross_entropy_forward, cross_entropy_backward,
+        sum_squares, adamw,
+    };
+    return &table;
+}
+
+__global__ void probe_kernel(int *answer) { *answer = 42; }
+
+}  // namespace
+
+// Is there a GPU on which these kernels run? The reason when there is none goes to `why`.
+const metala_backend *metala_cuda(metala_math math, char *why, size_t size) {
+    int count = 0, answer = 0, *memory = NULL;
+    cudaDeviceProp gpu;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaSuccess && count < 1) error = (cudaError_t)NO_DEVICE;
+    if (error == cudaSuccess) error = cudaGetDeviceProperties(&gpu, 0);
+    if (error == cudaSuccess && gpu.major < 8) {
+        snprintf(why, size, "%s has compute capability %d.%d, the kernels need 8.0 or newer", gpu.name, gpu.major,
+                 gpu.minor);
+        return NULL;
+    }
+    if (error == cudaSuccess) error = cudaMalloc(&memory, sizeof *memory);
+    if (error == cudaSuccess) {                                      // was it built for this GPU?
+        LAUNCH(probe_kernel, dim3(1), dim3(1), 0, 0, memory);
+        error = cudaGetLastError();
+    }
+    if (error == cudaSuccess) error = cudaMemcpy(&answer, memory, sizeof answer, cudaMemcpyDeviceToHost);
+    cudaFree(memory);
+    if (error != cudaSuccess || answer != 42) {
+        cudaGetLastError();
+        snprintf(why, size, "CUDA error %d, %s; %s", (int)error, cudaGetErrorString(error), advice((int)error));
+        return NULL;
+    }
+    return math == METALA_TF32 ? backend<METALA_TF32>() : math == METALA_BFLOAT16 ? backend<METALA_BFLOAT16>()
+                                                                                   : backend<METALA_EXACT>();
+}

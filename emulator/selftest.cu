@@ -1,0 +1,837 @@
+// selftest.cu - does cuda_on_cpu.h run kernels as a GPU does, and does it notice what is wrong with others?
+//
+//     g++ -std=c++17 -O1 -g -x c++ -include emulator/cuda_on_cpu.h emulator/selftest.cu -o selftest && ./selftest
+//     nvcc -arch=sm_80 emulator/selftest.cu -o selftest && ./selftest        the first half, on a GPU
+//
+// 1. Everything that is emulated, each result computed a second time by plain loops. A GPU must pass these as well: in
+//    particular what mma and ldmatrix expect in which register.
+// 2. Mistakes, each in a process of its own, with the words that must appear about it. In a build with a sanitizer
+//    others appear than without. RUN_WITH="qemu-aarch64 -L /usr/aarch64-linux-gnu" in the environment when this program
+//    needs another one to run it.
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define DYNAMIC_SHARED(type, name)                                        \
+    extern __shared__ __align__(128) unsigned char name##_as_bytes[];     \
+    type *name = (type *)name##_as_bytes
+#endif
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+typedef __nv_bfloat16 bf16;
+
+#ifdef __CUDACC__
+__device__ void mma_bf16(float *d, const unsigned *a, const unsigned *b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ void mma_tf32(float *d, const unsigned *a, const unsigned *b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ unsigned to_tf32(float x) {
+    unsigned u;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(u) : "f"(x));
+    return u;
+}
+#define LDMATRIX1(name, qualifiers)                                                                         \
+    __device__ void name(unsigned *r, const void *row) {                                                    \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1" qualifiers ".shared.b16 {%0}, [%1];"                   \
+                     : "=r"(r[0]) : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");               \
+    }
+#define LDMATRIX2(name, qualifiers)                                                                         \
+    __device__ void name(unsigned *r, const void *row) {                                                    \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2" qualifiers ".shared.b16 {%0,%1}, [%2];"                \
+                     : "=r"(r[0]), "=r"(r[1]) : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");   \
+    }
+#define LDMATRIX4(name, qualifiers)                                                                         \
+    __device__ void name(unsigned *r, const void *row) {                                                    \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4" qualifiers ".shared.b16 {%0,%1,%2,%3}, [%4];"          \
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                       \
+                     : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");                            \
+    }
+LDMATRIX1(ldmatrix_x1, "")
+LDMATRIX2(ldmatrix_x2, "")
+LDMATRIX4(ldmatrix_x4, "")
+LDMATRIX1(ldmatrix_x1_trans, ".trans")
+LDMATRIX2(ldmatrix_x2_trans, ".trans")
+LDMATRIX4(ldmatrix_x4_trans, ".trans")
+__device__ void copy16_async(void *shared, const void *global, bool real = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(real ? 16 : 0) : "memory");
+}
+__device__ void copy4_async(void *shared, const void *global, bool real = true) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :: "r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(real ? 4 : 0) : "memory");
+}
+__device__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+#endif
+
+namespace {
+
+int passed, failed;
+void check(const char *name, bool good, const char *detail = "") {
+    printf("%-52s %s%s%s\n", name, good ? "ok" : "FAILED", *detail ? "  " : "", detail);
+    (good ? passed : failed)++;
+}
+#define CHECK(call)                                                                                          \
+    do {                                                                                                     \
+        cudaError_t error_ = call;                                                                           \
+        if (error_ == cudaSuccess) break;                                                                    \
+        fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_));           \
+        exit(1);                                                                                             \
+    } while (0)
+
+// Memory on the device, and copies of it.
+template <class T> T *device(size_t n) {
+    T *p;
+    CHECK(cudaMalloc(&p, n * sizeof(T)));
+    return p;
+}
+template <class T> T *upload(const std::vector<T> &host) {
+    T *p = device<T>(host.size());
+    CHECK(cudaMemcpy(p, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return p;
+}
+template <class T> std::vector<T> download(T *p, size_t n) {     // and frees it
+    std::vector<T> host(n);
+    CHECK(cudaMemcpy(host.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
+    CHECK(cudaFree(p));
+    return host;
+}
+
+// ============================================================== 1. What is emulated
+
+__global__ void indices_kernel(int *out) {
+    size_t block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * (size_t)blockIdx.z);
+    size_t thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * (size_t)threadIdx.z);
+    out[block * blockDim.x * blockDim.y * blockDim.z + thread] = (int)(1000 * block + thread);
+}
+void test_indices() {
+    int *out = device<int>(24 * 60);
+    LAUNCH(indices_kernel, dim3(2, 3, 4), dim3(5, 4, 3), 0, 0, out);
+    CHECK(cudaGetLastError());
+    std::vector<int> host = download(out, 24 * 60);
+    bool good = true;
+    for (int i = 0; i < 24 * 60; i++) good = good && host[i] == 1000 * (i / 60) + i % 60;
+    check("grid and block of three dimensions", good);
+}
+
+__global__ void votes_kernel(int *out) {                         // 70 threads: the last warp has 6
+    int t = threadIdx.x, a = __syncthreads_count(t % 3 == 0), b = __syncthreads_or(t == 69),
+        c = __syncthreads_or(t == 70);
+    int d = __syncthreads_and(t < 70), e = __syncthreads_and(t < 69);
+    out[t] = a * 10000 + b * 1000 + c * 100 + d * 10 + e;
+}
+void test_votes() {
+    int *out = device<int>(70);
+    LAUNCH(votes_kernel, 1, 70, 0, 0, out);
+    bool good = true;
+    for (int v : download(out, 70)) good = good && v == 24 * 10000 + 1000 + 10;
+    check("__syncthreads_count, _or, _and", good);
+}
+
+template <class T>
+__global__ void shuffles_kernel(T *out, int width) {
+    int lane = threadIdx.x;
+    T x = (T)(100 + lane);
+    out[lane] = __shfl_sync(0xFFFFFFFFu, x, 5, width);
+    out[32 + lane] = __shfl_xor_sync(0xFFFFFFFFu, x, 3, width);
+    out[64 + lane] = __shfl_down_sync(0xFFFFFFFFu, x, 3, width);
+    out[96 + lane] = __shfl_up_sync(0xFFFFFFFFu, x, 3, width);
+    out[128 + lane] = 0;
+    if (lane % 2) out[128 + lane] = __shfl_xor_sync(0xAAAAAAAAu, x, 2, width);                    // the odd lanes alone
+}
+template <class T>
+bool shuffles_are_right(int width) {
+    T *out = device<T>(160);
+    LAUNCH(shuffles_kernel<T>, 1, 32, 0, 0, out, width);
+    std::vector<T> host = download(out, 160);
+    bool good = true;
+    for (int lane = 0; lane < 32; lane++) {
+        int first = lane / width * width, in = lane - first;
+        good = good && host[lane] == (T)(100 + first + 5 % width) &&
+               host[32 + lane] == (T)(100 + ((in ^ 3) < width ? lane ^ 3 : lane)) &&
+               host[64 + lane] == (T)(100 + (in + 3 < width ? lane + 3 : lane)) &&
+               host[96 + lane] == (T)(100 + (in >= 3 ? lane - 3 : lane)) &&
+               host[128 + lane] == (T)(lane % 2 ? 100 + (lane ^ 2) : 0);
+    }
+    return good;
+}
+void test_shuffles() {
+    bool good = true;
+    for (int width = 4; width <= 32; width *= 2)
+        good = good && shuffles_are_right<int>(width) && shuffles_are_right<float>(width) &&
+               shuffles_are_right<double>(width);
+    check("shuffles of int, float, double; width 4 to 32", good);
+}
+
+__global__ void warp_votes_kernel(unsigned *out) {
+    int t = threadIdx.x, lane = t % 32;
+    unsigned half = lane < 16 ? 0x0000FFFFu : 0xFFFF0000u, all = 0xFFFFFFFFu, x = (unsigned)t;
+    unsigned *to = out + 12 * t;
+    to[0] = __ballot_sync(all, lane % 3 == 0), to[1] = __ballot_sync(half, lane % 3 == 0);
+    to[2] = __any_sync(half, lane == 20), to[3] = __all_sync(half, lane != 20);
+    to[4] = __reduce_add_sync(all, x), to[5] = __reduce_add_sync(half, x);
+    to[6] = __reduce_max_sync(all, x), to[7] = (unsigned)__reduce_min_sync(all, -t),
+    to[8] = __reduce_or_sync(half, 1u << lane);
+    to[9] = __match_any_sync(all, t % 4), to[10] = __reduce_xor_sync(all, x), to[11] = __reduce_and_sync(all, x | 1);
+}
+void test_warp_votes() {
+    unsigned *out = device<unsigned>(64 * 12);
+    LAUNCH(warp_votes_kernel, 1, 64, 0, 0, out);
+    std::vector<unsigned> host = download(out, 64 * 12);
+    bool good = true;
+    for (int t = 0; t < 64; t++) {
+        int lane = t % 32, low = lane < 16, base = t / 32 * 32;
+        const unsigned third = 0x49249249u, half = low ? 0x0000FFFFu : 0xFFFF0000u, *x = &host[12 * t];
+        unsigned add_half = low ? 120 + 16 * (unsigned)base : 376 + 16 * (unsigned)base;
+        good = good && x[0] == third && x[1] == (third & half) && x[2] == !low && x[3] == (unsigned)low &&
+               x[4] == 496 + 32 * (unsigned)base && x[5] == add_half && x[6] == (unsigned)base + 31 &&
+               x[7] == (unsigned)-(base + 31) && x[8] == half && x[9] == 0x11111111u << t % 4 && x[10] == 0 &&
+               x[11] == ((unsigned)base | 1);
+    }
+    check("ballot, any, all, match, reduce; halves of a warp", good);
+}
+
+template <int TILE>
+__global__ void transpose_kernel(float *to, const float *from, int n) {
+    __shared__ float tile[TILE][TILE + 1];
+    DYNAMIC_SHARED(float, copy);
+    int x = threadIdx.x, y = threadIdx.y, column = blockIdx.x * TILE + x, row = blockIdx.y * TILE + y;
+    if (row < n && column < n) tile[y][x] = from[row * n + column];
+    __syncthreads();
+    copy[y * TILE + x] = tile[x][y];
+    __syncthreads();
+    column = blockIdx.y * TILE + x, row = blockIdx.x * TILE + y;
+    if (row < n && column < n) to[row * n + column] = copy[y * TILE + x];
+}
+void test_shared() {
+    const int n = 37;
+    std::vector<float> from(n * n);
+    for (int i = 0; i < n * n; i++) from[i] = (float)i;
+    float *a = upload(from), *b = device<float>(n * n), *c = device<float>(n * n);
+    LAUNCH(transpose_kernel<16>, dim3(3, 3), dim3(16, 16), 16 * 16 * 4, 0, b, a, n);
+    LAUNCH((transpose_kernel<8>), dim3(5, 5), dim3(8, 8), 8 * 8 * 4, 0, c, b, n);
+    CHECK(cudaGetLastError());
+    check("shared memory, static in a template and dynamic", download(c, n * n) == from);
+    CHECK(cudaFree(a));
+    CHECK(cudaFree(b));
+}
+
+// One warp: d[16][8] += a[16][K] b[K][8] with operands straight from global memory.
+__global__ void mma_kernel(float *d16, float *d8, const float *a, const float *b) {
+    int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    unsigned x[4], y[2];
+    float d[4] = {1, 2, 3, 4};
+    for (int r = 0; r < 4; r++) {
+        const float *p = a + (g + r % 2 * 8) * 16 + 2 * t + r / 2 * 8;
+        __nv_bfloat162 pair = __floats2bfloat162_rn(p[0], p[1]);
+        memcpy(&x[r], &pair, 4);
+    }
+    for (int r = 0; r < 2; r++) {
+        const float *p = b + (2 * t + 8 * r) * 8 + g;
+        __nv_bfloat162 pair = __floats2bfloat162_rn(p[0], p[8]);
+        memcpy(&y[r], &pair, 4);
+    }
+    mma_bf16(d, x, y);
+    for (int i = 0; i < 4; i++) d16[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i] - (float)(i + 1), d[i] = 0;
+    for (int r = 0; r < 4; r++) x[r] = to_tf32(a[(g + r % 2 * 8) * 16 + t + r / 2 * 4]);
+    for (int r = 0; r < 2; r++) y[r] = to_tf32(b[(t + 4 * r) * 8 + g]);
+    mma_tf32(d, x, y);
+    for (int i = 0; i < 4; i++) d8[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
+}
+void test_mma() {
+    std::vector<float> a(256), b(128);
+    for (int i = 0; i < 256; i++) a[i] = (float)(i * 37 % 61 - 30);                               // exact in 8 bits
+    for (int i = 0; i < 128; i++) b[i] = (float)(i * 29 % 53 - 26);
+    float *x = upload(a), *y = upload(b), *d16 = device<float>(128), *d8 = device<float>(128);
+    LAUNCH(mma_kernel, 1, 32, 0, 0, d16, d8, x, y);
+    CHECK(cudaGetLastError());
+    std::vector<float> of16 = download(d16, 128), of8 = download(d8, 128);
+    bool good16 = true, good8 = true;
+    for (int row = 0; row < 16; row++)
+        for (int column = 0; column < 8; column++) {
+            float sum = 0;
+            for (int k = 0; k < 16; k++) {
+                sum += a[row * 16 + k] * b[k * 8 + column];
+                if (k == 7) good8 = good8 && of8[row * 8 + column] == sum;
+            }
+            good16 = good16 && of16[row * 8 + column] == sum;
+        }
+    check("mma m16n8k16 of bfloat16", good16);
+    check("mma m16n8k8 of tf32", good8);
+    CHECK(cudaFree(x));
+    CHECK(cudaFree(y));
+}
+
+__global__ void ldmatrix_kernel(unsigned *out) {                 // matrix m, row i, column j is 1000m + 10i + j
+    __shared__ __align__(16) uint16_t rows[32][8];
+    int lane = threadIdx.x;
+    for (int j = 0; j < 8; j++) rows[lane][j] = (uint16_t)(1000 * (lane / 8) + 10 * (lane % 8) + j);
+    __syncwarp();
+    unsigned r[14];
+    ldmatrix_x4(r, rows[lane]);
+    ldmatrix_x4_trans(r + 4, rows[lane]);
+    ldmatrix_x2(r + 8, rows[lane % 16]);
+    ldmatrix_x2_trans(r + 10, rows[lane % 16]);
+    ldmatrix_x1(r + 12, rows[lane % 8]);
+    ldmatrix_x1_trans(r + 13, rows[lane % 8]);
+    for (int i = 0; i < 14; i++) out[lane * 14 + i] = r[i];
+}
+void test_ldmatrix() {
+    unsigned *out = device<unsigned>(32 * 14);
+    LAUNCH(ldmatrix_kernel, 1, 32, 0, 0, out);
+    std::vector<unsigned> host = download(out, 32 * 14);
+    bool good = true;
+    for (int lane = 0; lane < 32; lane++) {
+        int g = lane / 4, t = lane % 4;
+        auto pair = [](int a, int b) { return (unsigned)a | (unsigned)b << 16; };
+        const int matrix_of[14] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1, 0, 0},
+                  transposed[14] = {0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 1};
+        for (int i = 0; i < 14; i++) {
+            int m = 1000 * matrix_of[i];
+            unsigned expected = transposed[i] ? pair(m + 20 * t + g, m + 20 * t + 10 + g)
+                                              : pair(m + 10 * g + 2 * t, m + 10 * g + 2 * t + 1);
+            good = good && host[lane * 14 + i] == expected;
+        }
+    }
+    check("ldmatrix x1, x2, x4, straight and transposed", good);
+}
+
+// Sums n strips of 128 numbers; three stages, each thread loads 16 bytes of a strip and reads others' numbers.
+__global__ void pipeline_kernel(float *sums, const float *x, int n, int bug) {
+    __shared__ __align__(16) float strip[3][128];
+    int t = threadIdx.x;
+    float sum = 0;
+    auto load = [&](int s) {
+        if (s < n) copy16_async(&strip[s % 3][4 * t], x + s * 128 + 4 * t, t < 31);               // the last 4 as zeros
+        copy_commit();
+    };
+    load(0);
+    load(1);
+    for (int s = 0; s < n; s++) {
+        if (bug == 1) copy_wait<2>();                            // one stage short
+        else copy_wait<1>();
+        if (bug == 2) load(s + 2);                               // into the stage that others may still read
+        __syncthreads();
+        if (bug != 2) load(s + 2);
+        for (int i = 0; i < 4; i++) sum += strip[s % 3][(32 * i + t + 7) % 128];
+    }
+    sums[t] = sum;
+}
+bool pipeline(int bug) {
+    const int n = 9;
+    std::vector<float> x(n * 128), expected(32);
+    for (int i = 0; i < n * 128; i++) x[i] = (float)(i % 97);
+    for (int s = 0; s < n; s++)
+        for (int t = 0; t < 32; t++)
+            for (int i = 0; i < 4; i++)
+                if (int at = (32 * i + t + 7) % 128; at < 124) expected[t] += x[s * 128 + at];
+    float *from = upload(x), *sums = device<float>(32);
+    LAUNCH(pipeline_kernel, 1, 32, 0, 0, sums, from, n, bug);
+    CHECK(cudaFree(from));
+    return download(sums, 32) == expected;
+}
+void test_pipeline() { check("cp.async in three stages, with zeros beyond the end", pipeline(0)); }
+
+__global__ void atomics_kernel(int *counter, unsigned *most, unsigned long long *sum, int *once) {
+    unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    atomicAdd(counter, 1);
+    atomicMax(most, i * 7919 % 1009);
+    atomicAdd(sum, (unsigned long long)i);
+    if (atomicCAS(once, 0, 1) == 0) atomicAdd(once, 10);
+    atomicSub(counter, (int)(i % 2));
+}
+void test_atomics() {
+    int *counter = upload(std::vector<int>{0}), *once = upload(std::vector<int>{0});
+    unsigned *most = upload(std::vector<unsigned>{0});
+    unsigned long long *sum = upload(std::vector<unsigned long long>{0});
+    LAUNCH(atomics_kernel, 10, 100, 0, 0, counter, most, sum, once);
+    unsigned highest = 0;
+    for (unsigned i = 0; i < 1000; i++) highest = i * 7919 % 1009 > highest ? i * 7919 % 1009 : highest;
+    check("atomics on integers", download(counter, 1)[0] == 500 && download(most, 1)[0] == highest &&
+                                     download(sum, 1)[0] == 499500 && download(once, 1)[0] == 11);
+}
+
+// Rounding, by the definition: the nearest of the two neighbours, the even one when both are as near.
+__global__ void numbers_kernel(unsigned *out, const float *x, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    bf16 b = __float2bfloat16(x[i]);
+    __half h = __float2half(x[i]);
+    uint16_t b_bits, h_bits;
+    memcpy(&b_bits, &b, 2);
+    memcpy(&h_bits, &h, 2);
+    float back = __half2float(h);
+    out[4 * i] = b_bits, out[4 * i + 1] = h_bits, out[4 * i + 2] = to_tf32(x[i]) & 0xFFFFE000u;
+    memcpy(&out[4 * i + 3], &back, 4);
+}
+bool rounds_to(double x, double got, int digits, double least_step) { // got has so many binary digits, or is a multiple
+    double step = std::fmax(std::ldexp(1, std::ilogb(x == 0 ? 1 : x) + 1 - digits), least_step),
+           below = std::floor(x / step) * step;
+    double up = below + step - x, down = x - below;
+    return up < down   ? got == below + step
+           : down < up ? got == below
+                       : std::fmod(got / step, 2) == 0 && std::fabs(got - x) == up;
+}
+void test_numbers() {
+    std::vector<float> x = {
+        0, 1, -1, 1.00390625f, 1.01171875f, 65504, 1e-7f, 5.9604645e-08f, 8.9406967e-08f, 6.1e-05f, 3.1415927f};
+    for (unsigned i = 0; i < 2000; i++)
+        x.push_back(std::ldexp((float)(i * 2654435761u >> 8) - 8388608.f, (int)(i % 36) - 43));
+    float *from = upload(x);
+    unsigned *out = device<unsigned>(4 * x.size());
+    LAUNCH(numbers_kernel, (unsigned)(x.size() + 63) / 64, 64, 0, 0, out, from, (int)x.size());
+    std::vector<unsigned> bits = download(out, 4 * x.size());
+    bool b = true, h = true, t = true;
+    for (size_t i = 0; i < x.size(); i++) {
+        float as_bf16, as_tf32, as_half;
+        unsigned u = bits[4 * i] << 16, half = bits[4 * i + 1];
+        memcpy(&as_bf16, &u, 4);
+        memcpy(&as_tf32, &bits[4 * i + 2], 4);
+        memcpy(&as_half, &bits[4 * i + 3], 4);
+        int exponent = half >> 10 & 31;
+        double of_bits = (exponent ? std::ldexp(1024 + (half & 1023), exponent - 25) : std::ldexp(half & 1023, -24)) *
+                         (half >> 15 ? -1 : 1);
+        b = b && rounds_to(x[i], as_bf16, 8, 0);
+        t = t && std::fabs(as_tf32 - x[i]) <= std::ldexp(1, std::ilogb(x[i] == 0 ? 1 : x[i]) - 11);
+        if (std::fabs(x[i]) < 65520) h = h && rounds_to(x[i], as_half, 11, std::ldexp(1, -24)) && of_bits == as_half;
+    }
+    check("bfloat16 rounds to nearest even", b);
+    check("half rounds to nearest even, denormals too", h);
+    check("tf32 rounds to nearest", t);
+    CHECK(cudaFree(from));
+}
+
+__constant__ float factors[3];
+__global__ void scale_kernel(float *x, int n) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) x[i] *= factors[i % 3];
+}
+__global__ void sum_big_kernel(float *to, int n) {               // needs more than 48 KB
+    DYNAMIC_SHARED(float, x);
+    for (int i = threadIdx.x; i < n; i += blockDim.x) x[i] = 1;
+    __syncthreads();
+    float sum = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += x[n - 1 - i];
+    to[threadIdx.x] = sum;
+}
+void test_runtime() {
+    const float three[3] = {2, 3, 5};
+    std::vector<float> x(30, 1);
+    float *p = upload(x), *grid = device<float>(20), ms = -1;
+    CHECK(cudaMemcpyToSymbol(factors, three, sizeof three));
+    cudaStream_t stream;
+    cudaEvent_t start, stop;
+    CHECK(cudaStreamCreate(&stream));
+    CHECK(cudaEventCreate(&start));
+    CHECK(cudaEventCreate(&stop));
+    cudaGraph_t graph;
+    cudaGraphExec_t ready;
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    LAUNCH(scale_kernel, 1, 32, 0, stream, p, 30);
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&ready, graph, 0));
+    CHECK(cudaEventRecord(start, stream));
+    for (int i = 0; i < 3; i++) CHECK(cudaGraphLaunch(ready, stream));
+    CHECK(cudaEventRecord(stop, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    CHECK(cudaEventElapsedTime(&ms, start, stop));
+    x = download(p, 30);
+    check("a captured graph runs three times, events, a constant", x[0] == 8 && x[1] == 27 && x[29] == 125 && ms >= 0);
+    CHECK(cudaGraphExecDestroy(ready));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaEventDestroy(start));
+    CHECK(cudaEventDestroy(stop));
+    CHECK(cudaStreamDestroy(stream));
+
+    std::vector<float> small = {1, 2, 3, 4, 5, 6}, wide(20);     // 2×3 into 4×5
+    CHECK(cudaMemset(grid, 0, 80));
+    CHECK(cudaMemcpy2D(grid + 6, 20, small.data(), 12, 12, 2, cudaMemcpyHostToDevice));
+    wide = download(grid, 20);
+    check("copies of rows",
+          wide[6] == 1 && wide[8] == 3 && wide[9] == 0 && wide[11] == 4 && wide[13] == 6 && wide[0] == 0);
+
+    const int n = 20000;
+    float *sums = device<float>(256), *managed, *pinned;
+    CHECK(cudaFuncSetAttribute(sum_big_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n * 4));
+    LAUNCH(sum_big_kernel, 1, 256, n * 4, 0, sums, n);
+    CHECK(cudaGetLastError());
+    float total = 0;
+    for (float s : download(sums, 256)) total += s;
+    check("80 kB of shared memory, after cudaFuncSetAttribute", total == n);
+
+    CHECK(cudaMallocManaged(&managed, 4));
+    CHECK(cudaMallocHost(&pinned, 4));
+    *managed = 1, *pinned = 7;
+    LAUNCH(scale_kernel, 1, 1, 0, 0, managed, 1);
+    CHECK(cudaDeviceSynchronize());
+    check("managed and pinned memory are the host's as well", *managed == 2 && *pinned == 7);
+    CHECK(cudaFree(managed));
+    CHECK(cudaFreeHost(pinned));
+
+    void *much = &much;
+    size_t free_bytes, all_bytes;
+    CHECK(cudaMemGetInfo(&free_bytes, &all_bytes));
+    cudaError_t error = cudaMalloc(&much, all_bytes + 1);
+    check("out of memory is an error, once",
+          error == cudaErrorMemoryAllocation && cudaGetLastError() == error && cudaGetLastError() == 0 &&
+              !strcmp(cudaGetErrorName(error), "cudaErrorMemoryAllocation") && free_bytes <= all_bytes);
+}
+
+// ============================================================== 2. Mistakes
+
+#ifndef __CUDACC__
+// Each prints "wrong result" when the result shows the mistake.
+void result(bool right) {
+    if (!right) fprintf(stderr, "wrong result\n");
+}
+bool all_equal(const std::vector<float> &x, float y) {
+    for (float v : x)
+        if (!(v == y)) return false;
+    return true;
+}
+
+enum { N = 64 };                                                 // threads of the blocks below
+
+__global__ void neighbour_kernel(float *to, int bug) {
+    __shared__ float x[N];
+    int t = threadIdx.x;
+    float sum = 0;
+    for (int round = 0; round < 3; round++) {
+        x[t] = (float)(t * round);
+        if (bug != 1) __syncthreads();
+        sum += x[(t + 1) % N] - x[t] * (t == N - 1 ? 0 : 1);
+        if (bug != 2) __syncthreads();
+    }
+    to[t] = t == N - 1 ? 3 : sum;
+}
+void run_neighbour(int bug) {
+    float *to = device<float>(N);
+    LAUNCH(neighbour_kernel, 1, N, 0, 0, to, bug);
+    result(all_equal(download(to, N), 3));
+}
+void no_barrier_after_write() { run_neighbour(1); }
+void no_barrier_before_overwrite() { run_neighbour(2); }
+
+__global__ void barrier_kernel(int *to, int bug) {
+    int t = threadIdx.x;
+    if (bug == 2 && t == 63) return;
+    if (bug == 1 && t < 32) __syncthreads();
+    for (int i = 0; bug == 3 && i < 1 + t / 32; i++) __syncthreads();
+    if (bug == 4 && t % 2) __syncthreads();
+    else if (bug == 4) to[t] = __shfl_xor_sync(0xFFFFFFFFu, t, 1);
+    __syncthreads();
+    to[t] = t;
+}
+void run_barrier(int bug) {
+    int *to = device<int>(N);
+    LAUNCH(barrier_kernel, 1, N, 0, 0, to, bug);
+}
+void barrier_in_a_branch() { run_barrier(1); }
+void return_before_a_barrier() { run_barrier(2); }
+void barrier_in_an_uneven_loop() { run_barrier(3); }
+void shuffle_against_barrier() { run_barrier(4); }
+
+__global__ void lanes_kernel(int *to, int bug) {
+    int t = threadIdx.x, lane = t % 32;
+    if (bug == 1 && lane < 16) to[t] = __shfl_down_sync(0xFFFFFFFFu, t, 1);
+    if (bug == 2) to[t] = __shfl_xor_sync(0x0000FFFFu, t, 1);
+    if (bug == 3 && lane < 16) to[t] = __shfl_xor_sync(0x0000FFFFu, t, 16);
+    if (bug == 4) to[t] = lane < 16 ? __shfl_xor_sync(0xFFFFFFFFu, t, 1) : __ballot_sync(0xFFFFFFFFu, 1);
+    if (bug == 5) to[t] = __shfl_xor_sync(0xFFFFFFFFu, t, 1, 12);
+}
+void run_lanes(int bug, int threads) {
+    int *to = device<int>(N);
+    LAUNCH(lanes_kernel, 1, threads, 0, 0, to, bug);
+}
+void shuffle_in_half_a_warp() { run_lanes(1, N); }
+void mask_without_the_caller() { run_lanes(2, N); }
+void shuffle_from_beyond_the_mask() { run_lanes(3, N); }
+void different_operations() { run_lanes(4, N); }
+void odd_width() { run_lanes(5, N); }
+void full_mask_in_a_part_of_a_warp() { run_lanes(1, 48); }
+
+__global__ void warp_sum_kernel(float *to) {                     // as before Volta: lanes are taken to move as one
+    __shared__ float x[32];
+    int t = threadIdx.x;
+    x[t] = 1;
+    for (int d = 16; d > 0; d /= 2)
+        if (t < d) x[t] += x[t + d];
+    to[t] = x[0];
+}
+void no_syncwarp() {
+    float *to = device<float>(32);
+    LAUNCH(warp_sum_kernel, 1, 32, 0, 0, to);
+    result(all_equal(download(to, 32), 32));
+}
+
+__global__ void unwritten_kernel(float *to, const float *from, int bug) {
+    __shared__ float x[N + 1];
+    int t = threadIdx.x;
+    x[t] = 1;
+    __syncthreads();
+    to[t] = bug ? x[t + 1] : from[t];
+}
+void unwritten_shared_memory() {
+    float *to = device<float>(N), *from = device<float>(N);
+    LAUNCH(unwritten_kernel, 1, N, 0, 0, to, from, 1);
+    result(all_equal(download(to, N), 1));
+}
+void unwritten_global_memory() {
+    float *to = device<float>(N), *from = device<float>(N);
+    LAUNCH(unwritten_kernel, 1, N, 0, 0, to, from, 0);
+    result(all_equal(download(to, N), 0));
+}
+
+__global__ void beyond_kernel(float *to, int bug, int by) {
+    __shared__ float fixed[N];
+    DYNAMIC_SHARED(float, x);
+    int t = threadIdx.x;
+    x[t] = 1;
+    fixed[(bug == 1 ? by : 0) + t] = 2;
+    if (bug == 2) x[t + by] = 3;
+    if (bug == 3) to[t + by] = 4;
+    if (bug == 4) to[t] = to[t + by];
+    if (bug != 3) to[t] = fixed[t] + x[t];
+}
+void run_beyond(int bug, int by) {
+    float *to = device<float>(N);
+    LAUNCH(beyond_kernel, 1, N, bug ? N * 4 : N * 4 - 4, 0, to, bug, by);
+}
+void beyond_static_shared_memory() { run_beyond(1, 1); }
+void beyond_dynamic_shared_memory() { run_beyond(2, 8); }
+void right_behind_dynamic_shared_memory() { run_beyond(0, 1); }  // one float less than the threads write
+void right_behind_an_allocation() {
+    float *to = device<float>(N - 1);
+    LAUNCH(beyond_kernel, 1, N, N * 4, 0, to, 0, 0);
+}
+void far_behind_an_allocation() { run_beyond(3, 2000); }
+void before_an_allocation() { run_beyond(4, -2000); }
+
+__global__ void add_one_kernel(float *x) { x[threadIdx.x] += 1; }
+void host_follows_a_device_pointer() {
+    volatile float *x = device<float>(N);
+    printf("%g\n", x[3]);
+}
+void kernel_follows_a_host_pointer() {
+    static float x[N];
+    LAUNCH(add_one_kernel, 1, N, 0, 0, x);
+}
+void copy_overruns() {
+    float host[N] = {}, *x = device<float>(N);
+    cudaMemcpy(x + 1, host, sizeof host, cudaMemcpyHostToDevice);
+}
+void copy_the_wrong_way() {
+    float host[N] = {}, *x = device<float>(N);
+    cudaMemcpy(x, host, sizeof host, cudaMemcpyDeviceToHost);
+}
+void free_twice() {
+    float *x = device<float>(N);
+    cudaFree(x);
+    cudaFree(x);
+}
+void free_the_middle() { cudaFree(device<float>(N) + 4); }
+void use_after_free() {
+    float *x = device<float>(N);
+    CHECK(cudaFree(x));
+    LAUNCH(add_one_kernel, 1, N, 0, 0, x);
+}
+void never_freed() { device<float>(N); }
+void too_many_threads() { LAUNCH(add_one_kernel, 1, 1025, 0, 0, device<float>(N)); }
+void too_large_a_grid() { LAUNCH(add_one_kernel, dim3(1, 1, 65536), 1, 0, 0, device<float>(N)); }
+void too_much_shared_memory() { LAUNCH(add_one_kernel, 1, 1, 50000, 0, device<float>(N)); }
+void a_stream_that_is_gone() {
+    cudaStream_t s = 0;
+    CHECK(cudaStreamCreate(&s));
+    CHECK(cudaStreamDestroy(s));
+    LAUNCH(add_one_kernel, 1, 1, 0, s, device<float>(N));
+}
+
+void wait_one_stage_short() { result(pipeline(1)); }
+void load_what_is_still_read() { result(pipeline(2)); }
+__global__ void ldmatrix_bug_kernel(unsigned *to, const uint16_t *from, int bug) {
+    __shared__ __align__(16) uint16_t rows[33][8];
+    unsigned r[4];
+    for (int i = 0; i < 8; i++) rows[threadIdx.x][i] = 1;
+    __syncwarp();
+    ldmatrix_x4(r, bug ? from : rows[threadIdx.x] + 1);
+    to[threadIdx.x] = r[0];
+}
+void ldmatrix_not_aligned() { LAUNCH(ldmatrix_bug_kernel, 1, 32, 0, 0, device<unsigned>(32), device<uint16_t>(64), 0); }
+void ldmatrix_from_global_memory() {
+    LAUNCH(ldmatrix_bug_kernel, 1, 32, 0, 0, device<unsigned>(32), device<uint16_t>(64), 1);
+}
+
+__global__ void chain_kernel(float *x) {                         // block b needs what block b - 1 wrote
+    if (blockIdx.x) x[blockIdx.x] = x[blockIdx.x - 1] + 1;
+}
+void blocks_that_need_each_other() {
+    std::vector<float> host(9);
+    float *x = upload(host);
+    LAUNCH(chain_kernel, 9, 1, 0, 0, x);
+    result(download(x, 9)[8] == 8);
+}
+__global__ void float_atomics_kernel(float *x) { atomicAdd(x, 1.f); }
+void float_atomics() {
+    LAUNCH(float_atomics_kernel, 1, N, 0, 0, upload(std::vector<float>{0}));
+}
+void no_synchronisation() {                                      // CUDA_ASYNC=1
+    float *pinned, *x = upload(std::vector<float>{0});
+    CHECK(cudaMallocHost(&pinned, 4));
+    LAUNCH(add_one_kernel, 1, 1, 0, 0, x);
+    CHECK(cudaMemcpyAsync(pinned, x, 4, cudaMemcpyDeviceToHost, 0));
+    result(*pinned == 1);
+}
+__global__ void divide_kernel(int *x, int by) { x[threadIdx.x] = 100 / by; }
+void division_by_zero() { LAUNCH(divide_kernel, 1, 1, 0, 0, device<int>(1), 0); }
+__device__ int deep(volatile int *x, int n) {
+    volatile int room[500];
+    room[n % 500] = *x;
+    return n ? deep(room, n - 1) + room[n % 500] : 0;
+}
+__global__ void deep_kernel(int *x) { x[0] = deep(x, 2000); }
+void stack_overflow() { LAUNCH(deep_kernel, 1, 1, 0, 0, device<int>(1)); }
+
+#if defined(__x86_64__) || defined(__i386__)
+#define TRAPS(words) words
+#else
+#define TRAPS(words) NULL                                        // other processors divide by zero and go on
+#endif
+// What must be said without a sanitizer, by the address sanitizer, by the thread sanitizer; NULL: nothing is expected.
+const struct {
+    void (*run)();
+    const char *name, *plain, *address, *thread;
+} mistakes[] = {
+#define M(name, ...) {name, #name, __VA_ARGS__}
+    M(no_barrier_after_write, "wrong result", "wrong result", "data race"),
+    M(no_barrier_before_overwrite, "wrong result", "wrong result", "data race"),
+    M(barrier_in_a_branch, "barrier divergence", "barrier divergence", "barrier divergence"),
+    M(return_before_a_barrier, "threads 63: have returned", "threads 63: have returned", "threads 63: have returned"),
+    M(barrier_in_an_uneven_loop, "barrier divergence", "barrier divergence", "barrier divergence"),
+    M(shuffle_against_barrier, "lanes of its mask that never come", "lanes of its mask", "lanes of its mask"),
+    M(shuffle_in_half_a_warp, "lanes of its mask that never come", "lanes of its mask", "lanes of its mask"),
+    M(mask_without_the_caller, "leaves the caller out", "leaves the caller out", "leaves the caller out"),
+    M(shuffle_from_beyond_the_mask, "which is not in the mask", "which is not in the mask", "which is not in the mask"),
+    M(different_operations, "different operations", "different operations", "different operations"),
+    M(odd_width, "a shuffle of width 12", "a shuffle of width 12", "a shuffle of width 12"),
+    M(full_mask_in_a_part_of_a_warp, "this warp has 16 threads", "this warp has 16", "this warp has 16"),
+    M(no_syncwarp, "wrong result", "wrong result", "data race"),
+    M(unwritten_shared_memory, "wrong result", NULL, NULL),      // the sanitizers' shared arrays are not filled
+    M(unwritten_global_memory, "wrong result", "wrong result", "wrong result"),
+    M(beyond_static_shared_memory, NULL, "global-buffer-overflow", NULL),
+    M(beyond_dynamic_shared_memory, "of dynamic shared memory", "heap-buffer-overflow", NULL),
+    M(right_behind_dynamic_shared_memory, "wrote behind the 252 bytes", "heap-buffer-overflow", "wrote behind"),
+    M(right_behind_an_allocation, "before or behind allocation 1 (252", "heap-buffer-overflow", "wrote right"),
+    M(far_behind_an_allocation, "byte 8000 of allocation 1 (256 bytes", "AddressSanitizer", NULL),
+    M(before_an_allocation, "byte -8000 of allocation 1 (256 bytes", "AddressSanitizer", NULL),
+    M(host_follows_a_device_pointer, "host code reads or writes device memory, byte 12", "host code reads", NULL),
+    M(kernel_follows_a_host_pointer, "argument 1 is no pointer to device", "argument 1 is no", "argument 1 is no"),
+    M(copy_overruns, "256 bytes at byte 4 of the destination", "256 bytes at byte 4", "256 bytes at byte 4"),
+    M(copy_the_wrong_way, "the destination is device memory", "the destination is device", "the destination is device"),
+    M(free_twice, "freed already", "cudaFree(", "freed already"),
+    M(free_the_middle, "not the start", "not the start", "not the start"),
+    M(use_after_free, "argument 1 is no pointer to device memory", "argument 1 is no", "argument 1 is no"),
+    M(never_freed, "never freed, first allocation 1 (256 bytes, emulator/", "never freed", "never freed"),
+    M(too_many_threads, "block (1025,1,1)", "block (1025,1,1)", "block (1025,1,1)"),
+    M(too_large_a_grid, "grid (1,1,65536)", "grid (1,1,65536)", "grid (1,1,65536)"),
+    M(too_much_shared_memory, "50000 bytes of dynamic shared memory; the limit is 49152", "50000 bytes", "50000 bytes"),
+    M(a_stream_that_is_gone, "there is no such stream", "there is no such stream", "there is no such stream"),
+    M(wait_one_stage_short, "wrong result", "wrong result", "wrong result"),
+    M(load_what_is_still_read, "wrong result", "wrong result", "data race"),
+    M(ldmatrix_not_aligned, "rows start at multiples of 16 bytes", "rows start at", "rows start at"),
+    M(ldmatrix_from_global_memory, "which is not in shared memory", NULL, NULL),
+    M(blocks_that_need_each_other, "wrong result", "wrong result", "wrong result"),
+    M(float_atomics, "adds floats atomically", "adds floats atomically", "adds floats atomically"),
+    M(no_synchronisation, "wrong result", "wrong result", "wrong result"),
+    M(division_by_zero, TRAPS("integer division by zero"), TRAPS("division by zero"), NULL),
+    M(stack_overflow, "its stack of 128 kB is too small", "stack-overflow", NULL),
+};
+
+// Runs this program again for one mistake, in the three orders of threads, until the words appear.
+bool noticed(const char *program, const char *name, const char *words, std::string *said) {
+    for (const char *order : {"forward", "reverse", "random"}) {
+        const char *with = getenv("RUN_WITH");
+        std::string command = std::string("CUDA_ASYNC=1 CUDA_ORDER=") + order + " " + (with ? with : "") + " '" +
+                              program + "' --mistake " + name + " 2>&1";
+        FILE *f = popen(command.c_str(), "r");
+        char line[1000];
+        said->clear();
+        while (f && fgets(line, sizeof line, f)) *said += line;
+        if (f) pclose(f);
+        if (said->find(words) != std::string::npos) return true;
+    }
+    return false;
+}
+int run_mistake(const char *name) {
+    for (auto &m : mistakes)
+        if (!strcmp(m.name, name)) {
+            m.run();
+            cudaDeviceSynchronize();
+            return 0;
+        }
+    fprintf(stderr, "selftest: there is no mistake %s\n", name);
+    return 2;
+}
+void test_mistakes(const char *program) {
+    for (auto &m : mistakes) {
+#if defined(__SANITIZE_ADDRESS__)
+        const char *words = m.address;
+#elif defined(__SANITIZE_THREAD__)
+        const char *words = m.thread;
+#else
+        const char *words = m.plain;
+#endif
+        if (!words) continue;
+        std::string name = m.name, said;
+        for (char &c : name)
+            if (c == '_') c = ' ';
+        bool good = noticed(program, m.name, words, &said);
+        check(name.c_str(), good, words);
+        if (!good) printf("    again: CUDA_ASYNC=1 %s --mistake %s; it said:\n%s", program, m.name, said.c_str());
+    }
+}
+#endif
+
+}  // namespace
+
+int main(int argc, char **argv) {
+#ifndef __CUDACC__
+    if (argc == 3 && !strcmp(argv[1], "--mistake")) return run_mistake(argv[2]);
+#endif
+    if (argc > 1) {
+        fprintf(stderr, "usage: %s\n", argv[0]);
+        return 2;
+    }
+    test_indices();
+    test_votes();
+    test_shuffles();
+    test_warp_votes();
+    test_shared();
+    test_mma();
+    test_ldmatrix();
+    test_pipeline();
+    test_atomics();
+    test_numbers();
+    test_runtime();
+#ifndef __CUDACC__
+    test_mistakes(argv[0]);
+#endif
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
