@@ -2750,7 +2750,7 @@ static unsigned char *read_tensor(const tensor *t, int r) {
     size_t bytes = t->count * t->size + 2 * GUARD;
     unsigned char *all = take(bytes, 1);
     on[r].be->download(on[r].ctx, all, t->at[r] - GUARD, bytes);
-    for (size_t i = 0; i < GUARD; i++)
+    for (size_t i = 0, guard = GUARD; i < guard; i++)
         if (all[i] != GUARD_BYTE || all[bytes - 1 - i] != GUARD_BYTE) {
             problem("%s: something was written %zu bytes %s it", t->name, GUARD - i,
                     all[i] != GUARD_BYTE ? "before" : "behind");
@@ -3058,6 +3058,7 @@ static void check_twins(void) {
         {2, 70, 48, 3, 8, 16, 300, 0}, {4, 64, 66, 1, 33, 66, 97, 1}, {1, 3, 130, 1, 65, 130, 1000, 0},
         {5, 2, 37, 1, 7, 37, 11, 1}, {1, 33, 300, 5, 30, 60, 5, 0}};
     static const shape products[] = {{1, 1, 1, 0, 0, 0, 1, 1}, {1, 3, 8, 0, 0, 0, 0, 0}, {2, 2, 64, 0, 0, 0, 33, 3},
+        {1, 3, 264, 0, 0, 0, 19, 3}, {1, 4, 132, 0, 0, 0, 9, 0},
         {1, 4, 130, 0, 0, 0, 301, 0}, {1, 5, 7, 0, 0, 0, 2, 1}, {1, 64, 16, 0, 0, 0, 64, 0}, {5, 13, 17, 0, 0, 0, 65, 1},
         {3, 43, 33, 0, 0, 0, 70, 2}, {1, 9, 256, 0, 0, 0, 128, 3}, {2, 65, 128, 0, 0, 0, 63, 6}, {1, 6, 1030, 0, 0, 0, 40, 1},
         {1, 1025, 30, 0, 0, 0, 20, 3}, {1, 10, 0, 0, 0, 0, 6, 5}, {1, 140, 200, 0, 0, 0, 136, 1}, {1, 1100, 36, 0, 0, 0, 132, 2},
