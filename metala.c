@@ -509,18 +509,39 @@ static inline real dot_bfloat16(const real *a, const uint16_t *w, size_t n) {
     return sum;
 }
 
-// Σ_g s_g Σ_i a_i q_i of a row in int8: i are the inputs of group g. There is so much to compute for each byte that the
-// processor does not look far enough ahead by itself.
+// Bytes become numbers fastest four at a time: the bits 8k to 8k+7 of a 32-bit word, moved to its top, are the integer
+// q·2^24, for which the scale makes up. So the inputs of a group are first put in the order in which its bytes come out:
+// y[16k + j] = x[byte k of word j], where the byte order of the machine says which byte of memory that is.
+enum { WORDS = METALA_GROUP / 4 };
+static void order_inputs(real *y, const real *x, size_t n) {
+    uint32_t one = 1;
+    unsigned char little;
+    memcpy(&little, &one, 1);
+    size_t i = 0;
+    for (; i + METALA_GROUP <= n; i += METALA_GROUP)
+        for (size_t k = 0; k < 4; k++)
+            for (size_t j = 0; j < WORDS; j++) y[i + WORDS * k + j] = x[i + 4 * j + (little ? k : 3 - k)];
+    for (; i < n; i++) y[i] = x[i];
+}
+
+// Σ_g s_g Σ_i a_i q_i of a row in int8: i are the inputs of group g, a those of order_inputs. There is so much to compute
+// for each byte that the processor does not look far enough ahead by itself.
 static inline real dot_int8(const real *a, const int8_t *q, const float *scales, size_t n) {
+    const uint32_t top = 0xFF000000u;
     vec x = {0};
     size_t i = 0;
     for (; i + METALA_GROUP <= n; i += METALA_GROUP, scales++) {
+        uint32_t word[WORDS];
         real lane[METALA_GROUP];
         vec sum = {0};
         PREFETCH(q + i, 3072);
-        for (int l = 0; l < METALA_GROUP; l++) lane[l] = q[i + (size_t)l];
+        memcpy(word, q + i, sizeof word);
+        for (int j = 0; j < WORDS; j++) lane[j] = (int32_t)(word[j] << 24);
+        for (int j = 0; j < WORDS; j++) lane[WORDS + j] = (int32_t)(word[j] << 16 & top);
+        for (int j = 0; j < WORDS; j++) lane[2 * WORDS + j] = (int32_t)(word[j] << 8 & top);
+        for (int j = 0; j < WORDS; j++) lane[3 * WORDS + j] = (int32_t)(word[j] & top);
         for (int l = 0; l < METALA_GROUP; l += LANES) sum += VEC(a + i + l) * VEC(lane + l);
-        x += (real)*scales * sum;
+        x += (real)(*scales * 0x1p-24f) * sum;
     }
     real sum = 0;
     for (; i < n; i++) sum += a[i] * q[i];
@@ -631,6 +652,12 @@ static void matmul_quantized(metala_context *ctx, real *y, const real *x, const 
     if (rows > FEW_ROWS) {
         matrix_multiply(ctx, y, x, in, 1, NULL, 0, 0, &weights, bias, rows, out, in, 0);
         return;
+    }
+    if (scales) {
+        real *ordered = scratch(ctx, rows * in * sizeof(real));
+        if (!ordered) return;
+        for (size_t row = 0; row < rows; row++) order_inputs(ordered + row * in, x + row * in, in);
+        x = ordered;
     }
     PARALLEL_FOR(rows * out * in)
     for (size_t o = 0; o < out; o++)
