@@ -432,6 +432,12 @@ static void pack_strip(real *packed, size_t width, const real *source, size_t ro
     else if (row_stride == 1 && rows == TILE_ROWS && width == TILE_ROWS)
         for (size_t k = 0; k < depth; k++)
             memcpy(packed + k * TILE_ROWS, source + k * k_stride, TILE_ROWS * sizeof(real));
+    else if (row_stride == 1)                                       // in the order of the source
+        for (size_t k = 0; k < depth; k++) {
+            size_t i = 0;
+            for (; i < rows; i++) packed[k * width + i] = source[i + k * k_stride];
+            for (; i < width; i++) packed[k * width + i] = 0;
+        }
     else {
         for (size_t i = 0; i < rows; i++)
             for (size_t k = 0; k < depth; k++) packed[k * width + i] = source[i * row_stride + k * k_stride];
