@@ -3831,17 +3831,40 @@ static int read_text(metala_context *ctx, metala_dataset *d, FILE *stream, const
     return 0;
 }
 
-// One integer tensor of the dataset, of shape [N,T] or [N] (T = 0).
+// Bytes of shape [N,P,C], or brightnesses from 0 to 1 that stand for them.
+static int is_image(const metala_tensor *t) {
+    return t->ndim == 3 && (t->dtype == METALA_U8 || is_floating(t->dtype));
+}
+
+// The bytes round(255 x) of brightnesses x.
+static int32_t *read_brightness(metala_context *ctx, metala_file *f, const metala_tensor *t) {
+    float *x = malloc(times(t->count, sizeof *x));
+    int32_t *bytes = malloc(times(t->count, sizeof *bytes));
+    int status = !x || !bytes ? fail_memory(ctx, f->path, (double)t->count * (sizeof *x + sizeof *bytes))
+                              : metala_file_read(ctx, f, t, METALA_F32, x);
+    for (size_t i = 0; !status && i < t->count; i++) {
+        if (x[i] >= 0 && x[i] <= 1) bytes[i] = (int32_t)(255 * x[i] + 0.5f);
+        else status = fail(ctx, "%s: %s: number %zu is %g, expected a brightness from 0 to 1; divide bytes by 255, or give"
+                                " them as U8", f->path, t->name, i, (double)x[i]);
+    }
+    free(x);
+    if (!status) return bytes;
+    free(bytes);
+    return NULL;
+}
+
+// One integer tensor of the dataset, of shape [N,T] or [N] (T = 0), or an image.
 static int32_t *read_integers(metala_context *ctx, metala_file *f, const char *name, size_t N, size_t T) {
     const metala_tensor *t = metala_file_find(f, name);
     char got[100];
     shape_text(got, sizeof got, t);
-    int patches = T && t->ndim == 3 && t->dtype == METALA_U8 && t->count == times(N, T);
-    if (!patches && (t->ndim != (T ? 2 : 1) || t->shape[0] != N || (T && t->shape[1] != T))) {
+    int image = T && is_image(t) && t->count == times(N, T);
+    if (!image && (t->ndim != (T ? 2 : 1) || t->shape[0] != N || (T && t->shape[1] != T))) {
         if (T) fail(ctx, "%s: %s has shape %s, expected [%zu,%zu] as inputs have", f->path, name, got, N, T);
         else fail(ctx, "%s: %s has shape %s, expected [%zu], one for each sequence", f->path, name, got, N);
         return NULL;
     }
+    if (image && is_floating(t->dtype)) return read_brightness(ctx, f, t);
     int32_t *numbers = malloc(times(t->count, sizeof *numbers));
     if (!numbers) fail_memory(ctx, f->path, (double)t->count * sizeof *numbers);
     else if (metala_file_read(ctx, f, t, METALA_I32, numbers)) {
@@ -3873,12 +3896,12 @@ static int read_sequences(metala_context *ctx, metala_dataset *d, const char *pa
         fail(ctx, "%s: no tensor called inputs; a dataset has inputs [N,T] and targets [N,T] or labels [N]", path);
         goto done;
     }
-    int patches = inputs->ndim == 3 && inputs->dtype == METALA_U8;   // an image: its bytes, patch after patch
-    if ((inputs->ndim != 2 && !patches) || inputs->count < 1 || is_floating(inputs->dtype)) {
+    int image = is_image(inputs);                                    // its bytes, patch after patch
+    if (inputs->count < 1 || (!image && (inputs->ndim != 2 || is_floating(inputs->dtype)))) {
         char got[100];
         shape_text(got, sizeof got, inputs);
-        fail(ctx, "%s: inputs are %s %s, expected whole numbers of shape [N,T], or bytes of shape [N,P,C]; give floats as"
-                  " whole numbers", path, metala_dtype_name(inputs->dtype), got);
+        fail(ctx, "%s: inputs are %s %s, expected whole numbers of shape [N,T], or images of shape [N,P,C], U8 or floats"
+                  " from 0 to 1", path, metala_dtype_name(inputs->dtype), got);
         goto done;
     }
     d->count = inputs->shape[0];

@@ -266,8 +266,8 @@ int metala_checkpoint_load(metala_context *ctx, metala_trainer *trainer, const c
 typedef struct metala_dataset metala_dataset;   // sequences of tokens with a target at each position
 
 // A text file is the sequence of its bytes (vocabulary 256), cut into windows of T tokens, target = next byte.
-// A safetensors file has `inputs` [N,T] (U8, U16, I32), or the patches of images [N,P,C] (U8), which are read as
-// sequences of T = P·C bytes, and either `targets` [N,T] (I32, METALA_IGNORE = no loss), or `labels` [N] (I32: the
+// A safetensors file has `inputs` [N,T] (U8, U16, I32), or the patches of images [N,P,C] (U8, or floats x from 0 to 1
+// for the bytes 255·x), which are read as sequences of T = P·C bytes, and either `targets` [N,T] (I32, METALA_IGNORE = no loss), or `labels` [N] (I32: the
 // target of the last position), and optionally `mask` [N,T] (U8); T of the file is used and the argument is only an
 // upper bound to check against (0: none).
 metala_dataset *metala_dataset_open(metala_context *ctx, const char *path, size_t T);

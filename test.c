@@ -2596,6 +2596,15 @@ static void check_data(void) {
             for (int t = 0; t < 6; t++) expect(in[t] == 7 + t && out[t] == (t < 5 ? METALA_IGNORE : 5), "byte %d", t);
         }
         metala_dataset_free(d);
+        write_safetensors(path, "{\"inputs\":{\"dtype\":\"F16\",\"shape\":[1,1,3],\"data_offsets\":[0,6]},\"labels\":{"
+                          "\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[6,7]}}", "\0\0\0\x3c\0\x38\3", 7);   // 0, 1, 0.5
+        d = metala_dataset_open(ctx, path, 0);
+        if (!d) problem("%s", metala_error(ctx));
+        else {
+            metala_dataset_sequence(d, 0, in, out, shown);
+            expect(in[0] == 0 && in[1] == 255 && in[2] == 128 && out[2] == 3, "brightness: %d %d %d", in[0], in[1], in[2]);
+        }
+        metala_dataset_free(d);
         static const struct { const char *header, *reason; } cases[] = {
             {"{\"x\":{\"dtype\":\"I8\",\"shape\":[1,4],\"data_offsets\":[0,4]}}", "inputs"},
             {"{\"inputs\":{\"dtype\":\"I8\",\"shape\":[1,4],\"data_offsets\":[0,4]}}", "neither"},
@@ -2612,9 +2621,14 @@ static void check_data(void) {
             {"{\"inputs\":{\"dtype\":\"U8\",\"shape\":[2,2],\"data_offsets\":[0,4]},\"labels\":{\"dtype\":\"U8\","
              "\"shape\":[0,1,1],\"data_offsets\":[4,4]}}", "[2]"},
             {"{\"inputs\":{\"dtype\":\"U8\",\"shape\":[2,0,2],\"data_offsets\":[0,0]},\"labels\":{\"dtype\":\"U8\","
-             "\"shape\":[4],\"data_offsets\":[0,4]}}", "[N,P,C]"}};
+             "\"shape\":[4],\"data_offsets\":[0,4]}}", "[N,P,C]"},
+            {"{\"inputs\":{\"dtype\":\"F16\",\"shape\":[1,1,1],\"data_offsets\":[0,2]},\"labels\":{\"dtype\":\"I16\","
+             "\"shape\":[1],\"data_offsets\":[2,4]}}", "number 0 is 1.00098, expected a brightness"},
+            {"{\"inputs\":{\"dtype\":\"F16\",\"shape\":[1,1,1],\"data_offsets\":[0,2]},\"labels\":{\"dtype\":\"I16\","
+             "\"shape\":[1],\"data_offsets\":[2,4]}}", "number 0 is nan, expected a brightness"}};
         for (size_t i = 0; i < COUNT(cases); i++) {
-            write_safetensors(path, cases[i].header, i == 7 ? "\1\2\3\xff" : "\1\2\3\4", 4);
+            static const char *const bytes[] = {[7] = "\1\2\3\xff", [10] = "\1\x3c\0", [11] = "\1\x7e\0"};
+            write_safetensors(path, cases[i].header, i < COUNT(bytes) && bytes[i] ? bytes[i] : "\1\2\3\4", 4);
             refused(cases[i].header, !metala_dataset_open(ctx, path, 0), path, cases[i].reason);
         }
         remove(path);
