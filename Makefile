@@ -178,8 +178,9 @@ bench-peers: train
 
 demo: train run data/stories
 	data/stories --bytes 4M > build/stories.txt
-	./train build/stories.txt --out build/stories.safetensors --context 512 --batch 2 --heads 2 --gate-scale 16 --gate-mean 200 \
-	    --learning-rate 0.003 --beta2 0.99 --max-seconds 110 --eval-batches 32 --sample-every 400 --sample-tokens 250 --prompt "One day, " --temperature 0.3 $(DEMO)
+	./train build/stories.txt --out build/stories.safetensors --context 512 --batch 2 --heads 2 \
+	    --gate-scale 16 --gate-mean 200 --learning-rate 0.003 --beta2 0.99 --max-seconds 110 --eval-batches 32 \
+	    --sample-every 400 --sample-tokens 250 --prompt "One day, " --temperature 0.3 $(DEMO)
 	./run build/stories.safetensors "One day, " --tokens 900 --temperature 0.3 --seed 1
 
 clean:

@@ -143,8 +143,8 @@ typedef struct {
     double std, residual_scale, gate_scale, gate_mean;
 } metala_init;
 int metala_model_init(metala_context *ctx, metala_model *model, uint64_t seed, const metala_init *init);
-// Load a safetensors file with the authors' tensor names (F64, F32, F16 or BF16, or quantized, see below). The configuration is read from the
-// file's metadata, or else from config.json in the same folder. Checkpoints load as well.
+// Load a safetensors file with the authors' tensor names (F64, F32, F16 or BF16, or quantized, see below). The
+// configuration is read from the file's metadata, or else from config.json in the same folder. Checkpoints load as well.
 metala_model *metala_model_load(metala_context *ctx, const char *path);
 int metala_model_save(metala_context *ctx, const metala_model *model, const char *path);
 void metala_model_free(metala_model *model);
@@ -267,9 +267,9 @@ typedef struct metala_dataset metala_dataset;   // sequences of tokens with a ta
 
 // A text file is the sequence of its bytes (vocabulary 256), cut into windows of T tokens, target = next byte.
 // A safetensors file has `inputs` [N,T] (U8, U16, I32), or the patches of images [N,P,C] (U8, or floats x from 0 to 1
-// for the bytes 255·x), which are read as sequences of T = P·C bytes, and either `targets` [N,T] (I32, METALA_IGNORE = no loss), or `labels` [N] (I32: the
-// target of the last position), and optionally `mask` [N,T] (U8); T of the file is used and the argument is only an
-// upper bound to check against (0: none).
+// for the bytes 255·x), which are read as sequences of T = P·C bytes, and either `targets` [N,T] (I32, METALA_IGNORE =
+// no loss), or `labels` [N] (I32: the target of the last position), and optionally `mask` [N,T] (U8); T of the file is
+// used and the argument is only an upper bound to check against (0: none).
 metala_dataset *metala_dataset_open(metala_context *ctx, const char *path, size_t T);
 // Split off the last part (0 < fraction < 1) as a dataset of its own. Both must be freed, from one thread at a time.
 metala_dataset *metala_dataset_split(metala_context *ctx, metala_dataset *dataset, double fraction);

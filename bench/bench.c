@@ -4,8 +4,9 @@
 //
 // First the limits. On the CPU: multiply-adds in registers alone (GFLOP/s), and reading an array that no cache holds (GB/s).
 // On a GPU: a product of matrices of 8192 × 8192 in the chosen --math (by cuBLAS in a build with CUBLAS=1), and a copy of 1 GB.
-// There --divide makes all sizes smaller, to try this program. Then a line for each kernel and shape: median time of the rounds, its rate, and that rate as a share of the limit that
-// bounds it. A round repeats a kernel for about 30 ms. Rates of kernels that move data count each tensor once.
+// There --divide makes all sizes smaller, to try this program. Then a line for each kernel and shape, and for a model that
+// reads a prompt and writes tokens: median time of the rounds, its rate, and that rate as a share of the limit that bounds
+// it. A round repeats a kernel for about 30 ms. Rates of kernels that move data count each tensor once.
 
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L         // clock_gettime; everything else is C99
@@ -271,6 +272,44 @@ static void bench_scan(call_data *c, const size_t (*shapes)[5], size_t count) {
         }
 }
 
+// ------------------------------------------------------------------------------------------------ models
+
+// Reading a prompt is bound by arithmetic, writing a token by reading all weights, of the embedding one row.
+typedef struct {
+    metala_state *state;
+    size_t T;
+    int *tokens, failed;
+    real *logits;
+} reader;
+static void prefill(void *p) { reader *r = p; r->failed |= metala_prefill(ctx, r->state, r->tokens, NULL, r->T, r->logits); }
+static void step(void *p) { reader *r = p; r->failed |= metala_step(ctx, r->state, r->tokens, r->logits); }
+
+static void bench_model(void) {
+    static const struct { const char *name; metala_dtype type; } kinds[] = {
+        {"model, a token", METALA_F32}, {"model, a token, bf16", METALA_BF16}, {"model, a token, int8", METALA_I8}};
+    metala_config c = metala_config_default();
+    c.width = (int)part(64) * 12, c.layers = 12, c.heads = 6, c.glu_dim = (int)part(64) * 32, c.vocab_size = (int)part(8192);
+    for (int i = 0; i < 3; i++) {
+        if (!strstr(kinds[i].name, only) && (i || !strstr("model, a prompt", only))) continue;
+        metala_model *m = metala_model_create(ctx, &c);
+        reader r = {.T = part(1024)};
+        r.tokens = calloc(r.T, sizeof *r.tokens), r.logits = malloc((size_t)c.vocab_size * sizeof(real));
+        r.failed = !m || !r.tokens || !r.logits || metala_model_init(ctx, m, 1, NULL)
+                || (i && metala_model_quantize(ctx, m, kinds[i].type)) || !(r.state = metala_state_create(ctx, m, 1));
+        double numbers = (double)c.vocab_size * c.width, bytes = m ? (double)metala_model_bytes(m) : 0;
+        char shape[60];
+        snprintf(shape, sizeof shape, "D%d L%d H%d N%d", c.width, c.layers, c.heads, c.vocab_size);
+        if (!r.failed && strstr(kinds[i].name, only))
+            line(kinds[i].name, shape, median_time(step, &r), 0, bytes - numbers * sizeof(real));
+        if (!r.failed && !i && strstr("model, a prompt", only)) {
+            snprintf(shape, sizeof shape, "%zu tokens, the same", r.T);
+            line("model, a prompt", shape, median_time(prefill, &r), 2.0 * (bytes / sizeof(real) - 2 * numbers) * (double)r.T, 0);
+        }
+        if (r.failed) printf("%s: %s\n", kinds[i].name, metala_error(ctx));
+        metala_state_free(r.state), metala_model_free(m), free(r.tokens), free(r.logits);
+    }
+}
+
 // ------------------------------------------------------------------------------------------------ main
 
 static const size_t cpu_products[][2] = {{256, 256}, {512, 512}, {1024, 1024}, {2048, 2048}, {256, 2048}, {2048, 256},
@@ -298,6 +337,7 @@ static void bench_gpu(call_data *c) {
     bench_matmul(c, 1, LIST(gpu_products));
     bench_scan(c, LIST(gpu_scans));
     bench_kernels(c, 8, part(2048), divide > 1 ? 128 : 1024, part(32000));
+    bench_model();
     measure_gpu(c);
     printf("\nat the end: %.1f GFLOP/s, %.1f GB/s\n", peak, bandwidth);
 }
@@ -312,6 +352,7 @@ static void bench_cpu(call_data *c) {
     bench_matmul(c, 1536, LIST(cpu_products));
     bench_scan(c, LIST(cpu_scans));
     bench_kernels(c, 8, 512, 512, 8192);
+    bench_model();
     printf("\nat the end: %.1f GFLOP/s, ", 2.0 * 12 * CHAIN * LANES * metala_context_threads(ctx) / median_time(run_chains, NULL) * 1e-9);
     printf("%.1f GB/s\n", (double)BIG * sizeof *big / median_time(run_reads, NULL) * 1e-9);
 }
