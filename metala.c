@@ -2296,7 +2296,8 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
     rows = B * T;
     if (check_tokens(ctx, c, inputs, rows, 0) || check_tokens(ctx, c, targets, rows, 1)) return -1;
     for (size_t row = 0; row < rows; row++) counted += targets[row] != METALA_IGNORE;
-    if (!counted) return fail(ctx, "gradient: no target in this batch counts, all are %d (ignored)", METALA_IGNORE);
+    if (!counted) return fail(ctx, "gradient: no target in this batch counts, all are %d (ignored); try a larger batch",
+                               METALA_IGNORE);
     be->upload(ctx, t->tokens, inputs, rows * sizeof(int));
     be->upload(ctx, t->targets, targets, rows * sizeof(int));
     if (mask) be->upload(ctx, t->mask, mask, rows);
@@ -3858,7 +3859,7 @@ static int32_t *read_integers(metala_context *ctx, metala_file *f, const char *n
     const metala_tensor *t = metala_file_find(f, name);
     char got[100];
     shape_text(got, sizeof got, t);
-    int image = T && is_image(t) && t->count == times(N, T);
+    int image = T && is_image(t) && t->count == times(N, T) && (t->dtype == METALA_U8 || !strcmp(name, "inputs"));
     if (!image && (t->ndim != (T ? 2 : 1) || t->shape[0] != N || (T && t->shape[1] != T))) {
         if (T) fail(ctx, "%s: %s has shape %s, expected [%zu,%zu] as inputs have", f->path, name, got, N, T);
         else fail(ctx, "%s: %s has shape %s, expected [%zu], one for each sequence", f->path, name, got, N);

@@ -114,7 +114,7 @@ static const option options[] = {
               "factor on those that end a residual branch; 0 = 1/sqrt(2L)"),
     IS_NUMBER("gate-scale", 0, "8", 0, 1000, initial.gate_scale, "factor on those that make the decay; the authors' is 1"),
     IS_NUMBER("gate-mean", 0, "0", 0, 1e6, initial.gate_mean,
-              "and the largest mean of their rows times D: 200 where things must be remembered for long"),
+              "and their means rise over the channels of a head up to X/D; 200 for a long memory"),
 
     IS_GROUP("Optimisation"),
     IS_NUMBER("learning-rate", "--lr", "0.006", 0, 1e30, learning_rate, "highest learning rate"),
@@ -821,13 +821,8 @@ static int add_gradient(program *p, uint64_t index, double weight, double *loss)
     const settings *s = p->s;
     size_t T = (size_t)s->context;
     metala_dataset_batch(p->train, (uint64_t)s->seed, index, s->batch, p->inputs, p->targets, p->mask);
-    if (metala_gradient(p->ctx, p->trainer, (metala_form)s->form, p->inputs, p->targets,
-                        mask_or_null(p, (size_t)s->batch * T), s->batch, T, weight, loss)) {
-        library_failed(p);
-        if (step_of(p) > 0) save_checkpoint(p);              // memory has run out, say: nothing that was learnt is lost
-        return -1;
-    }
-    return 0;
+    return metala_gradient(p->ctx, p->trainer, (metala_form)s->form, p->inputs, p->targets,
+                           mask_or_null(p, (size_t)s->batch * T), s->batch, T, weight, loss);
 }
 
 static int diverged(const program *p, const char *what, double value) {
@@ -854,9 +849,10 @@ static double gradient_norm(program *p) {
 
 static int check_health(program *p) {
     double loss, norm;
-    if (add_gradient(p, (uint64_t)step_of(p) * (uint64_t)p->s->accumulate, 1, &loss)) return -1;
-    norm = gradient_norm(p);
+    int failed = add_gradient(p, (uint64_t)step_of(p) * (uint64_t)p->s->accumulate, 1, &loss);
+    norm = failed ? 0 : gradient_norm(p);
     metala_trainer_zero(p->ctx, p->trainer);
+    if (failed) return 0;                                     // no memory, say, which is not the parameters' fault
     return !isfinite(loss) ? diverged(p, "loss", loss) : !isfinite(norm) ? diverged(p, "gradient", norm) : 0;
 }
 
@@ -867,7 +863,11 @@ static int train_step(program *p, interval *now) {
     int passes = p->s->accumulate;
     for (int i = 0; i < passes; i++) {
         double part;
-        if (add_gradient(p, (uint64_t)step_of(p) * (uint64_t)passes + (uint64_t)i, 1.0 / passes, &part)) return -1;
+        if (add_gradient(p, (uint64_t)step_of(p) * (uint64_t)passes + (uint64_t)i, 1.0 / passes, &part)) {
+            library_failed(p);
+            if (step_of(p) > 0) save_checkpoint(p);          // nothing that was learnt is lost
+            return -1;
+        }
         loss += part / passes;
     }
     if (!isfinite(loss)) return diverged(p, "loss", loss);

@@ -166,6 +166,8 @@ done
 { put_header "{$(tensor inputs F32 3,4 0 48),$(tensor labels I32 3 48 60)}"; put_u8 "$tokens"; put_i32 1 2 3; } > floats.safetensors
 { put_header "{$(tensor inputs U8 1,4 0 4),$(tensor labels I32 1 4 8)}"; put_u8 1 2 3 4; put_i32 -5; } > negative.safetensors
 { put_header "{$(tensor inputs U8 1,4 0 4),$(tensor targets I32 1,4 4 20)}"; put_u8 1 2 3 4; put_i32 -100 -100 -100 -100; } > ignored.safetensors
+{ put_header "{$(tensor inputs U8 2,4 0 8),$(tensor targets I32 2,4 8 40)}"; put_u8 1 2 3 4 5 6 7 8
+  put_i32 1 2 3 4 -100 -100 -100 -100; } > half.safetensors
 { put_header "{$(tensor inputs U8 1,4 0 4)"; put_u8 1 2 3 4; } > json.safetensors
 
 # A model of the smallest size, all zero: HEAD is the shape of its output layer, END its end token.
@@ -608,6 +610,9 @@ fails 1 "inputs are F32 [3,4], expected whole numbers" "train on inputs that are
 fails 1 "number 0 is -5, expected a token" "train on a negative label" train negative.safetensors $six --out new.st
 fails 1 "no target in this batch counts" "train where all targets are ignored" \
     train ignored.safetensors $six --out new.st --quiet
+fails 1 "no target in this batch counts" "train where a later batch has no target" \
+    train half.safetensors --width 16 --layers 1 --val-fraction 0 --batch 1 --seed 2 --out half.st --quiet
+works "train where a later batch has no target: what was learnt is saved" run half.st --info
 fails 1 "bad header" "train on a damaged header" train json.safetensors $six --out new.st
 fails 1 "no tensor called inputs" "train on a safetensors file without inputs" train zero.safetensors $six --out new.st
 fails 1 "is text and" "train on sequences, --val on a text" train labels.safetensors $six --val text.txt --out new.st
