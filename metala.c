@@ -1871,6 +1871,7 @@ static int ends_with(const char *text, const char *end) {
     return n >= m && !strcmp(text + n - m, end);
 }
 
+// The distributions are in metala.h; a learned fixed decay starts at logits from -4 to 4 over the channels of a head.
 int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, const metala_init *init) {
     static const metala_init authors = {0.02, 1, 1, 0};
     if (need_reals(ctx, m, "initialisation")) return -1;
@@ -2013,6 +2014,11 @@ static pass pass_of(const metala_config *c, size_t B, size_t T, const uint8_t *m
 }
 
 // One layer: input -> output. S and tail are the recurrent state of this layer, updated, or NULL to start from zero.
+//
+//     n = rms(x)    u = silu(conv(n))                 (a masked token's n and v are 0)
+//     q = W_q u     z = W_α u    v = W_v u    g = W_g u + β              α = σ(z)^(1/τ)    k = 1 - α, or W_k u
+//     o = scan(q, k, v, α)       p = o + σ(w v), w = Σ_i q_i k_i b_i     y = silu(g) ⊙ norm(p)    h = x + W_o y
+//     n' = rms(h)                x' = h + W_3 (silu(W_1 n') ⊙ W_2 n')
 static void layer_forward(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p,
                           real *S, real *tail) {
     const metala_backend *be = m->backend;
@@ -2077,7 +2083,11 @@ typedef struct {
 } layer_gradients;
 
 // dx: gradient of the layer's output in, of its input out. Gradients of parameters are added to `grads`, a block laid
-// out like the parameters. Read it against layer_forward from below to above.
+// out like the parameters. Read it against layer_forward from below to above: with δ for "gradient in",
+//
+//     δprod = W_3ᵀ δx'    δn' = W_2ᵀ δl2 + W_1ᵀ δl1    δh = δx' + rms'(δn')
+//     δy = W_oᵀ δh        δg, δnorm from y = silu(g) ⊙ norm(p)    δo = δp    δq, δk, δv, δa from the scan, plus those of w v
+//     δu = W_gᵀ δg + W_vᵀ δv + W_qᵀ δq + W_αᵀ δz    δn = conv'(δu)    δx = δh + rms'(δn)    and δW = δyᵀ x for each y = W x
 static void layer_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
                            const layer_gradients *d, real *grads, real *dx, const pass *p) {
     const metala_backend *be = m->backend;

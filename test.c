@@ -2626,7 +2626,7 @@ static void check_data(void) {
              "\"shape\":[1],\"data_offsets\":[2,4]}}", "number 0 is 1.00098, expected a brightness"},
             {"{\"inputs\":{\"dtype\":\"F16\",\"shape\":[1,1,1],\"data_offsets\":[0,2]},\"labels\":{\"dtype\":\"I16\","
              "\"shape\":[1],\"data_offsets\":[2,4]}}", "number 0 is nan, expected a brightness"},
-            {"{\"inputs\":{\"dtype\":\"U8\",\"shape\":[1,1,2],\"data_offsets\":[0,2]},\"targets\":{\"dtype\":\"F16\","
+            {"{\"inputs\":{\"dtype\":\"U16\",\"shape\":[1,1],\"data_offsets\":[0,2]},\"targets\":{\"dtype\":\"F16\","
              "\"shape\":[1,1,1],\"data_offsets\":[2,4]}}", "targets has shape [1,1,1]"}};
         for (size_t i = 0; i < COUNT(cases); i++) {
             static const char *const bytes[] = {[7] = "\1\2\3\xff", [10] = "\1\x3c\0", [11] = "\1\x7e\0"};
