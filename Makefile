@@ -90,20 +90,21 @@ build/flags: FORCE
 FORCE:
 
 GOLDEN ?= ../shared/golden
+WITH_GOLDEN = $(if $(filter-out file,$(origin GOLDEN))$(wildcard $(GOLDEN)),--golden $(GOLDEN))
 test: build/test
-	./test --golden $(GOLDEN)
+	./test $(WITH_GOLDEN)
 
 test-cuda: build/test
-	./test --device cuda --golden $(GOLDEN)
+	./test --device cuda $(WITH_GOLDEN)
 
 test64: build/flags
 	$(CC) $(CFLAGS) -DMETALA_FLOAT64 $(LDFLAGS) -o build/test64 test.c metala.c $(LDLIBS)
-	build/test64 --golden $(GOLDEN)
+	build/test64 $(WITH_GOLDEN)
 
 SANITIZE = $(or $(WARNINGS),-std=c99) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 asan: build/flags
 	$(CC) $(SANITIZE) $(LDFLAGS) -o build/test-asan test.c metala.c $(LDLIBS)
-	ASAN_OPTIONS=allocator_may_return_null=1 build/test-asan --golden $(GOLDEN)
+	ASAN_OPTIONS=allocator_may_return_null=1 build/test-asan $(WITH_GOLDEN)
 
 test-programs: all
 	tests/programs.sh
@@ -144,7 +145,7 @@ emu-thread: build/emu-thread/test build/emu-thread/selftest
 $(filter-out emu-address,$(EMU_RUNS)): build/emu-plain/test build/emu-plain/selftest
 $(EMU_RUNS) emu-thread:
 	@build/emu-$(KIND)/selftest > build/$@.log 2>&1 && CUDA_ORDER=$(ORDER) CUDA_ASYNC=1 CUDA_LEAKS=fail \
-	    ASAN_OPTIONS=allocator_may_return_null=1 build/emu-$(KIND)/test --device cuda --math $(MATH) --golden $(GOLDEN) \
+	    ASAN_OPTIONS=allocator_may_return_null=1 build/emu-$(KIND)/test --device cuda --math $(MATH) $(WITH_GOLDEN) \
 	    >> build/$@.log 2>&1 || { grep -a -A 6 -E 'FAILED|cuda_on_cpu|Sanitizer' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
 	@echo "$@ ($(KIND), $(ORDER) order, $(MATH)): $$(tail -n 1 build/$@.log)"
 

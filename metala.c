@@ -3934,8 +3934,16 @@ static int read_sequences(metala_context *ctx, metala_dataset *d, const char *pa
     }
     if (metala_file_find(f, "mask") && !(s->mask = read_integers(ctx, f, "mask", d->count, d->T))) goto done;
     const char *stated = find_pair(f, "vocab_size");
-    if (stated && strtol(stated, NULL, 10) > s->vocab && strtol(stated, NULL, 10) <= 1 << 24)
-        s->vocab = (int)strtol(stated, NULL, 10);
+    if (stated) {
+        char *end;
+        long vocab = strtol(stated, &end, 10);
+        if (*end || end == stated || vocab < s->vocab || vocab > 1 << 24) {
+            fail(ctx, "%s: vocab_size in the metadata is '%.20s', expected a number from %d, which the tokens need, to %d",
+                 path, stated, s->vocab, 1 << 24);
+            goto done;
+        }
+        s->vocab = (int)vocab;
+    }
     status = 0;
 done:
     metala_file_close(f);

@@ -528,8 +528,14 @@ static const char *count_text(char text[ROOM], double n) {
 }
 
 static metala_memory memory_of(const program *p, size_t T) {
-    return metala_trainer_memory(&p->s->config, p->s->batch, T, kept_activations(p->s),
-                                 metala_context_threads(p->ctx));
+    int threads = metala_context_threads(p->ctx);
+    metala_memory m = metala_trainer_memory(&p->s->config, p->s->batch, T, kept_activations(p->s), threads);
+    if (m.total && p->s->form == METALA_PARALLEL) {           // the map and its gradient, T x T each
+        double maps = 2.0 * (double)T * (double)T * threads * sizeof(metala_real);
+        size_t more = maps < (double)(SIZE_MAX / 2 - m.total) ? (size_t)maps : SIZE_MAX / 2 - m.total;
+        m.scratch += more, m.total += more;
+    }
+    return m;
 }
 
 // Where the numbers are computed: "2 threads", or "cuda".
@@ -816,11 +822,28 @@ static double learning_rate(const program *p, int step) {
     return s->learning_rate * factor;
 }
 
+static int counts(const int *targets, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (targets[i] != METALA_IGNORE) return 1;
+    return 0;
+}
+
+// Is there anything to learn? Usually the first sequence tells.
+static int check_targets(const program *p) {
+    for (size_t i = 0; i < metala_dataset_sequences(p->train); i++) {
+        metala_dataset_sequence(p->train, i, p->inputs, p->targets, p->mask);
+        if (counts(p->targets, (size_t)p->s->context)) return 0;
+    }
+    return complain("%s: no target in it counts, all are %d (ignored)", p->s->data, METALA_IGNORE);
+}
+
 // Adds weight times the gradient of batch number `index` of the stream.
 static int add_gradient(program *p, uint64_t index, double weight, double *loss) {
     const settings *s = p->s;
     size_t T = (size_t)s->context;
     metala_dataset_batch(p->train, (uint64_t)s->seed, index, s->batch, p->inputs, p->targets, p->mask);
+    *loss = 0;                                                // and no gradient, where no target counts
+    if (!counts(p->targets, (size_t)s->batch * T)) return 0;
     return metala_gradient(p->ctx, p->trainer, (metala_form)s->form, p->inputs, p->targets,
                            mask_or_null(p, (size_t)s->batch * T), s->batch, T, weight, loss);
 }
@@ -1191,7 +1214,7 @@ static int prepare(program *p) {
     describe_settings(p);
     fflush(stdout);
     if (check_outputs(p) || check_memory(p, longest_sequence(p)) || (!p->model && new_model(p))) return -1;
-    if (allocate(p, longest_sequence(p))) return -1;
+    if (allocate(p, longest_sequence(p)) || check_targets(p)) return -1;
     p->saved = -1;
     if (!s->resume) return 0;
     if (metala_checkpoint_load(p->ctx, p->trainer, s->out)) return library_failed(p);

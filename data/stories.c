@@ -26,15 +26,11 @@
 // ============================================================== 1. The words
 //
 // In a text [a|b] is one of the alternatives, and {...} is a field; a capital in the field is a capital in the story:
-//     {who} Mia   {who he} she   {who him} her   {who his} her   the same for {whom}   {friends} Mia, Tom and Ben
-//     {thing} kite   {a thing} a new kite   {other} the other thing of a swap   {at} in the park   {spot} under a bench
+//     {who} Mia   {whom} Tom, to whom it is done   {friends} Mia, Tom and Ben   {at} in the park   {spot} under a bench
+//     {thing} kite   {a thing} a new kite   {other} the other thing of a swap
 //     {owner} who has the thing now   {first} who had it first   {elder} Grandma   {moral} of the story
 
-typedef struct { const char *name, *he, *him, *his; } person;
-static const person children[] = {
-    {"Mia",  "she", "her", "her"}, {"Tom", "he", "him", "his"}, {"Lily", "she", "her", "her"}, {"Ben",  "he", "him", "his"},
-    {"Anna", "she", "her", "her"}, {"Sam", "he", "him", "his"}, {"Rosa", "she", "her", "her"}, {"Paul", "he", "him", "his"},
-};
+static const char *const children[] = {"Mia", "Tom", "Lily", "Ben", "Anna", "Sam", "Rosa", "Paul"};
 static const char *const elders[] = {"Mama", "Papa", "Grandma", "Grandpa"};         // they ask the questions
 static const char *const nouns[] = {"kite", "ball", "drum", "flag", "boat", "hat", "cup", "ring", "lamp", "pear", "nut", "sock"};
 static const char *const sizes[] = {"", "", "", "new ", "big ", "little ", "old "}; // told once, at the first mention
@@ -95,8 +91,7 @@ enum { PEOPLE = 3 };                                        // at most; each bri
 typedef struct {
     uint64_t random;
     int people;                                             // of this story, and things
-    const person *who[PEOPLE];
-    const char *things[PEOPLE], *sizes[PEOPLE];             // thing i was brought by person i
+    const char *who[PEOPLE], *things[PEOPLE], *sizes[PEOPLE];   // thing i was brought by person i
     int owner[PEOPLE];                                      // of thing i now
     int giver, receiver, thing, other;                      // what the fields stand for in this sentence
     int place;
@@ -136,7 +131,7 @@ static void capitalise(story *s, size_t at) {               // not toupper, whic
 static void put_friends(story *s) {
     for (int i = 0; i < s->people; i++) {
         put_word(s, i == 0 ? "" : i == s->people - 1 ? " and " : ", ");
-        put_word(s, s->who[i]->name);
+        put_word(s, s->who[i]);
     }
 }
 
@@ -145,11 +140,6 @@ static void put_new(story *s, int thing) {                  // "a big kite", "an
     put_word(s, size[0] == 'o' ? "an " : "a ");
     put_word(s, size);
     put_word(s, s->things[thing]);
-}
-
-static void put_person(story *s, int who, const char *form) {
-    const person *p = s->who[who];
-    put_word(s, !strcmp(form, " he") ? p->he : !strcmp(form, " him") ? p->him : !strcmp(form, " his") ? p->his : p->name);
 }
 
 // A field, without the braces. One that does not exist is written as it stands, for all to see.
@@ -162,10 +152,10 @@ static void put_field(story *s, const char *text, size_t length) {
     if (!strcmp(name, "a thing")) put_new(s, s->thing);
     else if (!strcmp(name, "thing")) put_word(s, s->things[s->thing]);
     else if (!strcmp(name, "other")) put_word(s, s->things[s->other]);
-    else if (!strcmp(name, "owner")) put_person(s, s->owner[s->thing], "");
-    else if (!strcmp(name, "first")) put_person(s, s->thing, "");
-    else if (!strncmp(name, "whom", 4)) put_person(s, s->receiver, name + 4);
-    else if (!strncmp(name, "who", 3)) put_person(s, s->giver, name + 3);
+    else if (!strcmp(name, "owner")) put_word(s, s->who[s->owner[s->thing]]);
+    else if (!strcmp(name, "first")) put_word(s, s->who[s->thing]);
+    else if (!strcmp(name, "whom")) put_word(s, s->who[s->receiver]);
+    else if (!strcmp(name, "who")) put_word(s, s->who[s->giver]);
     else if (!strcmp(name, "friends")) put_friends(s);
     else if (!strcmp(name, "at")) put_word(s, places[s->place].at);
     else if (!strcmp(name, "spot")) put_word(s, places[s->place].spots[below(s, COUNT(places[0].spots))]);
@@ -258,7 +248,7 @@ static void tell(story *s) {
     s->elder = elders[below(s, COUNT(elders))];
     s->moral = morals[below(s, COUNT(morals))];
     for (int i = 0; i < s->people; i++) {
-        s->who[i] = &children[draw(s, COUNT(children), &names)];
+        s->who[i] = children[draw(s, COUNT(children), &names)];
         s->things[i] = nouns[draw(s, COUNT(nouns), &things)];
         s->sizes[i] = sizes[below(s, COUNT(sizes))];
         s->owner[i] = i;
