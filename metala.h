@@ -138,6 +138,7 @@ metala_model *metala_model_create(metala_context *ctx, const metala_config *conf
 //                     here), so that the mean of the weights is a bias of the decay logits: with 200, from 0 to 16.
 //                     With 16 and 200 the state is an associative memory before any training, which makes a model learn
 //                     sooner to remember who has what; with 8 and 0 it models text best.
+//   `decay_logit`     of a fixed decay: from -4 to 4 over the channels of a head
 // NULL is {0.02, 1, 1, 0}, the authors' values; train's are {1/sqrt(D), 1/sqrt(2L), 8, 0}.
 typedef struct {
     double std, residual_scale, gate_scale, gate_mean;
