@@ -52,7 +52,7 @@ typedef struct {
     const char *model, *prompt, *prompt_file, *stop, *save_state, *load_state, *eval, *form_name, *weights, *quantize, *device, *math;
     uint64_t tokens, samples, seed, top_k, repeat_window, context, threads;
     double temperature, top_p, min_p, repeat_penalty;
-    int chat, info, no_echo, quiet, help, version;
+    int chat, info, models, no_echo, quiet, help, version;
     metala_form form;
     metala_dtype type;                  // of the weights, as --weights names it; METALA_F32: full precision
     metala_math math_type;
@@ -92,6 +92,7 @@ static const option options[] = {        // letter, name, argument, help, kind, 
     {0, "eval", "FILE", "score a text, or a .safetensors dataset", TEXT, AT(eval), 0, 0, 0},
     {0, "context", "T", "forget everything after T tokens of a text; 0 = never", COUNT, AT(context), 0, 0, 1 << 24},
     {0, "info", 0, "configuration, parameters, size of the state", FLAG, AT(info), 0, 0, 0},
+    {0, "models", 0, "every model of the general form: equation, choices, size; needs no MODEL", FLAG, AT(models), 0, 0, 0},
     {0, "quantize", "FILE", "write the model to FILE with smaller weights; --weights says which [int8]", TEXT,
      AT(quantize), 0, 0, 0},
     {0, "General", 0, 0, HEADING, 0, 0, 0, 0},
@@ -217,7 +218,7 @@ static int check_settings(settings *s) {
     static const char *const weights[] = {"f32", "bf16", "int8"}, *const maths[] = {"exact", "tf32", "bf16"};
     static const metala_dtype types[] = {METALA_F32, METALA_BF16, METALA_I8};
     int from_stdin = s->prompt && !strcmp(s->prompt, "-"), type = 0, math = 0;
-    if (s->help || s->version) return 0;
+    if (s->help || s->version || s->models) return 0;
     if (!s->model) return complain("no model given; usage: run MODEL [PROMPT] [options], run --help says more");
     if (s->prompt && s->prompt_file) return complain("got a prompt and --prompt-file, expected one of them");
     if (s->chat + s->info + (s->eval != NULL) + (s->quantize != NULL) > 1)
@@ -588,38 +589,16 @@ static int check_target(const program *p, const char *path) {
     return 0;
 }
 
-// A file that metala_state_load reads, with what a sequence has beside the state in its metadata.
+// The state, with what a sequence has beside it in the file's metadata.
 static int save_sequence(const program *p, const sequence *q, const char *path) {
-    const metala_config *c = p->config;
-    const size_t D = (size_t)c->width, H = (size_t)c->heads, layers = (size_t)c->layers;
-    metala_tensor *tensors = calloc(2 * layers, sizeof *tensors), *t = tensors;
-    const void **data = calloc(2 * layers, sizeof *data);
-    metala_real *numbers = malloc(metala_state_bytes(c)), *at = numbers;
-    char place[24], next[16], random[24], recent[12 * WINDOW + 1] = "", *end = recent;
-    int status = tensors && data && numbers ? check_target(p, path) : complain("%s: out of memory", path);
-    for (size_t i = 0; i < 2 * layers && !status; i++, t++) {
-        int is_conv = i % 2 != 0;
-        snprintf(t->name, sizeof t->name, "%sstate.%zu", is_conv ? "conv_" : "", i / 2);
-        t->dtype = sizeof *at == sizeof(double) ? METALA_F64 : METALA_F32;
-        t->shape[t->ndim++] = 1;
-        t->shape[t->ndim++] = is_conv ? D : H;
-        t->shape[t->ndim++] = is_conv ? METALA_CONV : D / 2 / H;
-        if (!is_conv) t->shape[t->ndim++] = D / H;
-        t->count = is_conv ? D * METALA_CONV : D / 2 * (D / H);
-        if (metala_state_get(p->ctx, q->state, t->name, at)) status = library_failed(p);
-        data[i] = at;
-        at += t->count;
-    }
-    snprintf(place, sizeof place, "%llu", (unsigned long long)metala_state_position(q->state));
+    char next[16], random[24], recent[12 * WINDOW + 1] = "", *end = recent;
+    int status = check_target(p, path);
     snprintf(next, sizeof next, "%d", q->next);
     snprintf(random, sizeof random, "%llu", (unsigned long long)q->random);
     for (size_t i = 0; i < q->recent_count; i++) end += sprintf(end, i ? " %d" : "%d", q->recent[i]);
-    const metala_pair pairs[] = {{"position", place}, {"next_token", next}, {"random", random}, {"recent", recent}};
-    if (!status && metala_file_write(p->ctx, path, tensors, data, 2 * layers, pairs, 4)) status = library_failed(p);
+    const metala_pair pairs[] = {{"next_token", next}, {"random", random}, {"recent", recent}};
+    if (!status && metala_state_save(p->ctx, q->state, path, pairs, 3)) status = library_failed(p);
     if (!status && !p->s->quiet) fprintf(stderr, "%s: saved at position %llu\n", path, position(q));
-    free(tensors);
-    free(data);
-    free(numbers);
     return status;
 }
 
@@ -853,19 +832,20 @@ static const char *size_text(char text[24], double bytes) {
 }
 
 static void print_config(const metala_config *c) {
+    metala_row row = c->row;
     printf("vocabulary   %d%s; pad %d, begin %d, end %d (-1: none)\n", c->vocab_size,
            c->vocab_size == 256 ? " bytes" : "", c->pad_token_id, c->bos_token_id, c->eos_token_id);
     printf("width        %d\nlayers       %d\n", c->width, c->layers);
-    printf("heads        %d, each with %d key and %d value channels\n", c->heads, c->width / 2 / c->heads,
-           c->width / c->heads);
+    if (c->row.query <= METALA_QUERY_TAYLOR) printf("heads        %d\n", c->heads);
+    printf("model        %s:", metala_config_row_name(c));
+    for (int i = 0; i < METALA_COLUMNS; i++)
+        printf(" %s %s%s", metala_columns()[i].name, metala_columns()[i].values[*metala_row_column(&row, i)],
+               i + 1 < METALA_COLUMNS ? "," : "\n");
     printf("GLU width    %d%s\n", c->glu_dim, c->glu_bias ? ", with biases" : "");
     printf("embedding    %s, %s\n", c->tie_word_embeddings ? "also the output layer" : "apart from the output layer",
            c->scale_embedding ? "times the root of the width" : "not scaled");
     printf("numerics     decay temperature %g, epsilon %g, of the head norm %g\n", c->tau, c->norm_eps,
            c->head_norm_eps);
-    printf("ablations   %s%s%s%s%s\n", c->no_conv ? " no convolution" : "", c->no_augment ? " no augmentation" : "",
-           c->key_linear ? " linear keys" : "", c->fixed_decay ? " fixed decay" : "",
-           c->no_conv || c->no_augment || c->key_linear || c->fixed_decay ? "" : " none, this is MetaLA");
 }
 
 static void print_parameters(const metala_model *model) {
@@ -882,19 +862,43 @@ static void print_parameters(const metala_model *model) {
     printf(", as float32 %s\n", size_text(text, 4.0 * (double)metala_model_size(model)));
 }
 
-// Softmax attention of the same width keeps a key and a value of D numbers for every token and layer; the state keeps
-// K·V = D²/(2H²) numbers for each head and the convolution's inputs, however much it has read.
+// Softmax attention of the same width keeps a key and a value of D numbers for every token and layer; a state is as large
+// as it is, however much it has read.
 static void print_state_size(const metala_config *c) {
     static const double lengths[] = {1 << 10, 32 << 10, 1 << 20};
     static const char *const names[] = {"1k", "32k", "1M"};
     char text[24];
-    double state = (double)metala_state_bytes(c), token = 2.0 * c->width * c->layers * sizeof(metala_real);
-    printf("state of a sequence, whatever its length: %s\nkeys and values that softmax attention would keep:\n",
-           size_text(text, state));
-    printf("  %8.0f tokens %12s, as much as the state\n", ceil(state / token), size_text(text, state));
-    for (int i = 0; i < 3; i++)
-        printf("  %8s tokens %12s, %.0f times the state\n", names[i], size_text(text, token * lengths[i]),
-               token * lengths[i] / state);
+    double state = (double)metala_state_bytes(c, 0), token = 2.0 * c->width * c->layers * sizeof(metala_real);
+    if (c->row.decay == METALA_DECAY_SOFTMAX) puts("keys and values of a sequence, which grow with it:");
+    else
+        printf("state of a sequence, whatever its length: %s\nkeys and values that softmax attention would keep:\n"
+               "  %8.0f tokens %12s, as much as the state\n", size_text(text, state), ceil(state / token), size_text(text, state));
+    for (int i = 0; i < 3; i++) {
+        printf("  %8s tokens %12s", names[i], size_text(text, token * lengths[i]));
+        if (c->row.decay != METALA_DECAY_SOFTMAX) printf(", %.0f times the state", token * lengths[i] / state);
+        putchar('\n');
+    }
+}
+
+// --models: every row of the general form, at one width.
+static void print_models(void) {
+    const metala_column *columns = metala_columns();
+    puts("The general form  S_t = diag(a_t) S_{t-1} + k_t v_t'   o_t = s S_t' q_t   y_t = W_o (gate * norm(o_t + self))\n"
+         "and its rows, at D256 L6 H4 F704, 256 tokens of vocabulary:\n");
+    for (const metala_named_row *r = metala_rows(); r->name; r++) {
+        metala_config c = metala_config_default();
+        metala_row row = r->row;
+        char text[24];
+        c.row = r->row, c.expand = r->expand;
+        size_t parameters = metala_trainer_memory(&c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real);
+        printf("%-14s %s\n%15s", r->name, r->equation, "");
+        for (int i = 0; i < METALA_COLUMNS; i++)
+            printf("%s %s%s", columns[i].name, columns[i].values[*metala_row_column(&row, i)], i + 1 < METALA_COLUMNS ? ", " : "\n");
+        printf("%15s%.2f M parameters, state %s%s\n%15s%s\n\n", "", (double)parameters / 1e6,
+               size_text(text, (double)(metala_state_bytes(&c, 1) - metala_state_bytes(&c, 0) ? metala_state_bytes(&c, 1)
+                                                                                              : metala_state_bytes(&c, 0))),
+               metala_state_bytes(&c, 1) - metala_state_bytes(&c, 0) ? " for each token" : "", "", r->source);
+    }
 }
 
 static int inform(const program *p) {
@@ -974,7 +978,8 @@ int main(int argc, char **argv) {
     if (parse_options(&s, argc, argv)) return 2;
     if (s.help) print_help();
     if (s.version && !s.help) printf("metala %s, float%d\n", METALA_VERSION, 8 * (int)sizeof(metala_real));
-    if (s.help || s.version) return flush_output() ? 1 : 0;
+    if (s.models && !s.help && !s.version) print_models();
+    if (s.help || s.version || s.models) return flush_output() ? 1 : 0;
     p.s = &s;
     p.last_written = -1;
     p.ctx = metala_open(backend_of(&s), (int)s.threads);

@@ -1171,19 +1171,20 @@ static void reference_layer(const reference *r, int l, double *x, double *S, dou
     size_t D = (size_t)c->width, H = (size_t)c->heads, K = D / 2 / H, V = D / H, F = (size_t)c->glu_dim;
     double *n = work, *u = n + D, *q = u + D, *z = q + D, *k = z + D, *v = k + D, *g = v + D, *y = g + D, *a = y + D;
     double *prod = a + F;
+    int linear_key = c->row.key == METALA_KEY_LINEAR, augmented = c->row.self == METALA_SELF_AUGMENT;
     const double *w = theta_of(r, l, "token_mixer.conv1d.weight"), *balance = theta_of(r, l, "token_mixer.aug_balance");
     normalise(n, x, D, c->norm_eps);
     memmove(tail, tail + D, 3 * D * sizeof *tail);
     for (size_t d = 0; d < D; d++) tail[3 * D + d] = n[d] *= m;
     for (size_t d = 0; d < D; d++) {
-        u[d] = c->no_conv ? n[d] : 0;
-        for (size_t j = 0; j < 4 && !c->no_conv; j++) u[d] += w[d * 4 + j] * tail[j * D + d];
-        if (!c->no_conv) u[d] = swish(u[d]);
+        u[d] = !c->row.conv ? n[d] : 0;
+        for (size_t j = 0; j < 4 && c->row.conv; j++) u[d] += w[d * 4 + j] * tail[j * D + d];
+        if (c->row.conv) u[d] = swish(u[d]);
     }
     linear(q, u, theta_of(r, l, "token_mixer.q_proj.weight"), NULL, D / 2, D);
-    if (c->fixed_decay) memcpy(z, theta_of(r, l, "token_mixer.decay_logit"), D / 2 * sizeof *z);
+    if (c->row.decay == METALA_DECAY_FIXED) memcpy(z, theta_of(r, l, "token_mixer.decay_logit"), D / 2 * sizeof *z);
     else linear(z, u, theta_of(r, l, "token_mixer.k_gate.weight"), NULL, D / 2, D);
-    if (c->key_linear) linear(k, u, theta_of(r, l, "token_mixer.k_proj.weight"), NULL, D / 2, D);
+    if (linear_key) linear(k, u, theta_of(r, l, "token_mixer.k_proj.weight"), NULL, D / 2, D);
     linear(v, u, theta_of(r, l, "token_mixer.v_proj.weight"), NULL, D, D);
     linear(g, u, theta_of(r, l, "token_mixer.g_proj.weight"), theta_of(r, l, "token_mixer.g_proj.bias"), D, D);
     for (size_t h = 0; h < H; h++) {
@@ -1192,15 +1193,15 @@ static void reference_layer(const reference *r, int l, double *x, double *S, dou
         for (size_t i = 0; i < K; i++) {
             size_t at = h * K + i;
             double alpha = exp(log_logistic(z[at]) / c->tau);
-            if (!c->key_linear) k[at] = 1 - alpha;
-            if (!c->no_augment) along += q[at] * k[at] * balance[at];
+            if (!linear_key) k[at] = 1 - alpha;
+            if (augmented) along += q[at] * k[at] * balance[at];
             for (size_t j = 0; j < V; j++) {
                 double *s = &S[at * V + j];
                 *s = alpha * *s + k[at] * m * v[h * V + j];
                 out[j] += q[at] * *s / sqrt((double)K);
             }
         }
-        for (size_t j = 0; j < V && !c->no_augment; j++) out[j] += logistic(along * m * v[h * V + j]);
+        for (size_t j = 0; j < V && augmented; j++) out[j] += logistic(along * m * v[h * V + j]);
         for (size_t j = 0; j < V; j++) mean += out[j] / (double)V;
         for (size_t j = 0; j < V; j++) variance += (out[j] - mean) * (out[j] - mean) / (double)V;
         for (size_t j = 0; j < V; j++) out[j] = swish(g[h * V + j]) * (out[j] - mean) / sqrt(variance + c->head_norm_eps);
@@ -1332,10 +1333,10 @@ static void check_model(const char *what, const metala_config *c, metala_form fo
         snprintf(name, sizeof name, "state.%d", l);
         if (metala_state_get(ctx, s, name, S)) problem("%s", metala_error(ctx));
         snprintf(name, sizeof name, "conv_state.%d", l);
-        if (metala_state_get(ctx, s, name, tail)) problem("%s", metala_error(ctx));
+        if (c->row.conv && metala_state_get(ctx, s, name, tail)) problem("%s", metala_error(ctx));
         for (size_t i = 0; i < B * H * K * V; i++)
             worst_state = fmax(worst_state, fabs((double)S[i] - r.S[(size_t)l * B * H * K * V + i]));
-        for (size_t i = 0; i < B * D * 4 && !c->no_conv; i++) {
+        for (size_t i = 0; i < B * D * 4 && c->row.conv; i++) {
             size_t b = i / (4 * D), d = i / 4 % D, j = i % 4;
             worst_state = fmax(worst_state, fabs((double)tail[i] - r.tails[(((size_t)l * B + b) * 4 + j) * D + d]));
         }
@@ -1370,6 +1371,16 @@ static void check_model(const char *what, const metala_config *c, metala_form fo
     end_check();
 }
 
+// MetaLA with some of its parts taken out.
+static metala_row ablated(int conv, int augment, int key, int fixed) {
+    metala_row row = metala_config_default().row;
+    if (conv) row.conv = METALA_CONV_OFF;
+    if (augment) row.self = METALA_SELF_OFF;
+    if (key) row.key = METALA_KEY_LINEAR;
+    if (fixed) row.decay = METALA_DECAY_FIXED;
+    return row;
+}
+
 static void check_models(void) {
     struct { const char *name; int conv, augment, key, fixed, tie, bias, scale, glu; } variants[] = {
         {"metala", 0, 0, 0, 0, 0, 0, 0, 20}, {"tied, scaled, biases", 0, 0, 0, 0, 1, 1, 1, 20},
@@ -1379,8 +1390,8 @@ static void check_models(void) {
     for (size_t i = 0; i < COUNT(variants); i++)
         for (size_t f = 0; f < COUNT(all_forms); f++) {
             metala_config c = small_config();
-            c.no_conv = variants[i].conv, c.no_augment = variants[i].augment, c.key_linear = variants[i].key;
-            c.fixed_decay = variants[i].fixed, c.tie_word_embeddings = variants[i].tie, c.glu_bias = variants[i].bias;
+            c.row = ablated(variants[i].conv, variants[i].augment, variants[i].key, variants[i].fixed);
+            c.tie_word_embeddings = variants[i].tie, c.glu_bias = variants[i].bias;
             c.scale_embedding = variants[i].scale, c.glu_dim = variants[i].glu;
             check_model(variants[i].name, &c, all_forms[f], 2, 19, i == 1 || i == 2);
         }
@@ -1408,7 +1419,7 @@ static void check_models(void) {
 
     if (begin(0, "initial parameters have the stated distribution")) {
         metala_config of = metala_config_default();
-        of.width = 64, of.layers = 2, of.glu_dim = 96, of.pad_token_id = 2, of.fixed_decay = 0;
+        of.width = 64, of.layers = 2, of.glu_dim = 96, of.pad_token_id = 2;
         metala_model *a = metala_model_create(ctx, &of), *b = metala_model_create(ctx, &of);
         metala_init init = {.std = 0.05, .residual_scale = 0.5, .gate_scale = 2, .gate_mean = 20};
         expect(!metala_model_init(ctx, a, 42, &init) && !metala_model_init(ctx, b, 42, &init), "initialises");
@@ -1551,7 +1562,7 @@ static void check_states(void) {
             for (size_t b = 0; b < 2; b++)
                 memcpy(expected + ((t - 70) * 2 + b) * N, r.logits + (b * 90 + t - 1) * N, N * sizeof *expected);
             if (t == 75) {                                           // a fork, and a state from a file, are the same state
-                if (metala_state_copy(ctx, fork, s) || metala_state_save(ctx, s, scratch_path("state.tmp")) ||
+                if (metala_state_copy(ctx, fork, s) || metala_state_save(ctx, s, scratch_path("state.tmp"), NULL, 0) ||
                     metala_state_load(ctx, loaded, scratch_path("state.tmp")))
                     problem("%s", metala_error(ctx));
                 expect(metala_state_position(loaded) == 75 && metala_state_position(fork) == 75, "position 75");
@@ -1667,18 +1678,18 @@ static void check_states(void) {
         expect(metala_state_copy(ctx, s, foreign) && strstr(metala_error(ctx), "model"), "a copy to another model");
         expect(metala_state_get(ctx, s, "state.2", logits) && metala_state_get(ctx, s, "state.-1", logits) &&
                metala_state_get(ctx, s, "state.0x", logits) && metala_state_get(ctx, s, "S", logits), "unknown names");
-        expect(metala_state_save(ctx, s, "no/such/folder/state") && strstr(metala_error(ctx), "no/such/folder"),
+        expect(metala_state_save(ctx, s, "no/such/folder/state", NULL, 0) && strstr(metala_error(ctx), "no/such/folder"),
                "a folder that is not there");
         metala_step(ctx, s, good, logits);
         real *kept = reals(2 * 2 * 3 * 6), *after = reals(2 * 2 * 3 * 6);
         metala_state_get(ctx, s, "state.1", kept);
-        expect(!metala_state_save(ctx, one, scratch_path("state.tmp")), "saves");
+        expect(!metala_state_save(ctx, one, scratch_path("state.tmp"), NULL, 0), "saves");
         expect(metala_state_load(ctx, s, scratch_path("state.tmp")) && strstr(metala_error(ctx), "[2,2,3,6]"),
                "a file of another batch size, not '%s'", metala_error(ctx));
         metala_state_get(ctx, s, "state.1", after);
         expect(metala_state_position(s) == 1, "a failed load leaves the position");
         same_bits("state after a failed load", kept, after, 2 * 2 * 3 * 6);
-        expect(metala_state_bytes(&c) == 2 * (2 * 3 * 6 + 4 * 12) * sizeof(real), "bytes of a state");
+        expect(metala_state_bytes(&c, 0) == 2 * (2 * 3 * 6 + 4 * 12) * sizeof(real), "bytes of a state");
         remove(scratch_path("state.tmp"));
         metala_state_free(s), metala_state_free(one), metala_state_free(foreign);
         metala_model_free(m), metala_model_free(other);
@@ -1828,7 +1839,7 @@ static void check_training(void) {
             {"metala", 0, 0, 0}, {"no-conv", 1, 0, 0}, {"no-augment", 0, 1, 0}, {"key-linear", 0, 0, 1}};
         for (size_t i = 0; i < COUNT(variants); i++) {
             metala_config c = small_config();
-            c.layers = 3, c.no_conv = variants[i].conv, c.no_augment = variants[i].augment, c.key_linear = variants[i].key;
+            c.layers = 3, c.row = ablated(variants[i].conv, variants[i].augment, variants[i].key, 0);
             metala_model *m = random_model(&c, 30);
             reference r = make_reference(m, 2, 70, 1);
             size_t n = metala_model_size(m), numbers[3];
@@ -2161,7 +2172,7 @@ static void check_headers(void) {
 static void check_model_files(void) {
     metala_config c = small_config();
     c.width = 4, c.layers = 1, c.heads = 1, c.glu_dim = 3, c.vocab_size = 5, c.glu_bias = 1, c.pad_token_id = 1;
-    c.tau = 8, c.norm_eps = 1e-5, c.scale_embedding = 1, c.key_linear = 1;
+    c.tau = 8, c.norm_eps = 1e-5, c.scale_embedding = 1, c.row.key = METALA_KEY_LINEAR;
     if (begin(0, "file: a model is saved and loaded as it was")) {
         const char *path = scratch_path("model.tmp");
         metala_model *m = random_model(&c, 41), *back = NULL;
@@ -2172,8 +2183,8 @@ static void check_model_files(void) {
             expect(d->vocab_size == c.vocab_size && d->width == c.width && d->layers == c.layers && d->heads == c.heads &&
                    d->glu_dim == c.glu_dim && d->glu_bias == c.glu_bias && d->pad_token_id == 1 &&
                    d->bos_token_id == -1 && d->eos_token_id == -1 && d->tau == 8 && d->norm_eps == c.norm_eps &&
-                   d->head_norm_eps == c.head_norm_eps && d->scale_embedding && d->key_linear && !d->no_conv &&
-                   !d->no_augment && !d->fixed_decay && !d->tie_word_embeddings, "every member of the configuration");
+                   d->head_norm_eps == c.head_norm_eps && d->scale_embedding && !d->tie_word_embeddings &&
+                   !memcmp(&d->row, &c.row, sizeof c.row), "every member of the configuration");
         }
         metala_trainer *t = metala_trainer_create(ctx, m, 1, 2, METALA_KEEP_ALL);
         refused("a model as a checkpoint", metala_checkpoint_load(ctx, t, path), path, "not a checkpoint");
@@ -2192,7 +2203,7 @@ static void check_model_files(void) {
         real *before = all_parameters(m);
         size_t n, cut_at = 0;
         for (int kind = 0; kind < 2; kind++) {
-            if (kind == 0 ? metala_checkpoint_save(ctx, t, path, NULL, 0) : metala_state_save(ctx, s, path))
+            if (kind == 0 ? metala_checkpoint_save(ctx, t, path, NULL, 0) : metala_state_save(ctx, s, path, NULL, 0))
                 problem("%s", metala_error(ctx));
             unsigned char *bytes = read_bytes(path, &n);
             for (size_t length = 0; length < n && !*now.problem; length++, cut_at++) {
@@ -2291,7 +2302,7 @@ static void check_model_files(void) {
             problem("%s is in the way", config);
         } else {
             metala_config tied = c;
-            tied.glu_dim = 4, tied.tie_word_embeddings = 1, tied.pad_token_id = 2, tied.glu_bias = 0, tied.key_linear = 0;
+            tied.glu_dim = 4, tied.tie_word_embeddings = 1, tied.pad_token_id = 2, tied.glu_bias = 0, tied.row.key = METALA_KEY_TIED;
             metala_model *m = random_model(&tied, 45), *back;
             size_t n = (size_t)metala_model_tensors(m);
             metala_tensor *tensors = take(n, sizeof *tensors);
@@ -2332,7 +2343,7 @@ static void check_quantized_model(metala_dtype type, int tied) {
     if (!begin(TOLERANCE(5e-6, 1e-14), "quantized model %s%s", metala_dtype_name(type), tied ? " tied" : "")) return;
     enum { T = 9 };
     metala_config c = small_config(), plain;
-    c.width = 132, c.heads = 2, c.glu_dim = 70, c.glu_bias = 1, c.key_linear = 1, c.tie_word_embeddings = tied;
+    c.width = 132, c.heads = 2, c.glu_dim = 70, c.glu_bias = 1, c.row.key = METALA_KEY_LINEAR, c.tie_word_embeddings = tied;
     const char *path = scratch_path("quantized.tmp");
     metala_model *m = random_model(&c, 51), *back = NULL, *reference_model;
     plain = c, plain.tie_word_embeddings = 0;                        // the head of the reference is a tensor of its own

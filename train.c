@@ -46,12 +46,13 @@ static int complain(const char *format, ...) {
 
 // ------------------------------------------------------------------------------------------------ options
 
-enum { MOST_OPTIONS = 80 };
+enum { MOST_OPTIONS = 120 };
 enum { COSINE, CONSTANT, LINEAR };        // --schedule
 enum { ON_CPU, ON_CUDA };                 // --device
 
 typedef struct {
-    const char *data, *val, *init, *out, *keep_best, *prompt, *log;
+    const char *data, *val, *init, *out, *keep_best, *prompt, *log, *model;
+    int match_params;
     int context, batch, accumulate, warmup, schedule, max_steps, stop_at, seed, form;
     int resume, save_every, eval_every, eval_batches, sample_every, sample_tokens, log_every;
     int quiet, threads, device, math, checkpoint_layers, profile, bench, help, version;
@@ -66,8 +67,9 @@ typedef struct {
 } settings;
 
 // Everything about an option: parsing, --help, the checkpoint's metadata and --resume follow from this table.
-// FLAG, WHOLE and CHOICE are an int in settings, NUMBER a double, TEXT a const char *.
-typedef enum { HEADING, FLAG, WHOLE, CHOICE, NUMBER, TEXT } option_kind;
+// FLAG, WHOLE, CHOICE and COLUMN are an int in settings, NUMBER a double, TEXT a const char *. The choices of a COLUMN are in
+// metala_columns, and the model says which it is unless chosen.
+typedef enum { HEADING, FLAG, WHOLE, CHOICE, COLUMN, NUMBER, TEXT } option_kind;
 
 typedef struct {
     option_kind kind;
@@ -84,6 +86,7 @@ typedef struct {
 #define IS_NUMBER(name, alias, initial, least, most, member, help) \
     {NUMBER, name, alias, "X", initial, help, least, most, AT(member)}
 #define IS_CHOICE(name, choices, initial, member, help) {CHOICE, name, 0, choices, initial, help, 0, 0, AT(member)}
+#define IS_COLUMN(name, member, help) {COLUMN, name, 0, 0, 0, help, 0, 0, AT(config.member)}
 #define IS_TEXT(name, alias, argument, initial, member, help) \
     {TEXT, name, alias, argument, initial, help, 0, 0, AT(member)}
 
@@ -105,16 +108,32 @@ static const option options[] = {
     IS_FLAG("tie", 0, config.tie_word_embeddings, "the output layer is the embedding"),
     IS_FLAG("glu-bias", 0, config.glu_bias, "biases in the GLU"),
     IS_NUMBER("tau", 0, "16", 1e-3, 1e6, config.tau, "decay temperature"),
-    IS_FLAG("no-conv", 0, config.no_conv, "without the short convolution"),
-    IS_FLAG("no-augment", 0, config.no_augment, "without self-augmentation"),
-    IS_FLAG("key-linear", 0, config.key_linear, "keys of their own, in place of 1 - decay"),
-    IS_FLAG("fixed-decay", 0, config.fixed_decay, "a learned decay per channel, the same for every token"),
     IS_NUMBER("init-std", 0, "0", 0, 10, initial.std, "deviation of the initial weights; 0 = 1/sqrt(D); the authors' is 0.02"),
     IS_NUMBER("residual-scale", 0, "0", 0, 10, initial.residual_scale,
               "factor on those that end a residual branch; 0 = 1/sqrt(2L)"),
     IS_NUMBER("gate-scale", 0, "8", 0, 1000, initial.gate_scale, "factor on those that make the decay; the authors' is 1"),
     IS_NUMBER("gate-mean", 0, "0", 0, 1e6, initial.gate_mean,
               "and their means rise over the channels of a head up to X/D; 200 for a long memory"),
+
+    IS_GROUP("Row of the general form (run --models shows them)"),
+    IS_TEXT("model", 0, "NAME", "metala", model, "a model of the literature; what follows changes its choices"),
+    IS_COLUMN("conv", row.conv, "how a token sees its neighbours"),
+    IS_COLUMN("query", row.query, "what q is made of"),
+    IS_COLUMN("key", row.key, "what k is made of"),
+    IS_COLUMN("value", row.value, "what v is made of"),
+    IS_COLUMN("decay", row.decay, "what the decay is made of"),
+    IS_COLUMN("self", row.self, "what the current token adds by itself"),
+    IS_COLUMN("normaliser", row.normaliser, "divide by the sum of the weights"),
+    IS_COLUMN("phase", row.phase, "rotation with time"),
+    IS_COLUMN("norm", row.norm, "of what was read from the state"),
+    IS_COLUMN("gate", row.gate, "of the output"),
+    IS_COLUMN("channels", row.channels, "q, k and the decay have half of D channels, or all"),
+    IS_WHOLE("expand", 0, "E", "0", 0, 64, config.expand, "values have E D channels; 0 = as usual for the model"),
+    IS_WHOLE("state-size", 0, "N", "16", 1, 1 << 16, config.state_size, "states of a channel in a state-space model"),
+    IS_WHOLE("low-rank", 0, "R", "16", 1, 1 << 24, config.low_rank, "channels between the two matrices of a decay"),
+    IS_WHOLE("feature-dim", 0, "d", "16", 1, 1024, config.feature_dim, "channels of a head before the Taylor features"),
+    IS_WHOLE("length", 0, "T", "1024", 1, INT_MAX, config.length, "tokens that decay dss normalises over"),
+    IS_FLAG("match-params", 0, match_params, "choose the GLU's width so that there are as many parameters as metala has"),
 
     IS_GROUP("Optimisation"),
     IS_NUMBER("learning-rate", "--lr", "0.006", 0, 1e30, learning_rate, "highest learning rate"),
@@ -163,7 +182,7 @@ static const option options[] = {
     IS_FLAG("help", "-h", help, "this text"),
     IS_FLAG("version", 0, version, "version and precision")};
 enum { OPTIONS = sizeof options / sizeof *options };
-typedef char options_fit[sizeof options / sizeof *options <= 80 ? 1 : -1];      // `given` has room
+typedef char options_fit[sizeof options / sizeof *options <= MOST_OPTIONS ? 1 : -1];      // `given` has room
 
 static const option *option_named(const char *name) {
     const option *o = options;
@@ -171,14 +190,26 @@ static const option *option_named(const char *name) {
     return o;
 }
 
+// Part of the model's configuration, which is in its file.
 static int is_config(const option *o) {
-    return o->kind != HEADING && o->offset >= AT(config) && o->offset < AT(config) + sizeof(metala_config);
+    return (o->kind != HEADING && o->offset >= AT(config) && o->offset < AT(config) + sizeof(metala_config)) ||
+           (o->kind == TEXT && o->offset == AT(model)) || (o->kind == FLAG && o->offset == AT(match_params));
 }
 
 // Goes into the checkpoint's metadata and comes back with --resume.
 static int is_kept(const option *o) { return o->kind != HEADING && o < option_named("out") && !is_config(o); }
 
 static int is_given(const settings *s, const char *name) { return s->given[option_named(name) - options] != NULL; }
+
+// The choices a|b|c of an option.
+static const char *choices_of(const option *o, char room[160]) {
+    const metala_column *c = metala_columns();
+    if (o->kind != COLUMN) return o->argument;
+    while (strcmp(c->name, o->name)) c++;
+    *room = 0;
+    for (int i = 0; c->values[i]; i++) strcat(strcat(room, i ? "|" : ""), c->values[i]);
+    return room;
+}
 
 static void print_help(void) {
     puts("usage: train FILE [options]\n\n"
@@ -189,14 +220,15 @@ static void print_help(void) {
          "  train --resume --out large.safetensors          go on after Ctrl-C\n"
          "  train --bench --width 512");
     for (const option *o = options; o < options + OPTIONS; o++) {
-        char left[80];
+        char left[200], room[160];
+        const char *argument = choices_of(o, room);
         if (o->kind != HEADING && !o->help) continue;
         if (o->kind == HEADING) {
             printf("\n%s\n", o->name);
             continue;
         }
         snprintf(left, sizeof left, "--%s%s%s %s", o->name, o->alias ? ", " : "", o->alias ? o->alias : "",
-                 o->argument ? o->argument : "");
+                 argument ? argument : "");
         printf(strlen(left) > 25 ? "  %s\n%28s" : "  %-25s %s", left, "");
         for (const char *c = o->help; *c; c++) *c == '\n' ? printf("\n%28s", "") : putchar(*c);
         if (o->kind != FLAG && o->initial) printf(*o->initial == '\n' ? " [a newline]" : " [%s]", o->initial);
@@ -268,9 +300,12 @@ static int set_option(settings *s, const option *o, const char *value) {
         *(const char **)member = value;
         return value && !*value ? complain("--%s: got nothing, expected %s", o->name, o->argument) : 0;
     }
-    if (o->kind == CHOICE) {
-        *(int *)member = find_choice(o->argument, value);
-        return *(int *)member < 0 ? complain("--%s: got '%s', expected %s", o->name, value, o->argument) : 0;
+    if (o->kind == CHOICE || o->kind == COLUMN) {
+        char room[160];
+        int choice = find_choice(choices_of(o, room), value);
+        if (choice < 0) return complain("--%s: got '%s', expected %s", o->name, value, choices_of(o, room));
+        *(int *)member = choice;
+        return 0;
     }
     if (parse_number(value, &number) || number < o->least || number > o->most ||
         (o->kind != NUMBER && strspn(value, "0123456789") != strlen(value)))
@@ -287,9 +322,10 @@ static const char *value_text(const settings *s, const option *o, char room[ROOM
     const void *member = (const char *)s + o->offset;
     if (o->kind == TEXT) return *(const char *const *)member;
     if (o->kind == NUMBER) snprintf(room, ROOM, "%.17g", *(const double *)member);
-    else if (o->kind != CHOICE) snprintf(room, ROOM, "%d", *(const int *)member);
+    else if (o->kind != CHOICE && o->kind != COLUMN) snprintf(room, ROOM, "%d", *(const int *)member);
     else {
-        const char *name = o->argument;
+        char choices[160];
+        const char *name = choices_of(o, choices);
         for (int i = *(const int *)member; i > 0; i--) name += strcspn(name, "|") + 1;
         snprintf(room, ROOM, "%.*s", (int)strcspn(name, "|"), name);
     }
@@ -320,12 +356,26 @@ static int check_settings(settings *s) {
     return 0;
 }
 
+// The row that --model names, with the choices made on the command line in place of its own.
+static int choose_row(settings *s) {
+    const metala_named_row *r = metala_rows();
+    char known[400] = "";
+    for (; r->name && strcmp(r->name, s->model); r++)
+        snprintf(known + strlen(known), sizeof known - strlen(known), "%s%s", *known ? ", " : "", r->name);
+    if (!r->name) return complain("--model: got '%s', expected one of %s", s->model, known);
+    s->config.row = r->row;
+    if (!s->config.expand) s->config.expand = r->expand;
+    for (int i = 0; i < OPTIONS; i++)
+        if (options[i].kind == COLUMN && s->given[i] && set_option(s, &options[i], s->given[i])) return -1;
+    return 0;
+}
+
 static int parse_options(settings *s, int argc, char **argv) {
     int only_arguments = 0;
     memset(s, 0, sizeof *s);
     s->config = metala_config_default();
     for (const option *o = options; o < options + OPTIONS; o++)
-        if (o->kind != HEADING && set_option(s, o, o->initial)) return -1;
+        if (o->kind != HEADING && o->kind != COLUMN && set_option(s, o, o->initial)) return -1;
     for (int i = 1; i < argc; i++) {
         const option *o = option_named("data");
         const char *value = argv[i];
@@ -343,7 +393,7 @@ static int parse_options(settings *s, int argc, char **argv) {
         if (set_option(s, o, value)) return -1;
         s->given[o - options] = value;
     }
-    return check_settings(s);
+    return choose_row(s) ? -1 : check_settings(s);
 }
 
 // ------------------------------------------------------------------------------------------------ stopping and time
@@ -456,12 +506,15 @@ static void describe_data(const program *p) {
 // The configuration of a file holds; what the command line says about it must agree.
 static int adopt_config(program *p, const char *path, const metala_config *config) {
     settings *s = p->s, wanted = *s;
+    const char *have = metala_config_row_name(config), *want = metala_config_row_name(&wanted.config);
     s->config = *config;
+    if (is_given(s, "model") && strcmp(want, have))
+        return complain("--model: got %s, but %s has %s; leave it out or train anew", want, path, have);
     for (const option *o = options; o < options + OPTIONS; o++) {
-        char want[ROOM], have[ROOM];
-        if (!s->given[o - options] || !is_config(o)) continue;
-        if (strcmp(value_text(&wanted, o, want), value_text(s, o, have)))
-            return complain("--%s: got %s, but %s has %s; leave it out or train anew", o->name, want, path, have);
+        char asked[ROOM], there[ROOM];
+        if (!s->given[o - options] || !is_config(o) || o->kind == TEXT || o->offset == AT(match_params)) continue;
+        if (strcmp(value_text(&wanted, o, asked), value_text(s, o, there)))
+            return complain("--%s: got %s, but %s has %s; leave it out or train anew", o->name, asked, path, there);
     }
     return 0;
 }
@@ -473,6 +526,25 @@ static void complete_config(program *p) {
     if (c->vocab_size == 0) c->vocab_size = 256;
     if (p->val && !is_given(p->s, "vocab") && metala_dataset_vocab(p->val) > c->vocab_size)
         c->vocab_size = metala_dataset_vocab(p->val);
+}
+
+static size_t parameters_of(const metala_config *c) {
+    return metala_trainer_memory(c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real);
+}
+
+// --match-params: three more parameters for every layer, channel and channel of the GLU.
+static int match_parameters(program *p) {
+    metala_config *c = &p->s->config, metala = *c, one = *c;
+    metala.row = metala_rows()->row, metala.expand = metala_rows()->expand;
+    one.glu_dim = 1;
+    double wanted = (double)parameters_of(&metala), least = (double)parameters_of(&one);
+    double each = 3.0 * c->layers * c->width + (c->glu_bias ? 2.0 * c->layers : 0), F = (wanted - least) / each + 1;
+    c->glu_dim = F < 8 ? 8 : (int)(F / 8 + 0.5) * 8;
+    double got = (double)parameters_of(c);
+    if (least > 0 && wanted > 0 && fabs(got - wanted) > 0.05 * wanted)
+        return complain("--match-params: metala has %.0f parameters, this model %.0f even with a GLU of %d channels; give it fewer"
+                        " of its own, by --expand or --state-size", wanted, got, c->glu_dim);
+    return 0;
 }
 
 static int new_model(program *p) {
@@ -566,10 +638,9 @@ static void describe_model(const program *p) {
     const metala_config *c = &p->s->config;
     metala_memory m = memory_of(p, longest_sequence(p));
     char count[ROOM];
-    say(p, "model    D%d L%d H%d F%d N%d", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size);
-    say(p, "%s%s%s%s%s%s: %s parameters\n", c->tie_word_embeddings ? " tied" : "", c->glu_bias ? " glu-bias" : "",
-        c->no_conv ? " no-conv" : "", c->no_augment ? " no-augment" : "", c->key_linear ? " key-linear" : "",
-        c->fixed_decay ? " fixed-decay" : "", count_text(count, (double)(m.parameters / sizeof(metala_real))));
+    say(p, "model    %s D%d L%d H%d F%d N%d", metala_config_row_name(c), c->width, c->layers, c->heads, c->glu_dim, c->vocab_size);
+    say(p, "%s%s: %s parameters\n", c->tie_word_embeddings ? " tied" : "", c->glu_bias ? " glu-bias" : "",
+        count_text(count, (double)(m.parameters / sizeof(metala_real))));
     say(p, "memory   %.1f MB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch %.1f\n",
         (double)m.total / 1e6, (double)m.parameters / 1e6, (double)m.gradients / 1e6, (double)m.moments / 1e6,
         (double)m.activations / 1e6, (double)m.scratch / 1e6);
@@ -1170,6 +1241,7 @@ static int bench(program *p) {
     if (!is_given(s, "layers")) s->config.layers = 6;
     if (!is_given(s, "context")) s->context = 256;
     complete_config(p);
+    if (s->match_params && match_parameters(p)) return -1;
     if (s->init ? old_model(p, s->init) : check_memory(p, (size_t)s->context) || new_model(p)) return -1;
     if (allocate(p, (size_t)s->context)) return -1;
     s->adamw.learning_rate = s->learning_rate;
@@ -1189,7 +1261,7 @@ static int bench(program *p) {
     if (s->profile) print_profile(WARM + TIMED);
     double step = times[TIMED / 2], parameters = (double)metala_model_size(p->model);
     double speed = step > 0 ? (double)s->batch * s->context / step : 0;
-    printf("bench D%d L%d H%d F%d N%d B%d T%d P %s: ", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size,
+    printf("bench %s D%d L%d H%d F%d N%d B%d T%d P %s: ", metala_config_row_name(c), c->width, c->layers, c->heads, c->glu_dim, c->vocab_size,
            s->batch, s->context, count_text(count, parameters));
     printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %s, %.1f MB\n", 1e3 * step, speed,
            6e-9 * parameters * speed, value_text(s, option_named("form"), form), device_text(p, device), (double)memory_of(p, (size_t)s->context).total / 1e6);
@@ -1207,6 +1279,7 @@ static int prepare(program *p) {
     if (load_data(p)) return -1;
     if ((s->resume || s->init) && old_model(p, s->resume ? s->out : s->init)) return -1;
     if (!p->model) complete_config(p);
+    if (!p->model && s->match_params && match_parameters(p)) return -1;
     if (metala_config_check(p->ctx, &s->config)) return library_failed(p);
     if (check_vocabulary(p)) return -1;
     describe_data(p);
