@@ -2489,8 +2489,8 @@ static sizes sizes_of(const metala_config *c) {
     else {
         size_t d = (size_t)c->feature_dim;
         s.H = heads, s.V = E / heads, s.K = (r->channels == METALA_CHANNELS_HALF ? s.D / 2 : s.D) / heads;
-        s.q = s.k = s.H * s.K;
-        if (r->query == METALA_QUERY_TAYLOR) s.K = 1 + d + d * d, s.q = s.k = s.H * d;
+        s.q = s.k = times(s.H, s.K);
+        if (r->query == METALA_QUERY_TAYLOR) s.K = 1 + d + d * d, s.q = s.k = times(s.H, d);
         if (r->key == METALA_KEY_TIED) s.k = 0;
         if (r->query <= METALA_QUERY_SILU && r->key <= METALA_KEY_SILU) s.scale = 1 / sqrt((double)s.K);
     }
@@ -2504,7 +2504,7 @@ static sizes sizes_of(const metala_config *c) {
     s.low = r->decay == METALA_DECAY_LOWRANK || r->decay == METALA_DECAY_SELECTIVE ? (size_t)c->low_rank : 0;
     s.g = r->gate ? s.p : 0;
     s.theta = r->phase == METALA_PHASE_FIRST ? s.K / 2
-            : r->phase == METALA_PHASE_LEARNED ? (s.complex_values ? s.H : s.H * (s.K / 2)) : 0;
+            : r->phase == METALA_PHASE_LEARNED ? (s.complex_values ? s.H : times(s.H, s.K / 2)) : 0;
     s.own_q = r->query != METALA_QUERY_LINEAR;
     s.own_k = r->key != METALA_KEY_LINEAR;
     s.own_v = s.ones || s.complex_values || r->value == METALA_VALUE_PRODUCT || r->decay == METALA_DECAY_SELECTIVE;

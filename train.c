@@ -67,8 +67,8 @@ typedef struct {
 } settings;
 
 // Everything about an option: parsing, --help, the checkpoint's metadata and --resume follow from this table.
-// FLAG, WHOLE, CHOICE and COLUMN are an int in settings, NUMBER a double, TEXT a const char *. The choices of a COLUMN are in
-// metala_columns, and the model says which it is unless chosen.
+// FLAG, WHOLE, CHOICE and COLUMN are an int in settings, NUMBER a double, TEXT a const char *. The choices of a COLUMN are
+// in metala_columns, and the row of --model says which it is unless chosen.
 typedef enum { HEADING, FLAG, WHOLE, CHOICE, COLUMN, NUMBER, TEXT } option_kind;
 
 typedef struct {
@@ -132,7 +132,7 @@ static const option options[] = {
     IS_WHOLE("state-size", 0, "N", "16", 1, 1 << 16, config.state_size, "states of a channel in a state-space model"),
     IS_WHOLE("low-rank", 0, "R", "16", 1, 1 << 24, config.low_rank, "channels between the two matrices of a decay"),
     IS_WHOLE("feature-dim", 0, "d", "16", 1, 1024, config.feature_dim, "channels of a head before the Taylor features"),
-    IS_WHOLE("length", 0, "T", "1024", 1, INT_MAX, config.length, "tokens that decay dss normalises over"),
+    IS_WHOLE("length", 0, "T", "0", 0, INT_MAX, config.length, "tokens that decay dss normalises over; 0 = --context"),
     IS_FLAG("match-params", 0, match_params, "choose the GLU's width so that there are as many parameters as metala has"),
 
     IS_GROUP("Optimisation"),
@@ -521,6 +521,7 @@ static int adopt_config(program *p, const char *path, const metala_config *confi
 
 static void complete_config(program *p) {
     metala_config *c = &p->s->config;
+    if (c->length == 0) c->length = p->s->context;
     if (c->glu_dim == 0) c->glu_dim = (int)((8.0 / 3 * c->width + 31) / 32) * 32;
     if (c->vocab_size == 0 && p->train) c->vocab_size = metala_dataset_vocab(p->train);
     if (c->vocab_size == 0) c->vocab_size = 256;
@@ -542,8 +543,8 @@ static int match_parameters(program *p) {
     c->glu_dim = F < 8 ? 8 : (int)(F / 8 + 0.5) * 8;
     double got = (double)parameters_of(c);
     if (least > 0 && wanted > 0 && fabs(got - wanted) > 0.05 * wanted)
-        return complain("--match-params: metala has %.0f parameters, this model %.0f even with a GLU of %d channels; give it fewer"
-                        " of its own, by --expand or --state-size", wanted, got, c->glu_dim);
+        return complain("--match-params: metala has %.0f parameters, this model %.0f even with a GLU of %d channels; give it"
+                        " fewer of its own, by --expand or --state-size", wanted, got, c->glu_dim);
     return 0;
 }
 
@@ -638,7 +639,8 @@ static void describe_model(const program *p) {
     const metala_config *c = &p->s->config;
     metala_memory m = memory_of(p, longest_sequence(p));
     char count[ROOM];
-    say(p, "model    %s D%d L%d H%d F%d N%d", metala_config_row_name(c), c->width, c->layers, c->heads, c->glu_dim, c->vocab_size);
+    say(p, "model    %s D%d L%d H%d F%d N%d", metala_config_row_name(c), c->width, c->layers, c->heads, c->glu_dim,
+        c->vocab_size);
     say(p, "%s%s: %s parameters\n", c->tie_word_embeddings ? " tied" : "", c->glu_bias ? " glu-bias" : "",
         count_text(count, (double)(m.parameters / sizeof(metala_real))));
     say(p, "memory   %.1f MB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch %.1f\n",
@@ -1104,10 +1106,11 @@ static void report(const program *p, const char *command) {
 
 // --profile: the device's backend table with a clock around every kernel. Each wrapper has its kernel's arguments.
 // A download of nothing waits until a GPU has done what it was asked for.
-enum kernel { EMBEDDING, RMS, CONV, MATMUL, MASK, GATE, SCAN, AUGMENT, HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM,
-              ADAMW, KERNELS };
-static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "matrix products",
-    "mask", "gate", "decay scan", "self-augmentation", "head norm", "gated products", "residual add", "cross-entropy",
+enum kernel { EMBEDDING, RMS, CONV, SHIFT, MATMUL, MASK, FEATURES, PHASE, GATE, SCAN, ATTENTION, NORMALISER, AUGMENT, SKIP,
+              HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM, ADAMW, KERNELS };
+static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "token shift",
+    "matrix products", "mask", "feature maps", "phase", "decay", "decay scan", "softmax attention", "normaliser",
+    "self-augmentation", "skip", "head norm", "gated products", "residual add", "cross-entropy",
     "gradient norm", "AdamW"};
 static struct { double seconds[2], operations[2]; long calls[2]; } spent[KERNELS];     // forward, backward
 static const metala_backend *profiled;
@@ -1172,6 +1175,102 @@ CLOCKED(silu_gate_forward, SILU_GATE, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b
 CLOCKED(silu_gate_backward, SILU_GATE, 1, 0, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
         (c, da, db, dy, a, b, n))
 CLOCKED(add, ADD, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(shift_forward, SHIFT, 0, 0,
+        (ctx_t *c, real *y, in_t *n, in_t *mu, in_t *previous, size_t B, size_t T, size_t D), (c, y, n, mu, previous,
+         B, T, D))
+CLOCKED(shift_backward, SHIFT, 1, 0,
+        (ctx_t *c, real *dn, real *dmu, in_t *dy, in_t *n, in_t *mu, in_t *previous, size_t B, size_t T, size_t D),
+         (c, dn, dmu, dy, n, mu, previous, B, T, D))
+CLOCKED(last_token, SHIFT, 0, 0,
+        (ctx_t *c, real *to, in_t *x, size_t B, size_t T, size_t D), (c, to, x, B, T, D))
+CLOCKED(map_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, size_t n, metala_map map), (c, y, x, n, map))
+CLOCKED(map_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t n, metala_map map), (c, dx, dy, x, n, map))
+CLOCKED(taylor_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, size_t rows, size_t H, size_t d), (c, y, x, rows, H, d))
+CLOCKED(taylor_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t rows, size_t H, size_t d), (c, dx, dy, x, rows, H, d))
+CLOCKED(rotate_forward, PHASE, 0, 0,
+        (ctx_t *c, real *y, in_t *x, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t
+         position, int negative), (c, y, x, theta, B, T, H, K, shared, position, negative))
+CLOCKED(rotate_backward, PHASE, 1, 0,
+        (ctx_t *c, real *dx, real *dtheta, in_t *dy, in_t *y, in_t *theta, size_t B, size_t T, size_t H, size_t K, int
+         shared, uint64_t position, int negative), (c, dx, dtheta, dy, y, theta, B, T, H, K, shared, position,
+         negative))
+CLOCKED(bounded_gate_forward, GATE, 0, 0,
+        (ctx_t *c, real *alpha, real *k, in_t *z, in_t *gamma, size_t rows, size_t n), (c, alpha, k, z, gamma, rows,
+         n))
+CLOCKED(bounded_gate_backward, GATE, 1, 0,
+        (ctx_t *c, real *dz, real *dgamma, in_t *da, in_t *dk, in_t *z, in_t *gamma, size_t rows, size_t n), (c, dz,
+         dgamma, da, dk, z, gamma, rows, n))
+CLOCKED(bounds_forward, GATE, 0, 0,
+        (ctx_t *c, real *gamma, in_t *G, size_t L, size_t n), (c, gamma, G, L, n))
+CLOCKED(bounds_backward, GATE, 1, 0,
+        (ctx_t *c, real *dG, in_t *dgamma, in_t *G, size_t L, size_t n), (c, dG, dgamma, G, L, n))
+CLOCKED(ssm_forward, GATE, 0, 0,
+        (ctx_t *c, metala_ssm kind, real *alpha, real *theta, real *b, in_t *decay, in_t *phase, in_t *step, size_t H,
+         size_t N, size_t length), (c, kind, alpha, theta, b, decay, phase, step, H, N, length))
+CLOCKED(ssm_backward, GATE, 1, 0,
+        (ctx_t *c, metala_ssm kind, real *ddecay, real *dphase, real *dstep, in_t *da, in_t *dtheta, in_t *db, in_t
+         *decay, in_t *phase, in_t *step, size_t H, size_t N, size_t length), (c, kind, ddecay, dphase, dstep, da,
+         dtheta, db, decay, phase, step, H, N, length))
+CLOCKED(scale_pairs_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, in_t *b, size_t rows, size_t n), (c, y, x, b, rows, n))
+CLOCKED(scale_pairs_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, real *db, in_t *dy, in_t *x, in_t *b, size_t rows, size_t n), (c, dx, db, dy, x, b, rows,
+         n))
+CLOCKED(selective_forward, GATE, 0, 0,
+        (ctx_t *c, real *alpha, real *v, in_t *z, in_t *x, in_t *A, size_t rows, size_t C, size_t N), (c, alpha, v, z,
+         x, A, rows, C, N))
+CLOCKED(selective_backward, GATE, 1, 0,
+        (ctx_t *c, real *dz, real *dx, real *dA, in_t *da, in_t *dv, in_t *z, in_t *x, in_t *A, size_t rows, size_t C,
+         size_t N), (c, dz, dx, dA, da, dv, z, x, A, rows, C, N))
+CLOCKED(copy_heads_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, size_t rows, size_t H, size_t K), (c, y, x, rows, H, K))
+CLOCKED(copy_heads_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, in_t *dy, size_t rows, size_t H, size_t K), (c, dx, dy, rows, H, K))
+CLOCKED(wkv_forward, GATE, 0, 0,
+        (ctx_t *c, real *q, real *key, real *alpha, real *bonus, in_t *k, in_t *w, in_t *u, const uint8_t *mask, real
+         *previous, size_t B, size_t T, size_t D, uint64_t position), (c, q, key, alpha, bonus, k, w, u, mask,
+         previous, B, T, D, position))
+CLOCKED(wkv_backward, GATE, 1, 0,
+        (ctx_t *c, real *dk, real *dw, real *du, in_t *dkey, in_t *da, in_t *dbonus, in_t *key, in_t *bonus, in_t *w,
+         const uint8_t *mask, size_t B, size_t T, size_t D), (c, dk, dw, du, dkey, da, dbonus, key, bonus, w, mask, B,
+         T, D))
+CLOCKED(extend_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *v, const uint8_t *mask, in_t *previous, int delayed, size_t B, size_t T, size_t H,
+         size_t V), (c, y, v, mask, previous, delayed, B, T, H, V))
+CLOCKED(extend_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dv, in_t *dy, const uint8_t *mask, int delayed, size_t B, size_t T, size_t H, size_t V), (c,
+         dv, dy, mask, delayed, B, T, H, V))
+CLOCKED(normalise_forward, NORMALISER, 0, 0,
+        (ctx_t *c, real *y, in_t *o, in_t *bonus, in_t *v, size_t rows, size_t H, size_t V, double eps), (c, y, o,
+         bonus, v, rows, H, V, eps))
+CLOCKED(normalise_backward, NORMALISER, 1, 0,
+        (ctx_t *c, real *dO, real *dbonus, real *dv, in_t *dy, in_t *y, in_t *o, in_t *bonus, in_t *v, size_t rows,
+         size_t H, size_t V, double eps), (c, dO, dbonus, dv, dy, y, o, bonus, v, rows, H, V, eps))
+CLOCKED(skip_forward, SKIP, 0, 0,
+        (ctx_t *c, real *y, in_t *o, in_t *x, in_t *d, size_t rows, size_t n), (c, y, o, x, d, rows, n))
+CLOCKED(skip_backward, SKIP, 1, 0,
+        (ctx_t *c, real *dx, real *dd, in_t *dy, in_t *x, in_t *d, size_t rows, size_t n), (c, dx, dd, dy, x, d, rows,
+         n))
+CLOCKED(multiply_forward, SILU_GATE, 0, 0,
+        (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(multiply_backward, SILU_GATE, 1, 0,
+        (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n), (c, da, db, dy, a, b, n))
+CLOCKED(sigmoid_gate_forward, SILU_GATE, 0, 0,
+        (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(sigmoid_gate_backward, SILU_GATE, 1, 0,
+        (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n), (c, da, db, dy, a, b, n))
+CLOCKED(attention_forward, ATTENTION, 0, 2.0 * (double)(B * T * H) * ((double)past + 0.5 * (double)T) * (double)(K + V),
+        (ctx_t *c, real *o, real *lse, in_t *q, in_t *k, in_t *v, const uint8_t *mask, size_t B, size_t T, size_t
+         past, size_t stride, size_t H, size_t K, size_t V, double scale), (c, o, lse, q, k, v, mask, B, T, past,
+         stride, H, K, V, scale))
+CLOCKED(attention_backward, ATTENTION, 1, 2.5 * (double)(B * T * H) * (double)T * (double)(K + V),
+        (ctx_t *c, real *dq, real *dk, real *dv, in_t *dO, in_t *o, in_t *lse, in_t *q, in_t *k, in_t *v, const
+         uint8_t *mask, size_t B, size_t T, size_t H, size_t K, size_t V, double scale), (c, dq, dk, dv, dO, o, lse, q,
+         k, v, mask, B, T, H, K, V, scale))
 CLOCKED(cross_entropy_forward, CROSS_ENTROPY, 0, 0,
         (ctx_t *c, real *loss, real *lse, in_t *l, const int *t, size_t r, size_t N), (c, loss, lse, l, t, r, N))
 CLOCKED(cross_entropy_backward, CROSS_ENTROPY, 1, 0,
@@ -1194,6 +1293,14 @@ static metala_backend clocked_backend(const metala_backend *device) {
     USE(scan_forward), USE(scan_backward), USE(augment_forward), USE(augment_backward), USE(head_norm_forward);
     USE(head_norm_backward), USE(silu_gate_forward), USE(silu_gate_backward), USE(add), USE(cross_entropy_forward);
     USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
+    USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward);
+    USE(taylor_forward), USE(taylor_backward), USE(rotate_forward), USE(rotate_backward), USE(bounded_gate_forward);
+    USE(bounded_gate_backward), USE(bounds_forward), USE(bounds_backward), USE(ssm_forward), USE(ssm_backward);
+    USE(scale_pairs_forward), USE(scale_pairs_backward), USE(selective_forward), USE(selective_backward);
+    USE(copy_heads_forward), USE(copy_heads_backward), USE(wkv_forward), USE(wkv_backward), USE(extend_forward);
+    USE(extend_backward), USE(normalise_forward), USE(normalise_backward), USE(skip_forward), USE(skip_backward);
+    USE(multiply_forward), USE(multiply_backward), USE(sigmoid_gate_forward), USE(sigmoid_gate_backward);
+    USE(attention_forward), USE(attention_backward);
 #undef USE
     return b;
 }
@@ -1261,8 +1368,8 @@ static int bench(program *p) {
     if (s->profile) print_profile(WARM + TIMED);
     double step = times[TIMED / 2], parameters = (double)metala_model_size(p->model);
     double speed = step > 0 ? (double)s->batch * s->context / step : 0;
-    printf("bench %s D%d L%d H%d F%d N%d B%d T%d P %s: ", metala_config_row_name(c), c->width, c->layers, c->heads, c->glu_dim, c->vocab_size,
-           s->batch, s->context, count_text(count, parameters));
+    printf("bench %s D%d L%d H%d F%d N%d B%d T%d P %s: ", metala_config_row_name(c), c->width, c->layers, c->heads,
+           c->glu_dim, c->vocab_size, s->batch, s->context, count_text(count, parameters));
     printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %s, %.1f MB\n", 1e3 * step, speed,
            6e-9 * parameters * speed, value_text(s, option_named("form"), form), device_text(p, device), (double)memory_of(p, (size_t)s->context).total / 1e6);
     return 0;

@@ -353,7 +353,7 @@ shaped() {                               # FLAG DEFAULT OTHER MODEL that it matt
 shaped --state-size 16 4 s4d
 shaped --low-rank 16 4 gla
 shaped --feature-dim 16 4 based
-shaped --length 1024 64 dss
+shaped --length 0 64 dss
 shaped --normaliser on off linear
 for model in $(run --models | sed -n 's/^\([a-z][a-z0-9-]*\)  .*/\1/p'); do
     train text.txt $six --model "$model" --match-params --out row.st --log row.csv > out 2> err
