@@ -1,17 +1,17 @@
 #!/bin/sh
-# Do the programs do what their --help says? Tries every flag of ./train, ./run and data/stories, and every way in
-# which they can fail, on models so small that all of it takes seconds.
+# Do the programs do what their --help says? Tries every flag of ./train, ./run, ./test and data/stories, and every way
+# in which they can fail, on models so small that all of it takes seconds.
 #
 #   make && tests/programs.sh      a line per check, "N passed, N failed" last; exit status 0 when none failed
 #
-# Needs the built programs and POSIX tools. Reading order: the checking, files that are made, then stories, train, run.
+# Needs the built programs and POSIX tools. Reading order: the checking, files that are made, then stories, train, run, test.
 set -u
 LC_ALL=C
 export LC_ALL
 : "${OMP_WAIT_POLICY=passive}"           # or each program would start itself once more to set it
 export OMP_WAIT_POLICY
 root=$(cd "$(dirname "$0")/.." && pwd) || exit 1
-for program in train run data/stories; do
+for program in train run test data/stories; do
     [ -x "$root/$program" ] || { echo "programs.sh: $program is not there; build it first with make" >&2; exit 1; }
 done
 work=$root/build/programs.$$
@@ -65,6 +65,7 @@ limit=
 if command -v timeout > /dev/null && timeout 9 true 2> /dev/null; then limit="timeout 60"; fi
 train()   { printf '%s\n' "$@" >> used.train; $limit "$root/train" "$@"; }
 run()     { printf '%s\n' "$@" >> used.run; $limit "$root/run" "$@"; }
+checks()  { printf '%s\n' "$@" >> used.checks; $limit "$root/test" "$@"; }
 stories() { printf '%s\n' "$@" >> used.stories; $limit "$root/data/stories" "$@"; }
 
 works() {                                # DESCRIPTION COMMAND...: exit status 0; the output is in out and err
@@ -1204,6 +1205,52 @@ fails 2 "expected f32, bf16 or int8" "run --weights int4" run base.st --weights 
 fails 1 "for inference only" "train --init of quantized weights" train text.txt --init int8.st --max-steps 1 --out never.st
 
 tried run run
+
+# ============================================================== test: which checks run, golden folders
+
+works "test --list" checks --list
+cp out list
+holds "test --list: a name for each check" "$(lines list) > 100"
+equal "test --list: nothing was checked" 0 "$(grep -c -e '   ok$' -e ' passed, ' list)"
+works "test --only TEXT" checks --only "matmul 1x4x4"
+holds "test --only TEXT: those checks alone" "$(lines out) == $(grep -c 'matmul 1x4x4' list) + 1 && $(lines out) > 1"
+equal "test: the last line" "$(grep -c 'matmul 1x4x4' list) passed, 0 failed" "$(tail -n 1 out)"
+works "test --device cpu" checks --device cpu --only "matmul 1x4x4"
+mkdir golden "golden folder" "golden folder/deeper"
+cp base.st "golden folder/b.safetensors"
+cp labels.safetensors "golden folder/a.safetensors"
+cp base.st "golden folder/other"
+cp base.st "golden folder/deeper/c.safetensors"
+failed_names() { sed -n 's/^golden \([^ ]*\) .*FAILED$/\1/p' out | uniq | tr '\n' ' '; }
+checks --golden "golden folder" --only golden > out 2> err
+equal "test --golden DIR: each .safetensors file of the folder, which are none here" "1 a.safetensors b.safetensors " \
+    "$? $(failed_names)"
+has "test --golden DIR: says what is wrong" out "a.safetensors: no configuration" "b.safetensors: no input_ids" "0 passed, "
+checks --golden "golden folder" --only golden --stop > out 2> err
+equal "test --stop: after the first failure" "1 0 passed, 1 failed" "$? $(tail -n 1 out)"
+METALA_GOLDEN="golden folder" checks --only golden > out 2> err
+equal "test: METALA_GOLDEN is --golden" "1 a.safetensors b.safetensors " "$? $(failed_names)"
+METALA_GOLDEN= checks --only "matmul 1x4x4" > out 2> err
+equal "test: an empty METALA_GOLDEN is none" 0 $?
+checks "golden folder/b.safetensors" > out 2> err
+equal "test FILE: this file alone" "1 b.safetensors " "$? $(failed_names)"
+fails_at_once 2 "no .safetensors file in the golden folder golden" "test --golden of an empty folder" checks --golden golden
+fails_at_once 2 "cannot open the golden folder missing" "test --golden of a folder that is not there" checks --golden missing
+fails_at_once 2 "unknown option --xyzzy" "test --xyzzy" checks --xyzzy
+fails_at_once 2 "no value after --only" "test --only without a value" checks --only
+fails_at_once 2 "--device is cpu or cuda, not gpu" "test --device gpu" checks --device gpu
+fails_at_once 2 "--device cuda is needed for --math tf32" "test --math without a GPU" checks --math tf32
+fails_at_once 2 "--device cuda is needed for --kernel add" "test --kernel without a GPU" checks --kernel add
+checks missing.safetensors > out 2> err
+equal "test FILE that is not there: exit status" 1 $?
+has "test FILE that is not there: says so" err "missing.safetensors: cannot be opened"
+golden=${GOLDEN:-$root/../shared/golden}
+if [ -d "$golden" ]; then
+    works "test --golden with the authors' numbers" checks --golden "$golden" --only golden
+    equal "test --golden: each file is tried" "$(ls "$golden" | grep '\.safetensors$')" \
+        "$(sed -n 's/^golden \([^ ]*\) .*ok$/\1/p' out | uniq)"
+fi
+tried checks checks
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
