@@ -419,7 +419,7 @@ typedef struct {
     FILE *log;
     double start;                        // when the run would have started, had it run without a break
     int saved;                           // step of the checkpoint in --out, -1 for none
-    int log_failed;
+    int log_failed, diverged, unsaved;   // what went wrong
     int misused;                         // the command line is what is wrong: exit status 2
     char no_device[300];                 // why the CPU has to do it; or empty
 } program;
@@ -697,7 +697,8 @@ static int save(program *p, const char *path) {
 
 static int save_checkpoint(program *p) {
     if (p->saved == step_of(p)) return 0;
-    if (save(p, p->s->out)) return -1;
+    p->unsaved = save(p, p->s->out);
+    if (p->unsaved) return -1;
     p->saved = step_of(p);
     return 0;
 }
@@ -914,13 +915,20 @@ static int counts(const int *targets, size_t n) {
     return 0;
 }
 
-// Is there anything to learn? Usually the first sequence tells.
+// Is there anything to learn, and anything to tell it by? Usually the first sequence tells.
 static int check_targets(const program *p) {
-    for (size_t i = 0; i < metala_dataset_sequences(p->train); i++) {
-        metala_dataset_sequence(p->train, i, p->inputs, p->targets, p->mask);
-        if (counts(p->targets, (size_t)p->s->context)) return 0;
+    const metala_dataset *const sets[] = {p->train, p->val};
+    for (int set = 0; set < 2; set++) {
+        size_t i = 0, all = sets[set] ? metala_dataset_sequences(sets[set]) : 0;
+        for (int found = 0; i < all && !found; i += !found) {
+            metala_dataset_sequence(sets[set], i, p->inputs, p->targets, p->mask);
+            found = counts(p->targets, metala_dataset_length(sets[set]));
+        }
+        if (all && i == all)
+            return complain("%s: no target%s counts, all are %d (ignored)", set && p->s->val ? p->s->val : p->s->data,
+                            set && !p->s->val ? " in the part for validation" : " in it", METALA_IGNORE);
     }
-    return complain("%s: no target in it counts, all are %d (ignored)", p->s->data, METALA_IGNORE);
+    return 0;
 }
 
 // Adds weight times the gradient of batch number `index` of the stream.
@@ -934,8 +942,9 @@ static int add_gradient(program *p, uint64_t index, double weight, double *loss)
                            mask_or_null(p, (size_t)s->batch * T), s->batch, T, weight, loss);
 }
 
-static int diverged(const program *p, const char *what, double value) {
+static int diverged(program *p, const char *what, double value) {
     char kept[2 * ROOM] = "";
+    p->diverged = 1;
     if (p->saved >= 0) snprintf(kept, sizeof kept, " is still that of step %d", p->saved);
     return complain("step %d: the %s is %s, training has diverged; %s%s; try a lower --learning-rate than %g or a"
                     " longer --warmup than %d", step_of(p) + 1, what, isnan(value) ? "not a number" : "infinite",
@@ -972,11 +981,8 @@ static int train_step(program *p, interval *now) {
     int passes = p->s->accumulate;
     for (int i = 0; i < passes; i++) {
         double part;
-        if (add_gradient(p, (uint64_t)step_of(p) * (uint64_t)passes + (uint64_t)i, 1.0 / passes, &part)) {
-            library_failed(p);
-            if (step_of(p) > 0) save_checkpoint(p);          // nothing that was learnt is lost
-            return -1;
-        }
+        if (add_gradient(p, (uint64_t)step_of(p) * (uint64_t)passes + (uint64_t)i, 1.0 / passes, &part))
+            return library_failed(p);
         loss += part / passes;
     }
     if (!isfinite(loss)) return diverged(p, "loss", loss);
@@ -1069,10 +1075,9 @@ static int is_finished(const program *p) {
 static int is_stopped(const program *p) { return interrupted || (p->s->stop_at && step_of(p) >= p->s->stop_at); }
 
 // Steps until the end or a stop, and between them what is due.
-static int train(program *p) {
+static int train_until_stopped(program *p) {
     const settings *s = p->s;
     interval now = {0};
-    print_header(p);
     for (int finished = 0, stopped = 0; !finished && !stopped;) {
         if (train_step(p, &now)) return -1;
         int step = step_of(p);
@@ -1084,9 +1089,17 @@ static int train(program *p) {
             memset(&now, 0, sizeof now);
         }
         if (!stopped && is_due(step, s->sample_every) && sample(p)) return -1;
-        if ((finished || stopped || is_due(step, s->save_every)) && save_checkpoint(p)) return -1;
+        if (is_due(step, s->save_every) && save_checkpoint(p)) return -1;
     }
     return 0;
+}
+
+// Whatever ends the training, memory that has run out for one, nothing that was learnt is lost; but parameters that have
+// diverged are not worth keeping, and where a checkpoint could not be written there is no use in trying again.
+static int train(program *p) {
+    print_header(p);
+    int failed = train_until_stopped(p), is_lost = p->diverged || p->unsaved || step_of(p) == 0;
+    return (is_lost ? 0 : save_checkpoint(p)) || failed ? -1 : 0;
 }
 
 // A word as a shell takes it.

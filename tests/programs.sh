@@ -2,7 +2,7 @@
 # Do the programs do what their --help says? Tries every flag of ./train, ./run, ./test and data/stories, and every way
 # in which they can fail, on models so small that all of it takes seconds.
 #
-#   make && tests/programs.sh      a line per check, "N passed, N failed" last; exit status 0 when none failed
+#   make test-programs             a line per check, "N passed, N failed" last; exit status 0 when none failed
 #
 # Needs the built programs and POSIX tools. Reading order: the checking, files that are made, then stories, train, run, test.
 set -u
@@ -11,8 +11,8 @@ export LC_ALL
 : "${OMP_WAIT_POLICY=passive}"           # or each program would start itself once more to set it
 export OMP_WAIT_POLICY
 root=$(cd "$(dirname "$0")/.." && pwd) || exit 1
-for program in train run test data/stories; do
-    [ -x "$root/$program" ] || { echo "programs.sh: $program is not there; build it first with make" >&2; exit 1; }
+for program in train run test data/stories build/train-failing; do
+    [ -x "$root/$program" ] || { echo "programs.sh: $program is not there; start it with make test-programs" >&2; exit 1; }
 done
 work=$root/build/programs.$$
 mkdir -p "$work" && cd "$work" || exit 1
@@ -654,6 +654,8 @@ fails 1 "inputs are F32 [3,4], expected whole numbers" "train on inputs that are
 fails 1 "number 0 is -5, expected a token" "train on a negative label" train negative.safetensors $six --out new.st
 fails 1 "no target in it counts" "train where all targets are ignored" \
     train ignored.safetensors $six --out new.st --quiet
+fails 1 "no target in it counts" "train --val where all targets are ignored" \
+    train half.safetensors --width 16 --layers 1 --batch 1 --max-steps 1 --val ignored.safetensors --out new.st --quiet
 works "train where some batches have no target" \
     train half.safetensors --width 16 --layers 1 --val-fraction 0 --batch 1 --max-steps 6 --out half.st --quiet
 { put_header "{\"__metadata__\":{\"vocab_size\":\"4x\"},$(tensor inputs U8 1,4 0 4),$(tensor labels I32 1 4 8)}"
@@ -821,6 +823,36 @@ fails 1 "the loss is not a number, training has diverged" "train --init of broke
 fails 1 "are not finite numbers; the parameters are broken" "run with broken parameters" \
     run broken.st --prompt-file zeros.txt -q --no-echo
 fails 1 "the parameters are broken" "run --eval with broken parameters" run broken.st --eval zeros.txt -q
+
+# Memory that runs out, or anything else that stops a kernel: what was learnt before it is kept, and goes on.
+failing() {                              # FROM TO ARGUMENT...: the calls of a pass that fail
+    FAIL_FROM=$1 FAIL_TO=$2
+    export FAIL_FROM FAIL_TO
+    shift 2
+    $limit "$root/build/train-failing" "$@"
+}
+four="text.txt $tiny --max-steps 4 --log-every 1"
+keeps() {                                # DESCRIPTION STEP FROM TO FLAG...: what is kept is of that step
+    name=$1 step=$2 from=$3 to=$4
+    shift 4
+    rm -f failed.st
+    fails 1 "call $from failed on request" "$name" failing $from $to $four "$@" --out failed.st
+    train $four "$@" --out unbroken.st > out 2> err
+    train --resume --threads 1 --out failed.st > out 2> err
+    has "$name: what was learnt by step $step is kept" out "resumed  failed.st after step $step"
+    same_bytes "$name: and goes on as if nothing had been" unbroken.st failed.st
+}
+keeps "train, memory runs out in step 4" 3 4 2000000000 --val-fraction 0
+keeps "train, the gradient of step 3 fails once" 2 3 3 --val-fraction 0
+keeps "train, memory runs out in the second pass of step 2" 1 4 2000000000 --val-fraction 0 --accumulate 2
+keeps "train, memory runs out in a validation" 2 3 2000000000 --eval-every 2
+keeps "train, memory runs out in a sample" 2 3 2000000000 --val-fraction 0 --sample-every 2
+fails 1 "call 1 failed on request" "train, memory runs out in step 1" failing 1 2000000000 $four --out never.st
+absent "train, memory runs out in step 1: there is nothing to keep" never.st
+cp unbroken.st failed.st
+fails 1 "call 1 failed on request" "train --resume, memory runs out" \
+    failing 1 2000000000 --resume --max-steps 9 --threads 1 --quiet --out failed.st
+same_bytes "train --resume, memory runs out: the checkpoint stays" unbroken.st failed.st
 
 # Full disks: /dev/full for what is printed, a limit on the size of files for what is saved.
 if [ -c /dev/full ]; then
