@@ -2,7 +2,7 @@
 //
 //   ./test                      all checks           ./test --list          their names
 //   ./test --only TEXT          those whose name contains TEXT
-//   ./test --golden DIR         also the golden files in DIR (or the environment variable METALA_GOLDEN)
+//   ./test --golden DIR         also with every .safetensors file in DIR (or the environment variable METALA_GOLDEN)
 //   ./test FILE...              only compare with these golden files
 //   ./test --stop               stop at the first failure
 //   ./test --device cuda        the GPU against the CPU: every kernel, then models and golden files
@@ -16,6 +16,10 @@
 // Contents: checks - numbers - scalar functions - kernels - matrix products - the scan - AdamW - the model - states -
 // training - files - data - memory that runs out - twins - golden files - main.
 
+#if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
+#define _POSIX_C_SOURCE 200809L          // opendir; everything else is C99
+#endif
+
 #include "metala.h"
 
 #include <float.h>
@@ -27,6 +31,9 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef _POSIX_C_SOURCE
+#include <dirent.h>
 #endif
 
 typedef metala_real real;
@@ -3326,6 +3333,11 @@ static void golden_compare(golden *g, const char *name, const real *got, const r
     }
 }
 
+static void golden_close(golden *g) {
+    metala_model_free(g->model);
+    metala_file_close(g->file);
+}
+
 static int golden_open(golden *g, const char *path) {
     memset(g, 0, sizeof *g);
     g->path = path;
@@ -3341,6 +3353,7 @@ static int golden_open(golden *g, const char *path) {
     const metala_tensor *ids = metala_file_find(g->file, "input_ids");
     if (!ids || ids->ndim != 2) {
         problem("%s: no input_ids [B,T]", path);
+        golden_close(g);
         return -1;
     }
     g->B = ids->shape[0], g->T = ids->shape[1], g->N = (size_t)g->config->vocab_size;
@@ -3350,11 +3363,6 @@ static int golden_open(golden *g, const char *path) {
     if (mask) g->mask = take(g->B * g->T, 1);
     for (size_t i = 0; mask && i < g->B * g->T; i++) g->mask[i] = (uint8_t)mask[i];
     return 0;
-}
-
-static void golden_close(golden *g) {
-    metala_model_free(g->model);
-    metala_file_close(g->file);
 }
 
 // All names that can occur, so that a check of one kind can tell what belongs to the others.
@@ -3606,23 +3614,36 @@ static int usage(const char *problem_text, const char *argument) {
     return 2;
 }
 
-static int check_golden_folder(void) {
-    static const char *const names[] = {"tiny", "odd", "stress", "padding", "decode", "tied", "bf16", "train_trace"};
-    int found = 0;
-    for (size_t i = 0; i < COUNT(names); i++) {
-        char path[1000];
-        snprintf(path, sizeof path, "%s/%s.safetensors", run.golden, names[i]);
-        FILE *stream = fopen(path, "rb");
-        if (!stream) {
-            if (!run.list) printf("%s: not there, not compared\n", path);
-            continue;
+// The .safetensors files of the golden folder, in the order of their names. A folder without one is a mistake.
+typedef char path_name[1000];
+static path_name *golden_paths;
+static size_t golden_count;
+
+#ifdef _POSIX_C_SOURCE
+static int by_name(const void *a, const void *b) { return strcmp(a, b); }
+
+static int list_golden_folder(void) {
+    DIR *folder = opendir(run.golden);
+    if (!folder) return usage("cannot open the golden folder", run.golden);
+    for (struct dirent *entry; (entry = readdir(folder)) != NULL;) {
+        size_t length = strlen(entry->d_name), end = strlen(".safetensors");
+        if (length < end || strcmp(entry->d_name + length - end, ".safetensors")) continue;
+        path_name *more = realloc(golden_paths, (golden_count + 1) * sizeof *more);
+        if (!more) {
+            closedir(folder);
+            return usage("out of", "memory");
         }
-        fclose(stream);
-        check_golden(path);
-        found = 1;
+        golden_paths = more;
+        snprintf(golden_paths[golden_count++], sizeof *golden_paths, "%s/%s", run.golden, entry->d_name);
     }
-    return found ? 0 : usage("no golden file in", run.golden);
+    closedir(folder);
+    if (!golden_count) return usage("no .safetensors file in the golden folder", run.golden);
+    qsort(golden_paths, golden_count, sizeof *golden_paths, by_name);
+    return 0;
 }
+#else
+static int list_golden_folder(void) { return usage("folders cannot be listed on this system; give the FILEs of", run.golden); }
+#endif
 
 // ------------------------------------------------------------------------------------------------ main
 
@@ -3639,7 +3660,7 @@ static void check_table(void) {
 static int help(void) {
     puts("usage: test [options] [FILE...]\n\n"
          "Checks metala.c, or compares it with golden FILEs alone.\n\n"
-         "  --golden DIR   compare with the golden files in DIR too [environment variable METALA_GOLDEN]\n"
+         "  --golden DIR   compare with every .safetensors file in DIR too [environment variable METALA_GOLDEN]\n"
          "  --only TEXT    only checks whose name contains TEXT\n"
          "  --device NAME  cpu, or cuda: every kernel of the GPU against its twin on the CPU, then whole models [cpu]\n"
          "  --kernel NAME  with --device cuda: only this kernel, such as scan_forward\n"
@@ -3713,6 +3734,7 @@ int main(int argc, char **argv) {
     int files = 0, status = 0;
     metala_math math = METALA_EXACT;
     run.golden = getenv("METALA_GOLDEN");
+    if (run.golden && !*run.golden) run.golden = NULL;
     run.device = "cpu";
     for (int i = 1; i < argc; i++) {
         static const char *const with_value[] = {"--only", "--golden", "--device", "--kernel", "--math"};
@@ -3736,13 +3758,15 @@ int main(int argc, char **argv) {
     if (run.kernel && strcmp(run.device, "cuda")) return usage("--device cuda is needed for --kernel", run.kernel);
     FILE *there = fopen("build/test.tmp", "wb");             // files go to build/ where there is such a folder
     if (there) fclose(there), remove("build/test.tmp"), strcpy(scratch_folder, "build/");
+    if (run.golden && !files && !run.kernel && list_golden_folder()) return 2;
     if (open_device(math)) return 1;
     for (int i = 1; i <= files; i++) status |= check_golden(argv[i]);
     if (!files) {
         if (be == metala_cpu()) check_cpu();
         else check_device();
-        if (run.golden && !run.kernel) status |= check_golden_folder();
+        for (size_t i = 0; i < golden_count; i++) status |= check_golden(golden_paths[i]);
     }
+    free(golden_paths);
     metala_close(on[CPU].ctx);
     metala_close(ctx);
     if (run.list) return 0;
