@@ -1825,7 +1825,7 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 // digits within 64 tokens.)
 
 typedef struct {                // one head of one sequence: pointers to its first token and distances between tokens
-    size_t T, K, V, k_step, v_step;
+    size_t T, K, V, k_step, v_step, heads;     // or several neighbours, where they are narrow
     real scale;
     const real *q, *k, *v, *alpha, *dO, *states;
     real *o, *S, *keep_states, *dq, *dk, *dv, *da, *dS;
@@ -2209,20 +2209,124 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
     copy_unpadded(G, V, gamma, Vp, K, V);
 }
 
-// ---- All heads of all sequences.
+// ---- Narrow heads: where K = 1 or V = 1, the state of a head is a vector.
+//
+// Products of matrices have nothing to gain there, and the recurrence costs little more than reading its inputs once,
+// provided that its loops are long. So a group of neighbouring heads walks through time together. With V = 1 their q, k,
+// α and S are n numbers one behind the other, with K = 1 it is their v, o and S; one loop serves all. What has a single
+// number for each head is repeated to be as long, and the sums over K or V are those of so many neighbours.
 
-static size_t scan_scratch(metala_form form, size_t T, size_t K, size_t V, int backward) {
-    if (form == METALA_PARALLEL) return parallel_scratch(T, K, V);
-    if (form == METALA_RECURRENT) return backward ? recurrent_scratch(K, V) : 0;
-    return backward ? chunkwise_scratch(K, V) : block_scratch(K, V);
+enum { NARROW = 512 };          // numbers of a group's state: those of 64 tokens fit the level-2 cache
+
+static int is_narrow(size_t K, size_t V) { return K == 1 || V == 1; }
+
+static size_t narrow_group(size_t H, size_t K, size_t V) {
+    size_t heads = NARROW / (K * V);
+    return heads < 1 ? 1 : heads < H ? heads : H;
 }
 
-// Head b_h = b·H + h. The inputs are the same forward and backward.
-static head head_at(size_t b_h, const real *q, const real *k, const real *v, const real *alpha, size_t T, size_t H,
-                    size_t K, size_t V, double scale) {
-    size_t start = b_h / H * T * H + b_h % H;
+// Each of the n numbers `count` times, in `to`; or where they are, if that is once.
+static const real *repeat(real *to, const real *x, size_t n, size_t count) {
+    if (count == 1) return x;
+    if (count == 2)
+        for (size_t i = 0; i < n; i++) to[2 * i] = to[2 * i + 1] = x[i];
+    else
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < count; j++) to[i * count + j] = x[i];
+    return to;
+}
+
+// The n sums over `count` neighbours of s a b.
+static void dots(real *to, real s, const real *a, const real *b, size_t n, size_t count) {
+    if (count == 1)
+        for (size_t i = 0; i < n; i++) to[i] = s * a[i] * b[i];
+    else if (count == 2)
+        for (size_t i = 0; i < n; i++) to[i] = s * (a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]);
+    else
+        for (size_t i = 0; i < n; i++) to[i] = s * dot(a + i * count, b + i * count, count);
+}
+
+// One token of a group: its inputs, n numbers each.
+typedef struct { const real *q, *k, *alpha, *v, *dO; } narrow_token;
+
+static size_t narrow_scratch(size_t n, int backward) { return (backward ? METALA_CHUNK + 1 + 5 : 4) * n; }
+
+static narrow_token narrow_inputs(const head *h, size_t t, real *work) {
+    size_t n = h->heads * h->K * h->V, at_k = t * h->k_step, at_v = t * h->v_step, keys = h->heads * h->K;
+    narrow_token x;
+    x.q = repeat(work, h->q + at_k, keys, h->V);
+    x.k = repeat(work + n, h->k + at_k, keys, h->V);
+    x.alpha = repeat(work + 2 * n, h->alpha + at_k, keys, h->V);
+    x.v = repeat(work + 3 * n, h->v + at_v, h->heads * h->V, h->K);
+    x.dO = h->dO ? repeat(work + 4 * n, h->dO + at_v, h->heads * h->V, h->K) : NULL;
+    return x;
+}
+
+// S = α S' + k v
+static void narrow_update(real *S, const real *before, const narrow_token *x, size_t n) {
+    const real *alpha = x->alpha, *k = x->k, *v = x->v;
+    for (size_t i = 0; i < n; i++) S[i] = alpha[i] * before[i] + k[i] * v[i];
+}
+
+static void narrow_forward(const head *h, real *S, real *work) {
+    size_t KV = h->K * h->V, n = h->heads * KV;
+    for (size_t t = 0; t < h->T; t++) {
+        for (size_t i = 0; h->keep_states && t % METALA_CHUNK == 0 && i < h->heads; i++)
+            memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * KV, S + i * KV, KV * sizeof(real));
+        narrow_token x = narrow_inputs(h, t, work);
+        narrow_update(S, S, &x, n);
+        dots(h->o + t * h->v_step, h->scale, x.q, S, h->heads * h->V, h->K);
+    }
+}
+
+static void narrow_backward(const head *h, real *G, real *work) {
+    size_t K = h->K, V = h->V, n = h->heads * K * V, keys = h->heads * K;
+    real *states = work + 5 * n;
+    for (size_t c = chunks(h->T); c-- > 0;) {
+        size_t t0 = c * METALA_CHUNK, end = h->T - t0 < METALA_CHUNK ? h->T : t0 + METALA_CHUNK;
+        for (size_t i = 0; i < h->heads; i++)
+            memcpy(states + i * K * V, h->states + (i * chunks(h->T) + c) * K * V, K * V * sizeof(real));
+        for (size_t t = t0; t < end; t++) {                          // states + (t + 1 - t0) n is S after token t
+            narrow_token x = narrow_inputs(h, t, work);
+            narrow_update(states + (t + 1 - t0) * n, states + (t - t0) * n, &x, n);
+        }
+        for (size_t t = end; t-- > t0;) {
+            const real *before = states + (t - t0) * n, *after = before + n;
+            narrow_token x = narrow_inputs(h, t, work);
+            for (size_t i = 0; i < n; i++) G[i] += h->scale * x.q[i] * x.dO[i];
+            dots(h->dq + t * h->k_step, h->scale, after, x.dO, keys, V);
+            dots(h->dk + t * h->k_step, 1, G, x.v, keys, V);
+            dots(h->dv + t * h->v_step, 1, G, x.k, h->heads * V, K);
+            for (size_t i = 0; i < n; i++) G[i] *= x.alpha[i];
+            dots(h->da + t * h->k_step, 1, G, before, keys, V);
+        }
+    }
+}
+
+// ---- All heads of all sequences.
+
+// How many neighbouring heads are one piece of work.
+static size_t group_of(metala_form form, size_t H, size_t K, size_t V) {
+    return form == METALA_CHUNKWISE && is_narrow(K, V) ? narrow_group(H, K, V) : 1;
+}
+
+// For the states of a group, and what it needs beside them.
+static size_t scan_scratch(metala_form form, size_t T, size_t H, size_t K, size_t V, int backward) {
+    size_t n = group_of(form, H, K, V) * K * V;
+    if (form == METALA_PARALLEL) return plus(n, parallel_scratch(T, K, V));
+    if (form == METALA_RECURRENT) return n + (backward ? recurrent_scratch(K, V) : 0);
+    if (is_narrow(K, V)) return n + narrow_scratch(n, backward);
+    return n + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
+}
+
+// The heads of a sequence from `first`, where heads count through all sequences (b·H + h): no more than a group, nor than
+// the sequence has. The inputs are the same forward and backward.
+static head head_at(size_t first, size_t group, const real *q, const real *k, const real *v, const real *alpha, size_t T,
+                    size_t H, size_t K, size_t V, double scale) {
+    size_t start = first / H * T * H + first % H;
     head h = {0};
     h.T = T, h.K = K, h.V = V, h.k_step = H * K, h.v_step = H * V;
+    h.heads = H - first % H < group ? H - first % H : group;
     h.scale = (real)scale;
     h.q = q + start * K, h.k = k + start * K, h.alpha = alpha + start * K, h.v = v + start * V;
     return h;
@@ -2231,19 +2335,21 @@ static head head_at(size_t b_h, const real *q, const real *k, const real *v, con
 static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S, real *states, const real *q,
                          const real *k, const real *v, const real *alpha, size_t B, size_t T, size_t H, size_t K,
                          size_t V, double scale) {
-    size_t each = plus(scan_scratch(form, T, K, V, 0), K * V);
+    size_t each = scan_scratch(form, T, H, K, V, 0), group = group_of(form, H, K, V), groups = (H + group - 1) / group;
     real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
-    for (size_t b_h = 0; b_h < B * H; b_h++) {
-        real *own = work + thread_number() * each, *state = S ? S + b_h * K * V : own;
-        if (!S) memset(state, 0, K * V * sizeof(real));
-        head h = head_at(b_h, q, k, v, alpha, T, H, K, V, scale);
+    for (size_t i = 0; i < B * groups; i++) {
+        size_t first = i / groups * H + i % groups * group;
+        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale);
+        real *own = work + thread_number() * each, *state = S ? S + first * K * V : own, *rest = own + group * K * V;
+        if (!S) memset(state, 0, h.heads * K * V * sizeof(real));
         h.o = o + (h.v - v);
-        h.keep_states = states ? states + b_h * chunks(T) * K * V : NULL;
+        h.keep_states = states ? states + first * chunks(T) * K * V : NULL;
         if (form == METALA_RECURRENT) recurrent_forward(&h, state);
-        else if (form == METALA_PARALLEL) parallel_forward(&h, state, own + K * V);
-        else chunkwise_forward(&h, state, own + K * V);
+        else if (form == METALA_PARALLEL) parallel_forward(&h, state, rest);
+        else if (is_narrow(K, V)) narrow_forward(&h, state, rest);
+        else chunkwise_forward(&h, state, rest);
     }
 }
 
@@ -2252,20 +2358,22 @@ static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S
 static void scan_backward(metala_context *ctx, metala_form form, real *dq, real *dk, real *dv, real *da, real *dS,
                           const real *dO, const real *states, const real *q, const real *k, const real *v,
                           const real *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
-    size_t each = plus(scan_scratch(form, T, K, V, 1), K * V);
+    size_t each = scan_scratch(form, T, H, K, V, 1), group = group_of(form, H, K, V), groups = (H + group - 1) / group;
     real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
-    for (size_t b_h = 0; b_h < B * H; b_h++) {
-        real *own = work + thread_number() * each, *G = dS ? dS + b_h * K * V : own;
-        if (!dS) memset(G, 0, K * V * sizeof(real));
-        head h = head_at(b_h, q, k, v, alpha, T, H, K, V, scale);
-        h.states = states + b_h * chunks(T) * K * V;
+    for (size_t i = 0; i < B * groups; i++) {
+        size_t first = i / groups * H + i % groups * group;
+        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale);
+        real *own = work + thread_number() * each, *G = dS ? dS + first * K * V : own, *rest = own + group * K * V;
+        if (!dS) memset(G, 0, h.heads * K * V * sizeof(real));
+        h.states = states + first * chunks(T) * K * V;
         h.dO = dO + (h.v - v), h.dv = dv + (h.v - v);
         h.dq = dq + (h.q - q), h.dk = dk + (h.q - q), h.da = da + (h.q - q);
-        if (form == METALA_RECURRENT) recurrent_backward(&h, G, own + K * V);
-        else if (form == METALA_PARALLEL) parallel_backward(&h, G, own + K * V);
-        else chunkwise_backward(&h, G, own + K * V);
+        if (form == METALA_RECURRENT) recurrent_backward(&h, G, rest);
+        else if (form == METALA_PARALLEL) parallel_backward(&h, G, rest);
+        else if (is_narrow(K, V)) narrow_backward(&h, G, rest);
+        else chunkwise_backward(&h, G, rest);
     }
 }
 
