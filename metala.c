@@ -3272,7 +3272,7 @@ static void linear(metala_context *ctx, const metala_model *m, real *y, const re
 }
 
 // y (rows,n) = the same n numbers in every row: a linear layer without inputs. And the gradient: d += Σ_rows dy.
-static void repeat(metala_context *ctx, const metala_backend *be, real *y, const real *numbers, size_t rows, size_t n) {
+static void repeat_rows(metala_context *ctx, const metala_backend *be, real *y, const real *numbers, size_t rows, size_t n) {
     be->matmul_forward(ctx, y, y, numbers, numbers, rows, n, 0);
 }
 static void add_rows(metala_context *ctx, const metala_backend *be, real *d, const real *dy, size_t rows, size_t n) {
@@ -3347,7 +3347,7 @@ static void mixer_projections(metala_context *ctx, const metala_model *m, int la
     if (s->low) {
         linear(ctx, m, a->low, a->conv_out, w->low, NULL, p->rows, s->low, s->u);
         linear(ctx, m, a->z, a->low, w->z, P + w->z_bias, p->rows, s->z, s->low);
-    } else if (m->config.row.decay == METALA_DECAY_FIXED) repeat(ctx, m->backend, a->z, P + w->z, p->rows, s->z);
+    } else if (m->config.row.decay == METALA_DECAY_FIXED) repeat_rows(ctx, m->backend, a->z, P + w->z, p->rows, s->z);
     else if (s->z) linear(ctx, m, a->z, a->conv_out, w->z, NULL, p->rows, s->z, s->u);
     if (s->k) linear(ctx, m, a->k_proj, a->shift_k, w->k, NULL, p->rows, s->k, s->u);
     if (s->v && m->config.row.conv != METALA_CONV_VALUE) {
@@ -3392,7 +3392,7 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
             be->gate_forward(ctx, a->alpha, tied, a->z, rows * HK, c->tau);
             break;
         case METALA_DECAY_ONE: case METALA_DECAY_HEADS: case METALA_DECAY_DEPTH:
-            repeat(ctx, be, a->alpha, decays + (r->decay == METALA_DECAY_DEPTH ? (size_t)layer * HK : 0), rows, HK);
+            repeat_rows(ctx, be, a->alpha, decays + (r->decay == METALA_DECAY_DEPTH ? (size_t)layer * HK : 0), rows, HK);
             break;
         case METALA_DECAY_BOUNDED:
             be->bounded_gate_forward(ctx, a->alpha, tied, a->z, p->bounds + (size_t)layer * HK, rows, HK);
@@ -3409,26 +3409,26 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
             be->selective_forward(ctx, a->alpha, a->v, a->z, a->conv_out, P + w->A, rows, H, K);
             break;
     }
-    if (r->phase == METALA_PHASE_DECAY && s->complex_values) repeat(ctx, be, a->alpha, a->ssm, rows, HN);
+    if (r->phase == METALA_PHASE_DECAY && s->complex_values) repeat_rows(ctx, be, a->alpha, a->ssm, rows, HN);
     else if (r->phase == METALA_PHASE_DECAY) {
         be->copy_heads_forward(ctx, a->ssm + 4 * HN, a->ssm, HN, 2, 1);
-        repeat(ctx, be, a->alpha, a->ssm + 4 * HN, rows, HK);
+        repeat_rows(ctx, be, a->alpha, a->ssm + 4 * HN, rows, HK);
     }
 
     switch (r->query) {
         case METALA_QUERY_SILU: feature_forward(ctx, be, METALA_MAP_SILU, 0, a->q, a->q_proj, p, d); break;
         case METALA_QUERY_ELU1: feature_forward(ctx, be, METALA_MAP_ELU1, 0, a->q, a->q_proj, p, d); break;
         case METALA_QUERY_TAYLOR: feature_forward(ctx, be, METALA_MAP_NONE, 1, a->q, a->q_proj, p, d); break;
-        case METALA_QUERY_ONE: repeat(ctx, be, a->q, ones, rows, HK); break;
-        case METALA_QUERY_CONSTANT: repeat(ctx, be, a->q, P + w->C, rows, HK); break;
+        case METALA_QUERY_ONE: repeat_rows(ctx, be, a->q, ones, rows, HK); break;
+        case METALA_QUERY_CONSTANT: repeat_rows(ctx, be, a->q, P + w->C, rows, HK); break;
         case METALA_QUERY_SHARED: be->copy_heads_forward(ctx, a->q, a->q_proj, rows, H, K); break;
     }
     switch (r->key) {
         case METALA_KEY_SILU: feature_forward(ctx, be, METALA_MAP_SILU, 0, a->k, a->k_proj, p, d); break;
         case METALA_KEY_ELU1: feature_forward(ctx, be, METALA_MAP_ELU1, 0, a->k, a->k_proj, p, d); break;
         case METALA_KEY_TAYLOR: feature_forward(ctx, be, METALA_MAP_NONE, 1, a->k, a->k_proj, p, d); break;
-        case METALA_KEY_ONE: repeat(ctx, be, a->k, ones, rows, HK); break;
-        case METALA_KEY_CONSTANT: repeat(ctx, be, a->k, b, rows, HK); break;
+        case METALA_KEY_ONE: repeat_rows(ctx, be, a->k, ones, rows, HK); break;
+        case METALA_KEY_CONSTANT: repeat_rows(ctx, be, a->k, b, rows, HK); break;
         case METALA_KEY_SHARED: be->copy_heads_forward(ctx, a->k, a->k_proj, rows, H, K); break;
     }
     if (r->conv == METALA_CONV_KEY) {
