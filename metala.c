@@ -2723,7 +2723,8 @@ struct metala_model {
     layer_offsets *layers;
     size_t embedding, head;             // the same when tied, unless quantized: the lookup needs reals
     size_t bounds;                      // logits of the lower bounds of decays
-    real *constants;                    // the backend's memory: see place_constants
+    real *constants;                    // the backend's memory: see fill_constants
+    uint64_t version;                   // counts changes of the parameters
 };
 
 // [ out·in weights | padding | out·groups scales of int8 | padding ], where the scales start, and all of it in bytes.
@@ -2959,6 +2960,7 @@ static int need_reals(metala_context *ctx, const metala_model *m, const char *wh
 int metala_model_set(metala_context *ctx, metala_model *m, const char *name, const real *in) {
     const metala_tensor *t = find_parameter(ctx, m, name);
     if (!t || need_reals(ctx, m, name)) return -1;
+    m->version++;
     m->backend->upload(ctx, m->parameters + t->offset, in, t->count * sizeof(real));
     return 0;
 }
@@ -3016,6 +3018,7 @@ int metala_model_quantize(metala_context *ctx, metala_model *m, metala_dtype typ
     }
     if (!status) {
         metala_model old = *m;
+        to->version = m->version + 1;
         *m = *to;
         *to = old;
     }
@@ -3079,6 +3082,7 @@ int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, const
     static const metala_init authors = {0.02, 1, 1, 0};
     if (need_reals(ctx, m, "initialisation")) return -1;
     if (!init) init = &authors;
+    m->version++;
     size_t most = 0, D = (size_t)m->config.width, K = sizes_of(&m->config).K;
     for (int i = 0; i < m->tensor_count; i++) most = m->tensors[i].count > most ? m->tensors[i].count : most;
     real *values = cpu_alloc(times(most, sizeof(real)));
@@ -3285,12 +3289,13 @@ typedef struct {                // what all layers of one pass share
     const uint8_t *mask;        // the backend's memory, or NULL
     metala_form form;
     uint64_t position;          // of the first token
+    int ssm_ready;              // the constants of complex decays are those of these parameters already
     const real *bounds;         // (L,H·K) lower bounds of decays
     real *dbounds;
 } pass;
 
 static pass pass_of(const metala_config *c, size_t B, size_t T, const uint8_t *mask, metala_form form, uint64_t position) {
-    pass p = {B, T, B * T, sizes_of(c), mask, form, position, NULL, NULL};
+    pass p = {B, T, B * T, sizes_of(c), mask, form, position, 0, NULL, NULL};
     return p;
 }
 
@@ -3402,6 +3407,7 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
                             exponents, p->B, p->T, H, p->position);
             break;
         case METALA_DECAY_LRU: case METALA_DECAY_ZOH: case METALA_DECAY_DSS:
+            if (p->ssm_ready) break;
             be->ssm_forward(ctx, (metala_ssm)(r->decay - METALA_DECAY_LRU), a->ssm, a->ssm + HN, b, P + w->ssm_decay,
                             P + w->ssm_phase, P + w->ssm_step, H, s->states, (size_t)c->length);
             break;
@@ -3411,7 +3417,7 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
     }
     if (r->phase == METALA_PHASE_DECAY && s->complex_values) repeat_rows(ctx, be, a->alpha, a->ssm, rows, HN);
     else if (r->phase == METALA_PHASE_DECAY) {
-        be->copy_heads_forward(ctx, a->ssm + 4 * HN, a->ssm, HN, 2, 1);
+        if (!p->ssm_ready) be->copy_heads_forward(ctx, a->ssm + 4 * HN, a->ssm, HN, 2, 1);
         repeat_rows(ctx, be, a->alpha, a->ssm + 4 * HN, rows, HK);
     }
 
@@ -4070,6 +4076,7 @@ int metala_update(metala_context *ctx, metala_trainer *t, const metala_adamw *ad
     }
     if (adamw->clip_norm > 0) scale = fmin(1, adamw->clip_norm / (length + 1e-6));
     t->step++;
+    m->version++;
     for (int i = 0; i < m->tensor_count; i++) {
         const metala_tensor *tensor = &m->tensors[i];
         size_t at = tensor->offset;
@@ -4130,6 +4137,8 @@ struct metala_state {
     uint8_t *seen;                      // (B,room) the tokens that are not padding
     size_t room;
     real *bounds;                       // (L,H·K) lower bounds of decays, or NULL
+    real *ssm;                          // (L,6,H·states) constants of complex decays, or NULL
+    uint64_t ssm_version;               // of the parameters that they were computed from
     real *memory;                       // one layer's activations, used by every layer in turn
     activations a;
     real *final_norm, *final_r, *last, *logits, *loss, *lse;
@@ -4183,6 +4192,7 @@ void metala_state_free(metala_state *s) {
     s->backend->free(s->values);
     s->backend->free(s->seen);
     s->backend->free(s->bounds);
+    s->backend->free(s->ssm);
     free(s);
 }
 
@@ -4259,6 +4269,7 @@ metala_state *metala_state_create(metala_context *ctx, const metala_model *model
     if (same_device(ctx, model->backend, "state")) return NULL;
     metala_state *s = calloc(1, sizeof *s);
     size_t bytes = times((size_t)B, metala_state_bytes(&model->config, 0)), bounds = bounds_count(&model->config);
+    size_t ssm = times((size_t)model->config.layers, member_count(&model->config, PER_SSM, 1, 1));
     if (s) {
         const metala_config *c = &model->config;
         s->model = model, s->backend = model->backend, s->B = (size_t)B;
@@ -4266,8 +4277,10 @@ metala_state *metala_state_create(metala_context *ctx, const metala_model *model
         s->S = s->backend->alloc(times(times(count, state_count(c)), sizeof(real)) + 1);      // of one byte where there is nothing
         s->tails = s->backend->alloc(times(times(count, tail_count(c)), sizeof(real)) + 1);
         if (bounds) s->bounds = s->backend->alloc(times(bounds, sizeof(real)));
+        if (ssm) s->ssm = s->backend->alloc(times(ssm, sizeof(real)));
+        s->ssm_version = UINT64_MAX;
     }
-    if (!s || !s->S || !s->tails || (bounds && !s->bounds)) {
+    if (!s || !s->S || !s->tails || (bounds && !s->bounds) || (ssm && !s->ssm)) {
         fail_memory(ctx, "a state", (double)bytes);
         metala_state_free(s);
         return NULL;
@@ -4382,16 +4395,19 @@ static int read_segment(metala_context *ctx, metala_state *s, metala_form form, 
     size_t bounds = bounds_count(c), L = (size_t)c->layers;
     if (bounds) be->bounds_forward(ctx, s->bounds, m->parameters + m->bounds, L, bounds / L);
     p.bounds = s->bounds;
+    p.ssm_ready = s->ssm_version == m->version;
     be->embedding_forward(ctx, s->a.input, s->tokens, m->parameters + m->embedding, rows, D, embedding_scale(c));
     for (size_t l = 0; l < L; l++) {
         size_t keys = s->room * p.s.H * p.s.K, values = s->room * p.s.H * p.s.V;
         memory_of_layer past = {s->S + l * s->B * state_count(c), s->tails + l * s->B * tail_count(c), NULL, NULL, s->seen, s->room};
         if (!tail_count(c)) past.tail = NULL;
+        if (s->ssm) s->a.ssm = s->ssm + l * member_count(c, PER_SSM, 1, 1);
         if (s->keys) past.keys = s->keys + l * s->B * keys, past.values = s->values + l * s->B * values;
         layer_forward(ctx, m, (int)l, &s->a, &p, &past);
     }
     be->rms_forward(ctx, s->final_norm, s->final_r, s->a.output, NULL, rows, D, c->norm_eps);
     if (metala_context_failed(ctx)) return -1;
+    s->ssm_version = m->version;
     s->position += n;
     return 0;
 }
@@ -5545,6 +5561,7 @@ int metala_checkpoint_load(metala_context *ctx, metala_trainer *t, const char *p
     t->backend->upload(ctx, t->first, host + m->size, m->size * sizeof(real));
     t->backend->upload(ctx, t->second, host + 2 * m->size, m->size * sizeof(real));
     metala_trainer_zero(ctx, t);
+    m->version++;
     t->step = step;
     status = 0;
 done:
