@@ -748,7 +748,7 @@ static void rms_backward(metala_context *ctx, real *dx, const real *dn, const re
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
 //   u, c, n (B,T,D)   w [D,1,4], the last tap multiplies the current token   c is kept for the backward
 //   tail (B,4,D): the inputs before the first one, oldest first, of which the last 3 are read (the authors' cache has
-//   4); NULL for zeros. Paper section 4.2.
+//   4); NULL for zeros. Paper section 4.2. With u NULL the convolution alone.
 static const real *conv_input(const real *n, const real *tail, const real *zeros, size_t b, size_t t, size_t j,
                               size_t T, size_t D) {
     enum { REACH = METALA_CONV - 1 };
@@ -770,27 +770,31 @@ static void conv_forward(metala_context *ctx, real *u, real *c, const real *n, c
         const real *n1 = conv_input(n, tail, zeros, row / T, row % T, 1, T, D);
         const real *n2 = conv_input(n, tail, zeros, row / T, row % T, 2, T, D);
         const real *n3 = conv_input(n, tail, zeros, row / T, row % T, 3, T, D);
-        real *to_c = c + row * D, *to_u = u + row * D;
+        real *to_c = c + row * D, *to_u = u ? u + row * D : NULL;
         for (size_t d = 0; d < D; d++)
             to_c[d] = taps[d] * n0[d] + taps[D + d] * n1[d] + taps[2 * D + d] * n2[d] + taps[3 * D + d] * n3[d];
-        for (size_t d = 0; d < D; d++) to_u[d] = silu(to_c[d]);
+        if (u)
+            for (size_t d = 0; d < D; d++) to_u[d] = silu(to_c[d]);
     }
 }
 
-// dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
+// dc = du ⊙ silu'(c), or du where c is NULL
+// dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
 static void conv_backward(metala_context *ctx, real *dn, real *dw, const real *du, const real *c, const real *n,
                           const real *w, const real *tail, size_t B, size_t T, size_t D) {
     enum { STRIP = 32 };
-    real *dc = scratch(ctx, (B * T + METALA_CONV + 1) * D * sizeof(real));
-    if (!dc) return;
-    real *taps = dc + B * T * D, *zeros = taps + METALA_CONV * D;
+    real *taps = scratch(ctx, ((c ? B * T : 0) + METALA_CONV + 1) * D * sizeof(real)), *zeros = taps + METALA_CONV * D;
+    if (!taps) return;
+    real *slopes = zeros + D;
+    const real *dc = c ? slopes : du;
     for (size_t d = 0; d < D; d++) {
         for (size_t j = 0; j < METALA_CONV; j++) taps[j * D + d] = w[d * METALA_CONV + j];
         zeros[d] = 0;
     }
-    PARALLEL_FOR(10 * B * T * D)
-    for (size_t row = 0; row < B * T; row++)
-        for (size_t d = 0; d < D; d++) dc[row * D + d] = du[row * D + d] * silu_slope(c[row * D + d]);
+    if (c) {
+        PARALLEL_FOR(10 * B * T * D)
+        for (size_t i = 0; i < B * T * D; i++) slopes[i] = du[i] * silu_slope(c[i]);
+    }
     PARALLEL_FOR(8 * B * T * D)
     for (size_t row = 0; row < B * T; row++) {
         size_t t = row % T;
@@ -968,6 +972,754 @@ static void silu_gate_backward(metala_context *ctx, real *da, real *db, const re
 static void add(metala_context *ctx, real *y, const real *a, const real *b, size_t n) {
     PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) y[i] = a[i] + b[i];
+}
+
+// ---- Kernels of the other rows of the general form.
+
+// Token shift:  y_t = μ ⊙ n_t + (1-μ) ⊙ n_{t-1}          y, n (B,T,D)   μ [D]
+//   previous (B,D) is n_{-1}, NULL for zeros. RWKV-4 (Peng et al. 2023, section 3.1.1).
+static void shift_forward(metala_context *ctx, real *y, const real *n, const real *mu, const real *previous, size_t B,
+                          size_t T, size_t D) {
+    PARALLEL_FOR(3 * B * T * D)
+    for (size_t row = 0; row < B * T; row++) {
+        const real *now = n + row * D, *before = row % T ? now - D : previous ? previous + row / T * D : NULL;
+        real *to = y + row * D;
+        for (size_t d = 0; d < D; d++) to[d] = mu[d] * now[d];
+        if (before)
+            for (size_t d = 0; d < D; d++) to[d] += (1 - mu[d]) * before[d];
+    }
+}
+
+// dn_t += μ ⊙ dy_t + (1-μ) ⊙ dy_{t+1}  (dy beyond the end is 0)      dμ += Σ_{b,t} dy_t ⊙ (n_t - n_{t-1})
+static void shift_backward(metala_context *ctx, real *dn, real *dmu, const real *dy, const real *n, const real *mu,
+                           const real *previous, size_t B, size_t T, size_t D) {
+    enum { STRIP = 32 };
+    PARALLEL_FOR(4 * B * T * D)
+    for (size_t row = 0; row < B * T; row++) {
+        const real *gradient = dy + row * D;
+        real *to = dn + row * D;
+        for (size_t d = 0; d < D; d++) to[d] += mu[d] * gradient[d];
+        if (row % T + 1 < T)
+            for (size_t d = 0; d < D; d++) to[d] += (1 - mu[d]) * gradient[D + d];
+    }
+    PARALLEL_FOR(3 * B * T * D)
+    for (size_t d0 = 0; d0 < D; d0 += STRIP) {
+        size_t count = D - d0 < STRIP ? D - d0 : STRIP;
+        real sum[STRIP] = {0};
+        for (size_t row = 0; row < B * T; row++) {
+            const real *now = n + row * D, *before = row % T ? now - D : previous ? previous + row / T * D : NULL;
+            const real *gradient = dy + row * D;
+            for (size_t d = 0; d < count; d++) sum[d] += gradient[d0 + d] * (now[d0 + d] - (before ? before[d0 + d] : 0));
+        }
+        for (size_t d = 0; d < count; d++) dmu[d0 + d] += sum[d];
+    }
+}
+
+// The last token of each sequence, x_{T-1}: what the next call's token shift looks back to.   to (B,D)   x (B,T,D)
+static void last_token(metala_context *ctx, real *to, const real *x, size_t B, size_t T, size_t D) {
+    (void)ctx;
+    for (size_t b = 0; b < B; b++) memcpy(to + b * D, x + (b * T + T - 1) * D, D * sizeof(real));
+}
+
+// Element by element:  y = f(x), n numbers.   f(x) = x,   silu(x) = x σ(x)   or   elu(x) + 1 = x + 1 for x > 0, else e^x.
+//   y may be x only where f(x) = x. SiLU: TransNormerLLM (Qin et al. 2023); elu + 1: Linear Transformer (Katharopoulos
+//   et al. 2020, equation 7).
+static inline real negative_part(real x) { return x < 0 ? x : 0; }
+static void map_forward(metala_context *ctx, real *y, const real *x, size_t n, metala_map map) {
+    if (map == METALA_MAP_NONE) memmove(y, x, n * sizeof(real));
+    else if (map == METALA_MAP_SILU) {
+        PARALLEL_FOR(10 * n)
+        for (size_t i = 0; i < n; i++) y[i] = silu(x[i]);
+    } else {
+        PARALLEL_FOR(10 * n)
+        for (size_t i = 0; i < n; i++) y[i] = real_exp(negative_part(x[i])) + (x[i] > 0 ? x[i] : 0);
+    }
+}
+
+// dx = dy f'(x), where (elu(x) + 1)' = 1 for x > 0, else e^x; dx may be dy.
+static void map_backward(metala_context *ctx, real *dx, const real *dy, const real *x, size_t n, metala_map map) {
+    if (map == METALA_MAP_NONE) memmove(dx, dy, n * sizeof(real));
+    else if (map == METALA_MAP_SILU) {
+        PARALLEL_FOR(10 * n)
+        for (size_t i = 0; i < n; i++) dx[i] = dy[i] * silu_slope(x[i]);
+    } else {
+        PARALLEL_FOR(10 * n)
+        for (size_t i = 0; i < n; i++) dx[i] = dy[i] * real_exp(negative_part(x[i]));
+    }
+}
+
+// Taylor feature map:  y = [ 1,  x d^(-1/4),  x_i x_j / √(2d) for all i, j ],  so that y(q)·y(k) = 1 + s + s²/2, the start
+// of the series of e^s, with s = q·k/√d.          y (rows,H,1+d+d²)   x (rows,H,d)
+//   Based (Arora et al. 2024, section 4.1).
+static void taylor_forward(metala_context *ctx, real *y, const real *x, size_t rows, size_t H, size_t d) {
+    real first = (real)(1 / sqrt(sqrt((double)d))), second = (real)(1 / sqrt(2.0 * (double)d));
+    PARALLEL_FOR(rows * H * d * d)
+    for (size_t row = 0; row < rows * H; row++) {
+        const real *in = x + row * d;
+        real *to = y + row * (1 + d + d * d), *square = to + 1 + d;
+        to[0] = 1;
+        for (size_t i = 0; i < d; i++) to[1 + i] = first * in[i];
+        for (size_t i = 0; i < d; i++)
+            for (size_t j = 0; j < d; j++) square[i * d + j] = second * in[i] * in[j];
+    }
+}
+
+// dx_i = d^(-1/4) dy_i + Σ_j (dy_ij + dy_ji) x_j / √(2d)
+static void taylor_backward(metala_context *ctx, real *dx, const real *dy, const real *x, size_t rows, size_t H, size_t d) {
+    real first = (real)(1 / sqrt(sqrt((double)d))), second = (real)(1 / sqrt(2.0 * (double)d));
+    PARALLEL_FOR(4 * rows * H * d * d)
+    for (size_t row = 0; row < rows * H; row++) {
+        const real *in = x + row * d, *linear = dy + row * (1 + d + d * d) + 1, *square = linear + d;
+        real *to = dx + row * d;
+        for (size_t i = 0; i < d; i++) to[i] = first * linear[i] + second * dot(square + i * d, in, d);
+        for (size_t i = 0; i < d; i++)
+            for (size_t j = 0; j < d; j++) to[j] += second * in[i] * square[i * d + j];
+    }
+}
+
+// Phase:  y_t = x_t e^{±iθ(position+t)}, where two neighbouring numbers of x are a complex one; minus when `negative`.
+//   y, x (B,T,H,K), y may be x   θ [H,K/2], or [K/2] for all heads when `shared`
+//   RoPE (Su et al. 2021, section 3.2.2) with θ_i = 10000^(-2i/K); a complex decay's phase, moved from the state into what
+//   is written and read, since (r e^{iθ})^t = r^t e^{iθt}.
+//
+// e^{iθp} = e^{iθ(p - p % RUN)} e^{iθ(p % RUN)} in double: of the second factors there are only RUN, and of the first one
+// in RUN tokens, so that few sines are taken. What a token gets depends on its position p alone, not on where a call
+// starts. The table is (T,n) cosines and sines of the n angles; NULL: no memory.
+static real *rotation_table(metala_context *ctx, const real *theta, size_t T, size_t n, uint64_t position) {
+    enum { RUN = 32, STRIP = 8 };
+    real *table = scratch(ctx, times(times(T, n), 2 * sizeof(real)));
+    if (!table) return NULL;
+    PARALLEL_FOR(20 * T * n)
+    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+        double near[RUN][STRIP][2], far[STRIP][2] = {{0}}, angle[STRIP];
+        size_t count = n - i0 < STRIP ? n - i0 : STRIP;
+        for (size_t i = 0; i < count; i++) angle[i] = fmod((double)theta[i0 + i], 6.283185307179586477);
+        for (size_t t = 0; t < T; t++) {
+            uint64_t p = position + t, r = p % RUN;
+            for (size_t i = 0; i < count; i++) {
+                if (t < RUN) near[r][i][0] = cos(angle[i] * (double)r), near[r][i][1] = sin(angle[i] * (double)r);
+                if (t == 0 || r == 0)
+                    far[i][0] = cos(angle[i] * (double)(p - r)), far[i][1] = sin(angle[i] * (double)(p - r));
+                real *to = table + (t * n + i0 + i) * 2;
+                to[0] = (real)(far[i][0] * near[r][i][0] - far[i][1] * near[r][i][1]);
+                to[1] = (real)(far[i][0] * near[r][i][1] + far[i][1] * near[r][i][0]);
+            }
+        }
+    }
+    return table;
+}
+
+// y (B,T,heads,n) = x times the table's numbers, or their conjugates where sign is -1.
+static void rotate(metala_context *ctx, real *y, const real *x, const real *table, size_t B, size_t T, size_t heads, size_t n,
+                   real sign) {
+    PARALLEL_FOR(6 * B * T * heads * n)
+    for (size_t row = 0; row < B * T * heads; row++) {
+        const real *in = x + row * n * 2, *turn = table + row / heads % T * n * 2;
+        real *to = y + row * n * 2;
+        for (size_t i = 0; i < n; i++) {
+            real re = in[2 * i], im = in[2 * i + 1], c = turn[2 * i], s = sign * turn[2 * i + 1];
+            to[2 * i] = re * c - im * s;
+            to[2 * i + 1] = re * s + im * c;
+        }
+    }
+}
+
+static void rotate_forward(metala_context *ctx, real *y, const real *x, const real *theta, size_t B, size_t T, size_t H,
+                           size_t K, int shared, uint64_t position, int negative) {
+    size_t heads = shared ? H : 1, n = H * (K / 2) / heads;
+    const real *table = rotation_table(ctx, theta, T, n, position);
+    if (table) rotate(ctx, y, x, table, B, T, heads, n, negative ? -1 : 1);
+}
+
+// dx = dy e^{∓iθ(position+t)}, may be dy      dθ += ± Σ (position+t) Im(dy conj(y)), skipped when dθ is NULL
+static void rotate_backward(metala_context *ctx, real *dx, real *dtheta, const real *dy, const real *y, const real *theta,
+                            size_t B, size_t T, size_t H, size_t K, int shared, uint64_t position, int negative) {
+    enum { STRIP = 32 };
+    size_t heads = shared ? H : 1, n = H * (K / 2) / heads, rows = B * T * heads;
+    const real *table = rotation_table(ctx, theta, T, n, position);
+    if (!table) return;
+    if (dtheta) {
+        PARALLEL_FOR(5 * rows * n)
+        for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+            size_t count = n - i0 < STRIP ? n - i0 : STRIP;
+            double sum[STRIP] = {0};
+            for (size_t row = 0; row < rows; row++) {
+                const real *gradient = dy + (row * n + i0) * 2, *out = y + (row * n + i0) * 2;
+                double p = (double)(position + row / heads % T);
+                for (size_t i = 0; i < count; i++)
+                    sum[i] += p * (double)(gradient[2 * i + 1] * out[2 * i] - gradient[2 * i] * out[2 * i + 1]);
+            }
+            for (size_t i = 0; i < count; i++) dtheta[i0 + i] += (real)(negative ? -sum[i] : sum[i]);
+        }
+    }
+    rotate(ctx, dx, dy, table, B, T, heads, n, negative ? 1 : -1);
+}
+
+// Decay with a lower bound:  α = γ + (1-γ) σ(z),  k = 1 - α = (1-γ) σ(-z)         z, alpha, k (rows,n)   gamma [n] in [0,1]
+//   k may be NULL. HGRN (Qin et al. 2023, equation 5).
+static void bounded_gate_forward(metala_context *ctx, real *alpha, real *k, const real *z, const real *gamma, size_t rows,
+                                 size_t n) {
+    PARALLEL_FOR(20 * rows * n)
+    for (size_t row = 0; row < rows; row++) {
+        const real *in = z + row * n;
+        real *to = alpha + row * n;
+        if (k)
+            for (size_t i = 0; i < n; i++) k[row * n + i] = (1 - gamma[i]) * sigmoid(-in[i]);
+        for (size_t i = 0; i < n; i++) to[i] = gamma[i] + (1 - gamma[i]) * sigmoid(in[i]);
+    }
+}
+
+// da is the gradient in a = log α from the scan, dk the one of the key. With f = (1-γ) σ(z), so that dα/dz = f σ(-z),
+//     dz = σ(-z) (da f/α - dk f)        dγ += Σ_rows σ(-z) (da/α - dk)          dk, dγ may be NULL
+// f/α <= 1, and is 1 where both are 0. da has the factor α; below 1e-30 the quotient da/α counts as less than it is.
+static void bounded_gate_backward(metala_context *ctx, real *dz, real *dgamma, const real *da, const real *dk,
+                                  const real *z, const real *gamma, size_t rows, size_t n) {
+    enum { STRIP = 32 };
+    PARALLEL_FOR(25 * rows * n)
+    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+        size_t count = n - i0 < STRIP ? n - i0 : STRIP;
+        real sum[STRIP] = {0};
+        for (size_t row = 0; row < rows; row++)
+            for (size_t i = 0; i < count; i++) {
+                size_t at = row * n + i0 + i;
+                real g = gamma[i0 + i], f = (1 - g) * sigmoid(z[at]), down = sigmoid(-z[at]), alpha = g + f;
+                real key = dk ? dk[at] : 0;
+                dz[at] = down * (da[at] * (alpha > 0 ? f / alpha : 1) - key * f);
+                sum[i] += down * (da[at] / (alpha > (real)1e-30 ? alpha : (real)1e-30) - key);
+            }
+        if (dgamma)
+            for (size_t i = 0; i < count; i++) dgamma[i0 + i] += sum[i];
+    }
+}
+
+// Lower bounds that grow with depth:  p = softmax over the layers of G,  γ_l = Σ_{1<=m<=l} p_m,  so that γ_0 = 0.
+//   gamma, G (L,n), n channels each for itself. HGRN, section 3.2.
+static void bounds_softmax(double *p, const real *G, size_t L, size_t n) {        // one channel: G points to it
+    double most = G[0], sum = 0;
+    for (size_t l = 1; l < L; l++) most = G[l * n] > most ? G[l * n] : most;
+    for (size_t l = 0; l < L; l++) sum += p[l] = exp((double)G[l * n] - most);
+    for (size_t l = 0; l < L; l++) p[l] /= sum;
+}
+
+static void bounds_forward(metala_context *ctx, real *gamma, const real *G, size_t L, size_t n) {
+    double *p = scratch(ctx, L * sizeof(double));
+    if (!p) return;
+    for (size_t i = 0; i < n; i++) {
+        double sum = 0;
+        bounds_softmax(p, G + i, L, n);
+        for (size_t l = 0; l < L; l++) {
+            sum += l ? p[l] : 0;
+            gamma[l * n + i] = (real)(sum < 1 ? sum : 1);
+        }
+    }
+}
+
+// dp_m = Σ_{l>=m} dγ_l for m >= 1, dp_0 = 0      dG_l += p_l (dp_l - Σ_m p_m dp_m)
+static void bounds_backward(metala_context *ctx, real *dG, const real *dgamma, const real *G, size_t L, size_t n) {
+    double *p = scratch(ctx, 2 * L * sizeof(double)), *dp = p + L;
+    if (!p) return;
+    for (size_t i = 0; i < n; i++) {
+        double later = 0, mean = 0;
+        bounds_softmax(p, G + i, L, n);
+        for (size_t l = L; l-- > 0;) {
+            later += (double)dgamma[l * n + i];
+            dp[l] = l ? later : 0;
+            mean += p[l] * dp[l];
+        }
+        for (size_t l = 0; l < L; l++) dG[l * n + i] += (real)(p[l] * (dp[l] - mean));
+    }
+}
+
+// A diagonal complex state-space model S' = λ S + x in steps of Δ: its decay λ̄ = α e^{iθ} and input factor b, the same for
+// every token.          decay, phase, alpha, theta [H,N]   step [H]   b [H,N,2] complex
+//     LRU  α = exp(-exp(decay))   θ = exp(phase)   b = exp(step)                               (N = 1)
+//     ZOH  λ = -exp(decay) + i phase,  Δ = exp(step):   λ̄ = e^{λΔ}   b = (e^{λΔ} - 1)/λ,  the hold of zeroth order
+//     DSS  as ZOH, but normalised as a softmax over `length` tokens:   b = 1/λ / Σ_{l<length} e^{λΔl}
+//   LRU (Orvieto et al. 2023, section 3.3), S4D (Gu et al. 2022, section 3), DSS (Gupta et al. 2022, proposition 1b).
+typedef struct { double re, im; } complex_number;
+static complex_number complex_of(double re, double im) { complex_number z = {re, im}; return z; }
+static complex_number complex_times(complex_number a, complex_number b) {
+    return complex_of(a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re);
+}
+static complex_number complex_over(complex_number a, complex_number b) {
+    double size = b.re * b.re + b.im * b.im;
+    return complex_of((a.re * b.re + a.im * b.im) / size, (a.im * b.re - a.re * b.im) / size);
+}
+// e^z - 1, exact near 0.
+static complex_number complex_expm1(complex_number z) {
+    double half = sin(z.im / 2), grown = expm1(z.re);
+    return complex_of(grown * cos(z.im) - 2 * half * half, (grown + 1) * sin(z.im));
+}
+// Exponents are kept where nothing overflows and a λ is never 0.
+static double bounded_exp(real x) { return exp(x < -80 ? -80 : x > 40 ? 40 : (double)x); }
+static double bounded_phase(double x) { return x < -1e30 ? -1e30 : x > 1e30 ? 1e30 : x; }
+
+static void ssm_forward(metala_context *ctx, metala_ssm kind, real *alpha, real *theta, real *b, const real *decay,
+                        const real *phase, const real *step, size_t H, size_t N, size_t length) {
+    PARALLEL_FOR(500 * H * N)
+    for (size_t i = 0; i < H * N; i++) {
+        double delta = bounded_exp(step[i / N]);
+        complex_number factor = {delta, 0};
+        if (kind == METALA_SSM_LRU) {
+            alpha[i] = (real)exp(-bounded_exp(decay[i]));
+            theta[i] = (real)bounded_exp(phase[i]);
+        } else {
+            complex_number lambda = {-bounded_exp(decay[i]), bounded_phase((double)phase[i])};
+            complex_number z = {lambda.re * delta, bounded_phase(lambda.im * delta)};
+            complex_number all = {z.re * (double)length, z.im * (double)length};
+            alpha[i] = (real)exp(z.re);
+            theta[i] = (real)z.im;
+            factor = complex_over(complex_expm1(z), lambda);
+            if (kind == METALA_SSM_DSS) factor = complex_over(factor, complex_expm1(all));
+        }
+        b[2 * i] = (real)factor.re;
+        b[2 * i + 1] = (real)factor.im;
+    }
+}
+
+// From da [H,N], the gradient in log α summed over all tokens, and those of θ and b; adds to all three of the parameters.
+// b is a differentiable function of the complex λ, so that dλ = db conj(∂b/∂λ). With z = λΔ, and S the sum in DSS:
+//     ZOH  ∂b/∂λ = Δ² (z e^z - (e^z - 1))/z²          ∂b/∂Δ = e^z
+//     DSS  ∂b/∂λ = -b (1/λ + Δ S'/S)                  ∂b/∂Δ = -b λ S'/S,      S'/S = length χ(z length) - χ(z)
+// where χ(w) = e^w/(e^w - 1) - 1/w. Near 0 both fractions take their power series instead.
+static complex_number zoh_slope(complex_number z) {                               // (z e^z - (e^z - 1))/z²
+    complex_number grown = complex_expm1(z), sum = {0, 0};
+    if (z.re * z.re + z.im * z.im > 0.25) {
+        complex_number e = {grown.re + 1, grown.im}, top = complex_times(z, e);
+        return complex_over(complex_of(top.re - grown.re, top.im - grown.im), complex_times(z, z));
+    }
+    for (int n = 15; n >= 0; n--) {                                               // Σ_n z^n (n+1)/(n+2)!
+        double term = n + 1;
+        for (int m = n + 2; m > 1; m--) term /= m;
+        sum = complex_times(sum, z);
+        sum.re += term;
+    }
+    return sum;
+}
+
+static complex_number softmax_slope(complex_number w) {                           // χ(w)
+    static const double series[] = {1.0 / 12, -1.0 / 720, 1.0 / 30240, -1.0 / 1209600, 1.0 / 47900160,
+                                    -691.0 / 1307674368000.0};
+    if (w.re * w.re + w.im * w.im > 0.25) {
+        complex_number grown = complex_expm1(w), inverse = complex_over(complex_of(1, 0), w);
+        complex_number ratio = complex_over(complex_of(grown.re + 1, grown.im), grown);
+        return complex_of(ratio.re - inverse.re, ratio.im - inverse.im);
+    }
+    complex_number square = complex_times(w, w), sum = {0, 0};
+    for (int n = 5; n >= 0; n--) {
+        sum = complex_times(sum, square);
+        sum.re += series[n];
+    }
+    sum = complex_times(sum, w);
+    return complex_of(sum.re + 0.5, sum.im);
+}
+
+static void ssm_backward(metala_context *ctx, metala_ssm kind, real *ddecay, real *dphase, real *dstep, const real *da,
+                         const real *dtheta, const real *db, const real *decay, const real *phase, const real *step,
+                         size_t H, size_t N, size_t length) {
+    PARALLEL_FOR(1000 * H * N)
+    for (size_t h = 0; h < H; h++) {
+        double delta = bounded_exp(step[h]), ddelta = 0;
+        for (size_t i = h * N; i < (h + 1) * N; i++) {
+            double gradient_a = (double)da[i], gradient_theta = (double)dtheta[i], rate = bounded_exp(decay[i]);
+            complex_number gradient = {(double)db[2 * i], (double)db[2 * i + 1]};
+            if (kind == METALA_SSM_LRU) {
+                ddecay[i] += (real)(-rate * gradient_a);
+                dphase[i] += (real)(gradient_theta * bounded_exp(phase[i]));
+                ddelta += gradient.re;
+                continue;
+            }
+            complex_number lambda = {-rate, bounded_phase((double)phase[i])};
+            complex_number z = {lambda.re * delta, bounded_phase(lambda.im * delta)};
+            complex_number grown = complex_expm1(z), in_lambda, in_delta;
+            if (kind == METALA_SSM_ZOH) {
+                in_lambda = complex_times(complex_of(delta * delta, 0), zoh_slope(z));
+                in_delta = complex_of(grown.re + 1, grown.im);
+            } else {
+                complex_number all = {z.re * (double)length, z.im * (double)length};
+                complex_number near = softmax_slope(z), far = softmax_slope(all);
+                complex_number slope = {(double)length * far.re - near.re, (double)length * far.im - near.im};
+                complex_number inverse = complex_over(complex_of(1, 0), lambda);
+                complex_number b = complex_times(complex_over(grown, complex_expm1(all)), inverse);
+                complex_number relative = {-inverse.re - delta * slope.re, -inverse.im - delta * slope.im};
+                in_lambda = complex_times(b, relative);
+                in_delta = complex_times(complex_times(b, lambda), complex_of(-slope.re, -slope.im));
+            }
+            double re = gradient.re * in_lambda.re + gradient.im * in_lambda.im + gradient_a * delta;
+            double im = gradient.im * in_lambda.re - gradient.re * in_lambda.im + gradient_theta * delta;
+            ddecay[i] += (real)(re * lambda.re);
+            dphase[i] += (real)im;
+            ddelta += gradient.re * in_delta.re + gradient.im * in_delta.im + gradient_a * lambda.re +
+                      gradient_theta * lambda.im;
+        }
+        dstep[h] += (real)(ddelta * delta);
+    }
+}
+
+// A complex factor for each channel:  y = b ⊙ x          x, y (rows,n) complex   b [n] complex
+static void scale_pairs_forward(metala_context *ctx, real *y, const real *x, const real *b, size_t rows, size_t n) {
+    PARALLEL_FOR(6 * rows * n)
+    for (size_t row = 0; row < rows; row++) {
+        const real *in = x + row * n * 2;
+        real *to = y + row * n * 2;
+        for (size_t i = 0; i < n; i++) {
+            to[2 * i] = b[2 * i] * in[2 * i] - b[2 * i + 1] * in[2 * i + 1];
+            to[2 * i + 1] = b[2 * i] * in[2 * i + 1] + b[2 * i + 1] * in[2 * i];
+        }
+    }
+}
+
+// dx = conj(b) ⊙ dy      db += Σ_rows conj(x) ⊙ dy
+static void scale_pairs_backward(metala_context *ctx, real *dx, real *db, const real *dy, const real *x, const real *b,
+                                 size_t rows, size_t n) {
+    enum { STRIP = 32 };
+    PARALLEL_FOR(12 * rows * n)
+    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+        size_t count = n - i0 < STRIP ? n - i0 : STRIP;
+        real re[STRIP] = {0}, im[STRIP] = {0};
+        const real *factor = b + i0 * 2;
+        for (size_t row = 0; row < rows; row++) {
+            const real *in = x + (row * n + i0) * 2, *gradient = dy + (row * n + i0) * 2;
+            real *to = dx + (row * n + i0) * 2;
+            for (size_t i = 0; i < count; i++) {
+                real p = gradient[2 * i], q = gradient[2 * i + 1];
+                re[i] += in[2 * i] * p + in[2 * i + 1] * q;
+                im[i] += in[2 * i] * q - in[2 * i + 1] * p;
+                to[2 * i] = factor[2 * i] * p + factor[2 * i + 1] * q;
+                to[2 * i + 1] = factor[2 * i] * q - factor[2 * i + 1] * p;
+            }
+        }
+        for (size_t i = 0; i < count; i++) {
+            db[(i0 + i) * 2] += re[i];
+            db[(i0 + i) * 2 + 1] += im[i];
+        }
+    }
+}
+
+// Selective state space:  Δ = softplus(z),  α = exp(-Δ e^A),  v = Δ x
+//   z, x, v (rows,C)   alpha (rows,C,N)   A [C,N]          Mamba (Gu and Dao 2023, section 3.2) with A = -e^A
+static inline real softplus(real z) { return -log_sigmoid(-z); }
+static real *selective_rates(metala_context *ctx, const real *A, size_t count, size_t more) {     // e^A, and `more` numbers
+    real *rates = scratch(ctx, (count + more) * sizeof(real));
+    if (rates)
+        for (size_t i = 0; i < count; i++) rates[i] = real_exp(A[i] < 80 ? A[i] : 80);
+    return rates;
+}
+
+static void selective_forward(metala_context *ctx, real *alpha, real *v, const real *z, const real *x, const real *A,
+                              size_t rows, size_t C, size_t N) {
+    const real *rates = selective_rates(ctx, A, C * N, 0);
+    if (!rates) return;
+    PARALLEL_FOR(15 * rows * C * N)
+    for (size_t row = 0; row < rows; row++)
+        for (size_t c = 0; c < C; c++) {
+            real delta = softplus(z[row * C + c]), *to = alpha + (row * C + c) * N;
+            v[row * C + c] = delta * x[row * C + c];
+            for (size_t n = 0; n < N; n++) to[n] = real_exp(-delta * rates[c * N + n]);
+        }
+}
+
+// da (rows,C,N) is the gradient in log α:   dΔ = x dv - Σ_n e^A da      dz = σ(z) dΔ      dx = Δ dv
+//                                           dA += Σ_rows -Δ e^A da
+static void selective_backward(metala_context *ctx, real *dz, real *dx, real *dA, const real *da, const real *dv,
+                               const real *z, const real *x, const real *A, size_t rows, size_t C, size_t N) {
+    real *rates = selective_rates(ctx, A, C * N, rows * C), *delta = rates + C * N;
+    if (!rates) return;
+    PARALLEL_FOR(rows * C * (2 * N + 30))
+    for (size_t row = 0; row < rows; row++)
+        for (size_t c = 0; c < C; c++) {
+            size_t at = row * C + c;
+            delta[at] = softplus(z[at]);
+            dz[at] = sigmoid(z[at]) * (x[at] * dv[at] - dot(rates + c * N, da + at * N, N));
+            dx[at] = delta[at] * dv[at];
+        }
+    PARALLEL_FOR(2 * rows * C * N)
+    for (size_t c = 0; c < C; c++)
+        for (size_t row = 0; row < rows; row++)
+            for (size_t n = 0; n < N; n++)
+                dA[c * N + n] -= delta[row * C + c] * rates[c * N + n] * da[(row * C + c) * N + n];
+}
+
+// The same for every head:  y_h = x          y (rows,H,K)   x (rows,K). Mamba's B and C serve all channels.
+static void copy_heads_forward(metala_context *ctx, real *y, const real *x, size_t rows, size_t H, size_t K) {
+    PARALLEL_FOR(rows * H * K)
+    for (size_t row = 0; row < rows; row++)
+        for (size_t h = 0; h < H; h++)
+            for (size_t i = 0; i < K; i++) y[(row * H + h) * K + i] = x[row * K + i];
+}
+
+// dx = Σ_h dy_h
+static void copy_heads_backward(metala_context *ctx, real *dx, const real *dy, size_t rows, size_t H, size_t K) {
+    PARALLEL_FOR(rows * H * K)
+    for (size_t row = 0; row < rows; row++) {
+        real *to = dx + row * K;
+        for (size_t i = 0; i < K; i++) to[i] = dy[row * H * K + i];
+        for (size_t h = 1; h < H; h++)
+            for (size_t i = 0; i < K; i++) to[i] += dy[(row * H + h) * K + i];
+    }
+}
+
+// RWKV-4's weighted mean of values (Peng et al. 2023, equation 16; each channel for itself, decay e^-w' with w' = e^w),
+//
+//     wkv_t = (Σ_{j<t} e^{k_j - (t-1-j)w'} v_j + e^{u+k_t} v_t) / (the same with v = 1)
+//
+// as a scan with exponents that are never positive: the state S_t that token t reads, of tokens before t only, is kept
+// times e^{-M_t}, where M_t is its largest exponent,
+//
+//     M_t = max(M_{t-1} - w', k_{t-1})    α_t = e^{M_{t-1} - w' - M_t}    key_t = e^{k_{t-1} - M_t}
+//     p_t = max(M_t, u + k_t)             q_t = e^{M_t - p_t}             bonus_t = e^{u + k_t - p_t}
+//
+// so that  S_t = α_t S_{t-1} + key_t v_{t-1}  and  wkv_t = (q_t S_t + bonus_t v_t) / (the same with v = 1).
+//   q, key, alpha, bonus, k (B,T,D), the first four in [0,1]   w, u [D]   mask (B,T): a masked token's k is -1e30; or NULL
+//   previous (B,2,D): k and M of the token before, then of the last one here; NULL for none before. Position 0 has none.
+static const real WKV_NOTHING = (real)-1e30;
+static inline real wkv_bounded(real x) { return x < (real)-1e28 ? (real)-1e28 : x > (real)1e28 ? (real)1e28 : x; }
+static void wkv_forward(metala_context *ctx, real *q, real *key, real *alpha, real *bonus, const real *k, const real *w,
+                        const real *u, const uint8_t *mask, real *previous, size_t B, size_t T, size_t D, uint64_t position) {
+    enum { STRIP = 32 };
+    size_t strips = (D + STRIP - 1) / STRIP;
+    PARALLEL_FOR(60 * B * T * D)
+    for (size_t task = 0; task < B * strips; task++) {
+        size_t b = task / strips, d0 = task % strips * STRIP, n = D - d0 < STRIP ? D - d0 : STRIP;
+        real last[STRIP], most[STRIP], decay[STRIP], first[STRIP];
+        real *past = previous ? previous + b * 2 * D + d0 : NULL;
+        for (size_t d = 0; d < n; d++) {
+            last[d] = past && position ? past[d] : WKV_NOTHING;
+            most[d] = past && position ? past[D + d] : WKV_NOTHING;
+            decay[d] = real_exp(w[d0 + d] < 60 ? w[d0 + d] : 60);
+            first[d] = wkv_bounded(u[d0 + d]);
+        }
+        for (size_t t = 0; t < T; t++) {
+            size_t at = (b * T + t) * D + d0;
+            int none = position + t == 0, masked = mask && !mask[b * T + t];
+            for (size_t d = 0; d < n; d++) {
+                real down = most[d] - decay[d], now = masked ? WKV_NOTHING : wkv_bounded(k[at + d]), own = first[d] + now;
+                real M = none ? WKV_NOTHING : down > last[d] ? down : last[d], p = M > own ? M : own;
+                alpha[at + d] = none ? 0 : real_exp(down - M);
+                key[at + d] = none ? 0 : real_exp(last[d] - M);
+                q[at + d] = none ? 0 : real_exp(M - p);
+                bonus[at + d] = none ? 1 : real_exp(own - p);
+                most[d] = M;
+                last[d] = now;
+            }
+        }
+        if (past)
+            for (size_t d = 0; d < n; d++) {
+                past[d] = last[d];
+                past[D + d] = most[d];
+            }
+    }
+}
+
+// Of a whole sequence. M and p cancel in wkv and count as constants, which is why dq is not needed:
+//     dk_t = dbonus_t bonus_t + dkey_{t+1} key_{t+1}  (0 beyond the end and where masked)
+//     dw += Σ -w' da_t      du += Σ dbonus_t bonus_t          da is the gradient in log α
+static void wkv_backward(metala_context *ctx, real *dk, real *dw, real *du, const real *dkey, const real *da,
+                         const real *dbonus, const real *key, const real *bonus, const real *w, const uint8_t *mask, size_t B,
+                         size_t T, size_t D) {
+    enum { STRIP = 32 };
+    PARALLEL_FOR(8 * B * T * D)
+    for (size_t d0 = 0; d0 < D; d0 += STRIP) {
+        size_t n = D - d0 < STRIP ? D - d0 : STRIP;
+        real sum_w[STRIP] = {0}, sum_u[STRIP] = {0};
+        for (size_t row = 0; row < B * T; row++) {
+            size_t at = row * D + d0;
+            real there = mask && !mask[row] ? 0 : 1, next = row % T + 1 < T ? 1 : 0;
+            size_t after = next > 0 ? at + D : at;
+            for (size_t d = 0; d < n; d++) {
+                real own = dbonus[at + d] * bonus[at + d];
+                dk[at + d] = there * (own + next * dkey[after + d] * key[after + d]);
+                sum_u[d] += own;
+                sum_w[d] += da[at + d];
+            }
+        }
+        for (size_t d = 0; d < n; d++) {
+            dw[d0 + d] -= real_exp(w[d0 + d] < 60 ? w[d0 + d] : 60) * sum_w[d];
+            du[d0 + d] += sum_u[d];
+        }
+    }
+}
+
+// The channel of ones that becomes the normaliser:  y_t = m_t [v_t, 1]          y (B,T,H,V+1)   v (B,T,H,V)   mask m (B,T)
+//   or NULL. Delayed, for wkv above:  y_t = [v_{t-1}, 1], where v_{-1} is `previous` (B,H·V), NULL for zeros; no mask then.
+static void extend_forward(metala_context *ctx, real *y, const real *v, const uint8_t *mask, const real *previous,
+                           int delayed, size_t B, size_t T, size_t H, size_t V) {
+    PARALLEL_FOR(B * T * H * (V + 1))
+    for (size_t row = 0; row < B * T; row++) {
+        const real *in = v + row * H * V;
+        real there = delayed || !mask || mask[row] ? 1 : 0, *to = y + row * H * (V + 1);
+        if (delayed) in = row % T ? in - H * V : previous ? previous + row / T * H * V : NULL;
+        for (size_t h = 0; h < H; h++) {
+            for (size_t j = 0; j < V; j++) to[h * (V + 1) + j] = in ? there * in[h * V + j] : 0;
+            to[h * (V + 1) + V] = there;
+        }
+    }
+}
+
+// dv_t = m_t dy_t, or dy_{t+1} when delayed (0 beyond the end), without the last channel
+static void extend_backward(metala_context *ctx, real *dv, const real *dy, const uint8_t *mask, int delayed, size_t B,
+                            size_t T, size_t H, size_t V) {
+    PARALLEL_FOR(B * T * H * V)
+    for (size_t row = 0; row < B * T; row++) {
+        const real *gradient = dy + (delayed && row % T + 1 < T ? row + 1 : row) * H * (V + 1);
+        real there = delayed ? row % T + 1 < T : !mask || mask[row];
+        for (size_t h = 0; h < H; h++)
+            for (size_t j = 0; j < V; j++) dv[(row * H + h) * V + j] = there * gradient[h * (V + 1) + j];
+    }
+}
+
+// A mean instead of a sum:  y_j = (o_j + b v_j) / (o_V + b + eps)          o (rows,H,V+1)   y, v (rows,H,V)
+//   bonus b (rows,H), the weight of the token's own value, or NULL for 0. Linear Transformer, equation 9; RWKV-4.
+static void normalise_forward(metala_context *ctx, real *y, const real *o, const real *bonus, const real *v, size_t rows,
+                              size_t H, size_t V, double eps) {
+    PARALLEL_FOR(4 * rows * H * V)
+    for (size_t row = 0; row < rows * H; row++) {
+        const real *in = o + row * (V + 1);
+        real b = bonus ? bonus[row] : 0, scale = 1 / (in[V] + b + (real)eps);
+        for (size_t j = 0; j < V; j++) y[row * V + j] = (bonus ? in[j] + b * v[row * V + j] : in[j]) * scale;
+    }
+}
+
+// With c = o_V + b + eps:   do_j = dy_j/c      do_V = -Σ_j dy_j y_j/c      db = Σ_j do_j v_j + do_V      dv_j = b do_j
+static void normalise_backward(metala_context *ctx, real *dO, real *dbonus, real *dv, const real *dy, const real *y,
+                               const real *o, const real *bonus, const real *v, size_t rows, size_t H, size_t V, double eps) {
+    PARALLEL_FOR(8 * rows * H * V)
+    for (size_t row = 0; row < rows * H; row++) {
+        const real *gradient = dy + row * V;
+        real *to = dO + row * (V + 1), b = bonus ? bonus[row] : 0, scale = 1 / (o[row * (V + 1) + V] + b + (real)eps);
+        to[V] = -scale * dot(gradient, y + row * V, V);
+        for (size_t j = 0; j < V; j++) to[j] = scale * gradient[j];
+        if (!bonus) continue;
+        dbonus[row] = dot(to, v + row * V, V) + to[V];
+        for (size_t j = 0; j < V; j++) dv[row * V + j] = b * to[j];
+    }
+}
+
+// The input past the scan:  y = o + d ⊙ x          y, o, x (rows,n), y may be o   d [n]. State-space models' D.
+static void skip_forward(metala_context *ctx, real *y, const real *o, const real *x, const real *d, size_t rows, size_t n) {
+    PARALLEL_FOR(2 * rows * n)
+    for (size_t row = 0; row < rows; row++)
+        for (size_t i = 0; i < n; i++) y[row * n + i] = o[row * n + i] + d[i] * x[row * n + i];
+}
+
+// do = dy (the same memory serves both)      dx += d ⊙ dy      dd += Σ_rows x ⊙ dy
+static void skip_backward(metala_context *ctx, real *dx, real *dd, const real *dy, const real *x, const real *d, size_t rows,
+                          size_t n) {
+    enum { STRIP = 32 };
+    PARALLEL_FOR(4 * rows * n)
+    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+        size_t count = n - i0 < STRIP ? n - i0 : STRIP;
+        real sum[STRIP] = {0};
+        for (size_t row = 0; row < rows; row++) {
+            const real *gradient = dy + row * n + i0, *in = x + row * n + i0;
+            real *to = dx + row * n + i0;
+            for (size_t i = 0; i < count; i++) {
+                sum[i] += gradient[i] * in[i];
+                to[i] += gradient[i] * d[i0 + i];
+            }
+        }
+        for (size_t i = 0; i < count; i++) dd[i0 + i] += sum[i];
+    }
+}
+
+// Product:  y = a ⊙ b, n numbers.
+static void multiply_forward(metala_context *ctx, real *y, const real *a, const real *b, size_t n) {
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) y[i] = a[i] * b[i];
+}
+
+// da = dy ⊙ b      db = dy ⊙ a, may be dy
+static void multiply_backward(metala_context *ctx, real *da, real *db, const real *dy, const real *a, const real *b,
+                              size_t n) {
+    PARALLEL_FOR(2 * n)
+    for (size_t i = 0; i < n; i++) {
+        real gradient = dy[i];
+        da[i] = gradient * b[i];
+        db[i] = gradient * a[i];
+    }
+}
+
+// Gated product:  y = σ(a) ⊙ b, n numbers. RWKV-4's receptance.
+static void sigmoid_gate_forward(metala_context *ctx, real *y, const real *a, const real *b, size_t n) {
+    PARALLEL_FOR(10 * n)
+    for (size_t i = 0; i < n; i++) y[i] = sigmoid(a[i]) * b[i];
+}
+
+// da = dy ⊙ b ⊙ σ(a)(1 - σ(a))      db = dy ⊙ σ(a)
+static void sigmoid_gate_backward(metala_context *ctx, real *da, real *db, const real *dy, const real *a, const real *b,
+                                  size_t n) {
+    PARALLEL_FOR(15 * n)
+    for (size_t i = 0; i < n; i++) {
+        real s = sigmoid(a[i]), gradient = dy[i];
+        da[i] = gradient * b[i] * s * (1 - s);
+        db[i] = gradient * s;
+    }
+}
+
+// Softmax attention, what all of this approximates:   o_t = Σ_{j<=past+t} p_tj v_j,   p_t = softmax_j(s q_t·k_j)
+//   q, o (B,T,H,K), (B,T,H,V)   k, v (B,past+T,H,K), (B,past+T,H,V), of which sequence b starts at row b·stride, since a
+//   cache has room for more   mask (B,past+T), with the same stride: masked j are skipped; or NULL
+//   lse (B,T,H) = log Σ_j e^{s q_t·k_j}, for the backward. A token with nothing to look at gets o = 0 and lse = 0.
+static void attention_forward(metala_context *ctx, real *o, real *lse, const real *q, const real *k, const real *v,
+                              const uint8_t *mask, size_t B, size_t T, size_t past, size_t stride, size_t H, size_t K,
+                              size_t V, double scale) {
+    PARALLEL_FOR(B * H * T * (past + T) * (K + V))
+    for (size_t task = 0; task < B * H * T; task++) {
+        size_t h = task % H, t = task / H % T, b = task / H / T;
+        const real *query = q + task * K;
+        real *to = o + task * V, most = 0, sum = 0;
+        for (size_t j = 0; j < V; j++) to[j] = 0;
+        for (size_t s = 0; s <= past + t; s++) {
+            size_t row = b * stride + s;
+            if (mask && !mask[row]) continue;
+            real score = (real)scale * dot(query, k + (row * H + h) * K, K);
+            if (!(sum > 0) || score > most) {
+                real shrink = sum > 0 ? real_exp(most - score) : 0;
+                for (size_t j = 0; j < V; j++) to[j] *= shrink;
+                sum *= shrink;
+                most = score;
+            }
+            real p = real_exp(score - most);
+            sum += p;
+            for (size_t j = 0; j < V; j++) to[j] += p * v[(row * H + h) * V + j];
+        }
+        if (sum > 0)
+            for (size_t j = 0; j < V; j++) to[j] /= sum;
+        lse[task] = sum > 0 ? most + (real)log(sum) : 0;
+    }
+}
+
+// With p_tj = e^{s q_t·k_j - lse_t} and g_tj = p_tj (do_t·v_j - do_t·o_t), for past 0 and stride T:
+//     dv_j = Σ_t p_tj do_t      dq_t = s Σ_j g_tj k_j      dk_j = s Σ_t g_tj q_t
+static void attention_backward(metala_context *ctx, real *dq, real *dk, real *dv, const real *dO, const real *o,
+                               const real *lse, const real *q, const real *k, const real *v, const uint8_t *mask, size_t B,
+                               size_t T, size_t H, size_t K, size_t V, double scale) {
+    PARALLEL_FOR(2 * B * H * T * T * (K + V))
+    for (size_t task = 0; task < B * H; task++) {
+        size_t h = task % H, b = task / H;
+        for (size_t t = 0; t < T; t++) {
+            size_t row = (b * T + t) * H + h;
+            for (size_t i = 0; i < K; i++) dq[row * K + i] = dk[row * K + i] = 0;
+            for (size_t j = 0; j < V; j++) dv[row * V + j] = 0;
+        }
+        for (size_t t = 0; t < T; t++) {
+            size_t row = (b * T + t) * H + h;
+            const real *gradient = dO + row * V, *query = q + row * K;
+            real own = dot(gradient, o + row * V, V);
+            for (size_t s = 0; s <= t; s++) {
+                size_t other = (b * T + s) * H + h;
+                if (mask && !mask[b * T + s]) continue;
+                real exponent = (real)scale * dot(query, k + other * K, K) - lse[row];
+                real p = real_exp(exponent < 0 ? exponent : 0);
+                real g = (real)scale * p * (dot(gradient, v + other * V, V) - own);
+                for (size_t i = 0; i < K; i++) {
+                    dq[row * K + i] += g * k[other * K + i];
+                    dk[other * K + i] += g * query[i];
+                }
+                for (size_t j = 0; j < V; j++) dv[other * V + j] += p * gradient[j];
+            }
+        }
+    }
 }
 
 // Softmax cross-entropy:  lse = log Σ_n e^{logit_n},  loss = lse - logit_target; 0 where the target is METALA_IGNORE
@@ -1544,6 +2296,23 @@ static const metala_backend cpu_backend = {
     head_norm_forward, head_norm_backward,
     silu_gate_forward, silu_gate_backward,
     add,
+    shift_forward, shift_backward, last_token,
+    map_forward, map_backward,
+    taylor_forward, taylor_backward,
+    rotate_forward, rotate_backward,
+    bounded_gate_forward, bounded_gate_backward,
+    bounds_forward, bounds_backward,
+    ssm_forward, ssm_backward,
+    scale_pairs_forward, scale_pairs_backward,
+    selective_forward, selective_backward,
+    copy_heads_forward, copy_heads_backward,
+    wkv_forward, wkv_backward,
+    extend_forward, extend_backward,
+    normalise_forward, normalise_backward,
+    skip_forward, skip_backward,
+    multiply_forward, multiply_backward,
+    sigmoid_gate_forward, sigmoid_gate_backward,
+    attention_forward, attention_backward,
     cross_entropy_forward, cross_entropy_backward,
     sum_squares, adamw,
 };

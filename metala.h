@@ -410,6 +410,10 @@ int metala_file_write(metala_context *ctx, const char *path, const metala_tensor
 
 // ------------------------------------------------------------------------------------------------ backend
 
+// For map: f(x) = x, silu(x), elu(x) + 1. For ssm: how a complex decay is made of what is learned.
+typedef enum { METALA_MAP_NONE, METALA_MAP_SILU, METALA_MAP_ELU1 } metala_map;
+typedef enum { METALA_SSM_LRU, METALA_SSM_ZOH, METALA_SSM_DSS } metala_ssm;
+
 // One function per kernel; metala.c fills the table with loops. `rows` is B·T. Every equation and its source stands
 // above the function of the same name in metala.c. Backward functions ADD to gradients of parameters (dw, db, dE)
 // and WRITE gradients of activations unless said otherwise. A kernel that fails (no scratch memory) marks the
@@ -433,10 +437,10 @@ struct metala_backend {
     void (*rms_backward)(metala_context *ctx, metala_real *dx, const metala_real *dn, const metala_real *x,
         const metala_real *r, const uint8_t *mask, size_t rows, size_t D);  // adds to dx
     void (*conv_forward)(metala_context *ctx, metala_real *u, metala_real *c, const metala_real *n,
-        const metala_real *w, const metala_real *tail, size_t B, size_t T, size_t D);
+        const metala_real *w, const metala_real *tail, size_t B, size_t T, size_t D);  // u may be NULL: c alone
     void (*conv_backward)(metala_context *ctx, metala_real *dn, metala_real *dw, const metala_real *du,
         const metala_real *c, const metala_real *n, const metala_real *w, const metala_real *tail, size_t B, size_t T,
-        size_t D);
+        size_t D);  // c NULL: du is the gradient of c
     void (*conv_tail)(metala_context *ctx, metala_real *tail, const metala_real *n, size_t B, size_t T, size_t D);
     void (*matmul_forward)(metala_context *ctx, metala_real *y, const metala_real *x, const metala_real *w,
         const metala_real *bias, size_t rows, size_t out, size_t in);
@@ -471,6 +475,83 @@ struct metala_backend {
     void (*silu_gate_backward)(metala_context *ctx, metala_real *da, metala_real *db, const metala_real *dy,
         const metala_real *a, const metala_real *b, size_t n);
     void (*add)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b, size_t n);
+
+    // ---- Kernels of the other rows of the general form.
+    void (*shift_forward)(metala_context *ctx, metala_real *y, const metala_real *n, const metala_real *mu,
+        const metala_real *previous, size_t B, size_t T, size_t D);
+    void (*shift_backward)(metala_context *ctx, metala_real *dn, metala_real *dmu, const metala_real *dy,
+        const metala_real *n, const metala_real *mu, const metala_real *previous, size_t B, size_t T,
+        size_t D);  // adds to dn
+    void (*last_token)(metala_context *ctx, metala_real *to, const metala_real *x, size_t B, size_t T, size_t D);
+    void (*map_forward)(metala_context *ctx, metala_real *y, const metala_real *x, size_t n, metala_map map);
+    void (*map_backward)(metala_context *ctx, metala_real *dx, const metala_real *dy, const metala_real *x, size_t n,
+        metala_map map);  // dx may be dy
+    void (*taylor_forward)(metala_context *ctx, metala_real *y, const metala_real *x, size_t rows, size_t H, size_t d);
+    void (*taylor_backward)(metala_context *ctx, metala_real *dx, const metala_real *dy, const metala_real *x,
+        size_t rows, size_t H, size_t d);
+    void (*rotate_forward)(metala_context *ctx, metala_real *y, const metala_real *x, const metala_real *theta, size_t B,
+        size_t T, size_t H, size_t K, int shared, uint64_t position, int negative);  // y may be x
+    void (*rotate_backward)(metala_context *ctx, metala_real *dx, metala_real *dtheta, const metala_real *dy,
+        const metala_real *y, const metala_real *theta, size_t B, size_t T, size_t H, size_t K, int shared,
+        uint64_t position, int negative);  // dx may be dy; dtheta may be NULL
+    void (*bounded_gate_forward)(metala_context *ctx, metala_real *alpha, metala_real *k, const metala_real *z,
+        const metala_real *gamma, size_t rows, size_t n);  // k may be NULL
+    void (*bounded_gate_backward)(metala_context *ctx, metala_real *dz, metala_real *dgamma, const metala_real *da,
+        const metala_real *dk, const metala_real *z, const metala_real *gamma, size_t rows,
+        size_t n);  // dk and dgamma may be NULL
+    void (*bounds_forward)(metala_context *ctx, metala_real *gamma, const metala_real *G, size_t L, size_t n);
+    void (*bounds_backward)(metala_context *ctx, metala_real *dG, const metala_real *dgamma, const metala_real *G, size_t L,
+        size_t n);
+    void (*ssm_forward)(metala_context *ctx, metala_ssm kind, metala_real *alpha, metala_real *theta, metala_real *b,
+        const metala_real *decay, const metala_real *phase, const metala_real *step, size_t H, size_t N, size_t length);
+    void (*ssm_backward)(metala_context *ctx, metala_ssm kind, metala_real *ddecay, metala_real *dphase, metala_real *dstep,
+        const metala_real *da, const metala_real *dtheta, const metala_real *db, const metala_real *decay,
+        const metala_real *phase, const metala_real *step, size_t H, size_t N, size_t length);
+    void (*scale_pairs_forward)(metala_context *ctx, metala_real *y, const metala_real *x, const metala_real *b, size_t rows,
+        size_t n);
+    void (*scale_pairs_backward)(metala_context *ctx, metala_real *dx, metala_real *db, const metala_real *dy,
+        const metala_real *x, const metala_real *b, size_t rows, size_t n);
+    void (*selective_forward)(metala_context *ctx, metala_real *alpha, metala_real *v, const metala_real *z,
+        const metala_real *x, const metala_real *A, size_t rows, size_t C, size_t N);
+    void (*selective_backward)(metala_context *ctx, metala_real *dz, metala_real *dx, metala_real *dA, const metala_real *da,
+        const metala_real *dv, const metala_real *z, const metala_real *x, const metala_real *A, size_t rows, size_t C,
+        size_t N);
+    void (*copy_heads_forward)(metala_context *ctx, metala_real *y, const metala_real *x, size_t rows, size_t H, size_t K);
+    void (*copy_heads_backward)(metala_context *ctx, metala_real *dx, const metala_real *dy, size_t rows, size_t H,
+        size_t K);
+    void (*wkv_forward)(metala_context *ctx, metala_real *q, metala_real *key, metala_real *alpha, metala_real *bonus,
+        const metala_real *k, const metala_real *w, const metala_real *u, const uint8_t *mask, metala_real *previous,
+        size_t B, size_t T, size_t D, uint64_t position);  // previous: read, then updated
+    void (*wkv_backward)(metala_context *ctx, metala_real *dk, metala_real *dw, metala_real *du, const metala_real *dkey,
+        const metala_real *da, const metala_real *dbonus, const metala_real *key, const metala_real *bonus,
+        const metala_real *w, const uint8_t *mask, size_t B, size_t T, size_t D);
+    void (*extend_forward)(metala_context *ctx, metala_real *y, const metala_real *v, const uint8_t *mask,
+        const metala_real *previous, int delayed, size_t B, size_t T, size_t H, size_t V);
+    void (*extend_backward)(metala_context *ctx, metala_real *dv, const metala_real *dy, const uint8_t *mask, int delayed,
+        size_t B, size_t T, size_t H, size_t V);
+    void (*normalise_forward)(metala_context *ctx, metala_real *y, const metala_real *o, const metala_real *bonus,
+        const metala_real *v, size_t rows, size_t H, size_t V, double eps);  // bonus may be NULL
+    void (*normalise_backward)(metala_context *ctx, metala_real *dO, metala_real *dbonus, metala_real *dv,
+        const metala_real *dy, const metala_real *y, const metala_real *o, const metala_real *bonus, const metala_real *v,
+        size_t rows, size_t H, size_t V, double eps);
+    void (*skip_forward)(metala_context *ctx, metala_real *y, const metala_real *o, const metala_real *x,
+        const metala_real *d, size_t rows, size_t n);  // y may be o
+    void (*skip_backward)(metala_context *ctx, metala_real *dx, metala_real *dd, const metala_real *dy,
+        const metala_real *x, const metala_real *d, size_t rows, size_t n);  // adds to dx
+    void (*multiply_forward)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b, size_t n);
+    void (*multiply_backward)(metala_context *ctx, metala_real *da, metala_real *db, const metala_real *dy,
+        const metala_real *a, const metala_real *b, size_t n);  // db may be dy
+    void (*sigmoid_gate_forward)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b,
+        size_t n);
+    void (*sigmoid_gate_backward)(metala_context *ctx, metala_real *da, metala_real *db, const metala_real *dy,
+        const metala_real *a, const metala_real *b, size_t n);
+    void (*attention_forward)(metala_context *ctx, metala_real *o, metala_real *lse, const metala_real *q,
+        const metala_real *k, const metala_real *v, const uint8_t *mask, size_t B, size_t T, size_t past, size_t stride,
+        size_t H, size_t K, size_t V, double scale);
+    void (*attention_backward)(metala_context *ctx, metala_real *dq, metala_real *dk, metala_real *dv, const metala_real *dO,
+        const metala_real *o, const metala_real *lse, const metala_real *q, const metala_real *k, const metala_real *v,
+        const uint8_t *mask, size_t B, size_t T, size_t H, size_t K, size_t V, double scale);
+
     void (*cross_entropy_forward)(metala_context *ctx, metala_real *loss, metala_real *lse, const metala_real *logits,
         const int *targets, size_t rows, size_t N);
     void (*cross_entropy_backward)(metala_context *ctx, metala_real *dlogits, const metala_real *logits,
