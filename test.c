@@ -1698,27 +1698,34 @@ static metala_model *random_model(const metala_config *c, uint64_t seed) {
     return m;
 }
 
-// The reference of a model on random tokens; sequence b starts with b masked tokens when `masked`.
-static reference make_reference(const metala_model *m, size_t B, size_t T, int masked) {
+// Random tokens for a model, with room for what a reference makes of them; sequence b starts with b masked tokens when `masked`.
+static reference make_tokens(const metala_model *m, size_t B, size_t T, int masked) {
     const metala_config *c = metala_model_config(m);
     size_t rows = B * T, L = (size_t)c->layers;
     int *tokens = take(rows, sizeof *tokens), *targets = take(rows, sizeof *targets);
     uint8_t *mask = take(rows, 1);
-    reference r = {m, doubles(metala_model_size(m)), tokens, targets, masked ? mask : NULL, B, T,
-                   doubles(rows * (size_t)c->vocab_size), doubles(L * B * STATE_ROOM), doubles(L * B * TAIL_ROOM), NULL,
-                   take(1, sizeof(size_t))};
-    for (size_t i = 0; i < COUNT(mixers); i++)
-        if (!strcmp(mixers[i].row, metala_config_row_name(c))) r.mixer = mixers[i].mixer;
-    if (!r.mixer || c->width * c->expand > WIDE) {
-        fprintf(stderr, "test: no reference for %s, %d wide\n", metala_config_row_name(c), c->width);
-        exit(1);
-    }
     for (size_t row = 0; row < rows; row++) {
         tokens[row] = below(c->vocab_size);
         targets[row] = below(6) ? below(c->vocab_size) : METALA_IGNORE;
         mask[row] = row % T >= row / T && row % T != T - 2;
     }
     targets[0] = 0;
+    reference r = {m, doubles(metala_model_size(m)), tokens, targets, masked ? mask : NULL, B, T,
+                   doubles(rows * (size_t)c->vocab_size), doubles(L * B * STATE_ROOM), doubles(L * B * TAIL_ROOM), NULL,
+                   take(1, sizeof(size_t))};
+    return r;
+}
+
+// The reference of a model's row.
+static reference make_reference(const metala_model *m, size_t B, size_t T, int masked) {
+    const metala_config *c = metala_model_config(m);
+    reference r = make_tokens(m, B, T, masked);
+    for (size_t i = 0; i < COUNT(mixers); i++)
+        if (!strcmp(mixers[i].row, metala_config_row_name(c))) r.mixer = mixers[i].mixer;
+    if (!r.mixer || c->width * c->expand > WIDE) {
+        fprintf(stderr, "test: no reference for %s, %d wide\n", metala_config_row_name(c), c->width);
+        exit(1);
+    }
     for (int i = 0; i < metala_model_tensors(m); i++) {
         const metala_tensor *t = metala_model_tensor(m, i);
         real *x = reals(t->count);
@@ -2398,6 +2405,459 @@ static void check_training(void) {
         metala_model_free(m);
         end_check();
     }
+}
+
+// ------------------------------------------------------------------------------------------------ the rows of the general form
+
+// Every row of metala_rows in small: sizes that differ from each other where they can.
+static metala_config row_config(const metala_named_row *row) {
+    metala_config c = metala_config_default();
+    c.vocab_size = 11, c.width = 8, c.layers = 2, c.heads = 2, c.glu_dim = 10;
+    c.row = row->row, c.expand = row->expand;
+    c.state_size = 3, c.low_rank = 5, c.feature_dim = 3, c.length = 7;
+    return c;
+}
+
+static real *all_gradients(const metala_trainer *t, const metala_model *m) {
+    real *all = reals(metala_model_size(m));
+    for (int i = 0; i < metala_model_tensors(m); i++) {
+        const metala_tensor *p = metala_model_tensor(m, i);
+        if (metala_trainer_gradient(ctx, t, p->name, all + p->offset)) problem("%s", metala_error(ctx));
+    }
+    return all;
+}
+
+// Reads r's tokens in pieces of `piece` (0: of random lengths) into logits (B,T,N).
+static void read_in_pieces(const reference *r, metala_state *s, metala_form form, size_t piece, real *logits) {
+    size_t N = (size_t)metala_model_config(r->model)->vocab_size, B = r->B, T = r->T;
+    int *tokens = take(B * T, sizeof *tokens);
+    uint8_t *mask = take(B * T, 1);
+    real *some = reals(B * T * N);
+    for (size_t t = 0, n; t < T; t += n) {
+        n = piece ? piece : 1 + (size_t)below(23);
+        if (n > T - t) n = T - t;
+        for (size_t i = 0; i < B * n; i++) {
+            size_t from = i / n * T + t + i % n;
+            tokens[i] = r->tokens[from], mask[i] = r->mask ? r->mask[from] : 1;
+        }
+        if (n == 1 && !r->mask ? metala_step(ctx, s, tokens, some)
+                               : metala_forward(ctx, s, form, tokens, r->mask ? mask : NULL, n, some))
+            problem("%s", metala_error(ctx));
+        for (size_t b = 0; b < B; b++) memcpy(logits + (b * T + t) * N, some + b * n * N, n * N * sizeof *some);
+    }
+}
+
+// The three forms give the same logits and gradients; so do all choices of what is kept and one thread or two, to the bit.
+// T is longer than METALA_CHUNK.
+static void check_row_forms(const metala_named_row *row, int masked) {
+    enum { B = 2, T = 70 };
+    if (!begin(TOLERANCE(2e-4, 5e-13), "row %s: forms%s", row->name, masked ? " masked" : "")) return;
+    metala_config c = row_config(row);
+    metala_model *m = random_model(&c, 51);
+    reference r = make_reference(m, B, T, masked);
+    size_t n = metala_model_size(m);
+    double loss[3], *expected = doubles(n), worst = 0;
+    real *first = NULL;
+    for (size_t f = 0; f < COUNT(all_forms); f++) {
+        metala_trainer *t = metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL);
+        if (metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, &loss[f])) problem("%s", metala_error(ctx));
+        real *gradient = all_gradients(t, m);
+        if (f == 0) first = gradient;
+        for (int i = 0; i < metala_model_tensors(m); i++) {          // each tensor by its own size
+            const metala_tensor *p = metala_model_tensor(m, i);
+            double most = 0;
+            for (size_t j = p->offset; j < p->offset + p->count; j++) most = fmax(most, fabs((double)first[j]));
+            for (size_t j = p->offset; j < p->offset + p->count; j++) {
+                double error = fabs((double)gradient[j] - (double)first[j]) / most;
+                if (!(error <= worst)) worst = error;
+                if (!(error <= now.tolerance))
+                    problem("%s: gradient of %s[%zu]: got %.9g, recurrent %.9g", form_name(all_forms[f]), p->name, j - p->offset,
+                            (double)gradient[j], (double)first[j]);
+            }
+        }
+        expect(fabs(loss[f] - loss[0]) <= now.tolerance * loss[0], "the same loss");
+        if (f + 1 == COUNT(all_forms))
+            for (int other = 0; other < 4; other++) {                // chunkwise: keeps less twice, two threads twice
+                metala_context *two = other_context(2);
+                metala_keep keep = other == 0 ? METALA_KEEP_COSTLY : other == 1 ? METALA_KEEP_INPUTS : METALA_KEEP_ALL;
+                metala_trainer *twin = metala_trainer_create(ctx, m, B, T, keep);
+                metala_context *in = other < 2 ? ctx : two;
+                for (int twice = 0; twice < 2; twice++) {            // what the first left behind is of no consequence
+                    metala_trainer_zero(in, twin);
+                    if (metala_gradient(in, twin, other == 3 ? METALA_RECURRENT : METALA_CHUNKWISE, r.tokens, r.targets, r.mask, B,
+                                        T, 1, NULL))
+                        problem("%s", metala_error(in));
+                }
+                same_bits(other == 0 ? "keep costly" : other == 1 ? "keep inputs" : "two threads", other == 3 ? first : gradient,
+                          all_gradients(twin, m), n);
+                metala_trainer_free(twin);
+                metala_close(two);
+            }
+        metala_trainer_free(t);
+    }
+    note_error("gradients", worst, now.tolerance);
+    (void)expected;
+    metala_model_free(m);
+    end_check();
+}
+
+// What has been read in pieces, saved, loaded and copied is what has been read at once.
+static void check_row_states(const metala_named_row *row) {
+    enum { B = 2, T = 60, LEFT = 9 };
+    if (!begin(TOLERANCE(1e-4, 1e-12), "row %s: states", row->name)) return;
+    metala_config c = row_config(row);
+    metala_model *m = random_model(&c, 52);
+    size_t N = (size_t)c.vocab_size;
+    real *logits = reals(B * T * N);
+    for (int masked = 0; masked < 2; masked++) {
+        reference r = make_reference(m, B, T, masked);
+        static const size_t pieces[] = {1, 0, 3};
+        reference_forward(&r);
+        for (size_t i = 0; i < COUNT(pieces); i++)
+            for (size_t f = 0; f < COUNT(all_forms); f++) {
+                metala_state *s = metala_state_create(ctx, m, B);
+                read_in_pieces(&r, s, all_forms[f], pieces[i], logits);
+                if (f == 0) compare(i == 0 ? "steps" : i == 1 ? "pieces" : "threes", logits, r.logits, DIMS(B, T, N));
+                else
+                    for (size_t j = 0; j < B * T * N; j++)
+                        expect(fabs((double)logits[j] - r.logits[j]) <= 4 * now.tolerance, "%s: logits", form_name(all_forms[f]));
+                double error = compare_states(&r, s);
+                expect(error <= now.tolerance * 10, "the reference's states, not off by %.1e", error);
+                metala_state_free(s);
+            }
+    }
+    metala_state *a = metala_state_create(ctx, m, B), *b = metala_state_create(ctx, m, B), *from_file = metala_state_create(ctx, m, B);
+    reference r = make_reference(m, B, T, 0);
+    int prompt[B * (T - 1)], last[B];
+    for (int i = 0; i < B * (T - 1); i++) prompt[i] = r.tokens[i / (T - 1) * T + i % (T - 1)];
+    for (int i = 0; i < B; i++) last[i] = r.tokens[i * T + T - 1];
+    real *of_a = reals(B * N), *of_b = reals(B * N), *of_file = reals(B * N);
+    metala_prefill(ctx, b, prompt, NULL, 5, of_b);                   // the copy and the loaded state take the place of another
+    metala_prefill(ctx, from_file, prompt, NULL, 5, of_b);
+    if (metala_prefill(ctx, a, prompt, NULL, T - 1, of_a) || metala_state_copy(ctx, b, a) ||
+        metala_state_save(ctx, a, scratch_path("row.tmp"), NULL, 0) || metala_state_load(ctx, from_file, scratch_path("row.tmp")))
+        problem("%s", metala_error(ctx));
+    for (int i = 0; i < 3; i++)
+        if (metala_step(ctx, a, last, of_a) || metala_step(ctx, b, last, of_b) || metala_step(ctx, from_file, last, of_file))
+            problem("%s", metala_error(ctx));
+    same_bits("a copy", of_a, of_b, B * N);
+    same_bits("a loaded state", of_a, of_file, B * N);
+    remove(scratch_path("row.tmp"));
+    metala_state_reset(ctx, a);
+    metala_state_free(b);
+    b = metala_state_create(ctx, m, B);
+    metala_prefill(ctx, a, prompt, NULL, 7, of_a), metala_prefill(ctx, b, prompt, NULL, 7, of_b);
+    same_bits("after a reset", of_a, of_b, B * N);
+    metala_state_free(a), metala_state_free(b), metala_state_free(from_file);
+
+    int tokens[LEFT + T];                                            // left padding changes nothing
+    uint8_t mask[LEFT + T];
+    real *plain = reals(T * N), *padded = reals((LEFT + T) * N);
+    double *expected = doubles(T * N);
+    for (int t = 0; t < LEFT + T; t++) tokens[t] = below(c.vocab_size), mask[t] = t >= LEFT;
+    for (size_t f = 0; f < COUNT(all_forms); f += 2) {
+        a = metala_state_create(ctx, m, 1), b = metala_state_create(ctx, m, 1);
+        metala_forward(ctx, a, all_forms[f], tokens + LEFT, NULL, T, plain);
+        metala_forward(ctx, b, all_forms[f], tokens, mask, LEFT, padded);
+        metala_forward(ctx, b, all_forms[f], tokens + LEFT, mask + LEFT, T, padded + LEFT * N);
+        for (size_t i = 0; i < T * N; i++) expected[i] = (double)plain[i];
+        compare("padding", padded + LEFT * N, expected, DIMS(T, N));
+        metala_state_free(a), metala_state_free(b);
+    }
+    metala_model_free(m);
+    end_check();
+}
+
+// 100 000 tokens, at whose end the phases are as they were: the last logits against the reference. Softmax attention would look
+// at all of them again for each.
+static void check_row_length(const metala_named_row *row) {
+    enum { LAST = 20 };
+    size_t T = row->row.decay == METALA_DECAY_SOFTMAX ? 2000 : 100000;
+    if (!begin(TOLERANCE(1e-3, 1e-9), "row %s: %zu tokens", row->name, T)) return;
+    metala_config c = row_config(row);
+    c.layers = 1, c.vocab_size = 5;
+    metala_model *m = random_model(&c, 53);
+    reference r = make_reference(m, 1, T, 0);
+    real last[LAST * 5];
+    metala_state *s = metala_state_create(ctx, m, 1);
+    if (metala_forward(ctx, s, METALA_CHUNKWISE, r.tokens, NULL, T - LAST, NULL) ||
+        metala_forward(ctx, s, METALA_CHUNKWISE, r.tokens + T - LAST, NULL, LAST / 2, last))
+        problem("%s", metala_error(ctx));
+    for (size_t t = T - LAST / 2; t < T; t++)
+        if (metala_step(ctx, s, r.tokens + t, last + (t - (T - LAST)) * 5)) problem("%s", metala_error(ctx));
+    reference_forward(&r);
+    compare("logits", last, r.logits + (T - LAST) * 5, DIMS(LAST, 5));
+    metala_state_free(s);
+    metala_model_free(m);
+    end_check();
+}
+
+// Steps first + 1 to last of learning to say the token of two positions before.
+static double copy_steps(metala_trainer *t, int first, int last) {
+    enum { B = 8, T = 16, BACK = 2 };
+    static const metala_adamw adamw = {1e-2, 0.9, 0.98, 1e-8, 0, 1};
+    int inputs[B * T], targets[B * T];
+    double loss = 0, norm;
+    for (int step = first; step < last; step++) {
+        uint64_t random = (uint64_t)step * 77 + 5;
+        for (int i = 0; i < B * T; i++) {
+            inputs[i] = (int)(metala_random(&random) >> 20) & 7;
+            targets[i] = i % T < BACK ? METALA_IGNORE : inputs[i - BACK];
+        }
+        if (metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, B, T, 1, &loss) || metala_update(ctx, t, &adamw, &norm))
+            problem("%s", metala_error(ctx));
+    }
+    return loss;
+}
+
+static void check_row_training(const metala_named_row *row) {
+    enum { STEPS = 250, HALF = 100 };
+    if (!begin(0, "row %s: learns to copy", row->name)) return;
+    metala_config c = row_config(row);
+    c.vocab_size = 8, c.width = 16, c.glu_dim = 24, c.state_size = 8, c.feature_dim = 4, c.length = 16;
+    metala_model *m = metala_model_create(ctx, &c);
+    metala_model_init(ctx, m, 3, &(metala_init){0.25, 0.5, 4, 0});
+    metala_trainer *t = metala_trainer_create(ctx, m, 8, 16, METALA_KEEP_ALL);
+    double first = copy_steps(t, 0, 1), loss;
+    copy_steps(t, 1, HALF);
+    if (metala_checkpoint_save(ctx, t, scratch_path("row.tmp"), NULL, 0)) problem("%s", metala_error(ctx));
+    loss = copy_steps(t, HALF, STEPS);
+    note(" %.2f -> %.3f", first, loss);
+    expect(loss < 0.5, "a loss below 0.5 after %d steps; a guess has %.2f", STEPS, log(8));
+    metala_model *other = metala_model_load(ctx, scratch_path("row.tmp"));
+    metala_trainer *resumed = other ? metala_trainer_create(ctx, other, 8, 16, METALA_KEEP_INPUTS) : NULL;
+    if (!resumed || metala_checkpoint_load(ctx, resumed, scratch_path("row.tmp"))) problem("%s", metala_error(ctx));
+    else {
+        copy_steps(resumed, HALF, STEPS);
+        same_bits("resumed", all_parameters(m), all_parameters(other), metala_model_size(m));
+        expect(!strcmp(metala_config_row_name(metala_model_config(other)), row->name), "the file says which row it is");
+        expect(!memcmp(&metala_model_config(other)->row, &c.row, sizeof c.row) && metala_model_config(other)->expand == c.expand &&
+               metala_model_config(other)->state_size == c.state_size && metala_model_config(other)->low_rank == c.low_rank &&
+               metala_model_config(other)->feature_dim == c.feature_dim && metala_model_config(other)->length == c.length,
+               "and its sizes");
+    }
+    metala_trainer_free(resumed), metala_model_free(other);
+
+    enum { READ = 40 };                                              // quantized weights are near, in memory and in a file
+    int tokens[READ];
+    real *exact = reals(READ * 8), *near = reals(READ * 8), *loaded = reals(READ * 8);
+    random_state = 9;
+    for (int i = 0; i < READ; i++) tokens[i] = below(8);
+    metala_state *s = metala_state_create(ctx, m, 1);
+    metala_forward(ctx, s, METALA_CHUNKWISE, tokens, NULL, READ, exact);
+    metala_state_free(s);
+    static const metala_dtype types[] = {METALA_BF16, METALA_I8};
+    for (size_t i = 0; i < COUNT(types); i++) {
+        double most = 0, error = 0, within = i == 0 ? 0.05 : 0.1;
+        metala_model *small = metala_model_create(ctx, &c);
+        for (int p = 0; p < metala_model_tensors(m); p++) {
+            real *x = reals(metala_model_tensor(m, p)->count);
+            metala_model_get(ctx, m, metala_model_tensor(m, p)->name, x);
+            metala_model_set(ctx, small, metala_model_tensor(m, p)->name, x);
+        }
+        if (metala_model_quantize(ctx, small, types[i]) || metala_model_save(ctx, small, scratch_path("row.tmp")))
+            problem("%s", metala_error(ctx));
+        metala_model *again = metala_model_load(ctx, scratch_path("row.tmp"));
+        if (!again) problem("%s", metala_error(ctx));
+        else {
+            metala_state *a = metala_state_create(ctx, small, 1), *b = metala_state_create(ctx, again, 1);
+            metala_forward(ctx, a, METALA_RECURRENT, tokens, NULL, READ, near);
+            metala_forward(ctx, b, METALA_RECURRENT, tokens, NULL, READ, loaded);
+            same_bits("a quantized model from its file", near, loaded, READ * 8);
+            metala_state_free(a), metala_state_free(b);
+        }
+        for (int j = 0; j < READ * 8; j++) {
+            most = fmax(most, fabs((double)exact[j])), error = fmax(error, fabs((double)exact[j] - (double)near[j]));
+            expect(isfinite(near[j]), "finite logits");
+        }
+        note_error(i == 0 ? "bf16" : "int8", error / most, within);
+        expect(error <= within * most && error > 0, "near, but not the same");
+        metala_model_free(again), metala_model_free(small);
+    }
+    remove(scratch_path("row.tmp"));
+    metala_trainer_free(t), metala_model_free(m);
+    end_check();
+}
+
+// ---- Columns that a user may override: all that metala_config_check lets pass must work.
+
+static void describe(const metala_config *c, char text[200]) {
+    size_t used = 0;
+    metala_row row = c->row;
+    for (int i = 0; i < METALA_COLUMNS; i++)
+        used += (size_t)snprintf(text + used, 200 - used, "%s%s", i ? " " : "", metala_columns()[i].values[*metala_row_column(&row, i)]);
+}
+
+typedef struct { metala_trainer *t; metala_model *m; const reference *r; real *at, *direction; double loss; } along;
+
+// The library's loss, and into `gradient` if wanted its gradient, at parameters + step · direction.
+static double loss_along(const along *a, double step, real *gradient) {
+    double loss = NAN;
+    size_t n = metala_model_size(a->m);
+    real *x = reals(n);
+    for (size_t i = 0; i < n; i++) x[i] = (real)((double)a->at[i] + step * (double)a->direction[i]);
+    for (int i = 0; i < metala_model_tensors(a->m); i++)
+        metala_model_set(ctx, a->m, metala_model_tensor(a->m, i)->name, x + metala_model_tensor(a->m, i)->offset);
+    metala_trainer_zero(ctx, a->t);
+    if (metala_gradient(ctx, a->t, METALA_CHUNKWISE, a->r->tokens, a->r->targets, a->r->mask, (int)a->r->B, a->r->T, 1, &loss))
+        problem("%s", metala_error(ctx));
+    if (gradient) memcpy(gradient, all_gradients(a->t, a->m), n * sizeof *gradient);
+    return loss;
+}
+
+// One configuration: finite loss, forms that agree, reading in pieces as at once, all choices of what is kept the same bits, and in
+// double precision the slope along a random direction. Returns the worst error.
+static double check_own_row(const metala_config *c, uint64_t seed) {
+    enum { B = 2 };
+    char text[200];
+    metala_model *m = random_model(c, seed);
+    if (!m) return 0;
+    size_t T = seed % 4 ? 5 + (size_t)below(20) : 66, n = metala_model_size(m), N = (size_t)c->vocab_size;
+    int masked = below(2);
+    double loss[3], worst = 0, most = 0;
+    real *logits[4], *gradient = NULL;
+    reference r = make_tokens(m, B, T, masked);
+    describe(c, text);
+    for (size_t f = 0; f < COUNT(all_forms); f++) {
+        metala_trainer *t = metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL);
+        metala_state *s = metala_state_create(ctx, m, B);
+        logits[f] = reals(B * T * N);
+        if (!t || !s || metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, &loss[f]) ||
+            metala_forward(ctx, s, all_forms[f], r.tokens, r.mask, T, logits[f]))
+            problem("%s: %s", text, metala_error(ctx));
+        real *of_form = all_gradients(t, m);
+        for (size_t i = 0; i < n; i++) {
+            if (f == 0) most = fmax(most, fabs((double)of_form[i]));
+            if (!isfinite(of_form[i])) problem("%s: %s: a gradient that is not finite", text, form_name(all_forms[f]));
+        }
+        for (size_t i = 0; i < n && f > 0; i++) {
+            double error = fabs((double)of_form[i] - (double)gradient[i]) / most;
+            if (error > worst) worst = error;
+            if (!(error <= now.tolerance))
+                problem("%s: %s: gradient %zu is %.9g, recurrent %.9g", text, form_name(all_forms[f]), i, (double)of_form[i],
+                        (double)gradient[i]);
+        }
+        if (f == 0) gradient = of_form;
+        if (!isfinite(loss[f])) problem("%s: %s: the loss is %g", text, form_name(all_forms[f]), loss[f]);
+        metala_trainer_free(t);
+        metala_state_free(s);
+        for (int keep = METALA_KEEP_COSTLY; keep <= METALA_KEEP_INPUTS && f == 0; keep++) {
+            t = metala_trainer_create(ctx, m, B, T, (metala_keep)keep);
+            metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, NULL);
+            for (size_t i = 0, same = 1; i < n && same; i++)
+                if (!(same = !memcmp(&all_gradients(t, m)[i], &gradient[i], sizeof *gradient)))
+                    problem("%s: keep %d: gradient %zu has other bits", text, keep, i);
+            metala_trainer_free(t);
+        }
+    }
+    logits[3] = reals(B * T * N);
+    metala_state *s = metala_state_create(ctx, m, B);
+    read_in_pieces(&r, s, METALA_CHUNKWISE, below(2), logits[3]);
+    metala_state_free(s);
+    most = 0;
+    for (size_t i = 0; i < B * T * N; i++) most = fmax(most, fabs((double)logits[0][i]));
+    for (int f = 1; f < 4; f++)
+        for (size_t i = 0; i < B * T * N; i++) {
+            double error = fabs((double)logits[f][i] - (double)logits[0][i]) / most;
+            if (error > worst) worst = error;
+            if (!(error <= now.tolerance))
+                problem("%s: %s: logit %zu is %.9g, recurrent %.9g", text, f == 3 ? "pieces" : form_name(all_forms[f]), i,
+                        (double)logits[f][i], (double)logits[0][i]);
+        }
+    if (IS_DOUBLE) {
+        along a = {metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL), m, &r, all_parameters(m), reals(n), 0};
+        double expected = 0, h = 1e-4, size = 0;
+        for (size_t i = 0; i < n; i++) {
+            a.direction[i] = (real)normal();
+            expected += (double)a.direction[i] * (double)gradient[i];
+            size += (double)gradient[i] * (double)gradient[i];
+        }
+        double got = (8 * (loss_along(&a, h, NULL) - loss_along(&a, -h, NULL)) - loss_along(&a, 2 * h, NULL) +
+                      loss_along(&a, -2 * h, NULL)) / (12 * h);
+        if (!(fabs(got - expected) <= 1e-5 * sqrt(size)))
+            problem("%s: along a direction the gradient is %.9g, differences %.9g", text, expected, got);
+        metala_trainer_free(a.t);
+    }
+    metala_model_free(m);
+    return worst;
+}
+
+static void check_own_rows(void) {
+    enum { STRATA = 13 * 8, EACH = 4 };                              // so many of every decay and query
+    static metala_config sample[STRATA][EACH];
+    size_t accepted = 0, refused = 0, seen[STRATA] = {0}, tried = 0;
+    double worst = 0;
+    if (!begin(TOLERANCE(1e-3, 1e-10), "rows of one's own: every column")) return;
+    metala_config c = row_config(metala_rows());
+    int sizes[METALA_COLUMNS], value[METALA_COLUMNS] = {0}, column = 0;
+    for (int i = 0; i < METALA_COLUMNS; i++)
+        for (sizes[i] = 0; metala_columns()[i].values[sizes[i]]; sizes[i]++) {}
+    sizes[8] = sizes[9] = sizes[10] = 1;                             // norm, gate and channels go with all others: drawn
+    random_state = 61;
+    while (column < METALA_COLUMNS) {
+        for (int i = 0; i < METALA_COLUMNS; i++) *metala_row_column(&c.row, i) = value[i];
+        c.expand = 1;
+        if (!metala_config_check(ctx, &c)) {
+            size_t stratum = (size_t)(c.row.decay * 8 + c.row.query), place = seen[stratum]++;
+            accepted++;
+            if (place >= EACH) place = (size_t)(metala_uniform(&random_state) * (double)seen[stratum]);
+            if (place < EACH) sample[stratum][place] = c;
+        } else {
+            const char *line = metala_error(ctx);
+            refused++;
+            expect(!strncmp(line, "configuration: ", 15) && strlen(line) > 25 && strlen(line) < 160 && !strchr(line, '\n'),
+                   "one clear line, not '%s'", line);
+        }
+        for (column = 0; column < METALA_COLUMNS && ++value[column] == sizes[column]; column++) value[column] = 0;
+    }
+    for (size_t i = 0; i < STRATA * EACH; i++) {
+        if (seen[i / EACH] <= i % EACH) continue;
+        size_t mark = now.memories;
+        c = sample[i / EACH][i % EACH];
+        random_state = 1000 + i;
+        c.row.norm = below(4), c.row.gate = below(4), c.row.channels = below(2);
+        c.expand = 2;
+        if (below(2) || metala_config_check(ctx, &c)) c.expand = 1;
+        worst = fmax(worst, check_own_row(&c, 1000 + i));
+        while (now.memories > mark) free(now.memory[--now.memories]);
+        tried++;
+    }
+    note(" %zu of %zu tried, %zu refused;", tried, accepted, refused);
+    note_error("forms", worst, now.tolerance);
+    end_check();
+}
+
+static void check_rows(void) {
+    if (begin(0, "rows: each has a reference of its own")) {
+        size_t count = 0;
+        for (const metala_named_row *row = metala_rows(); row->name; row++, count++) {
+            metala_config c = metala_config_default();
+            size_t i = 0;
+            while (i < COUNT(mixers) && strcmp(mixers[i].row, row->name)) i++;
+            expect(i < COUNT(mixers), "a reference for %s", row->name);
+            expect(!metala_config_row(ctx, &c, row->name) && !metala_config_check(ctx, &c) && c.expand == row->expand &&
+                   !strcmp(metala_config_row_name(&c), row->name), "%s by its name", row->name);
+        }
+        metala_config c = metala_config_default();
+        expect(count == COUNT(mixers), "%zu rows", COUNT(mixers));
+        expect(metala_config_row(ctx, &c, "metal") && strstr(metala_error(ctx), "metala-noconv, "), "no row called metal, not '%s'",
+               metala_error(ctx));
+        expect(!metala_row_column(&c.row, -1) && !metala_row_column(&c.row, METALA_COLUMNS), "no columns out of range");
+        end_check();
+    }
+    for (const metala_named_row *row = metala_rows(); row->name; row++) {
+        metala_config c = row_config(row);
+        char name[60];
+        snprintf(name, sizeof name, "row %s:", row->name);
+        check_model(name, &c, METALA_RECURRENT, 2, 19, 0);
+        check_model(name, &c, METALA_CHUNKWISE, 2, 19, 1);
+        check_row_forms(row, 0);
+        check_row_forms(row, 1);
+        check_row_states(row);
+        check_row_length(row);
+        check_row_training(row);
+    }
+    check_own_rows();
 }
 
 // ------------------------------------------------------------------------------------------------ files
@@ -4123,6 +4583,7 @@ static void check_cpu(void) {
     check_models();
     check_states();
     check_training();
+    check_rows();
     check_conversions();
     check_headers();
     check_model_files();
