@@ -3277,7 +3277,8 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
     size_t rows = p->rows, H = s->H, K = s->K, HK = H * K, HN = H * s->states, d = (size_t)c->feature_dim;
     const real *ones = m->constants, *decays = ones + HK + K / 2;
     real *tied = r->key == METALA_KEY_TIED ? a->k : NULL, *b = a->ssm ? a->ssm + 2 * HN : NULL;
-    real *exponents = tail ? tail + p->B * s->D : NULL, *last_v = tail ? tail + 3 * p->B * s->D : NULL;
+    real *shifted = r->conv == METALA_CONV_SHIFT ? tail : NULL;             // a convolution's tail looks otherwise
+    real *exponents = shifted ? shifted + p->B * s->D : NULL, *last_v = shifted ? shifted + 3 * p->B * s->D : NULL;
 
     switch (r->decay) {
         case METALA_DECAY_DYNAMIC: case METALA_DECAY_LOWRANK: case METALA_DECAY_FIXED:
