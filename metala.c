@@ -3339,12 +3339,12 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
         case METALA_VALUE_SILU: be->map_forward(ctx, a->v, a->v_proj, rows * H * s->V, METALA_MAP_SILU); break;
         case METALA_VALUE_PRODUCT: be->multiply_forward(ctx, a->v, a->conv_in, a->v_proj, rows * H * s->V); break;
     }
-    int shared;
+    int shared, minus = r->phase == METALA_PHASE_DECAY;                     // conj(C e^{-iθt}) b e^{-iθs} = conj(C) b e^{iθ(t-s)}
     const real *theta = mixer_angles(m, layer, a, p, &shared);
     if (theta && s->complex_values) be->rotate_forward(ctx, a->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
     else if (theta) {
-        if (s->own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, p->B, p->T, H, K, shared, p->position, 1);
-        if (s->own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, p->B, p->T, H, K, shared, p->position, 1);
+        if (s->own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
+        if (s->own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
     }
 }
 
@@ -3580,13 +3580,13 @@ static void mixer_choices_backward(metala_context *ctx, const metala_model *m, i
     real *tied = r->key == METALA_KEY_TIED ? d->k : NULL, *db = d->ssm ? d->ssm + 2 * HN : NULL;
     real *dtheta = r->phase == METALA_PHASE_DECAY ? d->ssm + HN : GRAD(w->theta);
     const real *b = a->ssm ? a->ssm + 2 * HN : NULL;
-    int shared;
+    int shared, minus = r->phase == METALA_PHASE_DECAY;
     const real *theta = mixer_angles(m, layer, a, p, &shared);
     if (theta && s->complex_values)
         be->rotate_backward(ctx, d->v, dtheta, d->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
     else if (theta) {
-        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, p->B, p->T, H, K, shared, p->position, 1);
-        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, p->B, p->T, H, K, shared, p->position, 1);
+        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
+        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
     }
     switch (r->value) {
         case METALA_VALUE_LINEAR:

@@ -2451,12 +2451,12 @@ static void read_in_pieces(const reference *r, metala_state *s, metala_form form
 // T is longer than METALA_CHUNK.
 static void check_row_forms(const metala_named_row *row, int masked) {
     enum { B = 2, T = 70 };
-    if (!begin(TOLERANCE(2e-4, 5e-13), "row %s: forms%s", row->name, masked ? " masked" : "")) return;
+    if (!begin(TOLERANCE(2e-4, 4e-12), "row %s: forms%s", row->name, masked ? " masked" : "")) return;
     metala_config c = row_config(row);
     metala_model *m = random_model(&c, 51);
     reference r = make_reference(m, B, T, masked);
     size_t n = metala_model_size(m);
-    double loss[3], *expected = doubles(n), worst = 0;
+    double loss[3], worst = 0;
     real *first = NULL;
     for (size_t f = 0; f < COUNT(all_forms); f++) {
         metala_trainer *t = metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL);
@@ -2496,7 +2496,6 @@ static void check_row_forms(const metala_named_row *row, int masked) {
         metala_trainer_free(t);
     }
     note_error("gradients", worst, now.tolerance);
-    (void)expected;
     metala_model_free(m);
     end_check();
 }
@@ -2592,17 +2591,21 @@ static void check_row_length(const metala_named_row *row) {
     end_check();
 }
 
-// Steps first + 1 to last of learning to say the token of two positions before.
+// Steps first + 1 to last of learning to copy: one of tokens 8 to 15 comes somewhere in the first half among tokens 0 to 7, and is to
+// be said from then on.
 static double copy_steps(metala_trainer *t, int first, int last) {
-    enum { B = 8, T = 16, BACK = 2 };
+    enum { B = 8, T = 16 };
     static const metala_adamw adamw = {1e-2, 0.9, 0.98, 1e-8, 0, 1};
     int inputs[B * T], targets[B * T];
     double loss = 0, norm;
     for (int step = first; step < last; step++) {
-        uint64_t random = (uint64_t)step * 77 + 5;
-        for (int i = 0; i < B * T; i++) {
-            inputs[i] = (int)(metala_random(&random) >> 20) & 7;
-            targets[i] = i % T < BACK ? METALA_IGNORE : inputs[i - BACK];
+        random_state = (uint64_t)step * 77 + 5;
+        for (int b = 0; b < B; b++) {
+            int place = below(T / 2), token = 8 + below(8);
+            for (int i = 0; i < T; i++) {
+                inputs[b * T + i] = i == place ? token : below(8);
+                targets[b * T + i] = i < place ? METALA_IGNORE : token;
+            }
         }
         if (metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, B, T, 1, &loss) || metala_update(ctx, t, &adamw, &norm))
             problem("%s", metala_error(ctx));
@@ -2614,7 +2617,7 @@ static void check_row_training(const metala_named_row *row) {
     enum { STEPS = 250, HALF = 100 };
     if (!begin(0, "row %s: learns to copy", row->name)) return;
     metala_config c = row_config(row);
-    c.vocab_size = 8, c.width = 16, c.glu_dim = 24, c.state_size = 8, c.feature_dim = 4, c.length = 16;
+    c.vocab_size = 16, c.width = 16, c.glu_dim = 24, c.state_size = 8, c.feature_dim = 4, c.length = 16;
     metala_model *m = metala_model_create(ctx, &c);
     metala_model_init(ctx, m, 3, &(metala_init){0.25, 0.5, 4, 0});
     metala_trainer *t = metala_trainer_create(ctx, m, 8, 16, METALA_KEEP_ALL);
@@ -2640,9 +2643,9 @@ static void check_row_training(const metala_named_row *row) {
 
     enum { READ = 40 };                                              // quantized weights are near, in memory and in a file
     int tokens[READ];
-    real *exact = reals(READ * 8), *near = reals(READ * 8), *loaded = reals(READ * 8);
+    real *exact = reals(READ * 16), *near = reals(READ * 16), *loaded = reals(READ * 16);
     random_state = 9;
-    for (int i = 0; i < READ; i++) tokens[i] = below(8);
+    for (int i = 0; i < READ; i++) tokens[i] = below(16);
     metala_state *s = metala_state_create(ctx, m, 1);
     metala_forward(ctx, s, METALA_CHUNKWISE, tokens, NULL, READ, exact);
     metala_state_free(s);
@@ -2663,10 +2666,10 @@ static void check_row_training(const metala_named_row *row) {
             metala_state *a = metala_state_create(ctx, small, 1), *b = metala_state_create(ctx, again, 1);
             metala_forward(ctx, a, METALA_RECURRENT, tokens, NULL, READ, near);
             metala_forward(ctx, b, METALA_RECURRENT, tokens, NULL, READ, loaded);
-            same_bits("a quantized model from its file", near, loaded, READ * 8);
+            same_bits("a quantized model from its file", near, loaded, READ * 16);
             metala_state_free(a), metala_state_free(b);
         }
-        for (int j = 0; j < READ * 8; j++) {
+        for (int j = 0; j < READ * 16; j++) {
             most = fmax(most, fabs((double)exact[j])), error = fmax(error, fabs((double)exact[j] - (double)near[j]));
             expect(isfinite(near[j]), "finite logits");
         }
@@ -2744,8 +2747,9 @@ static double check_own_row(const metala_config *c, uint64_t seed) {
         for (int keep = METALA_KEEP_COSTLY; keep <= METALA_KEEP_INPUTS && f == 0; keep++) {
             t = metala_trainer_create(ctx, m, B, T, (metala_keep)keep);
             metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, NULL);
-            for (size_t i = 0, same = 1; i < n && same; i++)
-                if (!(same = !memcmp(&all_gradients(t, m)[i], &gradient[i], sizeof *gradient)))
+            of_form = all_gradients(t, m);
+            for (size_t i = 0; i < n; i++)
+                if (memcmp(&of_form[i], &gradient[i], sizeof *gradient))
                     problem("%s: keep %d: gradient %zu has other bits", text, keep, i);
             metala_trainer_free(t);
         }
