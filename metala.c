@@ -3054,7 +3054,7 @@ static const struct activation_member {
     {"alpha", offsetof(activations, alpha), PER_ALPHA, CHEAP},
     {"bonus", offsetof(activations, bonus), PER_BONUS, CHEAP},
     {"states", offsetof(activations, states), PER_STATE, COSTLY},
-    {"scan_out", offsetof(activations, scan_out), PER_SCAN, CHEAP},    // COSTLY with a normaliser
+    {"scan_out", offsetof(activations, scan_out), PER_SCAN, CHEAP},    // COSTLY with a normaliser or softmax
     {"lse", offsetof(activations, lse), PER_LSE, COSTLY},
     {"aug_out", offsetof(activations, aug_out), PER_P, COSTLY},
     {"rho", offsetof(activations, rho), PER_RHO, CHEAP},
@@ -3117,7 +3117,8 @@ static size_t place_activations(activations *a, real *block, const metala_config
         real **pointer = (real **)(void *)((char *)a + member->member);
         enum cost cost = member->cost;
         if ((member->width == PER_Q && !s.own_q) || (member->width == PER_K && !s.own_k) ||
-            (member->width == PER_V && !s.own_v) || (member->width == PER_SCAN && s.ones))
+            (member->width == PER_V && !s.own_v) ||
+            (member->width == PER_SCAN && (s.ones || c->row.decay == METALA_DECAY_SOFTMAX)))
             cost = COSTLY;
         size_t count = member_count(c, member->width, B, T);
         if (cost < least || cost > most || !count || (member->width == PER_STATE && !with_states)) continue;
