@@ -2525,6 +2525,7 @@ static const char *row_problem(const metala_config *c) {
         {(q == METALA_QUERY_CONSTANT) != (k == METALA_KEY_CONSTANT), "query constant and key constant belong together"},
         {(q == METALA_QUERY_SHARED) != (k == METALA_KEY_SHARED), "query shared and key shared belong together"},
         {(q == METALA_QUERY_SHARED) != (a == METALA_DECAY_SELECTIVE), "query shared and decay selective belong together"},
+        {q == METALA_QUERY_SHARED && v != METALA_VALUE_INPUT, "query shared needs value input"},
         {(q == METALA_QUERY_EXP) != (k == METALA_KEY_EXP), "query exp and key exp belong together"},
         {(q == METALA_QUERY_EXP) != (a == METALA_DECAY_EXP), "query exp and decay exp belong together"},
         {(q == METALA_QUERY_EXP) != (r->self == METALA_SELF_BONUS), "query exp and self bonus belong together"},
