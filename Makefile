@@ -106,8 +106,10 @@ asan: build/flags
 	$(CC) $(SANITIZE) $(LDFLAGS) -o build/test-asan test.c metala.c $(LDLIBS)
 	ASAN_OPTIONS=allocator_may_return_null=1 build/test-asan $(WITH_GOLDEN)
 
-test-programs: all
+test-programs: all build/train-failing
 	tests/programs.sh
+build/train-failing: tests/failing.c train.c build/metala.o $(GPU)
+	$(CC) $(CFLAGS) $(DEFINES) $(LDFLAGS) -I. -o $@ tests/failing.c build/metala.o $(GPU) $(LDLIBS)
 
 mutants: build/flags
 	CC='$(CC)' CFLAGS='$(WARNINGS) -O1 $(NATIVE)' tests/mutants.sh $(COUNT)

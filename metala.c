@@ -1825,7 +1825,7 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 // digits within 64 tokens.)
 
 typedef struct {                // one head of one sequence: pointers to its first token and distances between tokens
-    size_t T, K, V, k_step, v_step;
+    size_t T, K, V, k_step, v_step, heads;     // or several neighbours, where they are narrow
     real scale;
     const real *q, *k, *v, *alpha, *dO, *states;
     real *o, *S, *keep_states, *dq, *dk, *dv, *da, *dS;
@@ -2209,20 +2209,124 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
     copy_unpadded(G, V, gamma, Vp, K, V);
 }
 
-// ---- All heads of all sequences.
+// ---- Narrow heads: where K = 1 or V = 1, the state of a head is a vector.
+//
+// Products of matrices have nothing to gain there, and the recurrence costs little more than reading its inputs once,
+// provided that its loops are long. So a group of neighbouring heads walks through time together. With V = 1 their q, k,
+// α and S are n numbers one behind the other, with K = 1 it is their v, o and S; one loop serves all. What has a single
+// number for each head is repeated to be as long, and the sums over K or V are those of so many neighbours.
 
-static size_t scan_scratch(metala_form form, size_t T, size_t K, size_t V, int backward) {
-    if (form == METALA_PARALLEL) return parallel_scratch(T, K, V);
-    if (form == METALA_RECURRENT) return backward ? recurrent_scratch(K, V) : 0;
-    return backward ? chunkwise_scratch(K, V) : block_scratch(K, V);
+enum { NARROW = 512 };          // numbers of a group's state: those of 64 tokens fit the level-2 cache
+
+static int is_narrow(size_t K, size_t V) { return K == 1 || V == 1; }
+
+static size_t narrow_group(size_t H, size_t K, size_t V) {
+    size_t heads = NARROW / (K * V);
+    return heads < 1 ? 1 : heads < H ? heads : H;
 }
 
-// Head b_h = b·H + h. The inputs are the same forward and backward.
-static head head_at(size_t b_h, const real *q, const real *k, const real *v, const real *alpha, size_t T, size_t H,
-                    size_t K, size_t V, double scale) {
-    size_t start = b_h / H * T * H + b_h % H;
+// Each of the n numbers `count` times, in `to`; or where they are, if that is once.
+static const real *repeat(real *to, const real *x, size_t n, size_t count) {
+    if (count == 1) return x;
+    if (count == 2)
+        for (size_t i = 0; i < n; i++) to[2 * i] = to[2 * i + 1] = x[i];
+    else
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < count; j++) to[i * count + j] = x[i];
+    return to;
+}
+
+// The n sums over `count` neighbours of s a b.
+static void dots(real *to, real s, const real *a, const real *b, size_t n, size_t count) {
+    if (count == 1)
+        for (size_t i = 0; i < n; i++) to[i] = s * a[i] * b[i];
+    else if (count == 2)
+        for (size_t i = 0; i < n; i++) to[i] = s * (a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]);
+    else
+        for (size_t i = 0; i < n; i++) to[i] = s * dot(a + i * count, b + i * count, count);
+}
+
+// One token of a group: its inputs, n numbers each.
+typedef struct { const real *q, *k, *alpha, *v, *dO; } narrow_token;
+
+static size_t narrow_scratch(size_t n, int backward) { return (backward ? METALA_CHUNK + 1 + 5 : 4) * n; }
+
+static narrow_token narrow_inputs(const head *h, size_t t, real *work) {
+    size_t n = h->heads * h->K * h->V, at_k = t * h->k_step, at_v = t * h->v_step, keys = h->heads * h->K;
+    narrow_token x;
+    x.q = repeat(work, h->q + at_k, keys, h->V);
+    x.k = repeat(work + n, h->k + at_k, keys, h->V);
+    x.alpha = repeat(work + 2 * n, h->alpha + at_k, keys, h->V);
+    x.v = repeat(work + 3 * n, h->v + at_v, h->heads * h->V, h->K);
+    x.dO = h->dO ? repeat(work + 4 * n, h->dO + at_v, h->heads * h->V, h->K) : NULL;
+    return x;
+}
+
+// S = α S' + k v
+static void narrow_update(real *S, const real *before, const narrow_token *x, size_t n) {
+    const real *alpha = x->alpha, *k = x->k, *v = x->v;
+    for (size_t i = 0; i < n; i++) S[i] = alpha[i] * before[i] + k[i] * v[i];
+}
+
+static void narrow_forward(const head *h, real *S, real *work) {
+    size_t KV = h->K * h->V, n = h->heads * KV;
+    for (size_t t = 0; t < h->T; t++) {
+        for (size_t i = 0; h->keep_states && t % METALA_CHUNK == 0 && i < h->heads; i++)
+            memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * KV, S + i * KV, KV * sizeof(real));
+        narrow_token x = narrow_inputs(h, t, work);
+        narrow_update(S, S, &x, n);
+        dots(h->o + t * h->v_step, h->scale, x.q, S, h->heads * h->V, h->K);
+    }
+}
+
+static void narrow_backward(const head *h, real *G, real *work) {
+    size_t K = h->K, V = h->V, n = h->heads * K * V, keys = h->heads * K;
+    real *states = work + 5 * n;
+    for (size_t c = chunks(h->T); c-- > 0;) {
+        size_t t0 = c * METALA_CHUNK, end = h->T - t0 < METALA_CHUNK ? h->T : t0 + METALA_CHUNK;
+        for (size_t i = 0; i < h->heads; i++)
+            memcpy(states + i * K * V, h->states + (i * chunks(h->T) + c) * K * V, K * V * sizeof(real));
+        for (size_t t = t0; t < end; t++) {                          // states + (t + 1 - t0) n is S after token t
+            narrow_token x = narrow_inputs(h, t, work);
+            narrow_update(states + (t + 1 - t0) * n, states + (t - t0) * n, &x, n);
+        }
+        for (size_t t = end; t-- > t0;) {
+            const real *before = states + (t - t0) * n, *after = before + n;
+            narrow_token x = narrow_inputs(h, t, work);
+            for (size_t i = 0; i < n; i++) G[i] += h->scale * x.q[i] * x.dO[i];
+            dots(h->dq + t * h->k_step, h->scale, after, x.dO, keys, V);
+            dots(h->dk + t * h->k_step, 1, G, x.v, keys, V);
+            dots(h->dv + t * h->v_step, 1, G, x.k, h->heads * V, K);
+            for (size_t i = 0; i < n; i++) G[i] *= x.alpha[i];
+            dots(h->da + t * h->k_step, 1, G, before, keys, V);
+        }
+    }
+}
+
+// ---- All heads of all sequences.
+
+// How many neighbouring heads are one piece of work.
+static size_t group_of(metala_form form, size_t H, size_t K, size_t V) {
+    return form == METALA_CHUNKWISE && is_narrow(K, V) ? narrow_group(H, K, V) : 1;
+}
+
+// For the states of a group, and what it needs beside them.
+static size_t scan_scratch(metala_form form, size_t T, size_t H, size_t K, size_t V, int backward) {
+    size_t n = group_of(form, H, K, V) * K * V;
+    if (form == METALA_PARALLEL) return plus(n, parallel_scratch(T, K, V));
+    if (form == METALA_RECURRENT) return n + (backward ? recurrent_scratch(K, V) : 0);
+    if (is_narrow(K, V)) return n + narrow_scratch(n, backward);
+    return n + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
+}
+
+// The heads of a sequence from `first`, where heads count through all sequences (b·H + h): no more than a group, nor than
+// the sequence has. The inputs are the same forward and backward.
+static head head_at(size_t first, size_t group, const real *q, const real *k, const real *v, const real *alpha, size_t T,
+                    size_t H, size_t K, size_t V, double scale) {
+    size_t start = first / H * T * H + first % H;
     head h = {0};
     h.T = T, h.K = K, h.V = V, h.k_step = H * K, h.v_step = H * V;
+    h.heads = H - first % H < group ? H - first % H : group;
     h.scale = (real)scale;
     h.q = q + start * K, h.k = k + start * K, h.alpha = alpha + start * K, h.v = v + start * V;
     return h;
@@ -2231,19 +2335,21 @@ static head head_at(size_t b_h, const real *q, const real *k, const real *v, con
 static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S, real *states, const real *q,
                          const real *k, const real *v, const real *alpha, size_t B, size_t T, size_t H, size_t K,
                          size_t V, double scale) {
-    size_t each = plus(scan_scratch(form, T, K, V, 0), K * V);
+    size_t each = scan_scratch(form, T, H, K, V, 0), group = group_of(form, H, K, V), groups = (H + group - 1) / group;
     real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
-    for (size_t b_h = 0; b_h < B * H; b_h++) {
-        real *own = work + thread_number() * each, *state = S ? S + b_h * K * V : own;
-        if (!S) memset(state, 0, K * V * sizeof(real));
-        head h = head_at(b_h, q, k, v, alpha, T, H, K, V, scale);
+    for (size_t i = 0; i < B * groups; i++) {
+        size_t first = i / groups * H + i % groups * group;
+        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale);
+        real *own = work + thread_number() * each, *state = S ? S + first * K * V : own, *rest = own + group * K * V;
+        if (!S) memset(state, 0, h.heads * K * V * sizeof(real));
         h.o = o + (h.v - v);
-        h.keep_states = states ? states + b_h * chunks(T) * K * V : NULL;
+        h.keep_states = states ? states + first * chunks(T) * K * V : NULL;
         if (form == METALA_RECURRENT) recurrent_forward(&h, state);
-        else if (form == METALA_PARALLEL) parallel_forward(&h, state, own + K * V);
-        else chunkwise_forward(&h, state, own + K * V);
+        else if (form == METALA_PARALLEL) parallel_forward(&h, state, rest);
+        else if (is_narrow(K, V)) narrow_forward(&h, state, rest);
+        else chunkwise_forward(&h, state, rest);
     }
 }
 
@@ -2252,20 +2358,22 @@ static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S
 static void scan_backward(metala_context *ctx, metala_form form, real *dq, real *dk, real *dv, real *da, real *dS,
                           const real *dO, const real *states, const real *q, const real *k, const real *v,
                           const real *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
-    size_t each = plus(scan_scratch(form, T, K, V, 1), K * V);
+    size_t each = scan_scratch(form, T, H, K, V, 1), group = group_of(form, H, K, V), groups = (H + group - 1) / group;
     real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
-    for (size_t b_h = 0; b_h < B * H; b_h++) {
-        real *own = work + thread_number() * each, *G = dS ? dS + b_h * K * V : own;
-        if (!dS) memset(G, 0, K * V * sizeof(real));
-        head h = head_at(b_h, q, k, v, alpha, T, H, K, V, scale);
-        h.states = states + b_h * chunks(T) * K * V;
+    for (size_t i = 0; i < B * groups; i++) {
+        size_t first = i / groups * H + i % groups * group;
+        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale);
+        real *own = work + thread_number() * each, *G = dS ? dS + first * K * V : own, *rest = own + group * K * V;
+        if (!dS) memset(G, 0, h.heads * K * V * sizeof(real));
+        h.states = states + first * chunks(T) * K * V;
         h.dO = dO + (h.v - v), h.dv = dv + (h.v - v);
         h.dq = dq + (h.q - q), h.dk = dk + (h.q - q), h.da = da + (h.q - q);
-        if (form == METALA_RECURRENT) recurrent_backward(&h, G, own + K * V);
-        else if (form == METALA_PARALLEL) parallel_backward(&h, G, own + K * V);
-        else chunkwise_backward(&h, G, own + K * V);
+        if (form == METALA_RECURRENT) recurrent_backward(&h, G, rest);
+        else if (form == METALA_PARALLEL) parallel_backward(&h, G, rest);
+        else if (is_narrow(K, V)) narrow_backward(&h, G, rest);
+        else chunkwise_backward(&h, G, rest);
     }
 }
 
@@ -2489,8 +2597,8 @@ static sizes sizes_of(const metala_config *c) {
     else {
         size_t d = (size_t)c->feature_dim;
         s.H = heads, s.V = E / heads, s.K = (r->channels == METALA_CHANNELS_HALF ? s.D / 2 : s.D) / heads;
-        s.q = s.k = s.H * s.K;
-        if (r->query == METALA_QUERY_TAYLOR) s.K = 1 + d + d * d, s.q = s.k = s.H * d;
+        s.q = s.k = times(s.H, s.K);
+        if (r->query == METALA_QUERY_TAYLOR) s.K = 1 + d + d * d, s.q = s.k = times(s.H, d);
         if (r->key == METALA_KEY_TIED) s.k = 0;
         if (r->query <= METALA_QUERY_SILU && r->key <= METALA_KEY_SILU) s.scale = 1 / sqrt((double)s.K);
     }
@@ -2504,7 +2612,7 @@ static sizes sizes_of(const metala_config *c) {
     s.low = r->decay == METALA_DECAY_LOWRANK || r->decay == METALA_DECAY_SELECTIVE ? (size_t)c->low_rank : 0;
     s.g = r->gate ? s.p : 0;
     s.theta = r->phase == METALA_PHASE_FIRST ? s.K / 2
-            : r->phase == METALA_PHASE_LEARNED ? (s.complex_values ? s.H : s.H * (s.K / 2)) : 0;
+            : r->phase == METALA_PHASE_LEARNED ? (s.complex_values ? s.H : times(s.H, s.K / 2)) : 0;
     s.own_q = r->query != METALA_QUERY_LINEAR;
     s.own_k = r->key != METALA_KEY_LINEAR;
     s.own_v = s.ones || s.complex_values || r->value == METALA_VALUE_PRODUCT || r->decay == METALA_DECAY_SELECTIVE;
@@ -2616,7 +2724,8 @@ struct metala_model {
     layer_offsets *layers;
     size_t embedding, head;             // the same when tied, unless quantized: the lookup needs reals
     size_t bounds;                      // logits of the lower bounds of decays
-    real *constants;                    // the backend's memory: see place_constants
+    real *constants;                    // the backend's memory: see fill_constants
+    uint64_t version;                   // counts changes of the parameters
 };
 
 // [ out·in weights | padding | out·groups scales of int8 | padding ], where the scales start, and all of it in bytes.
@@ -2852,6 +2961,7 @@ static int need_reals(metala_context *ctx, const metala_model *m, const char *wh
 int metala_model_set(metala_context *ctx, metala_model *m, const char *name, const real *in) {
     const metala_tensor *t = find_parameter(ctx, m, name);
     if (!t || need_reals(ctx, m, name)) return -1;
+    m->version++;
     m->backend->upload(ctx, m->parameters + t->offset, in, t->count * sizeof(real));
     return 0;
 }
@@ -2909,6 +3019,7 @@ int metala_model_quantize(metala_context *ctx, metala_model *m, metala_dtype typ
     }
     if (!status) {
         metala_model old = *m;
+        to->version = m->version + 1;
         *m = *to;
         *to = old;
     }
@@ -2972,6 +3083,7 @@ int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, const
     static const metala_init authors = {0.02, 1, 1, 0};
     if (need_reals(ctx, m, "initialisation")) return -1;
     if (!init) init = &authors;
+    m->version++;
     size_t most = 0, D = (size_t)m->config.width, K = sizes_of(&m->config).K;
     for (int i = 0; i < m->tensor_count; i++) most = m->tensors[i].count > most ? m->tensors[i].count : most;
     real *values = cpu_alloc(times(most, sizeof(real)));
@@ -3166,7 +3278,7 @@ static void linear(metala_context *ctx, const metala_model *m, real *y, const re
 }
 
 // y (rows,n) = the same n numbers in every row: a linear layer without inputs. And the gradient: d += Σ_rows dy.
-static void repeat(metala_context *ctx, const metala_backend *be, real *y, const real *numbers, size_t rows, size_t n) {
+static void repeat_rows(metala_context *ctx, const metala_backend *be, real *y, const real *numbers, size_t rows, size_t n) {
     be->matmul_forward(ctx, y, y, numbers, numbers, rows, n, 0);
 }
 static void add_rows(metala_context *ctx, const metala_backend *be, real *d, const real *dy, size_t rows, size_t n) {
@@ -3179,12 +3291,13 @@ typedef struct {                // what all layers of one pass share
     const uint8_t *mask;        // the backend's memory, or NULL
     metala_form form;
     uint64_t position;          // of the first token
+    int ssm_ready;              // the constants of complex decays are those of these parameters already
     const real *bounds;         // (L,H·K) lower bounds of decays
     real *dbounds;
 } pass;
 
 static pass pass_of(const metala_config *c, size_t B, size_t T, const uint8_t *mask, metala_form form, uint64_t position) {
-    pass p = {B, T, B * T, sizes_of(c), mask, form, position, NULL, NULL};
+    pass p = {B, T, B * T, sizes_of(c), mask, form, position, 0, NULL, NULL};
     return p;
 }
 
@@ -3241,7 +3354,7 @@ static void mixer_projections(metala_context *ctx, const metala_model *m, int la
     if (s->low) {
         linear(ctx, m, a->low, a->conv_out, w->low, NULL, p->rows, s->low, s->u);
         linear(ctx, m, a->z, a->low, w->z, P + w->z_bias, p->rows, s->z, s->low);
-    } else if (m->config.row.decay == METALA_DECAY_FIXED) repeat(ctx, m->backend, a->z, P + w->z, p->rows, s->z);
+    } else if (m->config.row.decay == METALA_DECAY_FIXED) repeat_rows(ctx, m->backend, a->z, P + w->z, p->rows, s->z);
     else if (s->z) linear(ctx, m, a->z, a->conv_out, w->z, NULL, p->rows, s->z, s->u);
     if (s->k) linear(ctx, m, a->k_proj, a->shift_k, w->k, NULL, p->rows, s->k, s->u);
     if (s->v && m->config.row.conv != METALA_CONV_VALUE) {
@@ -3287,7 +3400,7 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
             be->gate_forward(ctx, a->alpha, tied, a->z, rows * HK, c->tau);
             break;
         case METALA_DECAY_ONE: case METALA_DECAY_HEADS: case METALA_DECAY_DEPTH:
-            repeat(ctx, be, a->alpha, decays + (r->decay == METALA_DECAY_DEPTH ? (size_t)layer * HK : 0), rows, HK);
+            repeat_rows(ctx, be, a->alpha, decays + (r->decay == METALA_DECAY_DEPTH ? (size_t)layer * HK : 0), rows, HK);
             break;
         case METALA_DECAY_BOUNDED:
             be->bounded_gate_forward(ctx, a->alpha, tied, a->z, p->bounds + (size_t)layer * HK, rows, HK);
@@ -3297,6 +3410,7 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
                             exponents, p->B, p->T, H, p->position);
             break;
         case METALA_DECAY_LRU: case METALA_DECAY_ZOH: case METALA_DECAY_DSS:
+            if (p->ssm_ready) break;
             be->ssm_forward(ctx, (metala_ssm)(r->decay - METALA_DECAY_LRU), a->ssm, a->ssm + HN, b, P + w->ssm_decay,
                             P + w->ssm_phase, P + w->ssm_step, H, s->states, (size_t)c->length);
             break;
@@ -3304,26 +3418,26 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
             be->selective_forward(ctx, a->alpha, a->v, a->z, a->conv_out, P + w->A, rows, H, K);
             break;
     }
-    if (r->phase == METALA_PHASE_DECAY && s->complex_values) repeat(ctx, be, a->alpha, a->ssm, rows, HN);
+    if (r->phase == METALA_PHASE_DECAY && s->complex_values) repeat_rows(ctx, be, a->alpha, a->ssm, rows, HN);
     else if (r->phase == METALA_PHASE_DECAY) {
-        be->copy_heads_forward(ctx, a->ssm + 4 * HN, a->ssm, HN, 2, 1);
-        repeat(ctx, be, a->alpha, a->ssm + 4 * HN, rows, HK);
+        if (!p->ssm_ready) be->copy_heads_forward(ctx, a->ssm + 4 * HN, a->ssm, HN, 2, 1);
+        repeat_rows(ctx, be, a->alpha, a->ssm + 4 * HN, rows, HK);
     }
 
     switch (r->query) {
         case METALA_QUERY_SILU: feature_forward(ctx, be, METALA_MAP_SILU, 0, a->q, a->q_proj, p, d); break;
         case METALA_QUERY_ELU1: feature_forward(ctx, be, METALA_MAP_ELU1, 0, a->q, a->q_proj, p, d); break;
         case METALA_QUERY_TAYLOR: feature_forward(ctx, be, METALA_MAP_NONE, 1, a->q, a->q_proj, p, d); break;
-        case METALA_QUERY_ONE: repeat(ctx, be, a->q, ones, rows, HK); break;
-        case METALA_QUERY_CONSTANT: repeat(ctx, be, a->q, P + w->C, rows, HK); break;
+        case METALA_QUERY_ONE: repeat_rows(ctx, be, a->q, ones, rows, HK); break;
+        case METALA_QUERY_CONSTANT: repeat_rows(ctx, be, a->q, P + w->C, rows, HK); break;
         case METALA_QUERY_SHARED: be->copy_heads_forward(ctx, a->q, a->q_proj, rows, H, K); break;
     }
     switch (r->key) {
         case METALA_KEY_SILU: feature_forward(ctx, be, METALA_MAP_SILU, 0, a->k, a->k_proj, p, d); break;
         case METALA_KEY_ELU1: feature_forward(ctx, be, METALA_MAP_ELU1, 0, a->k, a->k_proj, p, d); break;
         case METALA_KEY_TAYLOR: feature_forward(ctx, be, METALA_MAP_NONE, 1, a->k, a->k_proj, p, d); break;
-        case METALA_KEY_ONE: repeat(ctx, be, a->k, ones, rows, HK); break;
-        case METALA_KEY_CONSTANT: repeat(ctx, be, a->k, b, rows, HK); break;
+        case METALA_KEY_ONE: repeat_rows(ctx, be, a->k, ones, rows, HK); break;
+        case METALA_KEY_CONSTANT: repeat_rows(ctx, be, a->k, b, rows, HK); break;
         case METALA_KEY_SHARED: be->copy_heads_forward(ctx, a->k, a->k_proj, rows, H, K); break;
     }
     if (r->conv == METALA_CONV_KEY) {
@@ -3965,6 +4079,7 @@ int metala_update(metala_context *ctx, metala_trainer *t, const metala_adamw *ad
     }
     if (adamw->clip_norm > 0) scale = fmin(1, adamw->clip_norm / (length + 1e-6));
     t->step++;
+    m->version++;
     for (int i = 0; i < m->tensor_count; i++) {
         const metala_tensor *tensor = &m->tensors[i];
         size_t at = tensor->offset;
@@ -4025,6 +4140,8 @@ struct metala_state {
     uint8_t *seen;                      // (B,room) the tokens that are not padding
     size_t room;
     real *bounds;                       // (L,H·K) lower bounds of decays, or NULL
+    real *ssm;                          // (L,6,H·states) constants of complex decays, or NULL
+    uint64_t ssm_version;               // of the parameters that they were computed from
     real *memory;                       // one layer's activations, used by every layer in turn
     activations a;
     real *final_norm, *final_r, *last, *logits, *loss, *lse;
@@ -4078,6 +4195,7 @@ void metala_state_free(metala_state *s) {
     s->backend->free(s->values);
     s->backend->free(s->seen);
     s->backend->free(s->bounds);
+    s->backend->free(s->ssm);
     free(s);
 }
 
@@ -4154,6 +4272,7 @@ metala_state *metala_state_create(metala_context *ctx, const metala_model *model
     if (same_device(ctx, model->backend, "state")) return NULL;
     metala_state *s = calloc(1, sizeof *s);
     size_t bytes = times((size_t)B, metala_state_bytes(&model->config, 0)), bounds = bounds_count(&model->config);
+    size_t ssm = times((size_t)model->config.layers, member_count(&model->config, PER_SSM, 1, 1));
     if (s) {
         const metala_config *c = &model->config;
         s->model = model, s->backend = model->backend, s->B = (size_t)B;
@@ -4161,8 +4280,10 @@ metala_state *metala_state_create(metala_context *ctx, const metala_model *model
         s->S = s->backend->alloc(times(times(count, state_count(c)), sizeof(real)) + 1);      // of one byte where there is nothing
         s->tails = s->backend->alloc(times(times(count, tail_count(c)), sizeof(real)) + 1);
         if (bounds) s->bounds = s->backend->alloc(times(bounds, sizeof(real)));
+        if (ssm) s->ssm = s->backend->alloc(times(ssm, sizeof(real)));
+        s->ssm_version = UINT64_MAX;
     }
-    if (!s || !s->S || !s->tails || (bounds && !s->bounds)) {
+    if (!s || !s->S || !s->tails || (bounds && !s->bounds) || (ssm && !s->ssm)) {
         fail_memory(ctx, "a state", (double)bytes);
         metala_state_free(s);
         return NULL;
@@ -4277,16 +4398,19 @@ static int read_segment(metala_context *ctx, metala_state *s, metala_form form, 
     size_t bounds = bounds_count(c), L = (size_t)c->layers;
     if (bounds) be->bounds_forward(ctx, s->bounds, m->parameters + m->bounds, L, bounds / L);
     p.bounds = s->bounds;
+    p.ssm_ready = s->ssm_version == m->version;
     be->embedding_forward(ctx, s->a.input, s->tokens, m->parameters + m->embedding, rows, D, embedding_scale(c));
     for (size_t l = 0; l < L; l++) {
         size_t keys = s->room * p.s.H * p.s.K, values = s->room * p.s.H * p.s.V;
         memory_of_layer past = {s->S + l * s->B * state_count(c), s->tails + l * s->B * tail_count(c), NULL, NULL, s->seen, s->room};
         if (!tail_count(c)) past.tail = NULL;
+        if (s->ssm) s->a.ssm = s->ssm + l * member_count(c, PER_SSM, 1, 1);
         if (s->keys) past.keys = s->keys + l * s->B * keys, past.values = s->values + l * s->B * values;
         layer_forward(ctx, m, (int)l, &s->a, &p, &past);
     }
     be->rms_forward(ctx, s->final_norm, s->final_r, s->a.output, NULL, rows, D, c->norm_eps);
     if (metala_context_failed(ctx)) return -1;
+    s->ssm_version = m->version;
     s->position += n;
     return 0;
 }
@@ -5440,6 +5564,7 @@ int metala_checkpoint_load(metala_context *ctx, metala_trainer *t, const char *p
     t->backend->upload(ctx, t->first, host + m->size, m->size * sizeof(real));
     t->backend->upload(ctx, t->second, host + 2 * m->size, m->size * sizeof(real));
     metala_trainer_zero(ctx, t);
+    m->version++;
     t->step = step;
     status = 0;
 done:

@@ -50,7 +50,8 @@ static int complain(const char *format, ...) {
 // ------------------------------------------------------------------------------------------------ options
 
 typedef struct {
-    const char *model, *prompt, *prompt_file, *stop, *save_state, *load_state, *eval, *form_name, *weights, *quantize, *device, *math;
+    const char *model, *prompt, *prompt_file, *stop, *save_state, *load_state, *eval, *form_name, *weights, *quantize;
+    const char *device, *math;
     uint64_t tokens, samples, seed, top_k, repeat_window, context, threads;
     double temperature, top_p, min_p, repeat_penalty;
     int chat, info, models, conditions, no_echo, quiet, help, version;
@@ -114,9 +115,11 @@ enum { OPTIONS = sizeof options / sizeof *options };
 
 static void print_help(void) {
     puts("usage: run MODEL [PROMPT] [options]\n\n"
-         "Continues PROMPT with a MetaLA model (a .safetensors file). PROMPT - reads it from standard input. A model\n"
-         "with a vocabulary of 256 reads and writes bytes, others numbers of tokens, separated by spaces.\n"
-         "The text goes to standard output, everything else to standard error.\n\n"
+         "Continues PROMPT with a MetaLA model (a .safetensors file). PROMPT - reads it from standard input. Without\n"
+         "one, a state that was loaded goes on, and a new text begins as after the model's begin token (train\n"
+         "--bos-token) or a newline. A model with a vocabulary of 256 reads and writes bytes, others numbers of\n"
+         "tokens, separated by spaces; its end token (train --eos-token) ends the text. The text goes to standard\n"
+         "output, everything else to standard error.\n\n"
          "  run model.safetensors \"Once upon a time\" --temperature 0.7\n"
          "  run model.safetensors --prompt-file story.txt -n 0 --save-state story.state\n"
          "  run model.safetensors --load-state story.state --samples 3\n"
@@ -135,7 +138,8 @@ static void print_help(void) {
         if (o->kind == COUNT || o->kind == NUMBER) printf(" [%g]", o->initial);
         putchar('\n');
     }
-    puts("\nOptions may be written --name value or --name=value; -- ends them.");
+    puts("\nOptions may be written --name value or --name=value; -- ends them.\n"
+         "Exit status: 0 finished, 1 failure, 2 wrong usage, 130 Ctrl-C.");
 }
 
 // Insertions, deletions and replacements that make b of a (Levenshtein), one row of the table at a time.
@@ -341,6 +345,7 @@ typedef struct {
     uint64_t seed;                      // 0 when the random numbers continue those of a saved state
     size_t tokens_read, tokens_written;
     double read_seconds, write_seconds;
+    char no_device[300];                // why the CPU has to do it; or empty
 } program;
 
 static int library_failed(const program *p) { return complain("%s", metala_error(p->ctx)); }
@@ -1204,6 +1209,7 @@ static int run(program *p) {
     watch_interrupts();
     if (s->save_state && check_target(p, s->save_state)) return metala_state_free(q.state), -1;
     int status = s->load_state ? load_sequence(p, &q, s->load_state) : 0;
+    if (!status && *p->no_device) complain("--device cuda: %s; going on with the CPU", p->no_device);
     if (!status) status = s->eval ? evaluate(p, q.state) : s->chat ? chat(p, &q) : generate(p, &q);
     metala_state_free(q.state);
     return status;
@@ -1220,10 +1226,10 @@ static void wait_asleep(char **argv) {
 #endif
 
 // What --device asks for, or the CPU and why.
-static const metala_backend *backend_of(const settings *s) {
-    char why[300];
-    const metala_backend *backend = on_cuda(s) ? metala_cuda(s->math_type, why, sizeof why) : metala_cpu();
-    if (!backend) complain("--device cuda: %s; going on with the CPU", why);
+static const metala_backend *backend_of(program *p) {
+    const metala_backend *backend = NULL;
+    if (on_cuda(p->s)) backend = metala_cuda(p->s->math_type, p->no_device, sizeof p->no_device);
+    if (backend) *p->no_device = 0;
     return backend ? backend : metala_cpu();
 }
 
@@ -1240,7 +1246,7 @@ int main(int argc, char **argv) {
     if (s.help || s.version || s.models) return flush_output() ? 1 : 0;
     p.s = &s;
     p.last_written = -1;
-    p.ctx = metala_open(backend_of(&s), (int)s.threads);
+    p.ctx = metala_open(backend_of(&p), (int)s.threads);
     int status = !p.ctx ? complain("%s", metala_error(NULL)) : s.conditions ? print_conditions(&p) : run(&p);
     free(p.logits);
     free(p.candidates);

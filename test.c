@@ -2,7 +2,7 @@
 //
 //   ./test                      all checks           ./test --list          their names
 //   ./test --only TEXT          those whose name contains TEXT
-//   ./test --golden DIR         also the golden files in DIR (or the environment variable METALA_GOLDEN)
+//   ./test --golden DIR         also with every .safetensors file in DIR (or the environment variable METALA_GOLDEN)
 //   ./test FILE...              only compare with these golden files
 //   ./test --stop               stop at the first failure
 //   ./test --device cuda        the GPU against the CPU: every kernel, then models and golden files
@@ -16,6 +16,10 @@
 // Contents: checks - numbers - scalar functions - kernels - matrix products - the scan - AdamW - the model - states -
 // training - files - data - memory that runs out - twins - golden files - main.
 
+#if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
+#define _POSIX_C_SOURCE 200809L          // opendir; everything else is C99
+#endif
+
 #include "metala.h"
 
 #include <float.h>
@@ -27,6 +31,9 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef _POSIX_C_SOURCE
+#include <dirent.h>
 #endif
 
 typedef metala_real real;
@@ -1056,7 +1063,9 @@ static void check_scans(void) {
     }
     static const scan_shape shapes[] = {{1, 1, 1, 1, 1}, {2, 3, 2, 1, 2}, {1, 15, 3, 5, 7}, {1, 16, 1, 4, 8},
         {2, 17, 2, 3, 16}, {1, 63, 1, 8, 16}, {1, 64, 2, 2, 33}, {1, 65, 1, 9, 5}, {2, 130, 3, 8, 16},
-        {1, 200, 1, 17, 31}, {1, 70, 2, 32, 64}};
+        {1, 200, 1, 17, 31}, {1, 70, 2, 32, 64},
+        {2, 130, 5, 1, 2}, {1, 70, 700, 1, 1}, {2, 67, 3, 16, 1}, {1, 129, 40, 32, 1}, {1, 66, 3, 2, 1}, {1, 66, 3, 7, 1}, {1, 65, 2, 1, 40},
+        {1, 65, 2, 600, 1}, {1, 70, 2, 273, 33}, {1, 66, 2, 8, 65}, {1, 66, 1, 8, 49}};
     static const metala_form forms[] = {METALA_RECURRENT, METALA_PARALLEL, METALA_CHUNKWISE};
     for (size_t i = 0; i < COUNT(shapes); i++)
         for (int gates = SOFT; gates <= HARD; gates++)
@@ -3988,6 +3997,301 @@ static void twin_adamw(const shape *s) {
     ALL(adamw, REAL(p), REAL(m), REAL(v), REAL(g), n, &a, 3, 0.5, s->variant ? 0.1 : 0);
 }
 
+// ---- Kernels of the other rows. What is D in one is channels, heads of one or layers in another; variants are bits.
+
+// u or c as NULL: the convolution alone.
+static void twin_plain_conv_forward(const shape *s) {
+    const tensor *c = OUT("c", "btd", s->B, s->T, s->D), *n = IN("n", "btd", s->B, s->T, s->D), *w = IN("w", "dj", s->D, 4);
+    ALL(conv_forward, NULL, REAL(c), REAL(n), REAL(w), NULL, s->B, s->T, s->D);
+}
+static void twin_plain_conv_backward(const shape *s) {
+    const tensor *dn = OUT("dn", "btd", s->B, s->T, s->D), *dw = ADDED("dw", "dj", s->D * 4, s->D, 4);
+    const tensor *du = IN("du", "btd", s->B, s->T, s->D), *n = IN("n", "btd", s->B, s->T, s->D);
+    const tensor *w = IN("w", "dj", s->D, 4);
+    ALL(conv_backward, REAL(dn), REAL(dw), REAL(du), NULL, REAL(n), REAL(w), NULL, s->B, s->T, s->D);
+}
+static void twin_shift_forward(const shape *s) {                     // variant 1: after a token
+    const tensor *y = OUT("y", "btd", s->B, s->T, s->D), *n = IN("n", "btd", s->B, s->T, s->D), *mu = IN("mu", "d", s->D);
+    const tensor *previous = s->variant & 1 ? IN("previous", "bd", s->B, s->D) : NULL;
+    ALL(shift_forward, REAL(y), REAL(n), REAL(mu), REAL(previous), s->B, s->T, s->D);
+}
+static void twin_shift_backward(const shape *s) {
+    const tensor *dn = ADDED("dn", "btd", rows_of(s) * s->D, s->B, s->T, s->D), *dmu = ADDED("dmu", "d", s->D, s->D);
+    const tensor *dy = IN("dy", "btd", s->B, s->T, s->D), *n = IN("n", "btd", s->B, s->T, s->D), *mu = IN("mu", "d", s->D);
+    const tensor *previous = s->variant & 1 ? IN("previous", "bd", s->B, s->D) : NULL;
+    ALL(shift_backward, REAL(dn), REAL(dmu), REAL(dy), REAL(n), REAL(mu), REAL(previous), s->B, s->T, s->D);
+}
+static void twin_last_token(const shape *s) {
+    const tensor *to = OUT("to", "bd", s->B, s->D), *x = IN("x", "btd", s->B, s->T, s->D);
+    ALL(last_token, REAL(to), REAL(x), s->B, s->T, s->D);
+}
+static void twin_map_forward(const shape *s) {                       // variant: which map; large numbers too
+    size_t n = rows_of(s) * s->D;
+    const tensor *x = FILLED("x", "btd", 0, uniforms(n, -110, s->T % 2 ? 110 : 3), s->B, s->T, s->D);
+    const tensor *y = OUT("y", "btd", s->B, s->T, s->D);
+    ALL(map_forward, REAL(y), REAL(x), n, (metala_map)(s->variant % 3));
+}
+static void twin_map_backward(const shape *s) {                      // variant 4: in place
+    size_t n = rows_of(s) * s->D;
+    const tensor *x = FILLED("x", "btd", 0, uniforms(n, -110, s->T % 2 ? 110 : 3), s->B, s->T, s->D);
+    const tensor *dy = s->variant & 4 ? ADDED("dy", "btd", n, s->B, s->T, s->D) : IN("dy", "btd", s->B, s->T, s->D);
+    const tensor *dx = s->variant & 4 ? dy : OUT("dx", "btd", s->B, s->T, s->D);
+    ALL(map_backward, REAL(dx), REAL(dy), REAL(x), n, (metala_map)(s->variant % 3));
+}
+static void twin_taylor_forward(const shape *s) {
+    const tensor *y = OUT("y", "bthf", s->B, s->T, s->H, 1 + s->K + s->K * s->K), *x = IN("x", "bthk", s->B, s->T, s->H, s->K);
+    ALL(taylor_forward, REAL(y), REAL(x), rows_of(s), s->H, s->K);
+}
+static void twin_taylor_backward(const shape *s) {
+    const tensor *dx = OUT("dx", "bthk", s->B, s->T, s->H, s->K), *x = IN("x", "bthk", s->B, s->T, s->H, s->K);
+    const tensor *dy = IN("dy", "bthf", s->B, s->T, s->H, 1 + s->K + s->K * s->K);
+    ALL(taylor_backward, REAL(dx), REAL(dy), REAL(x), rows_of(s), s->H, s->K);
+}
+// Variant 1: angles for all heads, 2: negative, 4: in place, and far from the start.
+static uint64_t twin_position(const shape *s) { return s->variant & 4 ? 3000017 : 5; }
+static const tensor *angle_tensor(const shape *s) {
+    return s->variant & 1 ? FILLED("theta", "k", 0, uniforms(s->K, -8, 8), s->K)
+                          : FILLED("theta", "hk", 0, uniforms(s->H * s->K, 0, 3), s->H, s->K);
+}
+static void twin_rotate_forward(const shape *s) {
+    size_t K = 2 * s->K;
+    const tensor *x = s->variant & 4 ? ADDED("x", "bthk", rows_of(s) * s->H * K, s->B, s->T, s->H, K)
+                                     : IN("x", "bthk", s->B, s->T, s->H, K);
+    const tensor *y = s->variant & 4 ? x : OUT("y", "bthk", s->B, s->T, s->H, K), *theta = angle_tensor(s);
+    ALL(rotate_forward, REAL(y), REAL(x), REAL(theta), s->B, s->T, s->H, K, s->variant & 1, twin_position(s), s->variant & 2);
+}
+static void twin_rotate_backward(const shape *s) {                   // T divides by 3: the angles are not learned
+    size_t K = 2 * s->K, angles = s->variant & 1 ? s->K : s->H * s->K;
+    const tensor *dy = s->variant & 4 ? ADDED("dy", "bthk", rows_of(s) * s->H * K, s->B, s->T, s->H, K)
+                                      : IN("dy", "bthk", s->B, s->T, s->H, K);
+    const tensor *dx = s->variant & 4 ? dy : OUT("dx", "bthk", s->B, s->T, s->H, K), *y = IN("y", "bthk", s->B, s->T, s->H, K);
+    const tensor *dtheta = s->T % 3 ? ADDED("dtheta", "i", angles, angles) : NULL, *theta = angle_tensor(s);
+    ALL(rotate_backward, REAL(dx), REAL(dtheta), REAL(dy), REAL(y), REAL(theta), s->B, s->T, s->H, K, s->variant & 1,
+        twin_position(s), s->variant & 2);
+}
+static const tensor *gamma_tensor(const shape *s) {                  // every third number is 0
+    real *gamma = uniforms(s->D, 0, 0.99);
+    for (size_t d = 0; d < s->D; d += 3) gamma[d] = 0;
+    return FILLED("gamma", "d", 0, gamma, s->D);
+}
+static void twin_bounded_gate_forward(const shape *s) {              // variant 1: k is NULL
+    const tensor *alpha = OUT("alpha", "btd", s->B, s->T, s->D), *gamma = gamma_tensor(s);
+    const tensor *k = s->variant & 1 ? NULL : OUT("k", "btd", s->B, s->T, s->D);
+    const tensor *z = FILLED("z", "btd", 0, uniforms(rows_of(s) * s->D, -120, 110), s->B, s->T, s->D);
+    ALL(bounded_gate_forward, REAL(alpha), REAL(k), REAL(z), REAL(gamma), rows_of(s), s->D);
+}
+// Variant 1: dk is NULL; 2: gates closed as far as they go, where γ has no gradient; 4: dγ is NULL. da has the factor α.
+static void twin_bounded_gate_backward(const shape *s) {
+    size_t n = rows_of(s) * s->D;
+    real *z = s->variant & 2 ? uniforms(n, -120, 110) : normals(n), *da = normals(n);
+    for (size_t i = 0; i < n; i++) da[i] *= (real)exp(fmin(0, (double)z[i]));
+    const tensor *dz = OUT("dz", "btd", s->B, s->T, s->D), *dgamma = s->variant & 4 ? NULL : ADDED("dgamma", "d", s->D, s->D);
+    const tensor *of_a = FILLED("da", "btd", 0, da, s->B, s->T, s->D), *of_z = FILLED("z", "btd", 0, z, s->B, s->T, s->D);
+    const tensor *dk = s->variant & 1 ? NULL : IN("dk", "btd", s->B, s->T, s->D), *gamma = gamma_tensor(s);
+    ALL(bounded_gate_backward, REAL(dz), REAL(dgamma), REAL(of_a), REAL(dk), REAL(of_z), REAL(gamma), rows_of(s), s->D);
+}
+static void twin_bounds_forward(const shape *s) {                    // T layers
+    const tensor *gamma = OUT("gamma", "ld", s->T, s->D), *G = IN("G", "ld", s->T, s->D);
+    ALL(bounds_forward, REAL(gamma), REAL(G), s->T, s->D);
+}
+static void twin_bounds_backward(const shape *s) {
+    const tensor *dG = ADDED("dG", "ld", s->T * s->D, s->T, s->D), *dgamma = IN("dgamma", "ld", s->T, s->D);
+    const tensor *G = IN("G", "ld", s->T, s->D);
+    ALL(bounds_backward, REAL(dG), REAL(dgamma), REAL(G), s->T, s->D);
+}
+// D systems of K channels; variant: LRU, ZOH or DSS, over T tokens. Some steps are so short that the series are needed.
+static void ssm_parameters(const shape *s, const tensor *parameter[3]) {
+    size_t n = s->D * s->K;
+    parameter[0] = FILLED("decay", "hn", 0, uniforms(n, -6, 2), s->D, s->K);
+    parameter[1] = FILLED("phase", "hn", 0, uniforms(n, -3, 3), s->D, s->K);
+    parameter[2] = FILLED("step", "h", 0, uniforms(s->D, -9, 0), s->D);
+}
+static void twin_ssm_forward(const shape *s) {
+    const tensor *alpha = OUT("alpha", "hn", s->D, s->K), *theta = OUT("theta", "hn", s->D, s->K);
+    const tensor *b = OUT("b", "hnc", s->D, s->K, 2), *p[3];
+    ssm_parameters(s, p);
+    ALL(ssm_forward, (metala_ssm)(s->variant % 3), REAL(alpha), REAL(theta), REAL(b), REAL(p[0]), REAL(p[1]), REAL(p[2]), s->D,
+        s->K, s->T);
+}
+static void twin_ssm_backward(const shape *s) {
+    size_t n = s->D * s->K;
+    const tensor *ddecay = ADDED("ddecay", "hn", n, s->D, s->K), *dphase = ADDED("dphase", "hn", n, s->D, s->K);
+    const tensor *dstep = ADDED("dstep", "h", s->D, s->D), *da = IN("da", "hn", s->D, s->K);
+    const tensor *dtheta = IN("dtheta", "hn", s->D, s->K), *db = IN("db", "hnc", s->D, s->K, 2), *p[3];
+    ssm_parameters(s, p);
+    ALL(ssm_backward, (metala_ssm)(s->variant % 3), REAL(ddecay), REAL(dphase), REAL(dstep), REAL(da), REAL(dtheta), REAL(db),
+        REAL(p[0]), REAL(p[1]), REAL(p[2]), s->D, s->K, s->T);
+}
+static void twin_scale_pairs_forward(const shape *s) {
+    const tensor *y = OUT("y", "btdc", s->B, s->T, s->D, 2), *x = IN("x", "btdc", s->B, s->T, s->D, 2);
+    const tensor *b = IN("b", "dc", s->D, 2);
+    ALL(scale_pairs_forward, REAL(y), REAL(x), REAL(b), rows_of(s), s->D);
+}
+static void twin_scale_pairs_backward(const shape *s) {
+    const tensor *dx = OUT("dx", "btdc", s->B, s->T, s->D, 2), *db = ADDED("db", "dc", 2 * s->D, s->D, 2);
+    const tensor *dy = IN("dy", "btdc", s->B, s->T, s->D, 2), *x = IN("x", "btdc", s->B, s->T, s->D, 2);
+    const tensor *b = IN("b", "dc", s->D, 2);
+    ALL(scale_pairs_backward, REAL(dx), REAL(db), REAL(dy), REAL(x), REAL(b), rows_of(s), s->D);
+}
+// D channels with states of K; variant 1: extreme steps and rates.
+static const tensor *step_tensor(const shape *s) {
+    return FILLED("z", "btd", 0, uniforms(rows_of(s) * s->D, s->variant & 1 ? -120 : -4, s->variant & 1 ? 110 : 3), s->B, s->T,
+                  s->D);
+}
+static const tensor *rate_tensor(const shape *s) {
+    return FILLED("A", "dk", 0, uniforms(s->D * s->K, -1, s->variant & 1 ? 120 : 2), s->D, s->K);
+}
+static void twin_selective_forward(const shape *s) {
+    const tensor *alpha = OUT("alpha", "btdk", s->B, s->T, s->D, s->K), *v = OUT("v", "btd", s->B, s->T, s->D);
+    const tensor *z = step_tensor(s), *x = IN("x", "btd", s->B, s->T, s->D), *A = rate_tensor(s);
+    ALL(selective_forward, REAL(alpha), REAL(v), REAL(z), REAL(x), REAL(A), rows_of(s), s->D, s->K);
+}
+static void twin_selective_backward(const shape *s) {
+    const tensor *dz = OUT("dz", "btd", s->B, s->T, s->D), *dx = OUT("dx", "btd", s->B, s->T, s->D);
+    const tensor *dA = ADDED("dA", "dk", s->D * s->K, s->D, s->K), *da = IN("da", "btdk", s->B, s->T, s->D, s->K);
+    const tensor *dv = IN("dv", "btd", s->B, s->T, s->D), *z = step_tensor(s), *x = IN("x", "btd", s->B, s->T, s->D);
+    const tensor *A = rate_tensor(s);
+    ALL(selective_backward, REAL(dz), REAL(dx), REAL(dA), REAL(da), REAL(dv), REAL(z), REAL(x), REAL(A), rows_of(s), s->D,
+        s->K);
+}
+static void twin_copy_heads_forward(const shape *s) {
+    const tensor *y = OUT("y", "bthk", s->B, s->T, s->H, s->K), *x = IN("x", "btk", s->B, s->T, s->K);
+    ALL(copy_heads_forward, REAL(y), REAL(x), rows_of(s), s->H, s->K);
+}
+static void twin_copy_heads_backward(const shape *s) {               // D heads, so that there are many
+    const tensor *dx = OUT("dx", "btk", s->B, s->T, s->K), *dy = IN("dy", "bthk", s->B, s->T, s->D, s->K);
+    ALL(copy_heads_backward, REAL(dx), REAL(dy), rows_of(s), s->D, s->K);
+}
+// Variant 1: a mask; 2: after other tokens; 4: exponents that would overflow.
+static void twin_wkv_forward(const shape *s) {
+    size_t n = rows_of(s) * s->D, kept = s->B * 2 * s->D;
+    double most = s->variant & 4 ? 300 : 3;
+    const tensor *q = OUT("q", "btd", s->B, s->T, s->D), *key = OUT("key", "btd", s->B, s->T, s->D);
+    const tensor *alpha = OUT("alpha", "btd", s->B, s->T, s->D), *bonus = OUT("bonus", "btd", s->B, s->T, s->D);
+    const tensor *k = FILLED("k", "btd", 0, uniforms(n, -most, most), s->B, s->T, s->D);
+    const tensor *w = FILLED("w", "d", 0, uniforms(s->D, -6, s->variant & 4 ? 100 : 1), s->D), *u = IN("u", "d", s->D);
+    const tensor *mask = mask_tensor(s);
+    const tensor *previous = s->T % 2 || s->variant & 2 ? FILLED("previous", "bid", 1, uniforms(kept, -3, 3), s->B, 2, s->D)
+                                                        : NULL;
+    ALL(wkv_forward, REAL(q), REAL(key), REAL(alpha), REAL(bonus), REAL(k), REAL(w), REAL(u), BYTES(mask), REAL(previous), s->B,
+        s->T, s->D, s->variant & 2 ? 1000 : 0);
+}
+static void twin_wkv_backward(const shape *s) {
+    size_t n = rows_of(s) * s->D;
+    const tensor *dk = OUT("dk", "btd", s->B, s->T, s->D), *dw = ADDED("dw", "d", s->D, s->D), *du = ADDED("du", "d", s->D, s->D);
+    const tensor *dkey = IN("dkey", "btd", s->B, s->T, s->D), *da = IN("da", "btd", s->B, s->T, s->D);
+    const tensor *dbonus = IN("dbonus", "btd", s->B, s->T, s->D), *mask = mask_tensor(s);
+    const tensor *key = FILLED("key", "btd", 0, uniforms(n, 0, 1), s->B, s->T, s->D);
+    const tensor *bonus = FILLED("bonus", "btd", 0, uniforms(n, 0, 1), s->B, s->T, s->D);
+    const tensor *w = FILLED("w", "d", 0, uniforms(s->D, -6, 1), s->D);
+    ALL(wkv_backward, REAL(dk), REAL(dw), REAL(du), REAL(dkey), REAL(da), REAL(dbonus), REAL(key), REAL(bonus), REAL(w),
+        BYTES(mask), s->B, s->T, s->D);
+}
+// Variant 1: a mask; 2: delayed; 4: after a token.
+static void twin_extend_forward(const shape *s) {
+    const tensor *y = OUT("y", "bthv", s->B, s->T, s->H, s->V + 1), *v = IN("v", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *mask = mask_tensor(s), *previous = s->variant & 4 ? IN("previous", "bhv", s->B, s->H, s->V) : NULL;
+    ALL(extend_forward, REAL(y), REAL(v), BYTES(mask), REAL(previous), s->variant & 2, s->B, s->T, s->H, s->V);
+}
+static void twin_extend_backward(const shape *s) {
+    const tensor *dv = OUT("dv", "bthv", s->B, s->T, s->H, s->V), *dy = IN("dy", "bthv", s->B, s->T, s->H, s->V + 1);
+    const tensor *mask = mask_tensor(s);
+    ALL(extend_backward, REAL(dv), REAL(dy), BYTES(mask), s->variant & 2, s->B, s->T, s->H, s->V);
+}
+static const tensor *sum_tensor(const shape *s) {                    // o, whose last channel is a sum of weights
+    size_t n = rows_of(s) * s->H * (s->V + 1);
+    real *o = normals(n);
+    for (size_t i = s->V; i < n; i += s->V + 1) o[i] = (real)uniform(0.2, 3);
+    return FILLED("o", "bthv", 0, o, s->B, s->T, s->H, s->V + 1);
+}
+static const tensor *bonus_tensor(const shape *s) {                  // variant 1: none
+    return s->variant & 1 ? NULL : FILLED("bonus", "bth", 0, uniforms(rows_of(s) * s->H, 0, 1), s->B, s->T, s->H);
+}
+static void twin_normalise_forward(const shape *s) {
+    const tensor *y = OUT("y", "bthv", s->B, s->T, s->H, s->V), *o = sum_tensor(s), *bonus = bonus_tensor(s);
+    const tensor *v = bonus ? IN("v", "bthv", s->B, s->T, s->H, s->V) : NULL;
+    ALL(normalise_forward, REAL(y), REAL(o), REAL(bonus), REAL(v), rows_of(s), s->H, s->V, 1e-2);
+}
+static void twin_normalise_backward(const shape *s) {
+    const tensor *dO = OUT("do", "bthv", s->B, s->T, s->H, s->V + 1), *dy = IN("dy", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *y = IN("y", "bthv", s->B, s->T, s->H, s->V), *o = sum_tensor(s), *bonus = bonus_tensor(s);
+    const tensor *dbonus = bonus ? OUT("dbonus", "bth", s->B, s->T, s->H) : NULL;
+    const tensor *dv = bonus ? OUT("dv", "bthv", s->B, s->T, s->H, s->V) : NULL;
+    const tensor *v = bonus ? IN("v", "bthv", s->B, s->T, s->H, s->V) : NULL;
+    ALL(normalise_backward, REAL(dO), REAL(dbonus), REAL(dv), REAL(dy), REAL(y), REAL(o), REAL(bonus), REAL(v), rows_of(s), s->H,
+        s->V, 1e-2);
+}
+static void twin_skip_forward(const shape *s) {                      // variant 1: in place
+    const tensor *x = IN("x", "btd", s->B, s->T, s->D), *d = IN("d", "d", s->D);
+    const tensor *o = s->variant & 1 ? ADDED("o", "btd", rows_of(s) * s->D, s->B, s->T, s->D) : IN("o", "btd", s->B, s->T, s->D);
+    const tensor *y = s->variant & 1 ? o : OUT("y", "btd", s->B, s->T, s->D);
+    ALL(skip_forward, REAL(y), REAL(o), REAL(x), REAL(d), rows_of(s), s->D);
+}
+static void twin_skip_backward(const shape *s) {
+    const tensor *dx = ADDED("dx", "btd", rows_of(s) * s->D, s->B, s->T, s->D), *dd = ADDED("dd", "d", s->D, s->D);
+    const tensor *dy = IN("dy", "btd", s->B, s->T, s->D), *x = IN("x", "btd", s->B, s->T, s->D), *d = IN("d", "d", s->D);
+    ALL(skip_backward, REAL(dx), REAL(dd), REAL(dy), REAL(x), REAL(d), rows_of(s), s->D);
+}
+static void twin_multiply_forward(const shape *s) {
+    const tensor *y = OUT("y", "btd", s->B, s->T, s->D), *a = IN("a", "btd", s->B, s->T, s->D);
+    const tensor *b = IN("b", "btd", s->B, s->T, s->D);
+    ALL(multiply_forward, REAL(y), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+static void twin_multiply_backward(const shape *s) {                 // variant 1: in place
+    const tensor *dy = s->variant & 1 ? ADDED("dy", "btd", rows_of(s) * s->D, s->B, s->T, s->D) : IN("dy", "btd", s->B, s->T, s->D);
+    const tensor *da = OUT("da", "btd", s->B, s->T, s->D), *db = s->variant & 1 ? dy : OUT("db", "btd", s->B, s->T, s->D);
+    const tensor *a = IN("a", "btd", s->B, s->T, s->D), *b = IN("b", "btd", s->B, s->T, s->D);
+    ALL(multiply_backward, REAL(da), REAL(db), REAL(dy), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+static void twin_sigmoid_gate_forward(const shape *s) {
+    const tensor *y = OUT("y", "btd", s->B, s->T, s->D), *a = IN("a", "btd", s->B, s->T, s->D);
+    const tensor *b = IN("b", "btd", s->B, s->T, s->D);
+    ALL(sigmoid_gate_forward, REAL(y), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+static void twin_sigmoid_gate_backward(const shape *s) {
+    const tensor *da = OUT("da", "btd", s->B, s->T, s->D), *db = OUT("db", "btd", s->B, s->T, s->D);
+    const tensor *dy = IN("dy", "btd", s->B, s->T, s->D), *a = IN("a", "btd", s->B, s->T, s->D);
+    const tensor *b = IN("b", "btd", s->B, s->T, s->D);
+    ALL(sigmoid_gate_backward, REAL(da), REAL(db), REAL(dy), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+// N tokens in the cache before the first query. Variant 1: a mask, of which the first keys are 0, so that there are queries
+// with nothing to look at; 2: room for 3 more tokens; 4: large logits.
+static uint8_t *key_mask(const shape *s, size_t stride) {
+    uint8_t *mask = take(s->B * stride, 1);
+    for (size_t i = 0; i < s->B * stride; i++) mask[i] = i % stride > 1 && below(4) > 0;
+    return mask;
+}
+static real *logit_numbers(const shape *s, size_t n) {               // of q: products with k of 20 to 100
+    real *q = normals(n);
+    for (size_t i = 0; i < n && s->variant & 4; i++) q[i] *= 40;
+    return q;
+}
+static void twin_attention_forward(const shape *s) {
+    size_t past = s->N, stride = past + s->T + (s->variant & 2 ? 3 : 0);
+    const tensor *o = OUT("o", "bthv", s->B, s->T, s->H, s->V), *lse = OUT("lse", "bth", s->B, s->T, s->H);
+    const tensor *q = FILLED("q", "bthk", 0, logit_numbers(s, rows_of(s) * s->H * s->K), s->B, s->T, s->H, s->K);
+    const tensor *k = IN("k", "bshk", s->B, stride, s->H, s->K), *v = IN("v", "bshv", s->B, stride, s->H, s->V);
+    const tensor *mask = s->variant & 1 ? FILLED("mask", "bs", 0, key_mask(s, stride), s->B, stride) : NULL;
+    ALL(attention_forward, REAL(o), REAL(lse), REAL(q), REAL(k), REAL(v), BYTES(mask), s->B, s->T, past, stride, s->H, s->K,
+        s->V, 1 / sqrt((double)s->K));
+}
+static void twin_attention_backward(const shape *s) {
+    size_t nk = rows_of(s) * s->H * s->K, nv = rows_of(s) * s->H * s->V;
+    double scale = 1 / sqrt((double)s->K);
+    real *q = logit_numbers(s, nk), *k = normals(nk), *v = normals(nv), *o = reals(nv), *lse = reals(rows_of(s) * s->H);
+    uint8_t *mask = s->variant & 1 ? key_mask(s, s->T) : NULL;
+    metala_cpu()->attention_forward(on[CPU].ctx, o, lse, q, k, v, mask, s->B, s->T, 0, s->T, s->H, s->K, s->V, scale);
+    const tensor *dq = OUT("dq", "bthk", s->B, s->T, s->H, s->K), *dk = OUT("dk", "bthk", s->B, s->T, s->H, s->K);
+    const tensor *dv = OUT("dv", "bthv", s->B, s->T, s->H, s->V), *dO = IN("do", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *of_o = FILLED("o", "bthv", 0, o, s->B, s->T, s->H, s->V);
+    const tensor *of_lse = FILLED("lse", "bth", 0, lse, s->B, s->T, s->H);
+    const tensor *of_q = FILLED("q", "bthk", 0, q, s->B, s->T, s->H, s->K), *of_k = FILLED("k", "bthk", 0, k, s->B, s->T, s->H, s->K);
+    const tensor *of_v = FILLED("v", "bthv", 0, v, s->B, s->T, s->H, s->V);
+    const tensor *of_mask = mask ? FILLED("mask", "bt", 0, mask, s->B, s->T) : NULL;
+    ALL(attention_backward, REAL(dq), REAL(dk), REAL(dv), REAL(dO), REAL(of_o), REAL(of_lse), REAL(of_q), REAL(of_k),
+        REAL(of_v), BYTES(of_mask), s->B, s->T, s->H, s->K, s->V, scale);
+}
+
 // With operands rounded to 11 or 8 bits.
 static double product_tolerance;
 
@@ -4007,6 +4311,14 @@ static void check_twins(void) {
         {1, 64, 0, 2, 2, 33, 0, SOFT}, {1, 65, 0, 1, 9, 5, 0, HARD + 4}, {2, 130, 0, 3, 8, 16, 0, MIXED + 4},
         {1, 1, 0, 2, 64, 128, 0, SOFT + 4}, {1, 70, 0, 1, 64, 128, 0, MIXED}, {1, 40, 0, 1, 128, 256, 0, SOFT + 4},
         {1, 20, 0, 1, 130, 65, 0, MIXED + 4}, {1, 18, 0, 1, 256, 40, 0, HARD + 4}, {1, 17, 0, 1, 300, 33, 0, SOFT + 4}};
+    // B T D H K V N variant of the other rows' kernels: variants 0 to 7, T of one and beyond strips of 64 rows
+    static const shape others[] = {{1, 1, 2, 1, 1, 1, 0, 0}, {2, 3, 3, 2, 2, 1, 0, 1}, {3, 5, 40, 3, 4, 5, 0, 2},
+        {1, 64, 33, 1, 16, 33, 0, 3}, {2, 33, 9, 5, 5, 3, 0, 4}, {1, 65, 130, 2, 3, 64, 0, 5}, {3, 44, 24, 4, 8, 7, 0, 6},
+        {5, 14, 7, 3, 33, 65, 0, 7}, {1, 1, 300, 1, 9, 40, 0, 6}};
+    // B T . H K V past variant
+    static const shape attentions[] = {{1, 1, 0, 1, 1, 1, 0, 0}, {2, 3, 0, 2, 4, 3, 0, 1}, {1, 16, 0, 1, 33, 64, 5, 2},
+        {2, 1, 0, 3, 16, 65, 130, 3}, {1, 64, 0, 1, 64, 64, 0, 0}, {1, 65, 0, 2, 40, 70, 0, 5}, {2, 17, 0, 1, 66, 130, 63, 7},
+        {1, 130, 0, 1, 130, 5, 0, 4}, {3, 70, 0, 2, 8, 16, 1, 3}};
 #define ENTRY(name, tolerance, list) {#name, #name, twin_##name, tolerance, list, COUNT(list)}
     const struct {
         const char *name, *form;
@@ -4027,6 +4339,23 @@ static void check_twins(void) {
         ENTRY(augment_forward, 5e-7, common), ENTRY(augment_backward, 2e-6, common),
         ENTRY(head_norm_forward, 1e-6, common), ENTRY(head_norm_backward, 1e-6, common),
         ENTRY(silu_gate_forward, 3e-7, common), ENTRY(silu_gate_backward, 3e-7, common), ENTRY(add, 1e-7, common),
+        {"conv_forward", "plain ", twin_plain_conv_forward, 3e-7, others, COUNT(others)},
+        {"conv_backward", "plain ", twin_plain_conv_backward, 1e-6, others, COUNT(others)},
+        ENTRY(shift_forward, 5e-7, others), ENTRY(shift_backward, 5e-7, others), ENTRY(last_token, 1e-30, others),
+        ENTRY(map_forward, 5e-7, others), ENTRY(map_backward, 5e-7, others), ENTRY(taylor_forward, 5e-7, others),
+        ENTRY(taylor_backward, 5e-7, others), ENTRY(rotate_forward, 5e-7, others),
+        ENTRY(rotate_backward, 5e-7, others), ENTRY(bounded_gate_forward, 5e-7, others),
+        ENTRY(bounded_gate_backward, 5e-7, others), ENTRY(bounds_forward, 5e-7, others),
+        ENTRY(bounds_backward, 5e-7, others), ENTRY(ssm_forward, 5e-7, others), ENTRY(ssm_backward, 5e-7, others),
+        ENTRY(scale_pairs_forward, 5e-7, others), ENTRY(scale_pairs_backward, 5e-7, others),
+        ENTRY(selective_forward, 5e-7, others), ENTRY(selective_backward, 5e-7, others),
+        ENTRY(copy_heads_forward, 1e-30, others), ENTRY(copy_heads_backward, 5e-7, others),
+        ENTRY(wkv_forward, 5e-7, others), ENTRY(wkv_backward, 5e-7, others), ENTRY(extend_forward, 1e-30, others),
+        ENTRY(extend_backward, 1e-30, others), ENTRY(normalise_forward, 5e-7, others),
+        ENTRY(normalise_backward, 5e-7, others), ENTRY(skip_forward, 5e-7, others), ENTRY(skip_backward, 5e-7, others),
+        ENTRY(multiply_forward, 5e-7, others), ENTRY(multiply_backward, 5e-7, others),
+        ENTRY(sigmoid_gate_forward, 5e-7, others), ENTRY(sigmoid_gate_backward, 5e-7, others),
+        ENTRY(attention_forward, 5e-7, attentions), ENTRY(attention_backward, 5e-7, attentions),
         ENTRY(cross_entropy_forward, 5e-7, common), ENTRY(cross_entropy_backward, 5e-7, common),
         ENTRY(sum_squares, 5e-7, common), ENTRY(adamw, 5e-7, common)};
     for (size_t e = 0; e < COUNT(entries); e++)
@@ -4151,6 +4480,101 @@ STAGED(silu_gate_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W
 STAGED(silu_gate_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
        (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
 STAGED(add, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
+STAGED(shift_forward, (ctx_t *c, real *y, in_t *n, in_t *mu, in_t *p, size_t B, size_t T, size_t D),
+       (c, W(y, B * T * D), R(n, B * T * D), R(mu, D), R(p, B * D), B, T, D))
+STAGED(shift_backward,
+       (ctx_t *c, real *dn, real *dmu, in_t *dy, in_t *n, in_t *mu, in_t *p, size_t B, size_t T, size_t D),
+       (c, W(dn, B * T * D), W(dmu, D), R(dy, B * T * D), R(n, B * T * D), R(mu, D), R(p, B * D), B, T, D))
+STAGED(last_token, (ctx_t *c, real *to, in_t *x, size_t B, size_t T, size_t D), (c, W(to, B * D), R(x, B * T * D), B, T, D))
+STAGED(map_forward, (ctx_t *c, real *y, in_t *x, size_t n, metala_map map), (c, W(y, n), R(x, n), n, map))
+STAGED(map_backward, (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t n, metala_map map),
+       (c, W(dx, n), R(dy, n), R(x, n), n, map))
+STAGED(taylor_forward, (ctx_t *c, real *y, in_t *x, size_t r, size_t H, size_t d),
+       (c, W(y, r * H * (1 + d + d * d)), R(x, r * H * d), r, H, d))
+STAGED(taylor_backward, (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t r, size_t H, size_t d),
+       (c, W(dx, r * H * d), R(dy, r * H * (1 + d + d * d)), R(x, r * H * d), r, H, d))
+STAGED(rotate_forward,
+       (ctx_t *c, real *y, in_t *x, in_t *angles, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t p, int minus),
+       (c, W(y, B * T * H * K), R(x, B * T * H * K), R(angles, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, p, minus))
+STAGED(rotate_backward,
+       (ctx_t *c, real *dx, real *dangles, in_t *dy, in_t *y, in_t *angles, size_t B, size_t T, size_t H, size_t K, int shared,
+        uint64_t p, int minus),
+       (c, W(dx, B * T * H * K), W(dangles, (shared ? 1 : H) * (K / 2)), R(dy, B * T * H * K), R(y, B * T * H * K),
+        R(angles, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, p, minus))
+STAGED(bounded_gate_forward, (ctx_t *c, real *a, real *k, in_t *z, in_t *g, size_t r, size_t n),
+       (c, W(a, r * n), W(k, r * n), R(z, r * n), R(g, n), r, n))
+STAGED(bounded_gate_backward,
+       (ctx_t *c, real *dz, real *dg, in_t *da, in_t *dk, in_t *z, in_t *g, size_t r, size_t n),
+       (c, W(dz, r * n), W(dg, n), R(da, r * n), R(dk, r * n), R(z, r * n), R(g, n), r, n))
+STAGED(bounds_forward, (ctx_t *c, real *g, in_t *G, size_t L, size_t n), (c, W(g, L * n), R(G, L * n), L, n))
+STAGED(bounds_backward, (ctx_t *c, real *dG, in_t *dg, in_t *G, size_t L, size_t n),
+       (c, W(dG, L * n), R(dg, L * n), R(G, L * n), L, n))
+STAGED(ssm_forward,
+       (ctx_t *c, metala_ssm kind, real *a, real *o, real *b, in_t *decay, in_t *phase, in_t *step, size_t H, size_t N,
+        size_t length),
+       (c, kind, W(a, H * N), W(o, H * N), W(b, 2 * H * N), R(decay, H * N), R(phase, H * N), R(step, H), H, N, length))
+STAGED(ssm_backward,
+       (ctx_t *c, metala_ssm kind, real *dd, real *dp, real *ds, in_t *da, in_t *dangles, in_t *db, in_t *decay, in_t *phase,
+        in_t *step, size_t H, size_t N, size_t length),
+       (c, kind, W(dd, H * N), W(dp, H * N), W(ds, H), R(da, H * N), R(dangles, H * N), R(db, 2 * H * N), R(decay, H * N),
+        R(phase, H * N), R(step, H), H, N, length))
+STAGED(scale_pairs_forward, (ctx_t *c, real *y, in_t *x, in_t *b, size_t r, size_t n),
+       (c, W(y, 2 * r * n), R(x, 2 * r * n), R(b, 2 * n), r, n))
+STAGED(scale_pairs_backward, (ctx_t *c, real *dx, real *db, in_t *dy, in_t *x, in_t *b, size_t r, size_t n),
+       (c, W(dx, 2 * r * n), W(db, 2 * n), R(dy, 2 * r * n), R(x, 2 * r * n), R(b, 2 * n), r, n))
+STAGED(selective_forward, (ctx_t *c, real *a, real *v, in_t *z, in_t *x, in_t *A, size_t r, size_t C, size_t N),
+       (c, W(a, r * C * N), W(v, r * C), R(z, r * C), R(x, r * C), R(A, C * N), r, C, N))
+STAGED(selective_backward,
+       (ctx_t *c, real *dz, real *dx, real *dA, in_t *da, in_t *dv, in_t *z, in_t *x, in_t *A, size_t r, size_t C, size_t N),
+       (c, W(dz, r * C), W(dx, r * C), W(dA, C * N), R(da, r * C * N), R(dv, r * C), R(z, r * C), R(x, r * C), R(A, C * N), r,
+        C, N))
+STAGED(copy_heads_forward, (ctx_t *c, real *y, in_t *x, size_t r, size_t H, size_t K),
+       (c, W(y, r * H * K), R(x, r * K), r, H, K))
+STAGED(copy_heads_backward, (ctx_t *c, real *dx, in_t *dy, size_t r, size_t H, size_t K),
+       (c, W(dx, r * K), R(dy, r * H * K), r, H, K))
+STAGED(wkv_forward,
+       (ctx_t *c, real *q, real *key, real *a, real *bonus, in_t *k, in_t *w, in_t *u, const uint8_t *m, real *previous,
+        size_t B, size_t T, size_t D, uint64_t position),
+       (c, W(q, B * T * D), W(key, B * T * D), W(a, B * T * D), W(bonus, B * T * D), R(k, B * T * D), R(w, D), R(u, D),
+        R(m, B * T), W(previous, B * 2 * D), B, T, D, position))
+STAGED(wkv_backward,
+       (ctx_t *c, real *dk, real *dw, real *du, in_t *dkey, in_t *da, in_t *dbonus, in_t *key, in_t *bonus, in_t *w,
+        const uint8_t *m, size_t B, size_t T, size_t D),
+       (c, W(dk, B * T * D), W(dw, D), W(du, D), R(dkey, B * T * D), R(da, B * T * D), R(dbonus, B * T * D), R(key, B * T * D),
+        R(bonus, B * T * D), R(w, D), R(m, B * T), B, T, D))
+STAGED(extend_forward,
+       (ctx_t *c, real *y, in_t *v, const uint8_t *m, in_t *previous, int delayed, size_t B, size_t T, size_t H, size_t V),
+       (c, W(y, B * T * H * (V + 1)), R(v, B * T * H * V), R(m, B * T), R(previous, B * H * V), delayed, B, T, H, V))
+STAGED(extend_backward,
+       (ctx_t *c, real *dv, in_t *dy, const uint8_t *m, int delayed, size_t B, size_t T, size_t H, size_t V),
+       (c, W(dv, B * T * H * V), R(dy, B * T * H * (V + 1)), R(m, B * T), delayed, B, T, H, V))
+STAGED(normalise_forward, (ctx_t *c, real *y, in_t *o, in_t *b, in_t *v, size_t r, size_t H, size_t V, double eps),
+       (c, W(y, r * H * V), R(o, r * H * (V + 1)), R(b, r * H), R(v, r * H * V), r, H, V, eps))
+STAGED(normalise_backward,
+       (ctx_t *c, real *dO, real *db, real *dv, in_t *dy, in_t *y, in_t *o, in_t *b, in_t *v, size_t r, size_t H, size_t V,
+        double eps),
+       (c, W(dO, r * H * (V + 1)), W(db, r * H), W(dv, r * H * V), R(dy, r * H * V), R(y, r * H * V), R(o, r * H * (V + 1)),
+        R(b, r * H), R(v, r * H * V), r, H, V, eps))
+STAGED(skip_forward, (ctx_t *c, real *y, in_t *o, in_t *x, in_t *d, size_t r, size_t n),
+       (c, W(y, r * n), R(o, r * n), R(x, r * n), R(d, n), r, n))
+STAGED(skip_backward, (ctx_t *c, real *dx, real *dd, in_t *dy, in_t *x, in_t *d, size_t r, size_t n),
+       (c, W(dx, r * n), W(dd, n), R(dy, r * n), R(x, r * n), R(d, n), r, n))
+STAGED(multiply_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
+STAGED(multiply_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
+       (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
+STAGED(sigmoid_gate_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
+STAGED(sigmoid_gate_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
+       (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
+STAGED(attention_forward,
+       (ctx_t *c, real *o, real *lse, in_t *q, in_t *k, in_t *v, const uint8_t *m, size_t B, size_t T, size_t past, size_t room,
+        size_t H, size_t K, size_t V, double s),
+       (c, W(o, B * T * H * V), W(lse, B * T * H), R(q, B * T * H * K), R(k, ((B - 1) * room + past + T) * H * K),
+        R(v, ((B - 1) * room + past + T) * H * V), R(m, (B - 1) * room + past + T), B, T, past, room, H, K, V, s))
+STAGED(attention_backward,
+       (ctx_t *c, real *dq, real *dk, real *dv, in_t *dO, in_t *o, in_t *lse, in_t *q, in_t *k, in_t *v, const uint8_t *m,
+        size_t B, size_t T, size_t H, size_t K, size_t V, double s),
+       (c, W(dq, B * T * H * K), W(dk, B * T * H * K), W(dv, B * T * H * V), R(dO, B * T * H * V), R(o, B * T * H * V),
+        R(lse, B * T * H), R(q, B * T * H * K), R(k, B * T * H * K), R(v, B * T * H * V), R(m, B * T), B, T, H, K, V, s))
 STAGED(cross_entropy_forward, (ctx_t *c, real *loss, real *lse, in_t *l, const int *t, size_t r, size_t N),
        (c, W(loss, r), W(lse, r), R(l, r * N), R(t, r), r, N))
 STAGED(cross_entropy_backward,
@@ -4176,6 +4600,14 @@ static metala_backend staged_backend(const metala_backend *device) {
     USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(augment_forward);
     USE(augment_backward), USE(head_norm_forward), USE(head_norm_backward), USE(silu_gate_forward);
     USE(silu_gate_backward), USE(add), USE(cross_entropy_forward), USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
+    USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward);
+    USE(taylor_forward), USE(taylor_backward), USE(rotate_forward), USE(rotate_backward), USE(bounded_gate_forward);
+    USE(bounded_gate_backward), USE(bounds_forward), USE(bounds_backward), USE(ssm_forward), USE(ssm_backward);
+    USE(scale_pairs_forward), USE(scale_pairs_backward), USE(selective_forward), USE(selective_backward);
+    USE(copy_heads_forward), USE(copy_heads_backward), USE(wkv_forward), USE(wkv_backward), USE(extend_forward);
+    USE(extend_backward), USE(normalise_forward), USE(normalise_backward), USE(skip_forward), USE(skip_backward);
+    USE(multiply_forward), USE(multiply_backward), USE(sigmoid_gate_forward), USE(sigmoid_gate_backward);
+    USE(attention_forward), USE(attention_backward);
 #undef USE
     return b;
 }
@@ -4238,6 +4670,11 @@ static void golden_compare(golden *g, const char *name, const real *got, const r
     }
 }
 
+static void golden_close(golden *g) {
+    metala_model_free(g->model);
+    metala_file_close(g->file);
+}
+
 static int golden_open(golden *g, const char *path) {
     memset(g, 0, sizeof *g);
     g->path = path;
@@ -4253,6 +4690,7 @@ static int golden_open(golden *g, const char *path) {
     const metala_tensor *ids = metala_file_find(g->file, "input_ids");
     if (!ids || ids->ndim != 2) {
         problem("%s: no input_ids [B,T]", path);
+        golden_close(g);
         return -1;
     }
     g->B = ids->shape[0], g->T = ids->shape[1], g->N = (size_t)g->config->vocab_size;
@@ -4262,11 +4700,6 @@ static int golden_open(golden *g, const char *path) {
     if (mask) g->mask = take(g->B * g->T, 1);
     for (size_t i = 0; mask && i < g->B * g->T; i++) g->mask[i] = (uint8_t)mask[i];
     return 0;
-}
-
-static void golden_close(golden *g) {
-    metala_model_free(g->model);
-    metala_file_close(g->file);
 }
 
 // All names that can occur, so that a check of one kind can tell what belongs to the others.
@@ -4518,23 +4951,36 @@ static int usage(const char *problem_text, const char *argument) {
     return 2;
 }
 
-static int check_golden_folder(void) {
-    static const char *const names[] = {"tiny", "odd", "stress", "padding", "decode", "tied", "bf16", "train_trace"};
-    int found = 0;
-    for (size_t i = 0; i < COUNT(names); i++) {
-        char path[1000];
-        snprintf(path, sizeof path, "%s/%s.safetensors", run.golden, names[i]);
-        FILE *stream = fopen(path, "rb");
-        if (!stream) {
-            if (!run.list) printf("%s: not there, not compared\n", path);
-            continue;
+// The .safetensors files of the golden folder, in the order of their names. A folder without one is a mistake.
+typedef char path_name[1000];
+static path_name *golden_paths;
+static size_t golden_count;
+
+#ifdef _POSIX_C_SOURCE
+static int by_name(const void *a, const void *b) { return strcmp(a, b); }
+
+static int list_golden_folder(void) {
+    DIR *folder = opendir(run.golden);
+    if (!folder) return usage("cannot open the golden folder", run.golden);
+    for (struct dirent *entry; (entry = readdir(folder)) != NULL;) {
+        size_t length = strlen(entry->d_name), end = strlen(".safetensors");
+        if (length < end || strcmp(entry->d_name + length - end, ".safetensors")) continue;
+        path_name *more = realloc(golden_paths, (golden_count + 1) * sizeof *more);
+        if (!more) {
+            closedir(folder);
+            return usage("out of", "memory");
         }
-        fclose(stream);
-        check_golden(path);
-        found = 1;
+        golden_paths = more;
+        snprintf(golden_paths[golden_count++], sizeof *golden_paths, "%s/%s", run.golden, entry->d_name);
     }
-    return found ? 0 : usage("no golden file in", run.golden);
+    closedir(folder);
+    if (!golden_count) return usage("no .safetensors file in the golden folder", run.golden);
+    qsort(golden_paths, golden_count, sizeof *golden_paths, by_name);
+    return 0;
 }
+#else
+static int list_golden_folder(void) { return usage("folders cannot be listed on this system; give the FILEs of", run.golden); }
+#endif
 
 // ------------------------------------------------------------------------------------------------ main
 
@@ -4551,7 +4997,7 @@ static void check_table(void) {
 static int help(void) {
     puts("usage: test [options] [FILE...]\n\n"
          "Checks metala.c, or compares it with golden FILEs alone.\n\n"
-         "  --golden DIR   compare with the golden files in DIR too [environment variable METALA_GOLDEN]\n"
+         "  --golden DIR   compare with every .safetensors file in DIR too [environment variable METALA_GOLDEN]\n"
          "  --only TEXT    only checks whose name contains TEXT\n"
          "  --device NAME  cpu, or cuda: every kernel of the GPU against its twin on the CPU, then whole models [cpu]\n"
          "  --kernel NAME  with --device cuda: only this kernel, such as scan_forward\n"
@@ -4626,6 +5072,7 @@ int main(int argc, char **argv) {
     int files = 0, status = 0;
     metala_math math = METALA_EXACT;
     run.golden = getenv("METALA_GOLDEN");
+    if (run.golden && !*run.golden) run.golden = NULL;
     run.device = "cpu";
     for (int i = 1; i < argc; i++) {
         static const char *const with_value[] = {"--only", "--golden", "--device", "--kernel", "--math"};
@@ -4649,13 +5096,15 @@ int main(int argc, char **argv) {
     if (run.kernel && strcmp(run.device, "cuda")) return usage("--device cuda is needed for --kernel", run.kernel);
     FILE *there = fopen("build/test.tmp", "wb");             // files go to build/ where there is such a folder
     if (there) fclose(there), remove("build/test.tmp"), strcpy(scratch_folder, "build/");
+    if (run.golden && !files && !run.kernel && list_golden_folder()) return 2;
     if (open_device(math)) return 1;
     for (int i = 1; i <= files; i++) status |= check_golden(argv[i]);
     if (!files) {
         if (be == metala_cpu()) check_cpu();
         else check_device();
-        if (run.golden && !run.kernel) status |= check_golden_folder();
+        for (size_t i = 0; i < golden_count; i++) status |= check_golden(golden_paths[i]);
     }
+    free(golden_paths);
     metala_close(on[CPU].ctx);
     metala_close(ctx);
     if (run.list) return 0;

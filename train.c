@@ -46,7 +46,7 @@ static int complain(const char *format, ...) {
 
 // ------------------------------------------------------------------------------------------------ options
 
-enum { MOST_OPTIONS = 120 };
+enum { MOST_OPTIONS = 120, MOST_SIZE = 1 << 24 };          // metala_config_check has the same limit
 enum { COSINE, CONSTANT, LINEAR };        // --schedule
 enum { ON_CPU, ON_CUDA };                 // --device
 
@@ -63,12 +63,12 @@ typedef struct {
     double best_loss, seconds;           // so far: best validation loss, seconds of the runs before this one
     int best_step;
     const char *given[MOST_OPTIONS];     // what the command line says, in the order of `options`; or NULL
-    char *restored[MOST_OPTIONS];        // what the checkpoint says, where the command line is silent
+    char *restored[MOST_OPTIONS];        // what the checkpoint says; holds where the command line is silent
 } settings;
 
 // Everything about an option: parsing, --help, the checkpoint's metadata and --resume follow from this table.
-// FLAG, WHOLE, CHOICE and COLUMN are an int in settings, NUMBER a double, TEXT a const char *. The choices of a COLUMN are in
-// metala_columns, and the model says which it is unless chosen.
+// FLAG, WHOLE, CHOICE and COLUMN are an int in settings, NUMBER a double, TEXT a const char *. The choices of a COLUMN are
+// in metala_columns, and the row of --model says which it is unless chosen.
 typedef enum { HEADING, FLAG, WHOLE, CHOICE, COLUMN, NUMBER, TEXT } option_kind;
 
 typedef struct {
@@ -100,15 +100,25 @@ static const option options[] = {
     IS_WHOLE("accumulate", 0, "N", "1", 1, 1e9, accumulate, "gradient passes of one step"),
 
     IS_GROUP("Model"),
-    IS_WHOLE("width", 0, "D", "128", 1, 1 << 24, config.width, "channels"),
-    IS_WHOLE("layers", 0, "L", "4", 1, 1e9, config.layers, "layers"),
-    IS_WHOLE("heads", 0, "H", "4", 1, 1e9, config.heads, "heads; H divides D/2"),
-    IS_WHOLE("glu-dim", 0, "F", "0", 0, 1e9, config.glu_dim, "channels in the GLU; 0 = 8/3 D, up to a multiple of 32"),
-    IS_WHOLE("vocab", 0, "N", "0", 0, 1e9, config.vocab_size, "vocabulary; 0 = what the data needs, 256 for text"),
+    IS_WHOLE("width", 0, "D", "128", 2, MOST_SIZE, config.width, "channels, an even number"),
+    IS_WHOLE("layers", 0, "L", "4", 1, MOST_SIZE, config.layers, "layers"),
+    IS_WHOLE("heads", 0, "H", "4", 1, MOST_SIZE, config.heads, "heads; H divides D/2"),
+    IS_WHOLE("glu-dim", 0, "F", "0", 0, MOST_SIZE, config.glu_dim,
+             "channels in the GLU; 0 = 8/3 D, up to a multiple of 32"),
+    IS_WHOLE("vocab", 0, "N", "0", 0, MOST_SIZE, config.vocab_size, "vocabulary; 0 = what the data needs, 256 for text"),
     IS_FLAG("tie", 0, config.tie_word_embeddings, "the output layer is the embedding"),
+    IS_FLAG("scale-embedding", 0, config.scale_embedding, "embeddings times sqrt(D)"),
     IS_FLAG("glu-bias", 0, config.glu_bias, "biases in the GLU"),
     IS_NUMBER("tau", 0, "16", 1e-3, 1e6, config.tau, "decay temperature"),
-    IS_NUMBER("init-std", 0, "0", 0, 10, initial.std, "deviation of the initial weights; 0 = 1/sqrt(D); the authors' is 0.02"),
+    IS_NUMBER("norm-eps", 0, "1e-6", 0, 0.999999, config.norm_eps, "RMS norm: keeps the quotient finite"),
+    IS_NUMBER("head-norm-eps", 0, "1e-5", 0, 0.999999, config.head_norm_eps, "the same of the norm of a head's output"),
+    IS_WHOLE("pad-token", 0, "N", "-1", -1, MOST_SIZE - 1, config.pad_token_id,
+             "its embedding starts as 0, its lookup passes no gradient; -1 = none"),
+    IS_WHOLE("bos-token", 0, "N", "-1", -1, MOST_SIZE - 1, config.bos_token_id,
+             "what run begins with when it has no prompt; -1 = none"),
+    IS_WHOLE("eos-token", 0, "N", "-1", -1, MOST_SIZE - 1, config.eos_token_id, "where run stops; -1 = none"),
+    IS_NUMBER("init-std", 0, "0", 0, 10, initial.std,
+              "deviation of the initial weights; 0 = 1/sqrt(D); the authors' is 0.02"),
     IS_NUMBER("residual-scale", 0, "0", 0, 10, initial.residual_scale,
               "factor on those that end a residual branch; 0 = 1/sqrt(2L)"),
     IS_NUMBER("gate-scale", 0, "8", 0, 1000, initial.gate_scale, "factor on those that make the decay; the authors' is 1"),
@@ -132,7 +142,7 @@ static const option options[] = {
     IS_WHOLE("state-size", 0, "N", "16", 1, 1 << 16, config.state_size, "states of a channel in a state-space model"),
     IS_WHOLE("low-rank", 0, "R", "16", 1, 1 << 24, config.low_rank, "channels between the two matrices of a decay"),
     IS_WHOLE("feature-dim", 0, "d", "16", 1, 1024, config.feature_dim, "channels of a head before the Taylor features"),
-    IS_WHOLE("length", 0, "T", "1024", 1, INT_MAX, config.length, "tokens that decay dss normalises over"),
+    IS_WHOLE("length", 0, "T", "0", 0, INT_MAX, config.length, "tokens that decay dss normalises over; 0 = --context"),
     IS_FLAG("match-params", 0, match_params, "choose the GLU's width so that there are as many parameters as metala has"),
 
     IS_GROUP("Optimisation"),
@@ -153,7 +163,7 @@ static const option options[] = {
 
     IS_GROUP("Progress"),
     IS_WHOLE("log-every", 0, "N", "25", 1, 1e9, log_every, "steps between lines of progress"),
-    IS_TEXT("log", 0, "FILE.csv", 0, log, "progress as a table; --resume appends"),
+    IS_TEXT("log", 0, "FILE.csv", 0, log, "progress as a table, losses in nats; --resume appends"),
     IS_WHOLE("eval-every", 0, "N", "250", 0, 1e9, eval_every, "steps between validations; 0 = only the last"),
     IS_WHOLE("eval-batches", 0, "N", "64", 0, 1e9, eval_batches, "batches of one, spread over the data; 0 = all of it"),
     IS_WHOLE("save-every", 0, "N", "500", 0, 1e9, save_every, "steps between checkpoints; 0 = only the last"),
@@ -174,7 +184,8 @@ static const option options[] = {
     IS_WHOLE("threads", 0, "N", "0", 0, 1024, threads, "0 = one per core; the numbers are the same"),
     IS_CHOICE("device", "cpu|cuda", "cpu", device, "cuda: an NVIDIA GPU, where the programs were built with CUDA=1"),
     IS_CHOICE("math", "exact|tf32|bf16", "exact", math, "of large matrix products on the GPU: float, or tensor cores"),
-    IS_FLAG("checkpoint-layers", 0, checkpoint_layers, "keep only what enters each layer and compute it again: less memory,\n"
+    IS_FLAG("checkpoint-layers", 0, checkpoint_layers,
+            "keep only what enters each layer and compute it again: less memory,\n"
             "a third more work, the same numbers"),
     IS_FLAG("profile", 0, profile, "at the end, the time that each kernel took"),
     IS_FLAG("quiet", "-q", quiet, "no progress, only errors"),
@@ -308,7 +319,7 @@ static int set_option(settings *s, const option *o, const char *value) {
         return 0;
     }
     if (parse_number(value, &number) || number < o->least || number > o->most ||
-        (o->kind != NUMBER && strspn(value, "0123456789") != strlen(value)))
+        (o->kind != NUMBER && value[(o->least < 0 && *value == '-') + strspn(value + (*value == '-'), "0123456789")]))
         return complain("--%s: got '%s', expected a %s from %.15g to %.15g", o->name, value,
                         o->kind == NUMBER ? "number" : "whole number", o->least, o->most);
     if (o->kind == NUMBER) *(double *)member = number;
@@ -321,8 +332,12 @@ enum { ROOM = 32 };
 static const char *value_text(const settings *s, const option *o, char room[ROOM]) {
     const void *member = (const char *)s + o->offset;
     if (o->kind == TEXT) return *(const char *const *)member;
-    if (o->kind == NUMBER) snprintf(room, ROOM, "%.17g", *(const double *)member);
-    else if (o->kind != CHOICE && o->kind != COLUMN) snprintf(room, ROOM, "%d", *(const int *)member);
+    if (o->kind == NUMBER) {                                 // the fewest digits that give the same number
+        for (int digits = 6; digits <= 17; digits++) {
+            snprintf(room, ROOM, "%.*g", digits, *(const double *)member);
+            if (!(strtod(room, NULL) < *(const double *)member) && !(strtod(room, NULL) > *(const double *)member)) break;
+        }
+    } else if (o->kind != CHOICE && o->kind != COLUMN) snprintf(room, ROOM, "%d", *(const int *)member);
     else {
         char choices[160];
         const char *name = choices_of(o, choices);
@@ -341,19 +356,52 @@ static int is_same_file(const char *a, const char *b) {
     return !strcmp(a, b);
 }
 
+// A file of sequences has a length of its own; texts are cut into --context.
+static int has_own_length(const settings *s, const char *path) {
+    size_t length = strlen(path), dot = sizeof ".safetensors" - 1;
+    return length >= dot && !strcmp(path + length - dot, ".safetensors") && !is_given(s, "context");
+}
+
+// Sizes that no model can have, when it is the command line that says them all.
+static int check_sizes(const settings *s) {
+    int D = s->config.width, H = s->config.heads, fewer = H, parts = s->config.row.channels == METALA_CHANNELS_HALF ? 2 : 1;
+    if (s->config.row.query > METALA_QUERY_TAYLOR) parts = 0;         // without heads of a chosen number
+    if (parts && D % parts) return complain("--width: got %d, expected an even number; try --width %d", D, D + 1);
+    while (parts && D / parts % fewer) fewer--;
+    if (fewer < H)
+        return complain("--width %d and --heads %d: the number of heads must divide width%s = %d; try --heads %d or"
+                        " --width %.0f", D, H, parts > 1 ? "/2" : "", D / parts, fewer, parts * H * ceil(D / (1.0 * parts * H)));
+    if (!s->config.glu_dim && D > MOST_SIZE / 8 * 3)
+        return complain("--width: got %d, expected at most %d without --glu-dim", D, MOST_SIZE / 8 * 3);
+    if ((s->bench || !has_own_length(s, s->data)) && (double)s->batch * s->context > INT_MAX)
+        return complain("--batch %d of --context %d: expected at most %d tokens; try a smaller --batch and --accumulate",
+                        s->batch, s->context, INT_MAX);
+    metala_context *ctx = metala_open(NULL, 1);
+    metala_config c = s->config;                                      // 0 is what the data will say
+    if (!c.vocab_size) c.vocab_size = 1;
+    if (!c.glu_dim) c.glu_dim = 1;
+    if (!c.length) c.length = 1;
+    int status = ctx && !metala_config_check(ctx, &c) ? 0 : complain("%s", metala_error(ctx));
+    metala_close(ctx);
+    return status;
+}
+
 // What no single option can see.
 static int check_settings(settings *s) {
     const char *const files[] = {s->out, s->keep_best, s->log, s->data, s->val, s->init};   // the first 3 are written
     if (s->help || s->version) return 0;
     if (is_given(s, "math") && s->device != ON_CUDA) return complain("--math: expected --device cuda with it");
-    if (s->bench) return 0;
+    if (s->bench && !is_given(s, "width")) s->config.width = 256;
+    if (s->bench && !is_given(s, "layers")) s->config.layers = 6;
+    if (s->bench && !is_given(s, "context")) s->context = 256;
+    if (s->bench) return s->init ? 0 : check_sizes(s);
     if (!s->data && !s->resume) return complain("no data given; usage: train FILE [options], train --help says more");
     if (s->resume && s->init) return complain("got --resume and --init, expected one of them");
     for (int i = 0; i < 3; i++)
         for (int j = i + 1; j < 6; j++)
             if (files[i] && files[j] && is_same_file(files[i], files[j]) && (files[j] != s->init || files[i] == s->log))
                 return complain("%s would be overwritten; give --out, --keep-best and --log other names", files[j]);
-    return 0;
+    return s->resume || s->init ? 0 : check_sizes(s);
 }
 
 // The row that --model names, with the choices made on the command line in place of its own.
@@ -429,7 +477,9 @@ typedef struct {
     FILE *log;
     double start;                        // when the run would have started, had it run without a break
     int saved;                           // step of the checkpoint in --out, -1 for none
-    int log_failed;
+    int log_failed, diverged, unsaved;   // what went wrong
+    int misused;                         // the command line is what is wrong: exit status 2
+    char no_device[300];                 // why the CPU has to do it; or empty
 } program;
 
 typedef struct {                         // since the last line of progress
@@ -457,9 +507,7 @@ static void say(const program *p, const char *format, ...) {
 // ------------------------------------------------------------------------------------------------ data
 
 static metala_dataset *open_data(program *p, const char *path) {
-    size_t length = strlen(path), dot = sizeof ".safetensors" - 1;
-    int has_length = length >= dot && !strcmp(path + length - dot, ".safetensors") && !is_given(p->s, "context");
-    metala_dataset *d = metala_dataset_open(p->ctx, path, has_length ? 0 : (size_t)p->s->context);
+    metala_dataset *d = metala_dataset_open(p->ctx, path, has_own_length(p->s, path) ? 0 : (size_t)p->s->context);
     if (!d) library_failed(p);
     return d;
 }
@@ -521,6 +569,7 @@ static int adopt_config(program *p, const char *path, const metala_config *confi
 
 static void complete_config(program *p) {
     metala_config *c = &p->s->config;
+    if (c->length == 0) c->length = p->s->context;
     if (c->glu_dim == 0) c->glu_dim = (int)((8.0 / 3 * c->width + 31) / 32) * 32;
     if (c->vocab_size == 0 && p->train) c->vocab_size = metala_dataset_vocab(p->train);
     if (c->vocab_size == 0) c->vocab_size = 256;
@@ -542,8 +591,8 @@ static int match_parameters(program *p) {
     c->glu_dim = F < 8 ? 8 : (int)(F / 8 + 0.5) * 8;
     double got = (double)parameters_of(c);
     if (least > 0 && wanted > 0 && fabs(got - wanted) > 0.05 * wanted)
-        return complain("--match-params: metala has %.0f parameters, this model %.0f even with a GLU of %d channels; give it fewer"
-                        " of its own, by --expand or --state-size", wanted, got, c->glu_dim);
+        return complain("--match-params: metala has %.0f parameters, this model %.0f even with a GLU of %d channels; give it"
+                        " fewer of its own, by --expand or --state-size", wanted, got, c->glu_dim);
     return 0;
 }
 
@@ -563,13 +612,23 @@ static int old_model(program *p, const char *path) {
     return adopt_config(p, path, metala_model_config(p->model));
 }
 
-static int check_vocabulary(const program *p) {
+static int check_vocabulary(program *p) {
+    static const char *const specials[] = {"pad-token", "bos-token", "eos-token"};
+    const metala_config *c = &p->s->config;
     const metala_dataset *const sets[] = {p->train, p->val};
     const char *const names[] = {p->s->data, p->s->val ? p->s->val : p->s->data};
+    const int tokens[] = {c->pad_token_id, c->bos_token_id, c->eos_token_id};
+    p->misused = !p->model && is_given(p->s, "vocab");
     for (int i = 0; i < 2; i++)
-        if (sets[i] && metala_dataset_vocab(sets[i]) > p->s->config.vocab_size)
-            return complain("%s needs a vocabulary of %d, the model has %d", names[i], metala_dataset_vocab(sets[i]),
-                            p->s->config.vocab_size);
+        if (sets[i] && metala_dataset_vocab(sets[i]) > c->vocab_size)
+            return complain("%s needs a vocabulary of %d, the model has %d%s", names[i], metala_dataset_vocab(sets[i]),
+                            c->vocab_size, p->misused ? "; leave out --vocab" : "");
+    p->misused = 1;
+    for (int i = 0; i < 3; i++)
+        if (is_given(p->s, specials[i]) && tokens[i] >= c->vocab_size)
+            return complain("--%s: got %d, expected a token of the vocabulary, 0 to %d", specials[i], tokens[i],
+                            c->vocab_size - 1);
+    p->misused = 0;
     return 0;
 }
 
@@ -577,17 +636,21 @@ static metala_keep kept_activations(const settings *s) {
     return s->checkpoint_layers ? METALA_KEEP_INPUTS : METALA_KEEP_COSTLY;
 }
 
-// Everything that a step needs, and a validation.
+static int allocate_batch(program *p, size_t T) {
+    size_t rows = (size_t)p->s->batch * T;
+    p->inputs = calloc(rows, sizeof *p->inputs);
+    p->targets = calloc(rows, sizeof *p->targets);
+    p->mask = calloc(rows, 1);
+    return p->inputs && p->targets && p->mask ? 0 : complain("out of memory: a batch of %zu tokens", rows);
+}
+
+// Everything else that a step needs, and a validation.
 static int allocate(program *p, size_t T) {
     const settings *s = p->s;
     size_t rows = (size_t)s->batch * T, N = (size_t)s->config.vocab_size;
     enum { MOST_LOGITS = 1 << 24 };
     p->trainer = metala_trainer_create(p->ctx, p->model, s->batch, T, kept_activations(s));
     if (!p->trainer) return library_failed(p);
-    p->inputs = calloc(rows, sizeof *p->inputs);
-    p->targets = calloc(rows, sizeof *p->targets);
-    p->mask = calloc(rows, 1);
-    if (!p->inputs || !p->targets || !p->mask) return complain("out of memory: a batch of %zu tokens", rows);
     if (p->val && !(p->state = metala_state_create(p->ctx, p->model, s->batch))) return library_failed(p);
     if (p->val && !is_text(p) && rows <= MOST_LOGITS / N) p->logits = malloc(rows * N * sizeof *p->logits);
     return 0;
@@ -623,7 +686,8 @@ static const char *device_text(const program *p, char text[ROOM]) {
 static int check_memory(const program *p, size_t T) {
     if (strcmp(metala_context_backend(p->ctx)->name, "cpu")) return 0;       // a GPU says so when it has no more
 #if defined _POSIX_C_SOURCE && defined _SC_PHYS_PAGES
-    double wanted = (double)memory_of(p, T).total;
+    double wanted = (double)memory_of(p, T).total;            // 0: not even the list of tensors fits
+    if (wanted <= 0) return complain("out of memory: %d layers; try fewer --layers", p->s->config.layers);
     double there = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
     if (there > 0 && wanted > there)
         return complain("out of memory: training needs %.1f MB, this machine has %.1f MB; try a smaller --batch,"
@@ -638,7 +702,8 @@ static void describe_model(const program *p) {
     const metala_config *c = &p->s->config;
     metala_memory m = memory_of(p, longest_sequence(p));
     char count[ROOM];
-    say(p, "model    %s D%d L%d H%d F%d N%d", metala_config_row_name(c), c->width, c->layers, c->heads, c->glu_dim, c->vocab_size);
+    say(p, "model    %s D%d L%d H%d F%d N%d", metala_config_row_name(c), c->width, c->layers, c->heads, c->glu_dim,
+        c->vocab_size);
     say(p, "%s%s: %s parameters\n", c->tie_word_embeddings ? " tied" : "", c->glu_bias ? " glu-bias" : "",
         count_text(count, (double)(m.parameters / sizeof(metala_real))));
     say(p, "memory   %.1f MB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch %.1f\n",
@@ -650,7 +715,7 @@ static void describe_settings(const program *p) {
     const settings *s = p->s;
     char form[ROOM], schedule[ROOM], device[ROOM];
     double tokens = (double)s->accumulate * s->batch * s->context, all = (double)metala_dataset_tokens(p->train);
-    say(p, "step     %d x %d = %.0f tokens, %s, %s", s->accumulate * s->batch, s->context, tokens,
+    say(p, "step     %.0f x %d = %.0f tokens, %s, %s", (double)s->accumulate * s->batch, s->context, tokens,
         value_text(s, option_named("form"), form), device_text(p, device));
     if (s->max_steps) say(p, "; %d steps pass %.3g times over the data", s->max_steps, tokens * s->max_steps / all);
     if (s->max_seconds > 0) say(p, "; %g seconds", s->max_seconds);
@@ -667,18 +732,12 @@ static const char *kept_key(const option *o, char key[ROOM]) {
     return key;
 }
 
-// One setting of the checkpoint: taken over, or reported when the command line says otherwise.
+// One setting of the checkpoint: taken over, unless the command line says otherwise.
 static int restore_option(settings *s, const option *o, const char *value) {
-    char room[ROOM];
-    const char *given = s->given[o - options] ? value_text(s, o, room) : NULL;
-    if (given) {
-        if (strcmp(given, value)) complain("--%s is now %s, was %s", o->name, s->given[o - options], value);
-        return 0;
-    }
     char *copy = malloc(strlen(value) + 1);
     if (!copy) return complain("out of memory");
     s->restored[o - options] = strcpy(copy, value);
-    return set_option(s, o, copy);
+    return s->given[o - options] ? 0 : set_option(s, o, copy);
 }
 
 static int restore_settings(program *p) {
@@ -694,7 +753,8 @@ static int restore_settings(program *p) {
     }
     metala_file_close(f);
     if (!status && !found) return complain("%s: no settings in it; start from it with --init", s->out);
-    return status ? status : check_settings(s);
+    if (!status && check_settings(s)) p->misused = status = -1;
+    return status;
 }
 
 // Looks at the next batch: parameters whose loss or gradient is not finite must not replace a good checkpoint.
@@ -718,7 +778,8 @@ static int save(program *p, const char *path) {
 
 static int save_checkpoint(program *p) {
     if (p->saved == step_of(p)) return 0;
-    if (save(p, p->s->out)) return -1;
+    p->unsaved = save(p, p->s->out);
+    if (p->unsaved) return -1;
     p->saved = step_of(p);
     return 0;
 }
@@ -741,15 +802,51 @@ static int check_writable(const char *path) {
     return stream ? 0 : -1;
 }
 
-static int check_outputs(const program *p) {
-    const settings *s = p->s;
-    if (check_writable(s->out) || (s->keep_best && check_writable(s->keep_best))) return -1;
-    FILE *stream = s->resume ? NULL : fopen(s->out, "rb");
-    if (stream) {
-        complain("%s is there already and will be replaced; --resume would go on with it", s->out);
-        fclose(stream);
+static const char log_columns[] = "step,tokens,seconds,loss,val_loss,val_accuracy,gradient_norm,learning_rate,"
+                                  "tokens_per_second,val_bits_per_byte,gflops_per_second\n";
+
+// The log is opened when training begins; until then it stays as it is. What is appended to must have the same columns.
+static int check_log(const settings *s) {
+    char line[sizeof log_columns + 1] = "";
+    FILE *stream = fopen(s->log, "rb");
+    int is_there = stream != NULL, odd;
+#ifdef _POSIX_C_SOURCE
+    struct stat is;
+    if (!stat(s->log, &is) && !S_ISREG(is.st_mode) && !S_ISDIR(is.st_mode)) {               // a terminal, say
+        if (stream) fclose(stream);
+        return 0;
     }
+#endif
+    if (stream && !fgets(line, sizeof line, stream)) *line = 0;
+    if (stream) fclose(stream);
+    odd = s->resume && *line && strcmp(line, log_columns);
+    if (odd) return complain("%s: cannot go on with a table of other columns than %.*s; give --log another name", s->log,
+                             (int)strlen(log_columns) - 1, log_columns);
+    stream = fopen(s->log, "ab");
+    if (!stream) return complain("%s: cannot be written: %s", s->log, strerror(errno));
+    fclose(stream);
+    if (!is_there) remove(s->log);
     return 0;
+}
+
+static int check_outputs(const settings *s) {
+    if (check_writable(s->out) || (s->keep_best && check_writable(s->keep_best))) return -1;
+    return s->log ? check_log(s) : 0;
+}
+
+// What may surprise, once nothing is in the way any more.
+static void say_notices(const program *p) {
+    const settings *s = p->s;
+    FILE *stream = s->quiet || s->resume || s->bench ? NULL : fopen(s->out, "rb");
+    if (*p->no_device) complain("--device cuda: %s; going on with the CPU", p->no_device);
+    for (int i = 0; i < OPTIONS && !s->quiet; i++) {
+        char room[ROOM];
+        if (s->given[i] && s->restored[i] && strcmp(value_text(s, &options[i], room), s->restored[i]))
+            complain("--%s is now %s, was %s", options[i].name, s->given[i], s->restored[i]);
+    }
+    if (!stream) return;
+    complain("%s is there already and will be replaced; --resume would go on with it", s->out);
+    fclose(stream);
 }
 
 // ------------------------------------------------------------------------------------------------ validation
@@ -899,13 +996,20 @@ static int counts(const int *targets, size_t n) {
     return 0;
 }
 
-// Is there anything to learn? Usually the first sequence tells.
+// Is there anything to learn, and anything to tell it by? Usually the first sequence tells.
 static int check_targets(const program *p) {
-    for (size_t i = 0; i < metala_dataset_sequences(p->train); i++) {
-        metala_dataset_sequence(p->train, i, p->inputs, p->targets, p->mask);
-        if (counts(p->targets, (size_t)p->s->context)) return 0;
+    const metala_dataset *const sets[] = {p->train, p->val};
+    for (int set = 0; set < 2; set++) {
+        size_t i = 0, all = sets[set] ? metala_dataset_sequences(sets[set]) : 0;
+        for (int found = 0; i < all && !found; i += !found) {
+            metala_dataset_sequence(sets[set], i, p->inputs, p->targets, p->mask);
+            found = counts(p->targets, metala_dataset_length(sets[set]));
+        }
+        if (all && i == all)
+            return complain("%s: no target%s counts, all are %d (ignored)", set && p->s->val ? p->s->val : p->s->data,
+                            set && !p->s->val ? " in the part for validation" : " in it", METALA_IGNORE);
     }
-    return complain("%s: no target in it counts, all are %d (ignored)", p->s->data, METALA_IGNORE);
+    return 0;
 }
 
 // Adds weight times the gradient of batch number `index` of the stream.
@@ -919,8 +1023,9 @@ static int add_gradient(program *p, uint64_t index, double weight, double *loss)
                            mask_or_null(p, (size_t)s->batch * T), s->batch, T, weight, loss);
 }
 
-static int diverged(const program *p, const char *what, double value) {
+static int diverged(program *p, const char *what, double value) {
     char kept[2 * ROOM] = "";
+    p->diverged = 1;
     if (p->saved >= 0) snprintf(kept, sizeof kept, " is still that of step %d", p->saved);
     return complain("step %d: the %s is %s, training has diverged; %s%s; try a lower --learning-rate than %g or a"
                     " longer --warmup than %d", step_of(p) + 1, what, isnan(value) ? "not a number" : "infinite",
@@ -957,11 +1062,8 @@ static int train_step(program *p, interval *now) {
     int passes = p->s->accumulate;
     for (int i = 0; i < passes; i++) {
         double part;
-        if (add_gradient(p, (uint64_t)step_of(p) * (uint64_t)passes + (uint64_t)i, 1.0 / passes, &part)) {
-            library_failed(p);
-            if (step_of(p) > 0) save_checkpoint(p);          // nothing that was learnt is lost
-            return -1;
-        }
+        if (add_gradient(p, (uint64_t)step_of(p) * (uint64_t)passes + (uint64_t)i, 1.0 / passes, &part))
+            return library_failed(p);
         loss += part / passes;
     }
     if (!isfinite(loss)) return diverged(p, "loss", loss);
@@ -983,13 +1085,12 @@ static int open_log(program *p) {
     p->log = fopen(path, p->s->resume ? "a" : "w");
     if (!p->log) return complain("%s: cannot be written: %s", path, strerror(errno));
     fseek(p->log, 0, SEEK_END);
-    if (ftell(p->log) <= 0)
-        fputs("step,tokens,seconds,loss,val_loss,val_accuracy,gradient_norm,learning_rate,tokens_per_second\n", p->log);
+    if (ftell(p->log) <= 0) fputs(log_columns, p->log);
     return fflush(p->log) || ferror(p->log) ? complain("%s: cannot be written: %s", path, strerror(errno)) : 0;
 }
 
 // A log that fails later does not end the training, only its exit status tells.
-static void write_log(program *p, const interval *now, double tokens_per_second) {
+static void write_log(program *p, const interval *now, double tokens_per_second, double gflops) {
     if (!p->log) return;
     double tokens = (double)p->s->accumulate * p->s->batch * p->s->context;
     fprintf(p->log, "%d,%.0f,%.3f,%.9g,", step_of(p), tokens * step_of(p), seconds() - p->start,
@@ -997,7 +1098,9 @@ static void write_log(program *p, const interval *now, double tokens_per_second)
     if (now->evaluated) fprintf(p->log, "%.9g", now->val_loss);
     fputc(',', p->log);
     if (now->evaluated && p->logits) fprintf(p->log, "%.9g", now->accuracy);
-    fprintf(p->log, ",%.9g,%.9g,%.1f\n", now->norm / now->steps, learning_rate(p, step_of(p) - 1), tokens_per_second);
+    fprintf(p->log, ",%.9g,%.9g,%.1f,", now->norm / now->steps, learning_rate(p, step_of(p) - 1), tokens_per_second);
+    if (now->evaluated && is_text(p)) fprintf(p->log, "%.9g", now->val_loss / log(2));
+    fprintf(p->log, ",%.3f\n", gflops);
     if (!fflush(p->log) && !ferror(p->log)) return;
     complain("%s: cannot be written: %s; training goes on without it", p->s->log, strerror(errno));
     fclose(p->log);
@@ -1023,7 +1126,7 @@ static void print_progress(program *p, const interval *now) {
     const settings *s = p->s;
     char step[ROOM], left[ROOM] = "";
     double tokens = (double)s->accumulate * s->batch * s->context, each = now->seconds / now->steps, rest = -1;
-    double speed = each > 0 ? tokens / each : 0;
+    double speed = each > 0 ? tokens / each : 0, gflops = 6e-9 * (double)metala_model_size(p->model) * speed;
     if (s->max_steps) snprintf(step, sizeof step, "%d/%d", step_of(p), s->max_steps);
     else snprintf(step, sizeof step, "%d", step_of(p));
     if (s->max_steps) rest = (s->max_steps - step_of(p)) * each;
@@ -1035,9 +1138,9 @@ static void print_progress(program *p, const interval *now) {
         if (p->logits) say(p, " %7.2f%%", 100 * now->accuracy);
     } else if (p->val) say(p, " %9s %10s%s", "", "", p->logits ? "         " : "");
     say(p, " %9.3f %9.2e %9.0f %8.1f %8s\n", now->norm / now->steps, learning_rate(p, step_of(p) - 1), speed,
-        6e-9 * (double)metala_model_size(p->model) * speed, rest < 0 ? "" : time_text(left, rest));
+        gflops, rest < 0 ? "" : time_text(left, rest));
     fflush(stdout);
-    write_log(p, now, speed);
+    write_log(p, now, speed, gflops);
 }
 
 // ------------------------------------------------------------------------------------------------ the loop
@@ -1053,10 +1156,9 @@ static int is_finished(const program *p) {
 static int is_stopped(const program *p) { return interrupted || (p->s->stop_at && step_of(p) >= p->s->stop_at); }
 
 // Steps until the end or a stop, and between them what is due.
-static int train(program *p) {
+static int train_until_stopped(program *p) {
     const settings *s = p->s;
     interval now = {0};
-    print_header(p);
     for (int finished = 0, stopped = 0; !finished && !stopped;) {
         if (train_step(p, &now)) return -1;
         int step = step_of(p);
@@ -1068,9 +1170,17 @@ static int train(program *p) {
             memset(&now, 0, sizeof now);
         }
         if (!stopped && is_due(step, s->sample_every) && sample(p)) return -1;
-        if ((finished || stopped || is_due(step, s->save_every)) && save_checkpoint(p)) return -1;
+        if (is_due(step, s->save_every) && save_checkpoint(p)) return -1;
     }
     return 0;
+}
+
+// Whatever ends the training, memory that has run out for one, nothing that was learnt is lost; but parameters that have
+// diverged are not worth keeping, and where a checkpoint could not be written there is no use in trying again.
+static int train(program *p) {
+    print_header(p);
+    int failed = train_until_stopped(p), is_lost = p->diverged || p->unsaved || step_of(p) == 0;
+    return (is_lost ? 0 : save_checkpoint(p)) || failed ? -1 : 0;
 }
 
 // A word as a shell takes it.
@@ -1104,10 +1214,11 @@ static void report(const program *p, const char *command) {
 
 // --profile: the device's backend table with a clock around every kernel. Each wrapper has its kernel's arguments.
 // A download of nothing waits until a GPU has done what it was asked for.
-enum kernel { EMBEDDING, RMS, CONV, MATMUL, MASK, GATE, SCAN, AUGMENT, HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM,
-              ADAMW, KERNELS };
-static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "matrix products",
-    "mask", "gate", "decay scan", "self-augmentation", "head norm", "gated products", "residual add", "cross-entropy",
+enum kernel { EMBEDDING, RMS, CONV, SHIFT, MATMUL, MASK, FEATURES, PHASE, GATE, SCAN, ATTENTION, NORMALISER, AUGMENT, SKIP,
+              HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM, ADAMW, KERNELS };
+static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "token shift",
+    "matrix products", "mask", "feature maps", "phase", "decay", "decay scan", "softmax attention", "normaliser",
+    "self-augmentation", "skip", "head norm", "gated products", "residual add", "cross-entropy",
     "gradient norm", "AdamW"};
 static struct { double seconds[2], operations[2]; long calls[2]; } spent[KERNELS];     // forward, backward
 static const metala_backend *profiled;
@@ -1172,6 +1283,102 @@ CLOCKED(silu_gate_forward, SILU_GATE, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b
 CLOCKED(silu_gate_backward, SILU_GATE, 1, 0, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
         (c, da, db, dy, a, b, n))
 CLOCKED(add, ADD, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(shift_forward, SHIFT, 0, 0,
+        (ctx_t *c, real *y, in_t *n, in_t *mu, in_t *previous, size_t B, size_t T, size_t D), (c, y, n, mu, previous,
+         B, T, D))
+CLOCKED(shift_backward, SHIFT, 1, 0,
+        (ctx_t *c, real *dn, real *dmu, in_t *dy, in_t *n, in_t *mu, in_t *previous, size_t B, size_t T, size_t D),
+         (c, dn, dmu, dy, n, mu, previous, B, T, D))
+CLOCKED(last_token, SHIFT, 0, 0,
+        (ctx_t *c, real *to, in_t *x, size_t B, size_t T, size_t D), (c, to, x, B, T, D))
+CLOCKED(map_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, size_t n, metala_map map), (c, y, x, n, map))
+CLOCKED(map_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t n, metala_map map), (c, dx, dy, x, n, map))
+CLOCKED(taylor_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, size_t rows, size_t H, size_t d), (c, y, x, rows, H, d))
+CLOCKED(taylor_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t rows, size_t H, size_t d), (c, dx, dy, x, rows, H, d))
+CLOCKED(rotate_forward, PHASE, 0, 0,
+        (ctx_t *c, real *y, in_t *x, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t
+         position, int negative), (c, y, x, theta, B, T, H, K, shared, position, negative))
+CLOCKED(rotate_backward, PHASE, 1, 0,
+        (ctx_t *c, real *dx, real *dtheta, in_t *dy, in_t *y, in_t *theta, size_t B, size_t T, size_t H, size_t K, int
+         shared, uint64_t position, int negative), (c, dx, dtheta, dy, y, theta, B, T, H, K, shared, position,
+         negative))
+CLOCKED(bounded_gate_forward, GATE, 0, 0,
+        (ctx_t *c, real *alpha, real *k, in_t *z, in_t *gamma, size_t rows, size_t n), (c, alpha, k, z, gamma, rows,
+         n))
+CLOCKED(bounded_gate_backward, GATE, 1, 0,
+        (ctx_t *c, real *dz, real *dgamma, in_t *da, in_t *dk, in_t *z, in_t *gamma, size_t rows, size_t n), (c, dz,
+         dgamma, da, dk, z, gamma, rows, n))
+CLOCKED(bounds_forward, GATE, 0, 0,
+        (ctx_t *c, real *gamma, in_t *G, size_t L, size_t n), (c, gamma, G, L, n))
+CLOCKED(bounds_backward, GATE, 1, 0,
+        (ctx_t *c, real *dG, in_t *dgamma, in_t *G, size_t L, size_t n), (c, dG, dgamma, G, L, n))
+CLOCKED(ssm_forward, GATE, 0, 0,
+        (ctx_t *c, metala_ssm kind, real *alpha, real *theta, real *b, in_t *decay, in_t *phase, in_t *step, size_t H,
+         size_t N, size_t length), (c, kind, alpha, theta, b, decay, phase, step, H, N, length))
+CLOCKED(ssm_backward, GATE, 1, 0,
+        (ctx_t *c, metala_ssm kind, real *ddecay, real *dphase, real *dstep, in_t *da, in_t *dtheta, in_t *db, in_t
+         *decay, in_t *phase, in_t *step, size_t H, size_t N, size_t length), (c, kind, ddecay, dphase, dstep, da,
+         dtheta, db, decay, phase, step, H, N, length))
+CLOCKED(scale_pairs_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, in_t *b, size_t rows, size_t n), (c, y, x, b, rows, n))
+CLOCKED(scale_pairs_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, real *db, in_t *dy, in_t *x, in_t *b, size_t rows, size_t n), (c, dx, db, dy, x, b, rows,
+         n))
+CLOCKED(selective_forward, GATE, 0, 0,
+        (ctx_t *c, real *alpha, real *v, in_t *z, in_t *x, in_t *A, size_t rows, size_t C, size_t N), (c, alpha, v, z,
+         x, A, rows, C, N))
+CLOCKED(selective_backward, GATE, 1, 0,
+        (ctx_t *c, real *dz, real *dx, real *dA, in_t *da, in_t *dv, in_t *z, in_t *x, in_t *A, size_t rows, size_t C,
+         size_t N), (c, dz, dx, dA, da, dv, z, x, A, rows, C, N))
+CLOCKED(copy_heads_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, size_t rows, size_t H, size_t K), (c, y, x, rows, H, K))
+CLOCKED(copy_heads_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, in_t *dy, size_t rows, size_t H, size_t K), (c, dx, dy, rows, H, K))
+CLOCKED(wkv_forward, GATE, 0, 0,
+        (ctx_t *c, real *q, real *key, real *alpha, real *bonus, in_t *k, in_t *w, in_t *u, const uint8_t *mask, real
+         *previous, size_t B, size_t T, size_t D, uint64_t position), (c, q, key, alpha, bonus, k, w, u, mask,
+         previous, B, T, D, position))
+CLOCKED(wkv_backward, GATE, 1, 0,
+        (ctx_t *c, real *dk, real *dw, real *du, in_t *dkey, in_t *da, in_t *dbonus, in_t *key, in_t *bonus, in_t *w,
+         const uint8_t *mask, size_t B, size_t T, size_t D), (c, dk, dw, du, dkey, da, dbonus, key, bonus, w, mask, B,
+         T, D))
+CLOCKED(extend_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *v, const uint8_t *mask, in_t *previous, int delayed, size_t B, size_t T, size_t H,
+         size_t V), (c, y, v, mask, previous, delayed, B, T, H, V))
+CLOCKED(extend_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dv, in_t *dy, const uint8_t *mask, int delayed, size_t B, size_t T, size_t H, size_t V), (c,
+         dv, dy, mask, delayed, B, T, H, V))
+CLOCKED(normalise_forward, NORMALISER, 0, 0,
+        (ctx_t *c, real *y, in_t *o, in_t *bonus, in_t *v, size_t rows, size_t H, size_t V, double eps), (c, y, o,
+         bonus, v, rows, H, V, eps))
+CLOCKED(normalise_backward, NORMALISER, 1, 0,
+        (ctx_t *c, real *dO, real *dbonus, real *dv, in_t *dy, in_t *y, in_t *o, in_t *bonus, in_t *v, size_t rows,
+         size_t H, size_t V, double eps), (c, dO, dbonus, dv, dy, y, o, bonus, v, rows, H, V, eps))
+CLOCKED(skip_forward, SKIP, 0, 0,
+        (ctx_t *c, real *y, in_t *o, in_t *x, in_t *d, size_t rows, size_t n), (c, y, o, x, d, rows, n))
+CLOCKED(skip_backward, SKIP, 1, 0,
+        (ctx_t *c, real *dx, real *dd, in_t *dy, in_t *x, in_t *d, size_t rows, size_t n), (c, dx, dd, dy, x, d, rows,
+         n))
+CLOCKED(multiply_forward, SILU_GATE, 0, 0,
+        (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(multiply_backward, SILU_GATE, 1, 0,
+        (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n), (c, da, db, dy, a, b, n))
+CLOCKED(sigmoid_gate_forward, SILU_GATE, 0, 0,
+        (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(sigmoid_gate_backward, SILU_GATE, 1, 0,
+        (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n), (c, da, db, dy, a, b, n))
+CLOCKED(attention_forward, ATTENTION, 0, 2.0 * (double)(B * T * H) * ((double)past + 0.5 * (double)T) * (double)(K + V),
+        (ctx_t *c, real *o, real *lse, in_t *q, in_t *k, in_t *v, const uint8_t *mask, size_t B, size_t T, size_t
+         past, size_t stride, size_t H, size_t K, size_t V, double scale), (c, o, lse, q, k, v, mask, B, T, past,
+         stride, H, K, V, scale))
+CLOCKED(attention_backward, ATTENTION, 1, 2.5 * (double)(B * T * H) * (double)T * (double)(K + V),
+        (ctx_t *c, real *dq, real *dk, real *dv, in_t *dO, in_t *o, in_t *lse, in_t *q, in_t *k, in_t *v, const
+         uint8_t *mask, size_t B, size_t T, size_t H, size_t K, size_t V, double scale), (c, dq, dk, dv, dO, o, lse, q,
+         k, v, mask, B, T, H, K, V, scale))
 CLOCKED(cross_entropy_forward, CROSS_ENTROPY, 0, 0,
         (ctx_t *c, real *loss, real *lse, in_t *l, const int *t, size_t r, size_t N), (c, loss, lse, l, t, r, N))
 CLOCKED(cross_entropy_backward, CROSS_ENTROPY, 1, 0,
@@ -1194,6 +1401,14 @@ static metala_backend clocked_backend(const metala_backend *device) {
     USE(scan_forward), USE(scan_backward), USE(augment_forward), USE(augment_backward), USE(head_norm_forward);
     USE(head_norm_backward), USE(silu_gate_forward), USE(silu_gate_backward), USE(add), USE(cross_entropy_forward);
     USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
+    USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward);
+    USE(taylor_forward), USE(taylor_backward), USE(rotate_forward), USE(rotate_backward), USE(bounded_gate_forward);
+    USE(bounded_gate_backward), USE(bounds_forward), USE(bounds_backward), USE(ssm_forward), USE(ssm_backward);
+    USE(scale_pairs_forward), USE(scale_pairs_backward), USE(selective_forward), USE(selective_backward);
+    USE(copy_heads_forward), USE(copy_heads_backward), USE(wkv_forward), USE(wkv_backward), USE(extend_forward);
+    USE(extend_backward), USE(normalise_forward), USE(normalise_backward), USE(skip_forward), USE(skip_backward);
+    USE(multiply_forward), USE(multiply_backward), USE(sigmoid_gate_forward), USE(sigmoid_gate_backward);
+    USE(attention_forward), USE(attention_backward);
 #undef USE
     return b;
 }
@@ -1237,13 +1452,11 @@ static int bench(program *p) {
     uint64_t random = (uint64_t)s->seed;
     double times[TIMED], loss, norm;
     char count[ROOM], form[ROOM], device[ROOM];
-    if (!is_given(s, "width")) s->config.width = 256;
-    if (!is_given(s, "layers")) s->config.layers = 6;
-    if (!is_given(s, "context")) s->context = 256;
     complete_config(p);
     if (s->match_params && match_parameters(p)) return -1;
     if (s->init ? old_model(p, s->init) : check_memory(p, (size_t)s->context) || new_model(p)) return -1;
-    if (allocate(p, (size_t)s->context)) return -1;
+    if (allocate_batch(p, (size_t)s->context) || allocate(p, (size_t)s->context)) return -1;
+    say_notices(p);
     s->adamw.learning_rate = s->learning_rate;
     for (int i = 0; i < s->batch * s->context; i++) {
         p->inputs[i] = (int)(metala_random(&random) % (uint64_t)c->vocab_size);
@@ -1261,10 +1474,11 @@ static int bench(program *p) {
     if (s->profile) print_profile(WARM + TIMED);
     double step = times[TIMED / 2], parameters = (double)metala_model_size(p->model);
     double speed = step > 0 ? (double)s->batch * s->context / step : 0;
-    printf("bench %s D%d L%d H%d F%d N%d B%d T%d P %s: ", metala_config_row_name(c), c->width, c->layers, c->heads, c->glu_dim, c->vocab_size,
-           s->batch, s->context, count_text(count, parameters));
+    printf("bench %s D%d L%d H%d F%d N%d B%d T%d P %s: ", metala_config_row_name(c), c->width, c->layers, c->heads,
+           c->glu_dim, c->vocab_size, s->batch, s->context, count_text(count, parameters));
     printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %s, %.1f MB\n", 1e3 * step, speed,
-           6e-9 * parameters * speed, value_text(s, option_named("form"), form), device_text(p, device), (double)memory_of(p, (size_t)s->context).total / 1e6);
+           6e-9 * parameters * speed, value_text(s, option_named("form"), form), device_text(p, device),
+           (double)memory_of(p, (size_t)s->context).total / 1e6);
     return 0;
 }
 
@@ -1276,18 +1490,20 @@ static int prepare(program *p) {
     if (!s->resume && s->max_seconds > 0 && !is_given(s, "max-steps")) s->max_steps = 0;
     if (!s->resume && s->max_steps && !is_given(s, "warmup") && s->warmup > s->max_steps / 10)
         s->warmup = s->max_steps / 10;
-    if (load_data(p)) return -1;
+    if (check_outputs(s) || load_data(p)) return -1;
     if ((s->resume || s->init) && old_model(p, s->resume ? s->out : s->init)) return -1;
     if (!p->model) complete_config(p);
     if (!p->model && s->match_params && match_parameters(p)) return -1;
     if (metala_config_check(p->ctx, &s->config)) return library_failed(p);
-    if (check_vocabulary(p)) return -1;
+    if (check_vocabulary(p) || check_memory(p, longest_sequence(p)) || allocate_batch(p, longest_sequence(p)) ||
+        check_targets(p))
+        return -1;
+    say_notices(p);
     describe_data(p);
     describe_model(p);
     describe_settings(p);
-    fflush(stdout);
-    if (check_outputs(p) || check_memory(p, longest_sequence(p)) || (!p->model && new_model(p))) return -1;
-    if (allocate(p, longest_sequence(p)) || check_targets(p)) return -1;
+    fflush(stdout);                      // before memory is taken
+    if ((!p->model && new_model(p)) || allocate(p, longest_sequence(p))) return -1;
     p->saved = -1;
     if (!s->resume) return 0;
     if (metala_checkpoint_load(p->ctx, p->trainer, s->out)) return library_failed(p);
@@ -1348,10 +1564,11 @@ static int close_all(program *p) {
 }
 
 // What --device asks for, or the CPU and why.
-static const metala_backend *backend_of(const settings *s) {
-    char why[300];
-    const metala_backend *backend = s->device == ON_CUDA ? metala_cuda((metala_math)s->math, why, sizeof why) : metala_cpu();
-    if (!backend) complain("--device cuda: %s; going on with the CPU", why);
+static const metala_backend *backend_of(program *p) {
+    const settings *s = p->s;
+    const metala_backend *backend = NULL;
+    if (s->device == ON_CUDA) backend = metala_cuda((metala_math)s->math, p->no_device, sizeof p->no_device);
+    if (backend) *p->no_device = 0;
     return backend ? backend : metala_cpu();
 }
 
@@ -1367,13 +1584,14 @@ int main(int argc, char **argv) {
     p.s = &s;
     int status = 0;
     if (!s.help && !s.version) {
-        backend = backend_of(&s);
+        backend = backend_of(&p);
         clocks = clocked_backend(backend);
     }
     if (s.help) print_help();
     else if (s.version) printf("metala %s, float%d\n", METALA_VERSION, 8 * (int)sizeof(metala_real));
-    else if ((p.ctx = metala_open(s.profile ? &clocks : backend, s.threads)) == NULL) status = complain("%s", metala_error(NULL));
+    else if ((p.ctx = metala_open(s.profile ? &clocks : backend, s.threads)) == NULL)
+        status = complain("%s", metala_error(NULL));
     else status = run(&p, argv[0]);
     if (close_all(&p)) status = -1;
-    return status ? 1 : interrupted ? 128 + (int)interrupted : 0;
+    return p.misused ? 2 : status ? 1 : interrupted ? 128 + (int)interrupted : 0;
 }

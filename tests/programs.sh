@@ -1,18 +1,18 @@
 #!/bin/sh
-# Do the programs do what their --help says? Tries every flag of ./train, ./run and data/stories, and every way in
-# which they can fail, on models so small that all of it takes seconds.
+# Do the programs do what their --help says? Tries every flag of ./train, ./run, ./test and data/stories, and every way
+# in which they can fail, on models so small that all of it takes seconds.
 #
-#   make && tests/programs.sh      a line per check, "N passed, N failed" last; exit status 0 when none failed
+#   make test-programs             a line per check, "N passed, N failed" last; exit status 0 when none failed
 #
-# Needs the built programs and POSIX tools. Reading order: the checking, files that are made, then stories, train, run.
+# Needs the built programs and POSIX tools. Reading order: the checking, files that are made, then stories, train, run, test.
 set -u
 LC_ALL=C
 export LC_ALL
 : "${OMP_WAIT_POLICY=passive}"           # or each program would start itself once more to set it
 export OMP_WAIT_POLICY
 root=$(cd "$(dirname "$0")/.." && pwd) || exit 1
-for program in train run data/stories; do
-    [ -x "$root/$program" ] || { echo "programs.sh: $program is not there; build it first with make" >&2; exit 1; }
+for program in train run test data/stories build/train-failing; do
+    [ -x "$root/$program" ] || { echo "programs.sh: $program is not there; start it with make test-programs" >&2; exit 1; }
 done
 work=$root/build/programs.$$
 mkdir -p "$work" && cd "$work" || exit 1
@@ -65,6 +65,7 @@ limit=
 if command -v timeout > /dev/null && timeout 9 true 2> /dev/null; then limit="timeout 60"; fi
 train()   { printf '%s\n' "$@" >> used.train; $limit "$root/train" "$@"; }
 run()     { printf '%s\n' "$@" >> used.run; $limit "$root/run" "$@"; }
+checks()  { printf '%s\n' "$@" >> used.checks; $limit "$root/test" "$@"; }
 stories() { printf '%s\n' "$@" >> used.stories; $limit "$root/data/stories" "$@"; }
 
 works() {                                # DESCRIPTION COMMAND...: exit status 0; the output is in out and err
@@ -81,6 +82,11 @@ fails() {                                # STATUS TEXT DESCRIPTION COMMAND...
     shift 3
     "$@" > out 2> err < /dev/null
     complained "$?"
+}
+# The same of what is noticed before anything is done: nothing is printed but that line.
+fails_at_once() {                        # STATUS TEXT DESCRIPTION COMMAND...
+    fails "$@"
+    equal "$3: nothing else is printed" 0 "$(size out)"
 }
 complained() {                           # STATUS, for want, text and name
     lines=$(wc -l < err) odd=$(tr -d '\n' < err | tr -d '[:print:]' | tr -d '\200-\377' | wc -c)
@@ -269,9 +275,15 @@ last() { column "$1" "$2" | awk '{ print $NF }'; }
 works "train FILE --out --log" train text.txt $six --out base.st --log base.csv
 equal "train --quiet says nothing" "0 0" "$(size out) $(size err)"
 equal "train --log: header" \
-    "step,tokens,seconds,loss,val_loss,val_accuracy,gradient_norm,learning_rate,tokens_per_second" "$(head -n 1 base.csv)"
+    "step,tokens,seconds,loss,val_loss,val_accuracy,gradient_norm,learning_rate,tokens_per_second,val_bits_per_byte,gflops_per_second" \
+    "$(head -n 1 base.csv)"
 equal "train --log, --log-every 1, --max-steps 6: a row for each step" "1 2 3 4 5 6 " "$(column base.csv step)"
-equal "train --log: nine columns in each row" 9 "$(awk -F , '{ print NF }' base.csv | sort -u)"
+equal "train --log: eleven columns in each row" 11 "$(awk -F , '{ print NF }' base.csv | sort -u)"
+holds "train --log: bits per byte are val_loss / log 2" "($(last base.csv val_bits_per_byte) * log(2) / $(last base.csv val_loss) - 1) ^ 2 < 1e-12"
+equal "train --log: bits per byte stand where val_loss does" "$(column base.csv val_loss | tr -d '0-9.')" \
+    "$(column base.csv val_bits_per_byte | tr -d '0-9.')"
+holds "train --log: GFLOP/s are 6 times 12376 parameters times tokens/s" \
+    "($(last base.csv gflops_per_second) - 6e-9 * 12376 * $(last base.csv tokens_per_second)) ^ 2 < 1e-5"
 equal "train: a step has --batch times --context tokens" "32 64 96 128 160 192 " "$(column base.csv tokens)"
 equal "train --eval-every 3: validates twice" 2 "$(column base.csv val_loss | wc -w | tr -d ' ')"
 holds "train: the loss falls" "$(last base.csv loss) < $(column base.csv loss | awk '{ print $1 }') - 0.01"
@@ -283,6 +295,7 @@ train text.txt $six --out again.st
 same_bytes "train: same command, same checkpoint" base.st again.st
 train --data text.txt $six --seed 1 --out again.st 2> err
 same_bytes "train --data FILE --seed 1 is train FILE" base.st again.st
+train text.txt $tiny --max-steps 1 --out again.st > out 2> err
 has "train: says that --out is there already and is replaced" err "again.st is there already and will be replaced"
 train text.txt $six -o again.st -T 16 -B=2 --lr 0.006 2> err
 same_bytes "train -o -T -B --lr are --out --context --batch --learning-rate" base.st again.st
@@ -322,6 +335,15 @@ effect --heads 2 4
 effect --glu-dim 64 32
 effect --vocab 256 300
 effect --tau 16 4
+effect --norm-eps 1e-6 0.5
+effect --head-norm-eps 1e-5 0.5
+effect --pad-token -1 101                # e
+for flag in bos-token eos-token; do
+    train text.txt $six --$flag 101 --out $flag.st --log effect.csv
+    equal "train --$flag changes no number" "$(numbers base.csv)" "$(numbers effect.csv)"
+    train text.txt $six --$flag=-1 --out again.st 2> err
+    same_bytes "train --$flag -1 is the default" base.st again.st
+done
 effect --init-std 0 0.05
 effect --residual-scale "" 0.1
 effect --gate-scale 8 1
@@ -353,7 +375,7 @@ shaped() {                               # FLAG DEFAULT OTHER MODEL that it matt
 shaped --state-size 16 4 s4d
 shaped --low-rank 16 4 gla
 shaped --feature-dim 16 4 based
-shaped --length 1024 64 dss
+shaped --length 0 64 dss
 shaped --normaliser on off linear
 for model in $(run --models | sed -n 's/^\([a-z][a-z0-9-]*\)  .*/\1/p'); do
     train text.txt $six --model "$model" --match-params --out row.st --log row.csv > out 2> err
@@ -376,7 +398,7 @@ for model in $(run --models | sed -n 's/^\([a-z][a-z0-9-]*\)  .*/\1/p'); do
 done
 fails 2 "metala, metala-noconv" "train --model: a row that is not" train text.txt --model nosuch
 fails 2 "dynamic|lowrank|fixed" "train --decay: a value that is not" train text.txt --decay nosuch
-fails 1 "query taylor and key taylor belong together" "train: choices that do not fit" train text.txt $six --query taylor
+fails 2 "query taylor and key taylor belong together" "train: choices that do not fit" train text.txt $six --query taylor
 train text.txt $six --model gla --out gla.st 2> err
 fails 1 "--model: got retnet, but gla.st has gla" "train --resume --model another" train --resume --out gla.st --model retnet
 fails 1 "--match-params: metala has " "train --match-params: a mixer that is too large" train text.txt $six --model retnet --expand 16 --match-params
@@ -384,7 +406,7 @@ works "run --models" run --models
 has "run --models: rows, equations, choices, sizes, papers" out "mamba " "decay selective" "M parameters, state " "RWKV, Peng 2023"
 works "run --conditions" run --conditions
 has "run --conditions: a line for each row" out "dynamic memory" "metala  " "no " "keeps all"
-for flag in tie glu-bias; do
+for flag in tie glu-bias scale-embedding; do
     train text.txt $six --$flag --out $flag.st --log effect.csv
     differ "train --$flag has an effect" "$(numbers base.csv)" "$(numbers effect.csv)"
     train text.txt $six --$flag=0 --out again.st 2> err
@@ -547,6 +569,18 @@ train text.txt $six --accumulate 3 --no-augment --tie --stop-at 2 --out cut.st 2
 train --resume --stop-at 5 --quiet --threads 1 --out cut.st
 train --resume --quiet --threads 1 --out cut.st
 same_bytes "train --accumulate 3, twice stopped and resumed: the same bytes" unbroken.st cut.st
+wide="--norm-eps 0.01 --head-norm-eps 0.02 --scale-embedding --pad-token 101 --bos-token 84 --eos-token 10"
+train text.txt $six $wide --out unbroken.st 2> err
+train text.txt $six $wide --stop-at 2 --out cut.st 2> err
+train --resume --quiet --threads 1 --out cut.st
+same_bytes "train $wide, stopped and resumed: the same bytes" unbroken.st cut.st
+works "run --info of it" run cut.st --info
+has "run --info: epsilons, scale and tokens of train's flags" out "pad 101, begin 84, end 10" "times the root of the width" \
+    "epsilon 0.01, of the head norm 0.02"
+fails 1 "--norm-eps: got 0.03, but cut.st has 0.01" "train --resume --norm-eps of another value" \
+    train --resume --out cut.st --max-steps 8 --norm-eps 0.03
+fails 1 "--eos-token: got 11, but cut.st has 10" "train --resume --eos-token of another value" \
+    train --resume --out cut.st --eos-token 11
 train labels.safetensors $six --out unbroken.st 2> err
 train labels.safetensors $six --stop-at 4 --out cut.st 2> err
 train --resume --quiet --threads 1 --out cut.st
@@ -557,6 +591,16 @@ works "train --resume --max-steps 8 --lr" train --resume --out cut.st --max-step
 has "train --resume: says which settings are others" err "--learning-rate is now 0.001, was 0.006" \
     "--max-steps is now 8, was 6"
 has "train --resume --max-steps 8: goes on to 8" out "resumed  cut.st after step 6" "the model after step 8"
+train text.txt $six --stop-at 3 --out cut.st --log other.csv
+sed '1s/,gflops_per_second//' other.csv > old.csv
+cp old.csv other.csv
+fails 1 "other.csv: cannot go on with a table of other columns" "train --resume on a log with other columns" \
+    train --resume --threads 1 --out cut.st
+same_bytes "train --resume on a log with other columns: it stays as it was" old.csv other.csv
+works "train --resume --log of another name" train --resume --quiet --threads 1 --out cut.st --log new.csv
+equal "train --resume --log of another name: begins with the columns" "$(head -n 1 base.csv)" "$(head -n 1 new.csv)"
+equal "train --resume --log of another name: goes on with the next step" "4 5 6 " "$(column new.csv step)"
+rm -f new.csv
 train text.txt $six --stop-at 3 --out model.safetensors
 train --resume --quiet --threads 1
 same_bytes "train --resume without --out goes on with model.safetensors" base.st model.safetensors
@@ -657,6 +701,8 @@ fails 1 "inputs are F32 [3,4], expected whole numbers" "train on inputs that are
 fails 1 "number 0 is -5, expected a token" "train on a negative label" train negative.safetensors $six --out new.st
 fails 1 "no target in it counts" "train where all targets are ignored" \
     train ignored.safetensors $six --out new.st --quiet
+fails 1 "no target in it counts" "train --val where all targets are ignored" \
+    train half.safetensors --width 16 --layers 1 --batch 1 --max-steps 1 --val ignored.safetensors --out new.st --quiet
 works "train where some batches have no target" \
     train half.safetensors --width 16 --layers 1 --val-fraction 0 --batch 1 --max-steps 6 --out half.st --quiet
 { put_header "{\"__metadata__\":{\"vocab_size\":\"4x\"},$(tensor inputs U8 1,4 0 4),$(tensor labels I32 1 4 8)}"
@@ -666,106 +712,133 @@ fails 1 "vocab_size in the metadata is '4x', expected a number from 5" "train on
 fails 1 "bad header" "train on a damaged header" train json.safetensors $six --out new.st
 fails 1 "no tensor called inputs" "train on a safetensors file without inputs" train zero.safetensors $six --out new.st
 fails 1 "is text and" "train on sequences, --val on a text" train labels.safetensors $six --val text.txt --out new.st
-fails 1 "needs a vocabulary of 12, the model has 5" "train --vocab below what the data needs" \
+fails 2 "needs a vocabulary of 12, the model has 5; leave out --vocab" "train --vocab below what the data needs" \
     train labels.safetensors $six --vocab 5 --out new.st
 absent "train: what fails before it starts leaves no file" new.st
 
 # ============================================================== train: what must fail
 
 cp text.txt copy.txt
-fails 2 "no data given" "train without data" train
-fails 2 "got a second argument 'other.txt'" "train with two files" train text.txt other.txt
-fails 2 "unknown option --learning-rat; did you mean --learning-rate?" "train --learning-rat" \
+fails_at_once 2 "no data given" "train without data" train
+fails_at_once 2 "got a second argument 'other.txt'" "train with two files" train text.txt other.txt
+fails_at_once 2 "unknown option --learning-rat; did you mean --learning-rate?" "train --learning-rat" \
     train text.txt --learning-rat 1
-fails 2 "unknown option --xyzzyplugh; train --help" "train --xyzzyplugh" train missing.txt --xyzzyplugh
-fails 2 "unknown option -z; train --help" "train -z" train missing.txt -z
-fails 2 "unknown option --a?b" "train with a control character in an option" train "$(printf -- '--a\nb')"
-fails 1 "c?d: cannot be opened" "train with a control character in a name" train "$(printf 'c\033d')"
-fails 2 "got '2', expected a whole number from 0 to 1" "train --tie=2" train missing.txt --tie=2
-fails 2 "got 'sine', expected cosine|constant|linear" "train --schedule sine" train missing.txt --schedule sine
-fails 2 "got 'loop', expected chunkwise|recurrent|parallel" "train --form loop" train missing.txt --form loop
-fails 2 "got 'gpu', expected cpu|cuda" "train --device gpu" train missing.txt --device gpu
-fails 2 "got 'fast', expected exact|tf32|bf16" "train --math fast" train missing.txt --device cuda --math fast
-fails 2 "expected --device cuda" "train --math without a GPU" train missing.txt --math tf32
-fails 2 "got nothing, expected TEXT" "train --prompt with an empty text" train missing.txt --prompt ""
-fails 2 "got '1e3', expected a whole number" "train --width 1e3" train missing.txt --width 1e3
-fails 2 "got 'nan', expected a number" "train --learning-rate nan" train missing.txt --learning-rate nan
-fails 2 "got '', expected a number" "train --tau=" train missing.txt --tau=
+fails_at_once 2 "unknown option --xyzzyplugh; train --help" "train --xyzzyplugh" train missing.txt --xyzzyplugh
+fails_at_once 2 "unknown option -z; train --help" "train -z" train missing.txt -z
+fails_at_once 2 "unknown option --a?b" "train with a control character in an option" train "$(printf -- '--a\nb')"
+fails_at_once 1 "c?d: cannot be opened" "train with a control character in a name" train "$(printf 'c\033d')"
+fails_at_once 2 "got '2', expected a whole number from 0 to 1" "train --tie=2" train missing.txt --tie=2
+fails_at_once 2 "got 'sine', expected cosine|constant|linear" "train --schedule sine" train missing.txt --schedule sine
+fails_at_once 2 "got 'loop', expected chunkwise|recurrent|parallel" "train --form loop" train missing.txt --form loop
+fails_at_once 2 "got 'gpu', expected cpu|cuda" "train --device gpu" train missing.txt --device gpu
+fails_at_once 2 "got 'fast', expected exact|tf32|bf16" "train --math fast" train missing.txt --device cuda --math fast
+fails_at_once 2 "expected --device cuda" "train --math without a GPU" train missing.txt --math tf32
+fails_at_once 2 "got nothing, expected TEXT" "train --prompt with an empty text" train missing.txt --prompt ""
+fails_at_once 2 "got '1e3', expected a whole number" "train --width 1e3" train missing.txt --width 1e3
+fails_at_once 2 "got 'nan', expected a number" "train --learning-rate nan" train missing.txt --learning-rate nan
+fails_at_once 2 "got '', expected a number" "train --tau=" train missing.txt --tau=
 # Every option with an argument needs it, and every number has limits.
 train --help | sed -n 's/^  \(--[a-z0-9-]*\), *-[-a-zA-Z]*/  \1/; s/^  --\([a-z0-9-]*\) \([A-Za-z|]\).*/\1 \2/p' > arguments
 wrong=
 while read -r flag rest; do refused train "--$flag" "got nothing, expected"; done < arguments
 equal "train: each of the $(lines arguments) options with an argument says so when it is missing" "" "$wrong"
 wrong=
-for flag in val-fraction context batch accumulate width layers heads glu-dim vocab tau init-std residual-scale gate-scale gate-mean \
+for flag in val-fraction context batch accumulate width layers heads glu-dim vocab tau norm-eps head-norm-eps pad-token \
+    bos-token eos-token init-std residual-scale gate-scale gate-mean \
     learning-rate min-lr warmup max-steps max-seconds beta1 beta2 eps weight-decay clip seed log-every eval-every eval-batches save-every \
     sample-every sample-tokens temperature stop-at threads; do
-    for value in -1 1e31 x 5x; do refused train "--$flag" "got '$value', expected a .*number from" $value; done
+    for value in -2 1e31 x 5x 1- -; do refused train "--$flag" "got '$value', expected a .*number from" $value; done
 done
 equal "train: numbers out of range are refused" "" "$wrong"
 
-fails 1 "missing.txt: cannot be opened" "train on a file that is not there" train missing.txt $tiny --out new.st
-fails 1 "folder: cannot be read; is it a file?" "train on a folder" train folder $tiny --out new.st
-fails 1 "empty.txt: 0 bytes" "train on an empty text" train empty.txt $tiny --out new.st
-fails 1 "one.txt: 1 byte" "train on a text of one byte" train one.txt $tiny --out new.st
-fails 1 "missing.txt: cannot be opened" "train --val that is not there" \
+fails_at_once 1 "missing.txt: cannot be opened" "train on a file that is not there" train missing.txt $tiny --out new.st
+fails_at_once 1 "folder: cannot be read; is it a file?" "train on a folder" train folder $tiny --out new.st
+fails_at_once 1 "empty.txt: 0 bytes" "train on an empty text" train empty.txt $tiny --out new.st
+fails_at_once 1 "one.txt: 1 byte" "train on a text of one byte" train one.txt $tiny --out new.st
+fails_at_once 1 "missing.txt: cannot be opened" "train --val that is not there" \
     train text.txt $tiny --val missing.txt --out new.st
-fails 1 "number of heads must divide width/2" "train --heads 3 --width 16" train text.txt $tiny --heads 3 --out new.st
-fails 1 "number of heads must divide width/2" "train --width 15" train text.txt $tiny --width 15 --out new.st
-fails 1 "needs a vocabulary of 256, the model has 100" "train --vocab 100 on a text" \
+fails_at_once 2 "heads must divide width/2 = 8; try --heads 2 or --width 18" "train --heads 3 --width 16" \
+    train text.txt $tiny --heads 3 --out new.st
+fails_at_once 2 "heads must divide width/2 = 10; try --heads 2 or --width 24" "train --width 20, with 4 heads unless given" \
+    train text.txt --width 20 --out new.st
+fails_at_once 2 "heads must divide width/2 = 4; try --heads 4 or --width 18" "train --heads 9 --width 8" \
+    train text.txt --width 8 --heads 9 --out new.st
+fails_at_once 2 "--width: got 7, expected an even number; try --width 8" "train --width 7" \
+    train text.txt $tiny --width 7 --out new.st
+fails_at_once 2 "--width: got 7, expected an even number" "train --bench --width 7" train --bench --width 7
+fails_at_once 2 "try --heads 2 or --width 258" "train --bench --heads 3, of the width 256" train --bench --heads 3
+fails_at_once 2 "needs a vocabulary of 256, the model has 100; leave out --vocab" "train --vocab 100 on a text" \
     train text.txt $tiny --vocab 100 --out new.st
-fails 1 "out of memory" "train --width 4194304" train text.txt $tiny --width 4194304 --glu-dim 16 --out new.st
-fails 1 "glu_dim must be 1 to" "train --width 16777216" train text.txt $tiny --width 16777216 --out new.st
-fails 1 "out of memory" "train --layers 16000000" train text.txt $tiny --layers 16000000 --out new.st
-fails 1 "layers" "train --layers 1000000000" train text.txt $tiny --layers 1000000000 --out new.st
-fails 1 "training" "train --batch 1000000000" train text.txt $tiny --batch 1000000000 --out new.st
-fails 1 "out of memory" "train --context 1000000000" train text.txt $tiny --batch 1 --context 1000000000 --out new.st
-fails 1 "vocab_size must be 1 to" "train --vocab 1000000000" train text.txt $tiny --vocab 1000000000 --out new.st
-fails 1 "out of memory" "train --bench --width 4194304" train --bench --width 4194304 --glu-dim 16
-fails 1 "missing.st: cannot be opened" "train --bench --init that is not there" train --bench --init missing.st
-fails 1 "no/model.st.tmp: cannot be written" "train --out in a folder that is not there" \
+for flag in pad-token bos-token eos-token; do
+    fails_at_once 2 "--$flag: got 256, expected a token of the vocabulary, 0 to 255" "train --$flag 256 on a text" \
+        train text.txt $tiny --$flag 256 --out new.st
+done
+fails_at_once 1 "out of memory" "train --width 4194304" train text.txt $tiny --width 4194304 --glu-dim 16 --out new.st
+fails_at_once 2 "expected at most 6291456 without --glu-dim" "train --width 16777216" \
+    train text.txt $tiny --width 16777216 --out new.st
+fails_at_once 1 "out of memory" "train --layers 16000000" train text.txt $tiny --layers 16000000 --out new.st
+fails_at_once 2 "--layers: got '1000000000', expected a whole number from 1 to 16777216" "train --layers 1000000000" train text.txt $tiny --layers 1000000000 --out new.st
+fails_at_once 2 "expected at most 2147483647 tokens" "train --batch 1000000000" train text.txt $tiny --batch 1000000000 --out new.st
+fails_at_once 1 "out of memory" "train --context 1000000000" train text.txt $tiny --batch 1 --context 1000000000 --out new.st
+fails_at_once 2 "--vocab: got '1000000000', expected" "train --vocab 1000000000" train text.txt $tiny --vocab 1000000000 --out new.st
+fails_at_once 1 "out of memory" "train --bench --width 4194304" train --bench --width 4194304 --glu-dim 16
+fails_at_once 1 "missing.st: cannot be opened" "train --bench --init that is not there" train --bench --init missing.st
+fails_at_once 1 "no/model.st.tmp: cannot be written" "train --out in a folder that is not there" \
     train text.txt $tiny --out no/model.st
-fails 1 "folder: is not a regular file" "train --out a folder" train text.txt $tiny --out folder
-fails 1 "folder: is not a regular file" "train --keep-best a folder" \
+fails_at_once 1 "folder: is not a regular file" "train --out a folder" train text.txt $tiny --out folder
+fails_at_once 1 "folder: is not a regular file" "train --keep-best a folder" \
     train text.txt $tiny --out new.st --keep-best folder
-fails 1 "folder: cannot be written" "train --log a folder" train text.txt $tiny --out new.st --log folder
-fails 1 "no/log.csv: cannot be written" "train --log in a folder that is not there" \
+fails_at_once 1 "folder: cannot be written" "train --log a folder" train text.txt $tiny --out new.st --log folder
+fails_at_once 1 "no/log.csv: cannot be written" "train --log in a folder that is not there" \
     train text.txt $tiny --out new.st --log no/log.csv
+fails_at_once 1 "no/log.csv: cannot be written" "train --log in a folder that is not there, also of data that is not there" \
+    train missing.txt $tiny --out base.st --log no/log.csv
+cp base.csv kept.csv
+fails_at_once 1 "out of memory" "train --log on a table, --layers 16000000" \
+    train text.txt $tiny --layers 16000000 --out base.st --log base.csv
+same_bytes "train: a log stays as it was until training begins" base.csv kept.csv
 mkfifo pipe
-fails 1 "pipe: is not a regular file" "train --out that is no file" train text.txt $tiny --out pipe
-fails 2 "text.txt would be overwritten" "train --out on its data" train text.txt $tiny --out text.txt
-fails 2 "text.txt would be overwritten" "train --out on its data by another name" \
+fails_at_once 1 "pipe: is not a regular file" "train --out that is no file" train text.txt $tiny --out pipe
+fails_at_once 2 "text.txt would be overwritten" "train --out on its data" train text.txt $tiny --out text.txt
+fails_at_once 2 "text.txt would be overwritten" "train --out on its data by another name" \
     train text.txt $tiny --out ./folder/../text.txt
-fails 2 "other.txt would be overwritten" "train --keep-best on --val" \
+fails_at_once 2 "other.txt would be overwritten" "train --keep-best on --val" \
     train text.txt $tiny --val other.txt --keep-best other.txt --out new.st
-fails 2 "new.st would be overwritten" "train --keep-best on --out" train text.txt $tiny --keep-best new.st --out new.st
-fails 2 "base.st would be overwritten" "train --log on --init" \
+fails_at_once 2 "new.st would be overwritten" "train --keep-best on --out" train text.txt $tiny --keep-best new.st --out new.st
+fails_at_once 2 "base.st would be overwritten" "train --log on --init" \
     train text.txt $tiny --init base.st --log base.st --out new.st
 same_bytes "train: none of these touched the text" text.txt copy.txt
 absent "train: none of these left a file" new.st
+absent "train: none of these left a file" log.csv
+works "train --quiet where --out is there already" train text.txt $tiny --max-steps 1 --quiet --out quiet.st
+equal "train --quiet says nothing about it" "0 0" "$(size out) $(size err)"
+works "train --resume --quiet with other settings" train --resume --quiet --threads 1 --max-steps 2 --lr 0.001 --out quiet.st
+equal "train --resume --quiet says nothing about them" "0 0" "$(size out) $(size err)"
 if [ "$(id -u)" -ne 0 ]; then
     mkdir locked && chmod 500 locked
-    fails 1 "locked/model.st.tmp: cannot be written" "train --out in a folder that cannot be written to" \
+    fails_at_once 1 "locked/model.st.tmp: cannot be written" "train --out in a folder that cannot be written to" \
         train text.txt $tiny --out locked/model.st
 fi
-fails 2 "got --resume and --init" "train --resume --init" train --resume --init base.st
-fails 1 "missing.st: cannot be opened" "train --resume without a checkpoint" train --resume --out missing.st
-fails 1 "not a safetensors file" "train --resume of a text" train --resume --out text.txt
-fails 1 "no settings in it; start from it with --init" "train --resume of a plain model" \
+fails_at_once 2 "got --resume and --init" "train --resume --init" train --resume --init base.st
+fails_at_once 1 "missing.st: cannot be opened" "train --resume without a checkpoint" train --resume --out missing.st
+fails_at_once 1 "not a safetensors file" "train --resume of a text" train --resume --out text.txt
+fails_at_once 1 "no settings in it; start from it with --init" "train --resume of a plain model" \
     train --resume --out zero.safetensors
 for bytes in 0 7 100 5000; do
     dd if=base.st of=short.st bs=1 count=$bytes 2> /dev/null
-    fails 1 "short.st: " "train --resume of a checkpoint cut to $bytes bytes" train --resume --out short.st
-    fails 1 "short.st: " "train --init of a model cut to $bytes bytes" train text.txt $tiny --init short.st --out new.st
-    fails 1 "short.st: " "run a model cut to $bytes bytes" run short.st
+    fails_at_once 1 "short.st: " "train --resume of a checkpoint cut to $bytes bytes" train --resume --out short.st
+    fails_at_once 1 "short.st: " "train --init of a model cut to $bytes bytes" train text.txt $tiny --init short.st --out new.st
+    fails_at_once 1 "short.st: " "run a model cut to $bytes bytes" run short.st
 done
 dd if=base.st of=short.st bs=$(($(size base.st) - 1)) count=1 2> /dev/null
-fails 1 "short.st: " "run a model without its last byte" run short.st
+fails_at_once 1 "short.st: " "run a model without its last byte" run short.st
 cp base.st kept.st
-fails 1 "--width: got 32, but base.st has 16" "train --resume --width of another size" \
-    train --resume --out base.st --width 32
-fails 1 "--tau: got 3, but base.st has 16" "train --resume --tau of another value" train --resume --out base.st --tau 3
-fails 1 "--layers: got 2, but base.st has 1" "train --init --layers of another number" \
+fails_at_once 1 "--width: got 32, but base.st has 16" "train --resume --width of another size" \
+    train --resume --out base.st --max-steps 9 --width 32
+fails_at_once 2 "text.txt would be overwritten" "train --resume --log on the data" \
+    train --resume --out base.st --max-steps 9 --log text.txt
+fails_at_once 1 "--tau: got 3, but base.st has 16" "train --resume --tau of another value" train --resume --out base.st --tau 3
+fails_at_once 1 "--layers: got 2, but base.st has 1" "train --init --layers of another number" \
     train text.txt --init base.st --layers 2 --out new.st
 same_bytes "train: none of these touched the checkpoint" base.st kept.st
 
@@ -797,6 +870,36 @@ fails 1 "the loss is not a number, training has diverged" "train --init of broke
 fails 1 "are not finite numbers; the parameters are broken" "run with broken parameters" \
     run broken.st --prompt-file zeros.txt -q --no-echo
 fails 1 "the parameters are broken" "run --eval with broken parameters" run broken.st --eval zeros.txt -q
+
+# Memory that runs out, or anything else that stops a kernel: what was learnt before it is kept, and goes on.
+failing() {                              # FROM TO ARGUMENT...: the calls of a pass that fail
+    FAIL_FROM=$1 FAIL_TO=$2
+    export FAIL_FROM FAIL_TO
+    shift 2
+    $limit "$root/build/train-failing" "$@"
+}
+four="text.txt $tiny --max-steps 4 --log-every 1"
+keeps() {                                # DESCRIPTION STEP FROM TO FLAG...: what is kept is of that step
+    name=$1 step=$2 from=$3 to=$4
+    shift 4
+    rm -f failed.st
+    fails 1 "call $from failed on request" "$name" failing $from $to $four "$@" --out failed.st
+    train $four "$@" --out unbroken.st > out 2> err
+    train --resume --threads 1 --out failed.st > out 2> err
+    has "$name: what was learnt by step $step is kept" out "resumed  failed.st after step $step"
+    same_bytes "$name: and goes on as if nothing had been" unbroken.st failed.st
+}
+keeps "train, memory runs out in step 4" 3 4 2000000000 --val-fraction 0
+keeps "train, the gradient of step 3 fails once" 2 3 3 --val-fraction 0
+keeps "train, memory runs out in the second pass of step 2" 1 4 2000000000 --val-fraction 0 --accumulate 2
+keeps "train, memory runs out in a validation" 2 3 2000000000 --eval-every 2
+keeps "train, memory runs out in a sample" 2 3 2000000000 --val-fraction 0 --sample-every 2
+fails 1 "call 1 failed on request" "train, memory runs out in step 1" failing 1 2000000000 $four --out never.st
+absent "train, memory runs out in step 1: there is nothing to keep" never.st
+cp unbroken.st failed.st
+fails 1 "call 1 failed on request" "train --resume, memory runs out" \
+    failing 1 2000000000 --resume --max-steps 9 --threads 1 --quiet --out failed.st
+same_bytes "train --resume, memory runs out: the checkpoint stays" unbroken.st failed.st
 
 # Full disks: /dev/full for what is printed, a limit on the size of files for what is saved.
 if [ -c /dev/full ]; then
@@ -860,6 +963,16 @@ dd if=out of=start bs="$(size odd.txt)" count=1 2> /dev/null
 same_bytes "run --prompt-file: repeats these bytes as they are" odd.txt start
 works "run without a prompt" run m.st -n 5 --temperature 0 --quiet
 equal "run without a prompt: writes" 5 "$(size out)"
+printf '\n' | run m.st - -q --threads 1 -n 60 --temperature 0 --no-echo > expected
+run m.st -q --threads 1 -n 60 --temperature 0 > out
+same_bytes "run without a prompt: as after a newline" expected out
+run bos-token.st e -q --threads 1 -n 60 --temperature 2 --seed 1 --no-echo > expected
+run bos-token.st -q --threads 1 -n 60 --temperature 2 --seed 1 > out
+same_bytes "run a model with a begin token without a prompt: as after that" expected out
+run base.st hello -q --threads 1 -n 2000 --temperature 2 --seed 1 --no-echo | tr '\n' ' ' | sed 's/e.*//' > expected
+run eos-token.st hello -q --threads 1 -n 2000 --temperature 2 --seed 1 --no-echo | tr '\n' ' ' > out
+holds "run a model with an end token: it came in time" "$(size expected) > 0 && $(size expected) < 1990"
+same_bytes "run a model with an end token: the text without it, up to it" expected out
 run m.st -q -n 5 --temperature 0 -- --eval > out
 equal "run MODEL -- PROMPT: a prompt may start with dashes" "--eval" "$(dd if=out bs=6 count=1 2> /dev/null)"
 for form in chunkwise recurrent parallel; do
@@ -998,6 +1111,7 @@ works "run --help" run --help
 cp out help
 works "run -h" run -h
 same_bytes "run -h is --help" help out
+has "run --help: what happens without a prompt" help "Without" "begin token" "a newline"
 
 # A conversation; replies have 8 bytes, for the stop never comes.
 chat() { run m.st --chat --threads 1 -n 8 --temperature 0 --stop "no such text" "$@"; }
@@ -1169,6 +1283,52 @@ fails 2 "expected f32, bf16 or int8" "run --weights int4" run base.st --weights 
 fails 1 "for inference only" "train --init of quantized weights" train text.txt --init int8.st --max-steps 1 --out never.st
 
 tried run run
+
+# ============================================================== test: which checks run, golden folders
+
+works "test --list" checks --list
+cp out list
+holds "test --list: a name for each check" "$(lines list) > 100"
+equal "test --list: nothing was checked" 0 "$(grep -c -e '   ok$' -e ' passed, ' list)"
+works "test --only TEXT" checks --only "matmul 1x4x4"
+holds "test --only TEXT: those checks alone" "$(lines out) == $(grep -c 'matmul 1x4x4' list) + 1 && $(lines out) > 1"
+equal "test: the last line" "$(grep -c 'matmul 1x4x4' list) passed, 0 failed" "$(tail -n 1 out)"
+works "test --device cpu" checks --device cpu --only "matmul 1x4x4"
+mkdir golden "golden folder" "golden folder/deeper"
+cp base.st "golden folder/b.safetensors"
+cp labels.safetensors "golden folder/a.safetensors"
+cp base.st "golden folder/other"
+cp base.st "golden folder/deeper/c.safetensors"
+failed_names() { sed -n 's/^golden \([^ ]*\) .*FAILED$/\1/p' out | uniq | tr '\n' ' '; }
+checks --golden "golden folder" --only golden > out 2> err
+equal "test --golden DIR: each .safetensors file of the folder, which are none here" "1 a.safetensors b.safetensors " \
+    "$? $(failed_names)"
+has "test --golden DIR: says what is wrong" out "a.safetensors: no configuration" "b.safetensors: no input_ids" "0 passed, "
+checks --golden "golden folder" --only golden --stop > out 2> err
+equal "test --stop: after the first failure" "1 0 passed, 1 failed" "$? $(tail -n 1 out)"
+METALA_GOLDEN="golden folder" checks --only golden > out 2> err
+equal "test: METALA_GOLDEN is --golden" "1 a.safetensors b.safetensors " "$? $(failed_names)"
+METALA_GOLDEN= checks --only "matmul 1x4x4" > out 2> err
+equal "test: an empty METALA_GOLDEN is none" 0 $?
+checks "golden folder/b.safetensors" > out 2> err
+equal "test FILE: this file alone" "1 b.safetensors " "$? $(failed_names)"
+fails_at_once 2 "no .safetensors file in the golden folder golden" "test --golden of an empty folder" checks --golden golden
+fails_at_once 2 "cannot open the golden folder missing" "test --golden of a folder that is not there" checks --golden missing
+fails_at_once 2 "unknown option --xyzzy" "test --xyzzy" checks --xyzzy
+fails_at_once 2 "no value after --only" "test --only without a value" checks --only
+fails_at_once 2 "--device is cpu or cuda, not gpu" "test --device gpu" checks --device gpu
+fails_at_once 2 "--device cuda is needed for --math tf32" "test --math without a GPU" checks --math tf32
+fails_at_once 2 "--device cuda is needed for --kernel add" "test --kernel without a GPU" checks --kernel add
+checks missing.safetensors > out 2> err
+equal "test FILE that is not there: exit status" 1 $?
+has "test FILE that is not there: says so" err "missing.safetensors: cannot be opened"
+golden=${GOLDEN:-$root/../shared/golden}
+if [ -d "$golden" ]; then
+    works "test --golden with the authors' numbers" checks --golden "$golden" --only golden
+    equal "test --golden: each file is tried" "$(ls "$golden" | grep '\.safetensors$')" \
+        "$(sed -n 's/^golden \([^ ]*\) .*ok$/\1/p' out | uniq)"
+fi
+tried checks checks
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
