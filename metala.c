@@ -2633,6 +2633,7 @@ static const char *row_problem(const metala_config *c) {
         {(q == METALA_QUERY_CONSTANT) != (k == METALA_KEY_CONSTANT), "query constant and key constant belong together"},
         {(q == METALA_QUERY_SHARED) != (k == METALA_KEY_SHARED), "query shared and key shared belong together"},
         {(q == METALA_QUERY_SHARED) != (a == METALA_DECAY_SELECTIVE), "query shared and decay selective belong together"},
+        {q == METALA_QUERY_SHARED && v != METALA_VALUE_INPUT, "query shared needs value input"},
         {(q == METALA_QUERY_EXP) != (k == METALA_KEY_EXP), "query exp and key exp belong together"},
         {(q == METALA_QUERY_EXP) != (a == METALA_DECAY_EXP), "query exp and decay exp belong together"},
         {(q == METALA_QUERY_EXP) != (r->self == METALA_SELF_BONUS), "query exp and self bonus belong together"},
@@ -2648,11 +2649,11 @@ static const char *row_problem(const metala_config *c) {
         {complex_decay && q != METALA_QUERY_CONSTANT && v != METALA_VALUE_COMPLEX,
          "decay lru, zoh or dss needs query constant or complex values"},
         {v == METALA_VALUE_COMPLEX && !complex_decay, "complex values need decay lru, zoh or dss; others take value silu"},
-        {complex_values && r->normaliser, "complex values have no normaliser"},
+        {r->normaliser && v != METALA_VALUE_LINEAR, "the normaliser needs linear values"},
         {r->normaliser && r->self != METALA_SELF_OFF && r->self != METALA_SELF_BONUS, "with a normaliser self is off or bonus"},
         {r->self == METALA_SELF_AUGMENT && complex_values, "self augment needs real values"},
         {(v == METALA_VALUE_PRODUCT) != (r->conv == METALA_CONV_KEY), "value product and conv key belong together"},
-        {v == METALA_VALUE_PRODUCT && (k == METALA_KEY_LINEAR || c->expand != 1), "value product needs key constant and expand 1"},
+        {v == METALA_VALUE_PRODUCT && (k != METALA_KEY_CONSTANT || c->expand != 1), "value product needs key constant and expand 1"},
         {r->conv == METALA_CONV_VALUE && v != METALA_VALUE_INPUT, "conv value needs value input"},
         {v == METALA_VALUE_INPUT && r->conv != METALA_CONV_VALUE && c->expand != 1, "value input needs expand 1 or conv value"},
         {(r->phase == METALA_PHASE_ROPE || r->phase == METALA_PHASE_FIRST) && (complex_values || q >= METALA_QUERY_TAYLOR),
@@ -3166,7 +3167,7 @@ static const struct activation_member {
     {"alpha", offsetof(activations, alpha), PER_ALPHA, CHEAP},
     {"bonus", offsetof(activations, bonus), PER_BONUS, CHEAP},
     {"states", offsetof(activations, states), PER_STATE, COSTLY},
-    {"scan_out", offsetof(activations, scan_out), PER_SCAN, CHEAP},    // COSTLY with a normaliser
+    {"scan_out", offsetof(activations, scan_out), PER_SCAN, CHEAP},    // COSTLY with a normaliser or softmax
     {"lse", offsetof(activations, lse), PER_LSE, COSTLY},
     {"aug_out", offsetof(activations, aug_out), PER_P, COSTLY},
     {"rho", offsetof(activations, rho), PER_RHO, CHEAP},
@@ -3229,7 +3230,8 @@ static size_t place_activations(activations *a, real *block, const metala_config
         real **pointer = (real **)(void *)((char *)a + member->member);
         enum cost cost = member->cost;
         if ((member->width == PER_Q && !s.own_q) || (member->width == PER_K && !s.own_k) ||
-            (member->width == PER_V && !s.own_v) || (member->width == PER_SCAN && s.ones))
+            (member->width == PER_V && !s.own_v) ||
+            (member->width == PER_SCAN && (s.ones || c->row.decay == METALA_DECAY_SOFTMAX)))
             cost = COSTLY;
         size_t count = member_count(c, member->width, B, T);
         if (cost < least || cost > most || !count || (member->width == PER_STATE && !with_states)) continue;
@@ -3390,7 +3392,8 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
     size_t rows = p->rows, H = s->H, K = s->K, HK = H * K, HN = H * s->states, d = (size_t)c->feature_dim;
     const real *ones = m->constants, *decays = ones + HK + K / 2;
     real *tied = r->key == METALA_KEY_TIED ? a->k : NULL, *b = a->ssm ? a->ssm + 2 * HN : NULL;
-    real *exponents = tail ? tail + p->B * s->D : NULL, *last_v = tail ? tail + 3 * p->B * s->D : NULL;
+    real *shifted = r->conv == METALA_CONV_SHIFT ? tail : NULL;             // a convolution's tail looks otherwise
+    real *exponents = shifted ? shifted + p->B * s->D : NULL, *last_v = shifted ? shifted + 3 * p->B * s->D : NULL;
 
     switch (r->decay) {
         case METALA_DECAY_DYNAMIC: case METALA_DECAY_LOWRANK: case METALA_DECAY_FIXED:
@@ -3452,12 +3455,12 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
         case METALA_VALUE_SILU: be->map_forward(ctx, a->v, a->v_proj, rows * H * s->V, METALA_MAP_SILU); break;
         case METALA_VALUE_PRODUCT: be->multiply_forward(ctx, a->v, a->conv_in, a->v_proj, rows * H * s->V); break;
     }
-    int shared;
+    int shared, minus = r->phase == METALA_PHASE_DECAY;                     // conj(C e^{-iθt}) b e^{-iθs} = conj(C) b e^{iθ(t-s)}
     const real *theta = mixer_angles(m, layer, a, p, &shared);
     if (theta && s->complex_values) be->rotate_forward(ctx, a->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
     else if (theta) {
-        if (s->own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, p->B, p->T, H, K, shared, p->position, 1);
-        if (s->own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, p->B, p->T, H, K, shared, p->position, 1);
+        if (s->own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
+        if (s->own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
     }
 }
 
@@ -3693,13 +3696,13 @@ static void mixer_choices_backward(metala_context *ctx, const metala_model *m, i
     real *tied = r->key == METALA_KEY_TIED ? d->k : NULL, *db = d->ssm ? d->ssm + 2 * HN : NULL;
     real *dtheta = r->phase == METALA_PHASE_DECAY ? d->ssm + HN : GRAD(w->theta);
     const real *b = a->ssm ? a->ssm + 2 * HN : NULL;
-    int shared;
+    int shared, minus = r->phase == METALA_PHASE_DECAY;
     const real *theta = mixer_angles(m, layer, a, p, &shared);
     if (theta && s->complex_values)
         be->rotate_backward(ctx, d->v, dtheta, d->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
     else if (theta) {
-        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, p->B, p->T, H, K, shared, p->position, 1);
-        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, p->B, p->T, H, K, shared, p->position, 1);
+        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
+        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
     }
     switch (r->value) {
         case METALA_VALUE_LINEAR:

@@ -1857,7 +1857,9 @@ static void check_backend_memory(void) {
 
 // ------------------------------------------------------------------------------------------------ the model
 
-// The whole model in double, token by token, from the equations on top of metala.h.
+// The whole model in double, token by token: what is common to all rows is here, their mixers follow.
+enum { STATE_ROOM = 1024, TAIL_ROOM = 256 };
+struct mixing;
 typedef struct {
     const metala_model *model;
     double *theta;                       // the parameters, laid out as the model's
@@ -1865,7 +1867,9 @@ typedef struct {
     const uint8_t *mask;                 // (B,T) or NULL
     size_t B, T;
     double *logits;                      // (B,T,N)
-    double *S, *tails;                   // (L,B,H,K,V), (L,B,4,D) oldest first, after T tokens
+    double *S, *tails;                   // (L,B,STATE_ROOM), (L,B,TAIL_ROOM) after T tokens
+    size_t (*mixer)(const struct mixing *);
+    size_t *state_numbers;               // of a layer and sequence, what the mixer returned
 } reference;
 
 static const double *theta_of(const reference *r, int layer, const char *name) {
@@ -1892,74 +1896,490 @@ static void normalise(double *n, const double *x, size_t D, double eps) {
     for (size_t d = 0; d < D; d++) n[d] = x[d] / sqrt(sum / (double)D + eps);
 }
 
-// x += mixer(rms(x));  x += GLU(rms(x)).  S (H,K,V), tail (4,D), work: some vectors.
-static void reference_layer(const reference *r, int l, double *x, double *S, double *tail, double m, double *work) {
-    const metala_config *c = metala_model_config(r->model);
-    size_t D = (size_t)c->width, H = (size_t)c->heads, K = D / 2 / H, V = D / H, F = (size_t)c->glu_dim;
-    double *n = work, *u = n + D, *q = u + D, *z = q + D, *k = z + D, *v = k + D, *g = v + D, *y = g + D, *a = y + D;
-    double *prod = a + F;
-    int linear_key = c->row.key == METALA_KEY_LINEAR, augmented = c->row.self == METALA_SELF_AUGMENT;
-    const double *w = theta_of(r, l, "token_mixer.conv1d.weight"), *balance = theta_of(r, l, "token_mixer.aug_balance");
-    normalise(n, x, D, c->norm_eps);
-    memmove(tail, tail + D, 3 * D * sizeof *tail);
-    for (size_t d = 0; d < D; d++) tail[3 * D + d] = n[d] *= m;
-    for (size_t d = 0; d < D; d++) {
-        u[d] = !c->row.conv ? n[d] : 0;
-        for (size_t j = 0; j < 4 && c->row.conv; j++) u[d] += w[d * 4 + j] * tail[j * D + d];
-        if (c->row.conv) u[d] = swish(u[d]);
-    }
-    linear(q, u, theta_of(r, l, "token_mixer.q_proj.weight"), NULL, D / 2, D);
-    if (c->row.decay == METALA_DECAY_FIXED) memcpy(z, theta_of(r, l, "token_mixer.decay_logit"), D / 2 * sizeof *z);
-    else linear(z, u, theta_of(r, l, "token_mixer.k_gate.weight"), NULL, D / 2, D);
-    if (linear_key) linear(k, u, theta_of(r, l, "token_mixer.k_proj.weight"), NULL, D / 2, D);
-    linear(v, u, theta_of(r, l, "token_mixer.v_proj.weight"), NULL, D, D);
-    linear(g, u, theta_of(r, l, "token_mixer.g_proj.weight"), theta_of(r, l, "token_mixer.g_proj.bias"), D, D);
-    for (size_t h = 0; h < H; h++) {
-        double along = 0, mean = 0, variance = 0, *out = y + h * V;
-        memset(out, 0, V * sizeof *out);
-        for (size_t i = 0; i < K; i++) {
-            size_t at = h * K + i;
-            double alpha = exp(log_logistic(z[at]) / c->tau);
-            if (!linear_key) k[at] = 1 - alpha;
-            if (augmented) along += q[at] * k[at] * balance[at];
-            for (size_t j = 0; j < V; j++) {
-                double *s = &S[at * V + j];
-                *s = alpha * *s + k[at] * m * v[h * V + j];
-                out[j] += q[at] * *s / sqrt((double)K);
-            }
+// ---- The mixers of all rows, each from its own paper: token by token, in complex numbers where the paper has them.
+
+typedef struct mixing {                  // one layer's mixer on one sequence
+    const reference *r;
+    const metala_config *c;
+    int layer;
+    size_t T, D, H, E;                   // E: channels of all values
+    const double *n;                     // (T,D) normalised, 0 where masked
+    const uint8_t *mask;                 // (T) or NULL
+    double *y;                           // (T,D) what it adds to the residual stream
+    double *S, *tail;                    // the state after T tokens as metala_state_get has it, zero before; (4,U) oldest first
+} mixing;
+
+enum { WIDE = 128 };                     // of any vector here
+
+static const double *weight(const mixing *m, const char *name) {
+    char full[100];
+    snprintf(full, sizeof full, "token_mixer.%s", name);
+    return theta_of(m->r, m->layer, full);
+}
+static double unmasked(const mixing *m, size_t t) { return m->mask ? m->mask[t] : 1; }
+
+typedef struct { double re, im; } complex_number;
+static complex_number polar(double r, double angle) { return (complex_number){r * cos(angle), r * sin(angle)}; }
+static complex_number times(complex_number a, complex_number b) {
+    return (complex_number){a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+static complex_number over(complex_number a, complex_number b) {
+    double size = b.re * b.re + b.im * b.im;
+    return (complex_number){(a.re * b.re + a.im * b.im) / size, (a.im * b.re - a.re * b.im) / size};
+}
+
+// u = Σ_j w_j ⊙ x_{t-3+j} of x (T,U); and the last four x after token t.
+static void four_taps(double *u, const double *w, const double *x, size_t t, size_t U, double *tail) {
+    for (size_t d = 0; d < U; d++) {
+        u[d] = 0;
+        for (size_t j = 0; j < 4; j++) {
+            double at = t + j >= 3 ? x[(t + j - 3) * U + d] : 0;
+            u[d] += w[d * 4 + j] * at;
+            tail[j * U + d] = at;
         }
-        for (size_t j = 0; j < V && augmented; j++) out[j] += logistic(along * m * v[h * V + j]);
-        for (size_t j = 0; j < V; j++) mean += out[j] / (double)V;
-        for (size_t j = 0; j < V; j++) variance += (out[j] - mean) * (out[j] - mean) / (double)V;
-        for (size_t j = 0; j < V; j++) out[j] = swish(g[h * V + j]) * (out[j] - mean) / sqrt(variance + c->head_norm_eps);
     }
-    linear(u, y, theta_of(r, l, "token_mixer.out_proj.weight"), NULL, D, D);
-    for (size_t d = 0; d < D; d++) x[d] += u[d];
-    normalise(n, x, D, c->norm_eps);
-    linear(a, n, theta_of(r, l, "channel_mixer.l1.weight"), theta_of(r, l, "channel_mixer.l1.bias"), F, D);
-    linear(prod, n, theta_of(r, l, "channel_mixer.l2.weight"), theta_of(r, l, "channel_mixer.l2.bias"), F, D);
-    for (size_t f = 0; f < F; f++) prod[f] *= swish(a[f]);
-    linear(u, prod, theta_of(r, l, "channel_mixer.l3.weight"), theta_of(r, l, "channel_mixer.l3.bias"), D, F);
-    for (size_t d = 0; d < D; d++) x[d] += u[d];
+}
+
+// MetaLA (section 4) and its ablations.
+static size_t mixer_metala(const mixing *m) {
+    const metala_config *c = m->c;
+    size_t D = m->D, H = m->H, K = D / 2 / H, V = D / H;
+    double u[WIDE], q[WIDE], z[WIDE], k[WIDE], v[WIDE], g[WIDE], y[WIDE];
+    int linear_key = c->row.key == METALA_KEY_LINEAR, augmented = c->row.self == METALA_SELF_AUGMENT;
+    const double *conv = weight(m, "conv1d.weight"), *balance = weight(m, "aug_balance"), *W_q = weight(m, "q_proj.weight");
+    const double *fixed = weight(m, "decay_logit"), *W_z = weight(m, "k_gate.weight"), *W_k = weight(m, "k_proj.weight");
+    const double *W_v = weight(m, "v_proj.weight"), *W_g = weight(m, "g_proj.weight"), *beta = weight(m, "g_proj.bias");
+    const double *W_o = weight(m, "out_proj.weight");
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        if (c->row.conv) four_taps(u, conv, m->n, t, D, m->tail);
+        for (size_t d = 0; d < D; d++) u[d] = c->row.conv ? swish(u[d]) : n[d];
+        linear(q, u, W_q, NULL, D / 2, D);
+        if (fixed) memcpy(z, fixed, D / 2 * sizeof *z);
+        else linear(z, u, W_z, NULL, D / 2, D);
+        if (linear_key) linear(k, u, W_k, NULL, D / 2, D);
+        linear(v, u, W_v, NULL, D, D);
+        linear(g, u, W_g, beta, D, D);
+        for (size_t d = 0; d < D; d++) v[d] *= unmasked(m, t);
+        for (size_t h = 0; h < H; h++) {
+            double along = 0, mean = 0, variance = 0, *out = y + h * V;
+            memset(out, 0, V * sizeof *out);
+            for (size_t i = 0; i < K; i++) {
+                size_t at = h * K + i;
+                double alpha = exp(log_logistic(z[at]) / c->tau);
+                if (!linear_key) k[at] = 1 - alpha;
+                if (augmented) along += q[at] * k[at] * balance[at];
+                for (size_t j = 0; j < V; j++) {
+                    double *s = &m->S[at * V + j];
+                    *s = alpha * *s + k[at] * v[h * V + j];
+                    out[j] += q[at] * *s / sqrt((double)K);
+                }
+            }
+            for (size_t j = 0; j < V && augmented; j++) out[j] += logistic(along * v[h * V + j]);
+            for (size_t j = 0; j < V; j++) mean += out[j] / (double)V;
+            for (size_t j = 0; j < V; j++) variance += (out[j] - mean) * (out[j] - mean) / (double)V;
+            for (size_t j = 0; j < V; j++) out[j] = swish(g[h * V + j]) * (out[j] - mean) / sqrt(variance + c->head_norm_eps);
+        }
+        linear(m->y + t * D, y, W_o, NULL, D, D);
+    }
+    return H * K * V;
+}
+
+// "Transformers are RNNs", Katharopoulos et al. 2020, equations 16 to 20: φ(x) = elu(x) + 1, s = Σ φ(k) vᵀ, z = Σ φ(k).
+// Based, Arora et al. 2024: φ(x) = [1, x/d^(1/4), x⊗x/√(2d)], of u = silu(conv(n)).
+static size_t mixer_linear(const mixing *m) {
+    size_t D = m->D, H = m->H, d = D / H, V = D / H, f, F;
+    int taylor = m->c->row.query == METALA_QUERY_TAYLOR;
+    double u[WIDE], q[WIDE], k[WIDE], v[WIDE], of_q[WIDE], of_k[WIDE], y[WIDE];
+    const double *W_q = weight(m, "q_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight"), *conv = weight(m, "conv1d.weight");
+    if (taylor) d = (size_t)m->c->feature_dim;
+    F = taylor ? 1 + d + d * d : d;
+    for (size_t t = 0; t < m->T; t++) {
+        memcpy(u, m->n + t * D, D * sizeof *u);
+        if (conv) four_taps(u, conv, m->n, t, D, m->tail);
+        for (size_t i = 0; i < D && conv; i++) u[i] = swish(u[i]);
+        linear(q, u, W_q, NULL, H * d, D);
+        linear(k, u, W_k, NULL, H * d, D);
+        linear(v, u, W_v, NULL, D, D);
+        for (size_t h = 0; h < H; h++) {
+            double weights = 1e-6, *S = m->S + h * F * (V + 1);
+            const double *qh = q + h * d, *kh = k + h * d;
+            for (f = 0; f < F; f++)
+                if (!taylor) of_q[f] = qh[f] > 0 ? qh[f] + 1 : exp(qh[f]), of_k[f] = kh[f] > 0 ? kh[f] + 1 : exp(kh[f]);
+                else if (f == 0) of_q[f] = of_k[f] = 1;
+                else if (f <= d) of_q[f] = qh[f - 1] / pow((double)d, 0.25), of_k[f] = kh[f - 1] / pow((double)d, 0.25);
+                else {
+                    size_t i = (f - 1 - d) / d, j = (f - 1 - d) % d;
+                    of_q[f] = qh[i] * qh[j] / sqrt(2.0 * (double)d), of_k[f] = kh[i] * kh[j] / sqrt(2.0 * (double)d);
+                }
+            memset(y + h * V, 0, V * sizeof *y);
+            for (f = 0; f < F; f++) {
+                for (size_t j = 0; j < V; j++) {
+                    S[f * (V + 1) + j] += unmasked(m, t) * of_k[f] * v[h * V + j];
+                    y[h * V + j] += of_q[f] * S[f * (V + 1) + j];
+                }
+                S[f * (V + 1) + V] += unmasked(m, t) * of_k[f];
+                weights += of_q[f] * S[f * (V + 1) + V];
+            }
+            for (size_t j = 0; j < V; j++) y[h * V + j] /= weights;
+        }
+        linear(m->y + t * D, y, W_o, NULL, D, D);
+    }
+    return H * F * (V + 1);
+}
+
+// What RetNet, TransNormerLLM and GLA share: S = diag(α) S + k vᵀ and o = K^(-1/2) Sᵀ q, with q and k (H,K) rotated by
+// e^{iθt}, K/2 angles for each head or NULL.
+static void read_and_write(const mixing *m, size_t t, double *o, double *q, double *k, const double *v, const double *alpha,
+                           const double *theta, size_t K, size_t V) {
+    memset(o, 0, m->H * V * sizeof *o);
+    for (size_t i = 0; i + 1 < m->H * K && theta; i += 2) {
+        complex_number turn = polar(1, fmod((double)t * theta[i % K / 2], 2 * acos(-1)));
+        complex_number of_q = times(turn, (complex_number){q[i], q[i + 1]}), of_k = times(turn, (complex_number){k[i], k[i + 1]});
+        q[i] = of_q.re, q[i + 1] = of_q.im, k[i] = of_k.re, k[i + 1] = of_k.im;
+    }
+    for (size_t i = 0; i < m->H * K; i++)
+        for (size_t j = 0, h = i / K; j < V; j++) {
+            double *s = &m->S[i * V + j];
+            *s = alpha[i] * *s + unmasked(m, t) * k[i] * v[h * V + j];
+            o[h * V + j] += q[i] * *s / sqrt((double)K);
+        }
+}
+
+// RetNet, Sun et al. 2023, section 2: xPos without its own decay, γ_h = 1 - 2^(-5-h), Y = (silu(n W_G + β) ⊙ norm(o)) W_O, the
+// norm over each head. θ_i = 10000^(-2i/K).
+static size_t mixer_retnet(const mixing *m) {
+    size_t D = m->D, H = m->H, E = m->E, K = D / H, V = E / H;
+    double q[WIDE], k[WIDE], v[WIDE], g[WIDE], o[WIDE], alpha[WIDE], theta[WIDE];
+    const double *W_q = weight(m, "q_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight"), *W_g = weight(m, "g_proj.weight"), *beta = weight(m, "g_proj.bias");
+    for (size_t i = 0; i < D; i++) alpha[i] = 1 - 1 / (32 * pow(2, (double)(i / K)));
+    for (size_t i = 0; i < K / 2; i++) theta[i] = (real)pow(10000, -2.0 * (double)i / (double)K);    // constants are reals, too
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        linear(q, n, W_q, NULL, D, D), linear(k, n, W_k, NULL, D, D), linear(v, n, W_v, NULL, E, D), linear(g, n, W_g, beta, E, D);
+        read_and_write(m, t, o, q, k, v, alpha, theta, K, V);
+        for (size_t h = 0; h < H; h++) normalise(v + h * V, o + h * V, V, m->c->head_norm_eps);
+        for (size_t j = 0; j < E; j++) v[j] *= swish(g[j]);
+        linear(m->y + t * D, v, W_o, NULL, D, E);
+    }
+    return H * K * V;
+}
+
+// TransNormerLLM, Qin et al. 2023, section 3: silu of q and k, λ = exp(-8h/H (1 - l/L)) with heads counted from 1, rotation by
+// learned angles in layer 0, O = norm(o) ⊙ U, U = W_u n.
+static size_t mixer_transnormer(const mixing *m) {
+    size_t D = m->D, H = m->H, K = D / H;
+    double q[WIDE], k[WIDE], v[WIDE], g[WIDE], o[WIDE], alpha[WIDE];
+    const double *W_q = weight(m, "q_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight"), *W_g = weight(m, "g_proj.weight"), *theta = weight(m, "theta");
+    if ((theta != NULL) != (m->layer == 0)) problem("angles belong to layer 0 alone");
+    for (size_t i = 0; i < D; i++)
+        alpha[i] = (real)exp(-8 * (double)(i / K + 1) / (double)H * (1 - m->layer / (double)m->c->layers));
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        linear(q, n, W_q, NULL, D, D), linear(k, n, W_k, NULL, D, D), linear(v, n, W_v, NULL, D, D), linear(g, n, W_g, NULL, D, D);
+        for (size_t i = 0; i < D; i++) q[i] = swish(q[i]), k[i] = swish(k[i]);
+        read_and_write(m, t, o, q, k, v, alpha, theta, K, K);
+        normalise(v, o, D, m->c->head_norm_eps);
+        for (size_t j = 0; j < D; j++) v[j] *= g[j];
+        linear(m->y + t * D, v, W_o, NULL, D, D);
+    }
+    return D * K;
+}
+
+// Gated Linear Attention, Yang et al. 2023, section 4.4: α = σ(n W_1 W_2 + b)^(1/τ), τ = 16, y = (silu(n W_r + β) ⊙ norm(o)) W_O.
+static size_t mixer_gla(const mixing *m) {
+    size_t D = m->D, H = m->H, E = m->E, K = D / 2 / H, V = E / H, R = (size_t)m->c->low_rank;
+    double q[WIDE], k[WIDE], v[WIDE], g[WIDE], o[WIDE], alpha[WIDE], low[WIDE];
+    const double *W_q = weight(m, "q_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight"), *W_g = weight(m, "g_proj.weight"), *beta = weight(m, "g_proj.bias");
+    const double *W_1 = weight(m, "k_gate.0.weight"), *W_2 = weight(m, "k_gate.1.weight"), *b = weight(m, "k_gate.1.bias");
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        linear(q, n, W_q, NULL, D / 2, D), linear(k, n, W_k, NULL, D / 2, D), linear(v, n, W_v, NULL, E, D);
+        linear(g, n, W_g, beta, E, D), linear(low, n, W_1, NULL, R, D), linear(alpha, low, W_2, b, D / 2, R);
+        for (size_t i = 0; i < D / 2; i++) alpha[i] = pow(logistic(alpha[i]), 1 / m->c->tau);
+        read_and_write(m, t, o, q, k, v, alpha, NULL, K, V);
+        for (size_t h = 0; h < H; h++) normalise(v + h * V, o + h * V, V, m->c->head_norm_eps);
+        for (size_t j = 0; j < E; j++) v[j] *= swish(g[j]);
+        linear(m->y + t * D, v, W_o, NULL, D, E);
+    }
+    return H * K * V;
+}
+
+// RWKV-4, Peng et al. 2023, equations 11 to 16: the exponentials as they stand, in double.
+static size_t mixer_rwkv4(const mixing *m) {
+    size_t D = m->D;
+    double in[3][WIDE], g[WIDE], k[WIDE], v[WIDE], y[WIDE], a[WIDE] = {0}, b[WIDE] = {0}, most[WIDE], last_k[WIDE], last_v[WIDE];
+    const double *mu[3] = {weight(m, "shift_g"), weight(m, "shift_k"), weight(m, "shift_v")};
+    const double *W_r = weight(m, "g_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight"), *decay = weight(m, "time_decay"), *u = weight(m, "time_first");
+    for (size_t t = 0; t < m->T; t++) {
+        for (int i = 0; i < 3; i++)
+            for (size_t d = 0; d < D; d++)
+                in[i][d] = mu[i][d] * m->n[t * D + d] + (1 - mu[i][d]) * (t ? m->n[(t - 1) * D + d] : 0);
+        linear(g, in[0], W_r, NULL, D, D), linear(k, in[1], W_k, NULL, D, D), linear(v, in[2], W_v, NULL, D, D);
+        for (size_t d = 0; d < D; d++) {
+            double w = exp(decay[d]), here = unmasked(m, t) * exp(u[d] + k[d]);
+            if (t == 0) most[d] = -1e30;
+            else {                                               // what came before token t, and the exponent it is kept at
+                most[d] = fmax(most[d] - w, last_k[d]);
+                a[d] = exp(-w) * a[d] + exp(last_k[d]) * last_v[d];
+                b[d] = exp(-w) * b[d] + exp(last_k[d]);
+            }
+            m->S[2 * d] = t ? a[d] * exp(-most[d]) : 0, m->S[2 * d + 1] = t ? b[d] * exp(-most[d]) : 0;
+            y[d] = b[d] + here > 0 ? logistic(g[d]) * (a[d] + here * v[d]) / (b[d] + here) : 0;
+            last_k[d] = unmasked(m, t) > 0 ? k[d] : -1e30, last_v[d] = v[d];
+        }
+        linear(m->y + t * D, y, W_o, NULL, D, D);
+    }
+    return 2 * D;
+}
+
+// A complex state as the scan keeps it: without the phase that e^{iθt} brings.
+static void put_state(double *S, complex_number x, double theta, size_t t) {
+    complex_number still = times(x, polar(1, -fmod(theta * (double)t, 2 * acos(-1))));
+    S[0] = still.re, S[1] = still.im;
+}
+
+// HGRN, Qin et al. 2023, equations 4 to 8: λ = γ + (1-γ) σ(W_λ n), h = λ e^{iθ} h + (1-λ) c, real and imaginary part of c each
+// silu of a linear map; γ of layer l is the sum of softmax(Γ)'s rows 1 to l.
+static size_t mixer_glru(const mixing *m) {
+    size_t D = m->D, E = m->E, L = (size_t)m->c->layers;
+    double z[WIDE], v[2 * WIDE], g[2 * WIDE], y[2 * WIDE], gamma[WIDE];
+    complex_number h[WIDE] = {{0, 0}};
+    const double *W_z = weight(m, "k_gate.weight"), *W_v = weight(m, "v_proj.weight"), *W_o = weight(m, "out_proj.weight");
+    const double *W_g = weight(m, "g_proj.weight"), *beta = weight(m, "g_proj.bias"), *theta = weight(m, "theta");
+    const double *G = theta_of(m->r, -1, "model.lower_bounds");
+    for (size_t i = 0; i < E; i++) {
+        double sum = 0, below_it = 0;
+        for (size_t l = 0; l < L; l++) {
+            sum += exp(G[l * E + i]);
+            if (l > 0 && l <= (size_t)m->layer) below_it += exp(G[l * E + i]);
+        }
+        gamma[i] = below_it / sum;
+    }
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        linear(z, n, W_z, NULL, E, D), linear(v, n, W_v, NULL, 2 * E, D), linear(g, n, W_g, beta, 2 * E, D);
+        for (size_t i = 0; i < E; i++) {
+            double lambda = gamma[i] + (1 - gamma[i]) * logistic(z[i]), write = (1 - lambda) * unmasked(m, t);
+            h[i] = times(polar(lambda, theta[i]), h[i]);
+            h[i].re += write * swish(v[2 * i]), h[i].im += write * swish(v[2 * i + 1]);
+            y[2 * i] = h[i].re, y[2 * i + 1] = h[i].im;
+            put_state(m->S + 2 * i, h[i], theta[i], t);
+        }
+        normalise(v, y, 2 * E, m->c->head_norm_eps);
+        for (size_t j = 0; j < 2 * E; j++) v[j] *= swish(g[j]);
+        linear(m->y + t * D, v, W_o, NULL, D, 2 * E);
+    }
+    return 2 * E;
+}
+
+// λ̄ and the input's factor of state number i of a diagonal state-space model, whose λ = -e^decay + i phase is discretised with
+// Δ = e^step by zero-order hold (S4D, Gu et al. 2022, table 1; S5, Smith et al. 2023, equation 6):
+// λ̄ = e^{λΔ}, b = (λ̄ - 1)/λ; in DSS (Gupta et al. 2022, proposition 1b) b = 1/λ · 1/Σ_{j<length} e^{λΔj}; in LRU (Orvieto et
+// al. 2023, section 3) λ̄ = exp(-e^decay + i e^phase), b = e^step.
+static void discretise(const mixing *m, size_t i, size_t head, complex_number *lambda_bar, complex_number *b) {
+    double decay = weight(m, "ssm_decay")[i], phase = weight(m, "ssm_phase")[i], step = exp(weight(m, "ssm_step")[head]);
+    complex_number lambda = {-exp(decay), phase}, sum = {0, 0}, one = {1, 0};
+    if (m->c->row.decay == METALA_DECAY_LRU) {
+        *lambda_bar = polar(exp(-exp(decay)), exp(phase));
+        *b = (complex_number){step, 0};
+        return;
+    }
+    *lambda_bar = polar(exp(lambda.re * step), lambda.im * step);
+    *b = over((complex_number){lambda_bar->re - 1, lambda_bar->im}, lambda);
+    if (m->c->row.decay != METALA_DECAY_DSS) return;
+    for (int j = 0; j < m->c->length; j++) {
+        complex_number power = polar(exp(lambda.re * step * j), lambda.im * step * j);
+        sum.re += power.re, sum.im += power.im;
+    }
+    *b = over(over(one, sum), lambda);
+}
+// The angle by which a state turns in a token, as large as the parameters say.
+static double turn_of(const mixing *m, size_t i, size_t head) {
+    double phase = weight(m, "ssm_phase")[i];
+    return (real)(m->c->row.decay == METALA_DECAY_LRU ? exp(phase) : phase * exp(weight(m, "ssm_step")[head]));
+}
+
+// S4D, DSS and H3 (Fu et al. 2023, section 3.1: y = q ⊙ SSM_diagonal(SSM_shift(k) ⊙ v), the shift with 4 taps): for each channel
+// x = λ̄ x + b in, y = 2 Re(C̄ᵀ x) + d in. (C is as free as C̄, which is what the parameter holds.)
+static size_t mixer_s4d(const mixing *m) {
+    size_t D = m->D, N = (size_t)m->c->state_size;
+    double in[WIDE], v[WIDE], g[WIDE], out[WIDE];
+    double *keys = malloc(m->T * D * sizeof *keys);
+    complex_number *x = calloc(D * N, sizeof *x), *lambda_bar = calloc(D * N, sizeof *x), *b = calloc(D * N, sizeof *x);
+    const double *C = weight(m, "C"), *d = weight(m, "D"), *W_o = weight(m, "out_proj.weight"), *W_k = weight(m, "k_proj.weight");
+    const double *W_v = weight(m, "v_proj.weight"), *W_g = weight(m, "g_proj.weight"), *taps = weight(m, "conv1d.weight");
+    for (size_t i = 0; i < D * N; i++) discretise(m, i, i / N, &lambda_bar[i], &b[i]);
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        memcpy(in, n, D * sizeof *in);
+        if (taps) {
+            linear(keys + t * D, n, W_k, NULL, D, D), linear(v, n, W_v, NULL, D, D), linear(g, n, W_g, NULL, D, D);
+            four_taps(in, taps, keys, t, D, m->tail);
+            for (size_t i = 0; i < D; i++) in[i] *= unmasked(m, t) * v[i];
+        }
+        for (size_t c = 0; c < D; c++) {
+            out[c] = d[c] * in[c];
+            for (size_t i = c * N; i < (c + 1) * N; i++) {
+                x[i] = times(lambda_bar[i], x[i]);
+                x[i].re += b[i].re * in[c], x[i].im += b[i].im * in[c];
+                out[c] += 2 * (C[2 * i] * x[i].re + C[2 * i + 1] * x[i].im);
+                if (t + 1 == m->T) put_state(m->S + 2 * i, x[i], turn_of(m, i, c), t);
+            }
+            if (taps) out[c] *= g[c];
+        }
+        linear(m->y + t * D, out, W_o, NULL, D, D);
+    }
+    free(keys), free(x), free(lambda_bar), free(b);
+    return 2 * D * N;
+}
+
+// LRU and S5: x = λ̄ x + b ⊙ B n with complex B (D states), y = Re(C x) + d ⊙ n with complex C: out_proj holds Re C and -Im C,
+// column beside column.
+static size_t mixer_lru(const mixing *m) {
+    size_t D = m->D, E = m->E;
+    double v[2 * WIDE], state[2 * WIDE];
+    complex_number x[WIDE] = {{0, 0}}, lambda_bar[WIDE], b[WIDE];
+    const double *W_v = weight(m, "v_proj.weight"), *W_o = weight(m, "out_proj.weight"), *d = weight(m, "D");
+    for (size_t i = 0; i < E; i++) discretise(m, i, i, &lambda_bar[i], &b[i]);
+    for (size_t t = 0; t < m->T; t++) {
+        linear(v, m->n + t * D, W_v, NULL, 2 * E, D);
+        for (size_t i = 0; i < E; i++) {
+            complex_number in = times(b[i], (complex_number){v[2 * i] * unmasked(m, t), v[2 * i + 1] * unmasked(m, t)});
+            x[i] = times(lambda_bar[i], x[i]);
+            x[i].re += in.re, x[i].im += in.im;
+            state[2 * i] = x[i].re, state[2 * i + 1] = x[i].im;
+            if (t + 1 == m->T) put_state(m->S + 2 * i, x[i], turn_of(m, i, i), t);
+        }
+        linear(m->y + t * D, state, W_o, NULL, D, 2 * E);
+        for (size_t i = 0; i < D; i++) m->y[t * D + i] += d[i] * m->n[t * D + i];
+    }
+    return 2 * E;
+}
+
+// Mamba, Gu and Dao 2023, algorithm 2 and section 3.4: x = silu(conv(W_x n)), Δ = softplus(W_2 W_1 x + b), Ā = exp(ΔA), A = -e^A_log,
+// h = Ā h + Δ B(x) x, y = C(x)·h + D x, out = W_o (y ⊙ silu(W_z n)).
+static size_t mixer_mamba(const mixing *m) {
+    size_t D = m->D, E = m->E, N = (size_t)m->c->state_size, R = (size_t)m->c->low_rank;
+    double x[WIDE], B[WIDE], C[WIDE], low[WIDE], z[WIDE], g[WIDE], y[WIDE], *in = malloc(m->T * E * sizeof *in);
+    const double *W_x = weight(m, "v_proj.weight"), *W_B = weight(m, "k_proj.weight"), *W_C = weight(m, "q_proj.weight");
+    const double *W_1 = weight(m, "k_gate.0.weight"), *W_2 = weight(m, "k_gate.1.weight"), *b = weight(m, "k_gate.1.bias");
+    const double *A_log = weight(m, "A_log"), *d = weight(m, "D"), *conv = weight(m, "conv1d.weight");
+    const double *W_z = weight(m, "g_proj.weight"), *beta = weight(m, "g_proj.bias"), *W_o = weight(m, "out_proj.weight");
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        linear(in + t * E, n, W_x, NULL, E, D), linear(g, n, W_z, beta, E, D);
+        four_taps(x, conv, in, t, E, m->tail);
+        for (size_t c = 0; c < E; c++) x[c] = unmasked(m, t) * swish(x[c]);
+        linear(B, x, W_B, NULL, N, E), linear(C, x, W_C, NULL, N, E);
+        linear(low, x, W_1, NULL, R, E), linear(z, low, W_2, b, E, R);
+        for (size_t c = 0; c < E; c++) {
+            double delta = -log_logistic(-z[c]);                 // log(1 + e^z)
+            y[c] = d[c] * x[c];
+            for (size_t i = 0; i < N; i++) {
+                double *h = &m->S[c * N + i];
+                *h = exp(-delta * exp(A_log[c * N + i])) * *h + delta * B[i] * x[c];
+                y[c] += C[i] * *h;
+            }
+            y[c] *= swish(g[c]);
+        }
+        linear(m->y + t * D, y, W_o, NULL, D, E);
+    }
+    free(in);
+    return E * N;
+}
+
+// Attention is all you need, section 3.2, with RoFormer's rotation (Su et al. 2021, equation 15).
+static size_t mixer_transformer(const mixing *m) {
+    size_t D = m->D, H = m->H, K = D / H, T = m->T;
+    double q[WIDE], y[WIDE], *k = malloc(T * D * sizeof *k), *v = malloc(T * D * sizeof *v), *p = malloc(T * sizeof *p);
+    const double *W_q = weight(m, "q_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight");
+    for (size_t t = 0; t < T; t++) {
+        const double *n = m->n + t * D;
+        double *kt = k + t * D;
+        linear(q, n, W_q, NULL, D, D), linear(kt, n, W_k, NULL, D, D), linear(v + t * D, n, W_v, NULL, D, D);
+        for (size_t i = 0; i < D; i += 2) {
+            complex_number turn = polar(1, (double)t * (real)pow(10000, -(double)(i % K) / (double)K));
+            complex_number of_q = times(turn, (complex_number){q[i], q[i + 1]});
+            complex_number of_k = times(turn, (complex_number){kt[i], kt[i + 1]});
+            q[i] = of_q.re, q[i + 1] = of_q.im, kt[i] = of_k.re, kt[i + 1] = of_k.im;
+        }
+        for (size_t h = 0; h < H; h++) {
+            double most = -HUGE_VAL, sum = 0;
+            for (size_t s = 0; s <= t; s++) {
+                p[s] = 0;
+                for (size_t i = h * K; i < (h + 1) * K; i++) p[s] += q[i] * k[s * D + i] / sqrt((double)K);
+                if (!(unmasked(m, s) > 0)) p[s] = -HUGE_VAL;
+                most = fmax(most, p[s]);
+            }
+            memset(y + h * K, 0, K * sizeof *y);
+            for (size_t s = 0; s <= t && most > -HUGE_VAL; s++) sum += p[s] = exp(p[s] - most);
+            for (size_t s = 0; s <= t && most > -HUGE_VAL; s++)
+                for (size_t j = h * K; j < (h + 1) * K; j++) y[j] += p[s] / sum * v[s * D + j];
+        }
+        linear(m->y + t * D, y, W_o, NULL, D, D);
+    }
+    free(k), free(v), free(p);
+    return 0;
+}
+
+// One for every row of metala_rows.
+static const struct { const char *row; size_t (*mixer)(const mixing *); } mixers[] = {
+    {"metala", mixer_metala}, {"metala-noconv", mixer_metala}, {"metala-noaug", mixer_metala}, {"metala-key", mixer_metala},
+    {"metala-fixed", mixer_metala}, {"metala-none", mixer_metala}, {"linear", mixer_linear}, {"transnormer", mixer_transnormer},
+    {"retnet", mixer_retnet}, {"gla", mixer_gla}, {"based", mixer_linear}, {"rwkv4", mixer_rwkv4}, {"glru", mixer_glru},
+    {"lru", mixer_lru}, {"s4d", mixer_s4d}, {"dss", mixer_s4d}, {"s5", mixer_lru}, {"h3", mixer_s4d}, {"mamba", mixer_mamba},
+    {"transformer", mixer_transformer}};
+
+// ---- The model around them.
+
+// x += mixer(rms(x));  x += GLU(rms(x)) for the T tokens of one sequence, x (T,D).
+static void reference_layer(const reference *r, int l, size_t b, double *x, double *work) {
+    const metala_config *c = metala_model_config(r->model);
+    size_t T = r->T, D = (size_t)c->width, F = (size_t)c->glu_dim, at = (size_t)l * r->B + b;
+    double *n = work, *y = n + T * D, *a = y + T * D, *prod = a + F, *u = prod + F;
+    const double *W_1 = theta_of(r, l, "channel_mixer.l1.weight"), *b_1 = theta_of(r, l, "channel_mixer.l1.bias");
+    const double *W_2 = theta_of(r, l, "channel_mixer.l2.weight"), *b_2 = theta_of(r, l, "channel_mixer.l2.bias");
+    const double *W_3 = theta_of(r, l, "channel_mixer.l3.weight"), *b_3 = theta_of(r, l, "channel_mixer.l3.bias");
+    mixing m = {r, c, l, T, D, (size_t)c->heads, (size_t)c->expand * D, n, r->mask ? r->mask + b * T : NULL, y,
+                r->S + at * STATE_ROOM, r->tails + at * TAIL_ROOM};
+    for (size_t t = 0; t < T; t++) {
+        normalise(n + t * D, x + t * D, D, c->norm_eps);
+        for (size_t d = 0; d < D; d++) n[t * D + d] *= unmasked(&m, t);
+    }
+    *r->state_numbers = r->mixer(&m);
+    for (size_t t = 0; t < T; t++) {
+        for (size_t d = 0; d < D; d++) x[t * D + d] += y[t * D + d];
+        normalise(n, x + t * D, D, c->norm_eps);
+        linear(a, n, W_1, b_1, F, D);
+        linear(prod, n, W_2, b_2, F, D);
+        for (size_t f = 0; f < F; f++) prod[f] *= swish(a[f]);
+        linear(u, prod, W_3, b_3, D, F);
+        for (size_t d = 0; d < D; d++) x[t * D + d] += u[d];
+    }
 }
 
 static void reference_forward(const reference *r) {
     const metala_config *c = metala_model_config(r->model);
-    size_t D = (size_t)c->width, N = (size_t)c->vocab_size, S_size = D / 2 * (D / (size_t)c->heads);
-    double *x = malloc((10 * D + 2 * (size_t)c->glu_dim) * sizeof *x), *work = x + D;
+    size_t D = (size_t)c->width, N = (size_t)c->vocab_size, T = r->T, layers = (size_t)c->layers * r->B;
+    double *x = malloc((3 * T * D + 2 * (size_t)c->glu_dim + D) * sizeof *x), *work = x + T * D;
     const double *E = theta_of(r, -1, "model.embed_tokens.weight"), *head = theta_of(r, -1, "lm_head.weight");
-    memset(r->S, 0, (size_t)c->layers * r->B * S_size * sizeof *r->S);
-    memset(r->tails, 0, (size_t)c->layers * r->B * 4 * D * sizeof *r->tails);
-    for (size_t row = 0; row < r->B * r->T; row++) {
-        size_t b = row / r->T;
-        for (size_t d = 0; d < D; d++)
-            x[d] = E[(size_t)r->tokens[row] * D + d] * (c->scale_embedding ? sqrt((double)D) : 1);
-        for (int l = 0; l < c->layers; l++) {
-            size_t at = (size_t)l * r->B + b;
-            reference_layer(r, l, x, r->S + at * S_size, r->tails + at * 4 * D, r->mask ? r->mask[row] : 1, work);
+    memset(r->S, 0, layers * STATE_ROOM * sizeof *r->S);
+    memset(r->tails, 0, layers * TAIL_ROOM * sizeof *r->tails);
+    for (size_t b = 0; b < r->B; b++) {
+        for (size_t i = 0; i < T * D; i++)
+            x[i] = E[(size_t)r->tokens[b * T + i / D] * D + i % D] * (c->scale_embedding ? sqrt((double)D) : 1);
+        for (int l = 0; l < c->layers; l++) reference_layer(r, l, b, x, work);
+        for (size_t t = 0; t < T; t++) {
+            normalise(work, x + t * D, D, c->norm_eps);
+            linear(r->logits + (b * T + t) * N, work, head ? head : E, NULL, N, D);
         }
-        normalise(work, x, D, c->norm_eps);
-        linear(r->logits + row * N, work, head ? head : E, NULL, N, D);
     }
     free(x);
 }
@@ -2005,21 +2425,34 @@ static metala_model *random_model(const metala_config *c, uint64_t seed) {
     return m;
 }
 
-// The reference of a model on random tokens; sequence b starts with b masked tokens when `masked`.
-static reference make_reference(const metala_model *m, size_t B, size_t T, int masked) {
+// Random tokens for a model, with room for what a reference makes of them; sequence b starts with b masked tokens when `masked`.
+static reference make_tokens(const metala_model *m, size_t B, size_t T, int masked) {
     const metala_config *c = metala_model_config(m);
-    size_t D = (size_t)c->width, rows = B * T, L = (size_t)c->layers;
+    size_t rows = B * T, L = (size_t)c->layers;
     int *tokens = take(rows, sizeof *tokens), *targets = take(rows, sizeof *targets);
     uint8_t *mask = take(rows, 1);
-    reference r = {m, doubles(metala_model_size(m)), tokens, targets, masked ? mask : NULL, B, T,
-                   doubles(rows * (size_t)c->vocab_size), doubles(L * B * D / 2 * (D / (size_t)c->heads)),
-                   doubles(L * B * 4 * D)};
     for (size_t row = 0; row < rows; row++) {
         tokens[row] = below(c->vocab_size);
         targets[row] = below(6) ? below(c->vocab_size) : METALA_IGNORE;
         mask[row] = row % T >= row / T && row % T != T - 2;
     }
     targets[0] = 0;
+    reference r = {m, doubles(metala_model_size(m)), tokens, targets, masked ? mask : NULL, B, T,
+                   doubles(rows * (size_t)c->vocab_size), doubles(L * B * STATE_ROOM), doubles(L * B * TAIL_ROOM), NULL,
+                   take(1, sizeof(size_t))};
+    return r;
+}
+
+// The reference of a model's row.
+static reference make_reference(const metala_model *m, size_t B, size_t T, int masked) {
+    const metala_config *c = metala_model_config(m);
+    reference r = make_tokens(m, B, T, masked);
+    for (size_t i = 0; i < COUNT(mixers); i++)
+        if (!strcmp(mixers[i].row, metala_config_row_name(c))) r.mixer = mixers[i].mixer;
+    if (!r.mixer || c->width * c->expand > WIDE) {
+        fprintf(stderr, "test: no reference for %s, %d wide\n", metala_config_row_name(c), c->width);
+        exit(1);
+    }
     for (int i = 0; i < metala_model_tensors(m); i++) {
         const metala_tensor *t = metala_model_tensor(m, i);
         real *x = reals(t->count);
@@ -2040,34 +2473,46 @@ static const char *form_name(metala_form form) {
     return form == METALA_RECURRENT ? "recurrent" : form == METALA_PARALLEL ? "parallel" : "chunkwise";
 }
 
+// max |state - reference's|, of the scan and of the convolution, for all layers.
+static double compare_states(const reference *r, const metala_state *s) {
+    const metala_config *c = metala_model_config(r->model);
+    size_t n = *r->state_numbers, B = r->B, L = (size_t)c->layers;
+    size_t U = (size_t)(c->row.conv == METALA_CONV_OFF ? 0 : c->row.conv == METALA_CONV_VALUE ? c->expand * c->width : c->width);
+    real *S = reals(B * n), *tail = reals(B * U * 4);
+    double worst = 0;
+    if (n) expect(metala_state_bytes(c, 0) == L * (n + 4 * U) * sizeof(real), "a state of %zu bytes, not %zu",
+                  L * (n + 4 * U) * sizeof(real), metala_state_bytes(c, 0));
+    for (size_t l = 0; l < L; l++) {
+        char name[32];
+        snprintf(name, sizeof name, "state.%zu", l);
+        if (n && metala_state_get(ctx, s, name, S)) problem("%s", metala_error(ctx));
+        for (size_t i = 0; i < B * n; i++)
+            worst = fmax(worst, fabs((double)S[i] - r->S[(l * B + i / n) * STATE_ROOM + i % n]));
+        snprintf(name, sizeof name, "conv_state.%zu", l);
+        if (!U || c->row.conv == METALA_CONV_SHIFT) continue;
+        if (metala_state_get(ctx, s, name, tail)) problem("%s", metala_error(ctx));
+        for (size_t i = 0; i < B * U * 4; i++) {
+            size_t b = i / (4 * U), d = i / 4 % U, j = i % 4;
+            worst = fmax(worst, fabs((double)tail[i] - r->tails[(l * B + b) * TAIL_ROOM + j * U + d]));
+        }
+    }
+    return worst;
+}
+
 // Logits and state of a forward pass, loss and gradients of a training pass, against the reference and its slopes.
 static void check_model(const char *what, const metala_config *c, metala_form form, size_t B, size_t T, int masked) {
     if (!begin(TOLERANCE(1e-4, 6e-13), "model %s %s B%zu T%zu%s", what, form_name(form), B, T, masked ? " masked" : ""))
         return;
     metala_model *m = random_model(c, 5);
     reference r = make_reference(m, B, T, masked);
-    size_t N = (size_t)c->vocab_size, H = (size_t)c->heads, D = (size_t)c->width, K = D / 2 / H, V = D / H;
+    size_t N = (size_t)c->vocab_size;
     double loss, expected_loss = reference_loss(&r);
     real *logits = reals(B * T * N);
     metala_state *s = metala_state_create(ctx, m, (int)B);
     metala_trainer *t = metala_trainer_create(ctx, m, (int)B, T, METALA_KEEP_ALL);
     if (metala_forward(ctx, s, form, r.tokens, r.mask, T, logits)) problem("%s", metala_error(ctx));
     compare("logits", logits, r.logits, DIMS(B, T, N));
-    double worst_state = 0;
-    for (int l = 0; l < c->layers; l++) {
-        char name[32];
-        real *S = reals(B * H * K * V), *tail = reals(B * D * 4);
-        snprintf(name, sizeof name, "state.%d", l);
-        if (metala_state_get(ctx, s, name, S)) problem("%s", metala_error(ctx));
-        snprintf(name, sizeof name, "conv_state.%d", l);
-        if (c->row.conv && metala_state_get(ctx, s, name, tail)) problem("%s", metala_error(ctx));
-        for (size_t i = 0; i < B * H * K * V; i++)
-            worst_state = fmax(worst_state, fabs((double)S[i] - r.S[(size_t)l * B * H * K * V + i]));
-        for (size_t i = 0; i < B * D * 4 && c->row.conv; i++) {
-            size_t b = i / (4 * D), d = i / 4 % D, j = i % 4;
-            worst_state = fmax(worst_state, fabs((double)tail[i] - r.tails[(((size_t)l * B + b) * 4 + j) * D + d]));
-        }
-    }
+    double worst_state = compare_states(&r, s);
     note(" states %.1e", worst_state);
     expect(worst_state <= now.tolerance, "states within tolerance");
     if (metala_gradient(ctx, t, form, r.tokens, r.targets, r.mask, (int)B, T, 1, &loss))
@@ -2687,6 +3132,473 @@ static void check_training(void) {
         metala_model_free(m);
         end_check();
     }
+}
+
+// ------------------------------------------------------------------------------------------------ the rows of the general form
+
+// Every row of metala_rows in small: sizes that differ from each other where they can.
+static metala_config row_config(const metala_named_row *row) {
+    metala_config c = metala_config_default();
+    c.vocab_size = 11, c.width = 8, c.layers = 2, c.heads = 2, c.glu_dim = 10;
+    c.row = row->row, c.expand = row->expand;
+    c.state_size = 3, c.low_rank = 5, c.feature_dim = 3, c.length = 7;
+    return c;
+}
+
+static real *all_gradients(const metala_trainer *t, const metala_model *m) {
+    real *all = reals(metala_model_size(m));
+    for (int i = 0; i < metala_model_tensors(m); i++) {
+        const metala_tensor *p = metala_model_tensor(m, i);
+        if (metala_trainer_gradient(ctx, t, p->name, all + p->offset)) problem("%s", metala_error(ctx));
+    }
+    return all;
+}
+
+// Reads r's tokens in pieces of `piece` (0: of random lengths) into logits (B,T,N).
+static void read_in_pieces(const reference *r, metala_state *s, metala_form form, size_t piece, real *logits) {
+    size_t N = (size_t)metala_model_config(r->model)->vocab_size, B = r->B, T = r->T;
+    int *tokens = take(B * T, sizeof *tokens);
+    uint8_t *mask = take(B * T, 1);
+    real *some = reals(B * T * N);
+    for (size_t t = 0, n; t < T; t += n) {
+        n = piece ? piece : 1 + (size_t)below(23);
+        if (n > T - t) n = T - t;
+        for (size_t i = 0; i < B * n; i++) {
+            size_t from = i / n * T + t + i % n;
+            tokens[i] = r->tokens[from], mask[i] = r->mask ? r->mask[from] : 1;
+        }
+        if (n == 1 && !r->mask ? metala_step(ctx, s, tokens, some)
+                               : metala_forward(ctx, s, form, tokens, r->mask ? mask : NULL, n, some))
+            problem("%s", metala_error(ctx));
+        for (size_t b = 0; b < B; b++) memcpy(logits + (b * T + t) * N, some + b * n * N, n * N * sizeof *some);
+    }
+}
+
+// The three forms give the same logits and gradients; so do all choices of what is kept and one thread or two, to the bit.
+// T is longer than METALA_CHUNK.
+static void check_row_forms(const metala_named_row *row, int masked) {
+    enum { B = 2, T = 70 };
+    if (!begin(TOLERANCE(2e-4, 4e-12), "row %s: forms%s", row->name, masked ? " masked" : "")) return;
+    metala_config c = row_config(row);
+    metala_model *m = random_model(&c, 51);
+    reference r = make_reference(m, B, T, masked);
+    size_t n = metala_model_size(m);
+    double loss[3], worst = 0;
+    real *first = NULL;
+    for (size_t f = 0; f < COUNT(all_forms); f++) {
+        metala_trainer *t = metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL);
+        if (metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, &loss[f])) problem("%s", metala_error(ctx));
+        real *gradient = all_gradients(t, m);
+        if (f == 0) first = gradient;
+        for (int i = 0; i < metala_model_tensors(m); i++) {          // each tensor by its own size
+            const metala_tensor *p = metala_model_tensor(m, i);
+            double most = 0;
+            for (size_t j = p->offset; j < p->offset + p->count; j++) most = fmax(most, fabs((double)first[j]));
+            for (size_t j = p->offset; j < p->offset + p->count; j++) {
+                double error = fabs((double)gradient[j] - (double)first[j]) / most;
+                if (!(error <= worst)) worst = error;
+                if (!(error <= now.tolerance))
+                    problem("%s: gradient of %s[%zu]: got %.9g, recurrent %.9g", form_name(all_forms[f]), p->name, j - p->offset,
+                            (double)gradient[j], (double)first[j]);
+            }
+        }
+        expect(fabs(loss[f] - loss[0]) <= now.tolerance * loss[0], "the same loss");
+        if (f + 1 == COUNT(all_forms))
+            for (int other = 0; other < 4; other++) {                // chunkwise: keeps less twice, two threads twice
+                metala_context *two = other_context(2);
+                metala_keep keep = other == 0 ? METALA_KEEP_COSTLY : other == 1 ? METALA_KEEP_INPUTS : METALA_KEEP_ALL;
+                metala_trainer *twin = metala_trainer_create(ctx, m, B, T, keep);
+                metala_context *in = other < 2 ? ctx : two;
+                for (int twice = 0; twice < 2; twice++) {            // what the first left behind is of no consequence
+                    metala_trainer_zero(in, twin);
+                    if (metala_gradient(in, twin, other == 3 ? METALA_RECURRENT : METALA_CHUNKWISE, r.tokens, r.targets, r.mask, B,
+                                        T, 1, NULL))
+                        problem("%s", metala_error(in));
+                }
+                same_bits(other == 0 ? "keep costly" : other == 1 ? "keep inputs" : "two threads", other == 3 ? first : gradient,
+                          all_gradients(twin, m), n);
+                metala_trainer_free(twin);
+                metala_close(two);
+            }
+        metala_trainer_free(t);
+    }
+    note_error("gradients", worst, now.tolerance);
+    metala_model_free(m);
+    end_check();
+}
+
+// What has been read in pieces, saved, loaded and copied is what has been read at once.
+static void check_row_states(const metala_named_row *row) {
+    enum { B = 2, T = 60, LEFT = 9 };
+    if (!begin(TOLERANCE(1e-4, 1e-12), "row %s: states", row->name)) return;
+    metala_config c = row_config(row);
+    metala_model *m = random_model(&c, 52);
+    size_t N = (size_t)c.vocab_size;
+    real *logits = reals(B * T * N);
+    for (int masked = 0; masked < 2; masked++) {
+        reference r = make_reference(m, B, T, masked);
+        static const size_t pieces[] = {1, 0, 3};
+        reference_forward(&r);
+        for (size_t i = 0; i < COUNT(pieces); i++)
+            for (size_t f = 0; f < COUNT(all_forms); f++) {
+                metala_state *s = metala_state_create(ctx, m, B);
+                read_in_pieces(&r, s, all_forms[f], pieces[i], logits);
+                if (f == 0) compare(i == 0 ? "steps" : i == 1 ? "pieces" : "threes", logits, r.logits, DIMS(B, T, N));
+                else
+                    for (size_t j = 0; j < B * T * N; j++)
+                        expect(fabs((double)logits[j] - r.logits[j]) <= 4 * now.tolerance, "%s: logits", form_name(all_forms[f]));
+                double error = compare_states(&r, s);
+                expect(error <= now.tolerance * 10, "the reference's states, not off by %.1e", error);
+                metala_state_free(s);
+            }
+    }
+    metala_state *a = metala_state_create(ctx, m, B), *b = metala_state_create(ctx, m, B), *from_file = metala_state_create(ctx, m, B);
+    reference r = make_reference(m, B, T, 0);
+    int prompt[B * (T - 1)], last[B];
+    for (int i = 0; i < B * (T - 1); i++) prompt[i] = r.tokens[i / (T - 1) * T + i % (T - 1)];
+    for (int i = 0; i < B; i++) last[i] = r.tokens[i * T + T - 1];
+    real *of_a = reals(B * N), *of_b = reals(B * N), *of_file = reals(B * N);
+    metala_prefill(ctx, b, prompt, NULL, 5, of_b);                   // the copy and the loaded state take the place of another
+    metala_prefill(ctx, from_file, prompt, NULL, 5, of_b);
+    if (metala_prefill(ctx, a, prompt, NULL, T - 1, of_a) || metala_state_copy(ctx, b, a) ||
+        metala_state_save(ctx, a, scratch_path("row.tmp"), NULL, 0) || metala_state_load(ctx, from_file, scratch_path("row.tmp")))
+        problem("%s", metala_error(ctx));
+    for (int i = 0; i < 3; i++)
+        if (metala_step(ctx, a, last, of_a) || metala_step(ctx, b, last, of_b) || metala_step(ctx, from_file, last, of_file))
+            problem("%s", metala_error(ctx));
+    same_bits("a copy", of_a, of_b, B * N);
+    same_bits("a loaded state", of_a, of_file, B * N);
+    remove(scratch_path("row.tmp"));
+    metala_state_reset(ctx, a);
+    metala_state_free(b);
+    b = metala_state_create(ctx, m, B);
+    metala_prefill(ctx, a, prompt, NULL, 7, of_a), metala_prefill(ctx, b, prompt, NULL, 7, of_b);
+    same_bits("after a reset", of_a, of_b, B * N);
+    metala_state_free(a), metala_state_free(b), metala_state_free(from_file);
+
+    int tokens[LEFT + T];                                            // left padding changes nothing
+    uint8_t mask[LEFT + T];
+    real *plain = reals(T * N), *padded = reals((LEFT + T) * N);
+    double *expected = doubles(T * N);
+    for (int t = 0; t < LEFT + T; t++) tokens[t] = below(c.vocab_size), mask[t] = t >= LEFT;
+    for (size_t f = 0; f < COUNT(all_forms); f += 2) {
+        a = metala_state_create(ctx, m, 1), b = metala_state_create(ctx, m, 1);
+        metala_forward(ctx, a, all_forms[f], tokens + LEFT, NULL, T, plain);
+        metala_forward(ctx, b, all_forms[f], tokens, mask, LEFT, padded);
+        metala_forward(ctx, b, all_forms[f], tokens + LEFT, mask + LEFT, T, padded + LEFT * N);
+        for (size_t i = 0; i < T * N; i++) expected[i] = (double)plain[i];
+        compare("padding", padded + LEFT * N, expected, DIMS(T, N));
+        metala_state_free(a), metala_state_free(b);
+    }
+    metala_model_free(m);
+    end_check();
+}
+
+// 100 000 tokens, at whose end the phases are as they were: the last logits against the reference. Softmax attention would look
+// at all of them again for each.
+static void check_row_length(const metala_named_row *row) {
+    enum { LAST = 20 };
+    size_t T = row->row.decay == METALA_DECAY_SOFTMAX ? 2000 : 100000;
+    if (!begin(TOLERANCE(1e-3, 1e-9), "row %s: %zu tokens", row->name, T)) return;
+    metala_config c = row_config(row);
+    c.layers = 1, c.vocab_size = 5;
+    metala_model *m = random_model(&c, 53);
+    reference r = make_reference(m, 1, T, 0);
+    real last[LAST * 5];
+    metala_state *s = metala_state_create(ctx, m, 1);
+    if (metala_forward(ctx, s, METALA_CHUNKWISE, r.tokens, NULL, T - LAST, NULL) ||
+        metala_forward(ctx, s, METALA_CHUNKWISE, r.tokens + T - LAST, NULL, LAST / 2, last))
+        problem("%s", metala_error(ctx));
+    for (size_t t = T - LAST / 2; t < T; t++)
+        if (metala_step(ctx, s, r.tokens + t, last + (t - (T - LAST)) * 5)) problem("%s", metala_error(ctx));
+    reference_forward(&r);
+    compare("logits", last, r.logits + (T - LAST) * 5, DIMS(LAST, 5));
+    metala_state_free(s);
+    metala_model_free(m);
+    end_check();
+}
+
+// Steps first + 1 to last of learning to copy: one of tokens 8 to 15 comes somewhere in the first half among tokens 0 to 7, and is to
+// be said from then on.
+static double copy_steps(metala_trainer *t, int first, int last) {
+    enum { B = 8, T = 16 };
+    static const metala_adamw adamw = {1e-2, 0.9, 0.98, 1e-8, 0, 1};
+    int inputs[B * T], targets[B * T];
+    double loss = 0, norm;
+    for (int step = first; step < last; step++) {
+        random_state = (uint64_t)step * 77 + 5;
+        for (int b = 0; b < B; b++) {
+            int place = below(T / 2), token = 8 + below(8);
+            for (int i = 0; i < T; i++) {
+                inputs[b * T + i] = i == place ? token : below(8);
+                targets[b * T + i] = i < place ? METALA_IGNORE : token;
+            }
+        }
+        if (metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, B, T, 1, &loss) || metala_update(ctx, t, &adamw, &norm))
+            problem("%s", metala_error(ctx));
+    }
+    return loss;
+}
+
+static void check_row_training(const metala_named_row *row) {
+    enum { STEPS = 250, HALF = 100 };
+    if (!begin(0, "row %s: learns to copy", row->name)) return;
+    metala_config c = row_config(row);
+    c.vocab_size = 16, c.width = 16, c.glu_dim = 24, c.state_size = 8, c.feature_dim = 4, c.length = 16;
+    metala_model *m = metala_model_create(ctx, &c);
+    metala_model_init(ctx, m, 3, &(metala_init){0.25, 0.5, 4, 0});
+    metala_trainer *t = metala_trainer_create(ctx, m, 8, 16, METALA_KEEP_ALL);
+    double first = copy_steps(t, 0, 1), loss;
+    copy_steps(t, 1, HALF);
+    if (metala_checkpoint_save(ctx, t, scratch_path("row.tmp"), NULL, 0)) problem("%s", metala_error(ctx));
+    loss = copy_steps(t, HALF, STEPS);
+    note(" %.2f -> %.3f", first, loss);
+    expect(loss < 0.5, "a loss below 0.5 after %d steps; a guess has %.2f", STEPS, log(8));
+    metala_model *other = metala_model_load(ctx, scratch_path("row.tmp"));
+    metala_trainer *resumed = other ? metala_trainer_create(ctx, other, 8, 16, METALA_KEEP_INPUTS) : NULL;
+    if (!resumed || metala_checkpoint_load(ctx, resumed, scratch_path("row.tmp"))) problem("%s", metala_error(ctx));
+    else {
+        copy_steps(resumed, HALF, STEPS);
+        same_bits("resumed", all_parameters(m), all_parameters(other), metala_model_size(m));
+        expect(!strcmp(metala_config_row_name(metala_model_config(other)), row->name), "the file says which row it is");
+        expect(!memcmp(&metala_model_config(other)->row, &c.row, sizeof c.row) && metala_model_config(other)->expand == c.expand &&
+               metala_model_config(other)->state_size == c.state_size && metala_model_config(other)->low_rank == c.low_rank &&
+               metala_model_config(other)->feature_dim == c.feature_dim && metala_model_config(other)->length == c.length,
+               "and its sizes");
+    }
+    metala_trainer_free(resumed), metala_model_free(other);
+
+    enum { READ = 40 };                                              // quantized weights are near, in memory and in a file
+    int tokens[READ];
+    real *exact = reals(READ * 16), *near = reals(READ * 16), *loaded = reals(READ * 16);
+    random_state = 9;
+    for (int i = 0; i < READ; i++) tokens[i] = below(16);
+    metala_state *s = metala_state_create(ctx, m, 1);
+    metala_forward(ctx, s, METALA_CHUNKWISE, tokens, NULL, READ, exact);
+    metala_state_free(s);
+    static const metala_dtype types[] = {METALA_BF16, METALA_I8};
+    for (size_t i = 0; i < COUNT(types); i++) {
+        double most = 0, error = 0, within = i == 0 ? 0.05 : 0.1;
+        metala_model *small = metala_model_create(ctx, &c);
+        for (int p = 0; p < metala_model_tensors(m); p++) {
+            real *x = reals(metala_model_tensor(m, p)->count);
+            metala_model_get(ctx, m, metala_model_tensor(m, p)->name, x);
+            metala_model_set(ctx, small, metala_model_tensor(m, p)->name, x);
+        }
+        if (metala_model_quantize(ctx, small, types[i]) || metala_model_save(ctx, small, scratch_path("row.tmp")))
+            problem("%s", metala_error(ctx));
+        metala_model *again = metala_model_load(ctx, scratch_path("row.tmp"));
+        if (!again) problem("%s", metala_error(ctx));
+        else {
+            metala_state *a = metala_state_create(ctx, small, 1), *b = metala_state_create(ctx, again, 1);
+            metala_forward(ctx, a, METALA_RECURRENT, tokens, NULL, READ, near);
+            metala_forward(ctx, b, METALA_RECURRENT, tokens, NULL, READ, loaded);
+            same_bits("a quantized model from its file", near, loaded, READ * 16);
+            metala_state_free(a), metala_state_free(b);
+        }
+        for (int j = 0; j < READ * 16; j++) {
+            most = fmax(most, fabs((double)exact[j])), error = fmax(error, fabs((double)exact[j] - (double)near[j]));
+            expect(isfinite(near[j]), "finite logits");
+        }
+        note_error(i == 0 ? "bf16" : "int8", error / most, within);
+        expect(error <= within * most && error > 0, "near, but not the same");
+        metala_model_free(again), metala_model_free(small);
+    }
+    remove(scratch_path("row.tmp"));
+    metala_trainer_free(t), metala_model_free(m);
+    end_check();
+}
+
+// ---- Columns that a user may override: all that metala_config_check lets pass must work.
+
+static void describe(const metala_config *c, char text[200]) {
+    size_t used = 0;
+    metala_row row = c->row;
+    for (int i = 0; i < METALA_COLUMNS; i++)
+        used += (size_t)snprintf(text + used, 200 - used, "%s%s", i ? " " : "", metala_columns()[i].values[*metala_row_column(&row, i)]);
+}
+
+typedef struct { metala_trainer *t; metala_model *m; const reference *r; real *at, *direction; double loss; } along;
+
+// The library's loss, and into `gradient` if wanted its gradient, at parameters + step · direction.
+static double loss_along(const along *a, double step, real *gradient) {
+    double loss = NAN;
+    size_t n = metala_model_size(a->m);
+    real *x = reals(n);
+    for (size_t i = 0; i < n; i++) x[i] = (real)((double)a->at[i] + step * (double)a->direction[i]);
+    for (int i = 0; i < metala_model_tensors(a->m); i++)
+        metala_model_set(ctx, a->m, metala_model_tensor(a->m, i)->name, x + metala_model_tensor(a->m, i)->offset);
+    metala_trainer_zero(ctx, a->t);
+    if (metala_gradient(ctx, a->t, METALA_CHUNKWISE, a->r->tokens, a->r->targets, a->r->mask, (int)a->r->B, a->r->T, 1, &loss))
+        problem("%s", metala_error(ctx));
+    if (gradient) memcpy(gradient, all_gradients(a->t, a->m), n * sizeof *gradient);
+    return loss;
+}
+
+// One configuration: finite loss, forms that agree, reading in pieces as at once, all choices of what is kept the same bits, and in
+// double precision the slope along a random direction. Returns the worst error.
+static double check_own_row(const metala_config *c, uint64_t seed) {
+    enum { B = 2 };
+    char text[200];
+    metala_model *m = random_model(c, seed);
+    if (!m) return 0;
+    size_t T = seed % 4 ? 5 + (size_t)below(20) : 66, n = metala_model_size(m), N = (size_t)c->vocab_size;
+    int masked = below(2);
+    double loss[3], worst = 0, most = 0;
+    real *logits[4], *gradient = NULL;
+    reference r = make_tokens(m, B, T, masked);
+    describe(c, text);
+    for (size_t f = 0; f < COUNT(all_forms); f++) {
+        metala_trainer *t = metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL);
+        metala_state *s = metala_state_create(ctx, m, B);
+        logits[f] = reals(B * T * N);
+        if (!t || !s || metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, &loss[f]) ||
+            metala_forward(ctx, s, all_forms[f], r.tokens, r.mask, T, logits[f]))
+            problem("%s: %s", text, metala_error(ctx));
+        real *of_form = all_gradients(t, m);
+        for (size_t i = 0; i < n; i++) {
+            if (f == 0) most = fmax(most, fabs((double)of_form[i]));
+            if (!isfinite(of_form[i])) problem("%s: %s: a gradient that is not finite", text, form_name(all_forms[f]));
+        }
+        for (size_t i = 0; i < n && f > 0; i++) {
+            double error = fabs((double)of_form[i] - (double)gradient[i]) / most;
+            if (error > worst) worst = error;
+            if (!(error <= now.tolerance))
+                problem("%s: %s: gradient %zu is %.9g, recurrent %.9g", text, form_name(all_forms[f]), i, (double)of_form[i],
+                        (double)gradient[i]);
+        }
+        if (f == 0) gradient = of_form;
+        if (!isfinite(loss[f])) problem("%s: %s: the loss is %g", text, form_name(all_forms[f]), loss[f]);
+        metala_trainer_free(t);
+        metala_state_free(s);
+        for (int keep = METALA_KEEP_COSTLY; keep <= METALA_KEEP_INPUTS && f == 0; keep++) {
+            t = metala_trainer_create(ctx, m, B, T, (metala_keep)keep);
+            metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, NULL);
+            of_form = all_gradients(t, m);
+            for (size_t i = 0; i < n; i++)
+                if (memcmp(&of_form[i], &gradient[i], sizeof *gradient))
+                    problem("%s: keep %d: gradient %zu has other bits", text, keep, i);
+            metala_trainer_free(t);
+        }
+    }
+    logits[3] = reals(B * T * N);
+    metala_state *s = metala_state_create(ctx, m, B);
+    read_in_pieces(&r, s, METALA_CHUNKWISE, below(2), logits[3]);
+    metala_state_free(s);
+    most = 0;
+    for (size_t i = 0; i < B * T * N; i++) most = fmax(most, fabs((double)logits[0][i]));
+    for (int f = 1; f < 4; f++)
+        for (size_t i = 0; i < B * T * N; i++) {
+            double error = fabs((double)logits[f][i] - (double)logits[0][i]) / most;
+            if (error > worst) worst = error;
+            if (!(error <= now.tolerance))
+                problem("%s: %s: logit %zu is %.9g, recurrent %.9g", text, f == 3 ? "pieces" : form_name(all_forms[f]), i,
+                        (double)logits[f][i], (double)logits[0][i]);
+        }
+    if (IS_DOUBLE) {
+        along a = {metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL), m, &r, all_parameters(m), reals(n), 0};
+        double expected = 0, h = 2e-7, size = 0;
+        for (size_t i = 0; i < n; i++) {
+            a.direction[i] = (real)normal();
+            expected += (double)a.direction[i] * (double)gradient[i];
+            size += (double)gradient[i] * (double)gradient[i];
+        }
+        double got = (8 * (loss_along(&a, h, NULL) - loss_along(&a, -h, NULL)) - loss_along(&a, 2 * h, NULL) +
+                      loss_along(&a, -2 * h, NULL)) / (12 * h);
+#ifdef ALL_PROBLEMS
+        if (!(fabs(got - expected) <= 1e-5 * sqrt(size)))
+            for (h = 1e-3; h > 1e-9; h /= 10)
+                fprintf(stderr, "   h %.0e %.9g of %.9g size %g\n", h, (8 * (loss_along(&a, h, NULL) - loss_along(&a, -h, NULL)) - loss_along(&a, 2 * h, NULL) +
+                      loss_along(&a, -2 * h, NULL)) / (12 * h), expected, sqrt(size));
+#endif
+        if (!(fabs(got - expected) <= 1e-5 * sqrt(size)))
+            problem("%s: along a direction the gradient is %.9g, differences %.9g", text, expected, got);
+        metala_trainer_free(a.t);
+    }
+    metala_model_free(m);
+    return worst;
+}
+
+static void check_own_rows(void) {
+    enum { STRATA = 13 * 8, EACH = 4 };                              // so many of every decay and query
+    static metala_config sample[STRATA][EACH];
+    size_t accepted = 0, refused = 0, seen[STRATA] = {0}, tried = 0;
+    double worst = 0;
+    if (!begin(TOLERANCE(1e-3, 1e-10), "rows of one's own: every column")) return;
+    metala_config c = row_config(metala_rows());
+    int sizes[METALA_COLUMNS], value[METALA_COLUMNS] = {0}, column = 0;
+    for (int i = 0; i < METALA_COLUMNS; i++)
+        for (sizes[i] = 0; metala_columns()[i].values[sizes[i]]; sizes[i]++) {}
+    sizes[8] = sizes[9] = sizes[10] = 1;                             // norm, gate and channels go with all others: drawn
+    random_state = 61;
+    while (column < METALA_COLUMNS) {
+        for (int i = 0; i < METALA_COLUMNS; i++) *metala_row_column(&c.row, i) = value[i];
+        c.expand = 1;
+        if (!metala_config_check(ctx, &c)) {
+            size_t stratum = (size_t)(c.row.decay * 8 + c.row.query), place = seen[stratum]++;
+            accepted++;
+            if (place >= EACH) place = (size_t)(metala_uniform(&random_state) * (double)seen[stratum]);
+            if (place < EACH) sample[stratum][place] = c;
+        } else {
+            const char *line = metala_error(ctx);
+            refused++;
+            expect(!strncmp(line, "configuration: ", 15) && strlen(line) > 25 && strlen(line) < 160 && !strchr(line, '\n'),
+                   "one clear line, not '%s'", line);
+        }
+        for (column = 0; column < METALA_COLUMNS && ++value[column] == sizes[column]; column++) value[column] = 0;
+    }
+    for (size_t i = 0; i < STRATA * EACH; i++) {
+        if (seen[i / EACH] <= i % EACH) continue;
+        size_t mark = now.memories;
+        c = sample[i / EACH][i % EACH];
+        random_state = 1000 + i;
+        c.row.norm = below(4), c.row.gate = below(4), c.row.channels = below(2);
+        c.expand = 2;
+        if (below(2) || metala_config_check(ctx, &c)) c.expand = 1;
+#ifdef ALL_PROBLEMS
+        { char text[200]; describe(&c, text); fprintf(stderr, "%zu E%d %s\n", i, c.expand, text); double e = check_own_row(&c, 1000 + i); if (*now.problem) fprintf(stderr, "   PROBLEM %s (%g)\n", now.problem, e); *now.problem = 0; worst = fmax(worst, e); }
+#else
+        worst = fmax(worst, check_own_row(&c, 1000 + i));
+#endif
+        while (now.memories > mark) free(now.memory[--now.memories]);
+        tried++;
+    }
+    note(" %zu of %zu tried, %zu refused;", tried, accepted, refused);
+    note_error("forms", worst, now.tolerance);
+    end_check();
+}
+
+static void check_rows(void) {
+    if (begin(0, "rows: each has a reference of its own")) {
+        size_t count = 0;
+        for (const metala_named_row *row = metala_rows(); row->name; row++, count++) {
+            metala_config c = metala_config_default();
+            size_t i = 0;
+            while (i < COUNT(mixers) && strcmp(mixers[i].row, row->name)) i++;
+            expect(i < COUNT(mixers), "a reference for %s", row->name);
+            expect(!metala_config_row(ctx, &c, row->name) && !metala_config_check(ctx, &c) && c.expand == row->expand &&
+                   !strcmp(metala_config_row_name(&c), row->name), "%s by its name", row->name);
+        }
+        metala_config c = metala_config_default();
+        expect(count == COUNT(mixers), "%zu rows", COUNT(mixers));
+        expect(metala_config_row(ctx, &c, "metal") && strstr(metala_error(ctx), "metala-noconv, "), "no row called metal, not '%s'",
+               metala_error(ctx));
+        expect(!metala_row_column(&c.row, -1) && !metala_row_column(&c.row, METALA_COLUMNS), "no columns out of range");
+        end_check();
+    }
+    for (const metala_named_row *row = metala_rows(); row->name; row++) {
+        metala_config c = row_config(row);
+        char name[60];
+        snprintf(name, sizeof name, "row %s:", row->name);
+        check_model(name, &c, METALA_RECURRENT, 2, 19, 0);
+        check_model(name, &c, METALA_CHUNKWISE, 2, 19, 1);
+        check_row_forms(row, 0);
+        check_row_forms(row, 1);
+        check_row_states(row);
+        check_row_length(row);
+        check_row_training(row);
+    }
+    check_own_rows();
 }
 
 // ------------------------------------------------------------------------------------------------ files
@@ -4850,6 +5762,7 @@ static void check_cpu(void) {
     check_models();
     check_states();
     check_training();
+    check_rows();
     check_conversions();
     check_headers();
     check_model_files();
