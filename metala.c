@@ -2212,94 +2212,136 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
 // ---- Narrow heads: where K = 1 or V = 1, the state of a head is a vector.
 //
 // Products of matrices have nothing to gain there, and the recurrence costs little more than reading its inputs once,
-// provided that its loops are long. So a group of neighbouring heads walks through time together. With V = 1 their q, k,
-// α and S are n numbers one behind the other, with K = 1 it is their v, o and S; one loop serves all. What has a single
-// number for each head is repeated to be as long, and the sums over K or V are those of so many neighbours.
+// provided that its loops are long. So neighbouring heads walk through time together. With V = 1 their q, k, α and S are
+// n numbers one behind the other, with K = 1 their v, o and S; one loop serves all. What has one number for a head is
+// repeated V or K times to be as long, and what is summed over K or V is a sum of as many neighbours.
 
-enum { NARROW = 512 };          // numbers of a group's state: those of 64 tokens fit the level-2 cache
+enum { PIECE = 512, PIECES = 8 };       // numbers of a piece, which stay in the level-1 cache; pieces that walk together
 
 static int is_narrow(size_t K, size_t V) { return K == 1 || V == 1; }
+static size_t piece_of(size_t K, size_t V) { return K * V < PIECE ? PIECE / (K * V) : 1; }       // in heads
 
-static size_t narrow_group(size_t H, size_t K, size_t V) {
-    size_t heads = NARROW / (K * V);
-    return heads < 1 ? 1 : heads < H ? heads : H;
+// to[2i] = to[2i+1] = x[i]
+static void double_up(real *restrict to, const real *restrict x, size_t n) {
+    for (size_t i = 0; i < n; i++) to[2 * i] = to[2 * i + 1] = x[i];
 }
 
-// Each of the n numbers `count` times, in `to`; or where they are, if that is once.
-static const real *repeat(real *to, const real *x, size_t n, size_t count) {
+// to[i] = x[2i] + x[2i+1]
+static void add_pairs(real *restrict to, const real *restrict x, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = x[2 * i] + x[2 * i + 1];
+}
+
+// Each of the n numbers x `count` times, in `to`; or where they are, if that is once. work: n·count. Loops over pairs
+// become vector instructions where loops over 16 neighbours hardly do, so numbers are doubled, and sums halved.
+static const real *repeat(real *to, const real *x, size_t n, size_t count, real *work) {
     if (count == 1) return x;
-    if (count == 2)
-        for (size_t i = 0; i < n; i++) to[2 * i] = to[2 * i + 1] = x[i];
+    if (count % 2 == 0) double_up(to, repeat(work, x, n, count / 2, to), n * count / 2);
     else
         for (size_t i = 0; i < n; i++)
             for (size_t j = 0; j < count; j++) to[i * count + j] = x[i];
     return to;
 }
 
-// The n sums over `count` neighbours of s a b.
-static void dots(real *to, real s, const real *a, const real *b, size_t n, size_t count) {
-    if (count == 1)
-        for (size_t i = 0; i < n; i++) to[i] = s * a[i] * b[i];
-    else if (count == 2)
-        for (size_t i = 0; i < n; i++) to[i] = s * (a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]);
-    else
-        for (size_t i = 0; i < n; i++) to[i] = s * dot(a + i * count, b + i * count, count);
+// to[i] = the sum of the i-th `count` numbers of x, which is used up, unless it is `to` itself; work: n·count/2.
+static void add_up(real *to, real *x, size_t n, size_t count, real *work) {
+    if (count == 1) return;
+    if (count == 2) add_pairs(to, x, n);
+    else if (count % 2 == 0) {
+        add_pairs(work, x, n * count / 2);
+        add_up(to, work, n, count / 2, x);
+    } else
+        for (size_t i = 0; i < n; i++) {
+            to[i] = 0;
+            for (size_t j = 0; j < count; j++) to[i] += x[i * count + j];
+        }
 }
 
-// One token of a group: its inputs, n numbers each.
-typedef struct { const real *q, *k, *alpha, *v, *dO; } narrow_token;
-
-static size_t narrow_scratch(size_t n, int backward) { return (backward ? METALA_CHUNK + 1 + 5 : 4) * n; }
-
-static narrow_token narrow_inputs(const head *h, size_t t, real *work) {
-    size_t n = h->heads * h->K * h->V, at_k = t * h->k_step, at_v = t * h->v_step, keys = h->heads * h->K;
-    narrow_token x;
-    x.q = repeat(work, h->q + at_k, keys, h->V);
-    x.k = repeat(work + n, h->k + at_k, keys, h->V);
-    x.alpha = repeat(work + 2 * n, h->alpha + at_k, keys, h->V);
-    x.v = repeat(work + 3 * n, h->v + at_v, h->heads * h->V, h->K);
-    x.dO = h->dO ? repeat(work + 4 * n, h->dO + at_v, h->heads * h->V, h->K) : NULL;
-    return x;
+// One token of a piece, all n numbers long.
+static void narrow_step(real *restrict o, real *restrict S, const real *restrict q, const real *restrict k,
+                        const real *restrict v, const real *restrict alpha, real scale, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        S[i] = alpha[i] * S[i] + k[i] * v[i];
+        o[i] = scale * q[i] * S[i];
+    }
 }
 
-// S = α S' + k v
-static void narrow_update(real *S, const real *before, const narrow_token *x, size_t n) {
-    const real *alpha = x->alpha, *k = x->k, *v = x->v;
-    for (size_t i = 0; i < n; i++) S[i] = alpha[i] * before[i] + k[i] * v[i];
+static void narrow_update(real *restrict after, const real *restrict before, const real *restrict k,
+                          const real *restrict v, const real *restrict alpha, size_t n) {
+    for (size_t i = 0; i < n; i++) after[i] = alpha[i] * before[i] + k[i] * v[i];
 }
 
+// The terms of the gradients, still to be summed. G: Γ of this token becomes that of the one before.
+static void narrow_gradient(real *restrict dq, real *restrict dk, real *restrict dv, real *restrict da, real *restrict G,
+                            const real *restrict dO, const real *restrict q, const real *restrict k, const real *restrict v,
+                            const real *restrict alpha, const real *restrict S, real scale, size_t n, size_t step) {
+    const real *before = S, *after = S + step;
+    for (size_t i = 0; i < n; i++) {
+        real g = G[i] + scale * q[i] * dO[i];
+        dq[i] = scale * after[i] * dO[i];
+        dk[i] = g * v[i];
+        dv[i] = g * k[i];
+        G[i] = alpha[i] * g;
+        da[i] = G[i] * before[i];
+    }
+}
+
+enum { NARROW_PARTS = 8 };      // n numbers each: q k v α dO, or what of them is repeated, and three
 static void narrow_forward(const head *h, real *S, real *work) {
-    size_t KV = h->K * h->V, n = h->heads * KV;
+    size_t K = h->K, V = h->V, KV = K * V, most = piece_of(K, V), n = most * KV;
+    real *spare = work + 4 * n;
     for (size_t t = 0; t < h->T; t++) {
         for (size_t i = 0; h->keep_states && t % METALA_CHUNK == 0 && i < h->heads; i++)
             memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * KV, S + i * KV, KV * sizeof(real));
-        narrow_token x = narrow_inputs(h, t, work);
-        narrow_update(S, S, &x, n);
-        dots(h->o + t * h->v_step, h->scale, x.q, S, h->heads * h->V, h->K);
+        for (size_t first = 0; first < h->heads; first += most) {
+            size_t heads = h->heads - first < most ? h->heads - first : most;
+            size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
+            const real *q = repeat(work, h->q + at_k, heads * K, V, spare);
+            const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
+            const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
+            const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
+            real *o = h->o + at_v, *terms = K == 1 ? o : spare;
+            narrow_step(terms, S + first * KV, q, k, v, alpha, h->scale, heads * KV);
+            add_up(o, terms, heads * V, K, spare + n);
+        }
     }
 }
 
 static void narrow_backward(const head *h, real *G, real *work) {
-    size_t K = h->K, V = h->V, n = h->heads * K * V, keys = h->heads * K;
-    real *states = work + 5 * n;
+    size_t K = h->K, V = h->V, KV = K * V, most = piece_of(K, V), n = most * KV, all = h->heads * KV;
+    real *spare = work + 5 * n, *states = work + NARROW_PARTS * n;
     for (size_t c = chunks(h->T); c-- > 0;) {
         size_t t0 = c * METALA_CHUNK, end = h->T - t0 < METALA_CHUNK ? h->T : t0 + METALA_CHUNK;
         for (size_t i = 0; i < h->heads; i++)
-            memcpy(states + i * K * V, h->states + (i * chunks(h->T) + c) * K * V, K * V * sizeof(real));
-        for (size_t t = t0; t < end; t++) {                          // states + (t + 1 - t0) n is S after token t
-            narrow_token x = narrow_inputs(h, t, work);
-            narrow_update(states + (t + 1 - t0) * n, states + (t - t0) * n, &x, n);
-        }
-        for (size_t t = end; t-- > t0;) {
-            const real *before = states + (t - t0) * n, *after = before + n;
-            narrow_token x = narrow_inputs(h, t, work);
-            for (size_t i = 0; i < n; i++) G[i] += h->scale * x.q[i] * x.dO[i];
-            dots(h->dq + t * h->k_step, h->scale, after, x.dO, keys, V);
-            dots(h->dk + t * h->k_step, 1, G, x.v, keys, V);
-            dots(h->dv + t * h->v_step, 1, G, x.k, h->heads * V, K);
-            for (size_t i = 0; i < n; i++) G[i] *= x.alpha[i];
-            dots(h->da + t * h->k_step, 1, G, before, keys, V);
-        }
+            memcpy(states + i * KV, h->states + (i * chunks(h->T) + c) * KV, KV * sizeof(real));
+        for (size_t t = t0; t < end; t++)                           // states + (t + 1 - t0)·all is S after token t
+            for (size_t first = 0; first < h->heads; first += most) {
+                size_t heads = h->heads - first < most ? h->heads - first : most;
+                size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
+                const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
+                const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
+                const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
+                real *before = states + (t - t0) * all + first * KV;
+                narrow_update(before + all, before, k, v, alpha, heads * KV);
+            }
+        for (size_t t = end; t-- > t0;)
+            for (size_t first = 0; first < h->heads; first += most) {
+                size_t heads = h->heads - first < most ? h->heads - first : most;
+                size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
+                const real *q = repeat(work, h->q + at_k, heads * K, V, spare);
+                const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
+                const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
+                const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
+                const real *dO = repeat(work + 4 * n, h->dO + at_v, heads * V, K, spare);
+                real *dq = h->dq + at_k, *dk = h->dk + at_k, *dv = h->dv + at_v, *da = h->da + at_k;
+                real *q_terms = V == 1 ? dq : spare, *k_terms = V == 1 ? dk : spare + n;
+                real *a_terms = V == 1 ? da : spare + 2 * n, *v_terms = K == 1 ? dv : spare;
+                narrow_gradient(q_terms, k_terms, v_terms, a_terms, G + first * KV, dO, q, k, v, alpha,
+                                states + (t - t0) * all + first * KV, h->scale, heads * KV, all);
+                add_up(dq, q_terms, heads * K, V, work);
+                add_up(dk, k_terms, heads * K, V, work);
+                add_up(da, a_terms, heads * K, V, work);
+                add_up(dv, v_terms, heads * V, K, work);
+            }
     }
 }
 
@@ -2307,7 +2349,7 @@ static void narrow_backward(const head *h, real *G, real *work) {
 
 // How many neighbouring heads are one piece of work.
 static size_t group_of(metala_form form, size_t H, size_t K, size_t V) {
-    return form == METALA_CHUNKWISE && is_narrow(K, V) ? narrow_group(H, K, V) : 1;
+    return form == METALA_CHUNKWISE && is_narrow(K, V) ? H < PIECES * piece_of(K, V) ? H : PIECES * piece_of(K, V) : 1;
 }
 
 // For the states of a group, and what it needs beside them.
@@ -2315,7 +2357,7 @@ static size_t scan_scratch(metala_form form, size_t T, size_t H, size_t K, size_
     size_t n = group_of(form, H, K, V) * K * V;
     if (form == METALA_PARALLEL) return plus(n, parallel_scratch(T, K, V));
     if (form == METALA_RECURRENT) return n + (backward ? recurrent_scratch(K, V) : 0);
-    if (is_narrow(K, V)) return n + narrow_scratch(n, backward);
+    if (is_narrow(K, V)) return n + NARROW_PARTS * piece_of(K, V) * K * V + (backward ? (METALA_CHUNK + 1) * n : 0);
     return n + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
 }
 
