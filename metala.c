@@ -5274,6 +5274,10 @@ static metala_file *open_config_json(metala_context *ctx, const metala_file *f) 
     }
     if (file_size(ctx, pairs->stream, pairs->path, &size)) goto failed;
     text = size < 1 << 24 ? malloc((size_t)size + 1) : NULL;
+    if (!text && size < 1 << 24) {
+        fail_memory(ctx, pairs->path, (double)size);
+        goto failed;
+    }
     if (!text || fread(text, 1, (size_t)size, pairs->stream) != size) {
         fail(ctx, "%s: cannot be read", pairs->path);
         goto failed;
