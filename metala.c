@@ -264,6 +264,26 @@ static inline float one_minus_exp(float a) {
 }
 #endif
 
+// sin x and cos x, in double: x is a phase after many tokens, of which only what exceeds whole turns counts. With n the
+// nearest whole number of quarter turns, r = x - n π/2 (π/2 in two parts, the first exact in a product with n < 2^20), and
+// the power series of r; the last two bits of n say which of the two series is the sine, and the signs. Error below 1e-9.
+static inline void sine_cosine(double x, double *sine, double *cosine) {
+#ifdef METALA_FLOAT64
+    *sine = sin(fmod(x, 6.283185307179586477)), *cosine = cos(fmod(x, 6.283185307179586477));
+#else
+    const double round_shift = 6755399441055744.0;       // 1.5·2^52
+    double shifted = x * 0.63661977236758134308 + round_shift, n = shifted - round_shift;
+    double r = x - n * 1.57079632673412561417 - n * 6.07710050650619224932e-11, y = r * r;
+    double s = r * (1 + y * (-1.0 / 6 + y * (1.0 / 120 + y * (-1.0 / 5040 + y * (1.0 / 362880)))));
+    double c = 1 + y * (-0.5 + y * (1.0 / 24 + y * (-1.0 / 720 + y * (1.0 / 40320 - y * (1.0 / 3628800)))));
+    uint64_t quarter;
+    memcpy(&quarter, &shifted, sizeof quarter);
+    double of_sine = quarter & 1 ? c : s, of_cosine = quarter & 1 ? s : c;
+    *sine = quarter & 2 ? -of_sine : of_sine;
+    *cosine = (quarter + 1) & 2 ? -of_cosine : of_cosine;
+#endif
+}
+
 static inline real absolute(real x) { return x < 0 ? -x : x; }
 
 // σ(x) = 1/(1+e^-x). The exponential is of -|x|, so that it never overflows.
@@ -1082,28 +1102,20 @@ static void taylor_backward(metala_context *ctx, real *dx, const real *dy, const
 //   RoPE (Su et al. 2021, section 3.2.2) with θ_i = 10000^(-2i/K); a complex decay's phase, moved from the state into what
 //   is written and read, since (r e^{iθ})^t = r^t e^{iθt}.
 //
-// e^{iθp} = e^{iθ(p - p % RUN)} e^{iθ(p % RUN)} in double: of the second factors there are only RUN, and of the first one
-// in RUN tokens, so that few sines are taken. What a token gets depends on its position p alone, not on where a call
-// starts. The table is (T,n) cosines and sines of the n angles; NULL: no memory.
+// The table of cosines and sines, (T,n) pairs of the n angles; NULL: no memory. What a token gets depends on its position
+// alone, not on where a call starts.
 static real *rotation_table(metala_context *ctx, const real *theta, size_t T, size_t n, uint64_t position) {
-    enum { RUN = 32, STRIP = 8 };
     real *table = scratch(ctx, times(times(T, n), 2 * sizeof(real)));
     if (!table) return NULL;
     PARALLEL_FOR(20 * T * n)
-    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
-        double near[RUN][STRIP][2], far[STRIP][2] = {{0}}, angle[STRIP];
-        size_t count = n - i0 < STRIP ? n - i0 : STRIP;
-        for (size_t i = 0; i < count; i++) angle[i] = fmod((double)theta[i0 + i], 6.283185307179586477);
-        for (size_t t = 0; t < T; t++) {
-            uint64_t p = position + t, r = p % RUN;
-            for (size_t i = 0; i < count; i++) {
-                if (t < RUN) near[r][i][0] = cos(angle[i] * (double)r), near[r][i][1] = sin(angle[i] * (double)r);
-                if (t == 0 || r == 0)
-                    far[i][0] = cos(angle[i] * (double)(p - r)), far[i][1] = sin(angle[i] * (double)(p - r));
-                real *to = table + (t * n + i0 + i) * 2;
-                to[0] = (real)(far[i][0] * near[r][i][0] - far[i][1] * near[r][i][1]);
-                to[1] = (real)(far[i][0] * near[r][i][1] + far[i][1] * near[r][i][0]);
-            }
+    for (size_t t = 0; t < T; t++) {
+        double p = (double)(position + t);
+        real *to = table + t * n * 2;
+        for (size_t i = 0; i < n; i++) {
+            double sine, cosine;
+            sine_cosine((double)theta[i] * p, &sine, &cosine);
+            to[2 * i] = (real)cosine;
+            to[2 * i + 1] = (real)sine;
         }
     }
     return table;
