@@ -1045,14 +1045,15 @@ void add(metala_context *ctx, float *y, const float *a, const float *b, size_t n
 
 // ---- Kernels of the other rows of the general form.
 
-// sums[j] += Σ_row term.at(row,j), the gradient of a parameter that all rows share: strips of rows, then the strips.
+// sums[j] += Σ_row term.at(row,j), the gradient of a parameter that all rows share: strips of rows, in
+// the type of the terms, then the strips.
 template <class Term>
 __global__ void strip_sums_kernel(float *parts, Term term, size_t rows, size_t columns) {
     FOR_EACH(i, ceil_div(rows, ROWS_OF_STRIP) * columns) {
         size_t strip = i / columns, j = i % columns, end = least(rows, (strip + 1) * ROWS_OF_STRIP);
-        float sum = 0;
+        decltype(term.at(0, 0)) sum = 0;
         for (size_t row = strip * ROWS_OF_STRIP; row < end; row++) sum += term.at(row, j);
-        parts[i] = sum;
+        parts[i] = (float)sum;
     }
 }
 template <class Term>
@@ -1212,9 +1213,9 @@ struct rotate_theta {
     size_t T, heads, angles;             // heads: rows of the sum to a token
     uint64_t position;
     float sign;
-    __device__ float at(size_t row, size_t i) const {
+    __device__ double at(size_t row, size_t i) const {
         const size_t p = 2 * (row * angles + i);
-        return sign * (float)(position + row / heads % T) * (dy[p + 1] * y[p] - dy[p] * y[p + 1]);
+        return sign * (double)(position + row / heads % T) * (double)(dy[p + 1] * y[p] - dy[p] * y[p + 1]);
     }
 };
 void rotate_backward(metala_context *ctx, float *dx, float *dtheta, const float *dy, const float *y, const float *theta,

@@ -264,6 +264,26 @@ static inline float one_minus_exp(float a) {
 }
 #endif
 
+// sin x and cos x, in double: x is a phase after many tokens, of which only what exceeds whole turns counts. With n the
+// nearest whole number of quarter turns, r = x - n π/2 (π/2 in two parts, the first exact in a product with n < 2^20), and
+// the power series of r; the last two bits of n say which of the two series is the sine, and the signs. Error below 1e-9.
+static inline void sine_cosine(double x, double *sine, double *cosine) {
+#ifdef METALA_FLOAT64
+    *sine = sin(fmod(x, 6.283185307179586477)), *cosine = cos(fmod(x, 6.283185307179586477));
+#else
+    const double round_shift = 6755399441055744.0;       // 1.5·2^52
+    double shifted = x * 0.63661977236758134308 + round_shift, n = shifted - round_shift;
+    double r = x - n * 1.57079632673412561417 - n * 6.07710050650619224932e-11, y = r * r;
+    double s = r * (1 + y * (-1.0 / 6 + y * (1.0 / 120 + y * (-1.0 / 5040 + y * (1.0 / 362880)))));
+    double c = 1 + y * (-0.5 + y * (1.0 / 24 + y * (-1.0 / 720 + y * (1.0 / 40320 - y * (1.0 / 3628800)))));
+    uint64_t quarter;
+    memcpy(&quarter, &shifted, sizeof quarter);
+    double of_sine = quarter & 1 ? c : s, of_cosine = quarter & 1 ? s : c;
+    *sine = quarter & 2 ? -of_sine : of_sine;
+    *cosine = (quarter + 1) & 2 ? -of_cosine : of_cosine;
+#endif
+}
+
 static inline real absolute(real x) { return x < 0 ? -x : x; }
 
 // σ(x) = 1/(1+e^-x). The exponential is of -|x|, so that it never overflows.
@@ -1082,28 +1102,20 @@ static void taylor_backward(metala_context *ctx, real *dx, const real *dy, const
 //   RoPE (Su et al. 2021, section 3.2.2) with θ_i = 10000^(-2i/K); a complex decay's phase, moved from the state into what
 //   is written and read, since (r e^{iθ})^t = r^t e^{iθt}.
 //
-// e^{iθp} = e^{iθ(p - p % RUN)} e^{iθ(p % RUN)} in double: of the second factors there are only RUN, and of the first one
-// in RUN tokens, so that few sines are taken. What a token gets depends on its position p alone, not on where a call
-// starts. The table is (T,n) cosines and sines of the n angles; NULL: no memory.
+// The table of cosines and sines, (T,n) pairs of the n angles; NULL: no memory. What a token gets depends on its position
+// alone, not on where a call starts.
 static real *rotation_table(metala_context *ctx, const real *theta, size_t T, size_t n, uint64_t position) {
-    enum { RUN = 32, STRIP = 8 };
     real *table = scratch(ctx, times(times(T, n), 2 * sizeof(real)));
     if (!table) return NULL;
     PARALLEL_FOR(20 * T * n)
-    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
-        double near[RUN][STRIP][2], far[STRIP][2] = {{0}}, angle[STRIP];
-        size_t count = n - i0 < STRIP ? n - i0 : STRIP;
-        for (size_t i = 0; i < count; i++) angle[i] = fmod((double)theta[i0 + i], 6.283185307179586477);
-        for (size_t t = 0; t < T; t++) {
-            uint64_t p = position + t, r = p % RUN;
-            for (size_t i = 0; i < count; i++) {
-                if (t < RUN) near[r][i][0] = cos(angle[i] * (double)r), near[r][i][1] = sin(angle[i] * (double)r);
-                if (t == 0 || r == 0)
-                    far[i][0] = cos(angle[i] * (double)(p - r)), far[i][1] = sin(angle[i] * (double)(p - r));
-                real *to = table + (t * n + i0 + i) * 2;
-                to[0] = (real)(far[i][0] * near[r][i][0] - far[i][1] * near[r][i][1]);
-                to[1] = (real)(far[i][0] * near[r][i][1] + far[i][1] * near[r][i][0]);
-            }
+    for (size_t t = 0; t < T; t++) {
+        double p = (double)(position + t);
+        real *to = table + t * n * 2;
+        for (size_t i = 0; i < n; i++) {
+            double sine, cosine;
+            sine_cosine((double)theta[i] * p, &sine, &cosine);
+            to[2 * i] = (real)cosine;
+            to[2 * i + 1] = (real)sine;
         }
     }
     return table;
@@ -1250,8 +1262,8 @@ static complex_number complex_expm1(complex_number z) {
     double half = sin(z.im / 2), grown = expm1(z.re);
     return complex_of(grown * cos(z.im) - 2 * half * half, (grown + 1) * sin(z.im));
 }
-// Exponents are kept where nothing overflows and a λ is never 0.
-static double bounded_exp(real x) { return exp(x < -80 ? -80 : x > 40 ? 40 : (double)x); }
+// Exponents are kept where nothing overflows, 1/λ² included.
+static double bounded_exp(real x) { return exp(x < -20 ? -20 : x > 40 ? 40 : (double)x); }
 static double bounded_phase(double x) { return x < -1e30 ? -1e30 : x > 1e30 ? 1e30 : x; }
 
 static void ssm_forward(metala_context *ctx, metala_ssm kind, real *alpha, real *theta, real *b, const real *decay,
@@ -1437,7 +1449,7 @@ static void selective_backward(metala_context *ctx, real *dz, real *dx, real *dA
     for (size_t c = 0; c < C; c++)
         for (size_t row = 0; row < rows; row++)
             for (size_t n = 0; n < N; n++)
-                dA[c * N + n] -= delta[row * C + c] * rates[c * N + n] * da[(row * C + c) * N + n];
+                dA[c * N + n] -= delta[row * C + c] * (rates[c * N + n] * da[(row * C + c) * N + n]);
 }
 
 // The same for every head:  y_h = x          y (rows,H,K)   x (rows,K). Mamba's B and C serve all channels.
@@ -2212,94 +2224,136 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
 // ---- Narrow heads: where K = 1 or V = 1, the state of a head is a vector.
 //
 // Products of matrices have nothing to gain there, and the recurrence costs little more than reading its inputs once,
-// provided that its loops are long. So a group of neighbouring heads walks through time together. With V = 1 their q, k,
-// α and S are n numbers one behind the other, with K = 1 it is their v, o and S; one loop serves all. What has a single
-// number for each head is repeated to be as long, and the sums over K or V are those of so many neighbours.
+// provided that its loops are long. So neighbouring heads walk through time together. With V = 1 their q, k, α and S are
+// n numbers one behind the other, with K = 1 their v, o and S; one loop serves all. What has one number for a head is
+// repeated V or K times to be as long, and what is summed over K or V is a sum of as many neighbours.
 
-enum { NARROW = 512 };          // numbers of a group's state: those of 64 tokens fit the level-2 cache
+enum { PIECE = 512, PIECES = 8 };       // numbers of a piece, which stay in the level-1 cache; pieces that walk together
 
 static int is_narrow(size_t K, size_t V) { return K == 1 || V == 1; }
+static size_t piece_of(size_t K, size_t V) { return K * V < PIECE ? PIECE / (K * V) : 1; }       // in heads
 
-static size_t narrow_group(size_t H, size_t K, size_t V) {
-    size_t heads = NARROW / (K * V);
-    return heads < 1 ? 1 : heads < H ? heads : H;
+// to[2i] = to[2i+1] = x[i]
+static void double_up(real *restrict to, const real *restrict x, size_t n) {
+    for (size_t i = 0; i < n; i++) to[2 * i] = to[2 * i + 1] = x[i];
 }
 
-// Each of the n numbers `count` times, in `to`; or where they are, if that is once.
-static const real *repeat(real *to, const real *x, size_t n, size_t count) {
+// to[i] = x[2i] + x[2i+1]
+static void add_pairs(real *restrict to, const real *restrict x, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = x[2 * i] + x[2 * i + 1];
+}
+
+// Each of the n numbers x `count` times, in `to`; or where they are, if that is once. work: n·count. Loops over pairs
+// become vector instructions where loops over 16 neighbours hardly do, so numbers are doubled, and sums halved.
+static const real *repeat(real *to, const real *x, size_t n, size_t count, real *work) {
     if (count == 1) return x;
-    if (count == 2)
-        for (size_t i = 0; i < n; i++) to[2 * i] = to[2 * i + 1] = x[i];
+    if (count % 2 == 0) double_up(to, repeat(work, x, n, count / 2, to), n * count / 2);
     else
         for (size_t i = 0; i < n; i++)
             for (size_t j = 0; j < count; j++) to[i * count + j] = x[i];
     return to;
 }
 
-// The n sums over `count` neighbours of s a b.
-static void dots(real *to, real s, const real *a, const real *b, size_t n, size_t count) {
-    if (count == 1)
-        for (size_t i = 0; i < n; i++) to[i] = s * a[i] * b[i];
-    else if (count == 2)
-        for (size_t i = 0; i < n; i++) to[i] = s * (a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]);
-    else
-        for (size_t i = 0; i < n; i++) to[i] = s * dot(a + i * count, b + i * count, count);
+// to[i] = the sum of the i-th `count` numbers of x, which is used up, unless it is `to` itself; work: n·count/2.
+static void add_up(real *to, real *x, size_t n, size_t count, real *work) {
+    if (count == 1) return;
+    if (count == 2) add_pairs(to, x, n);
+    else if (count % 2 == 0) {
+        add_pairs(work, x, n * count / 2);
+        add_up(to, work, n, count / 2, x);
+    } else
+        for (size_t i = 0; i < n; i++) {
+            to[i] = 0;
+            for (size_t j = 0; j < count; j++) to[i] += x[i * count + j];
+        }
 }
 
-// One token of a group: its inputs, n numbers each.
-typedef struct { const real *q, *k, *alpha, *v, *dO; } narrow_token;
-
-static size_t narrow_scratch(size_t n, int backward) { return (backward ? METALA_CHUNK + 1 + 5 : 4) * n; }
-
-static narrow_token narrow_inputs(const head *h, size_t t, real *work) {
-    size_t n = h->heads * h->K * h->V, at_k = t * h->k_step, at_v = t * h->v_step, keys = h->heads * h->K;
-    narrow_token x;
-    x.q = repeat(work, h->q + at_k, keys, h->V);
-    x.k = repeat(work + n, h->k + at_k, keys, h->V);
-    x.alpha = repeat(work + 2 * n, h->alpha + at_k, keys, h->V);
-    x.v = repeat(work + 3 * n, h->v + at_v, h->heads * h->V, h->K);
-    x.dO = h->dO ? repeat(work + 4 * n, h->dO + at_v, h->heads * h->V, h->K) : NULL;
-    return x;
+// One token of a piece, all n numbers long.
+static void narrow_step(real *restrict o, real *restrict S, const real *restrict q, const real *restrict k,
+                        const real *restrict v, const real *restrict alpha, real scale, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        S[i] = alpha[i] * S[i] + k[i] * v[i];
+        o[i] = scale * q[i] * S[i];
+    }
 }
 
-// S = α S' + k v
-static void narrow_update(real *S, const real *before, const narrow_token *x, size_t n) {
-    const real *alpha = x->alpha, *k = x->k, *v = x->v;
-    for (size_t i = 0; i < n; i++) S[i] = alpha[i] * before[i] + k[i] * v[i];
+static void narrow_update(real *restrict after, const real *restrict before, const real *restrict k,
+                          const real *restrict v, const real *restrict alpha, size_t n) {
+    for (size_t i = 0; i < n; i++) after[i] = alpha[i] * before[i] + k[i] * v[i];
 }
 
+// The terms of the gradients, still to be summed. G: Γ of this token becomes that of the one before.
+static void narrow_gradient(real *restrict dq, real *restrict dk, real *restrict dv, real *restrict da, real *restrict G,
+                            const real *restrict dO, const real *restrict q, const real *restrict k, const real *restrict v,
+                            const real *restrict alpha, const real *restrict S, real scale, size_t n, size_t step) {
+    const real *before = S, *after = S + step;
+    for (size_t i = 0; i < n; i++) {
+        real g = G[i] + scale * q[i] * dO[i];
+        dq[i] = scale * after[i] * dO[i];
+        dk[i] = g * v[i];
+        dv[i] = g * k[i];
+        G[i] = alpha[i] * g;
+        da[i] = G[i] * before[i];
+    }
+}
+
+enum { NARROW_PARTS = 8 };      // n numbers each: q k v α dO, or what of them is repeated, and three
 static void narrow_forward(const head *h, real *S, real *work) {
-    size_t KV = h->K * h->V, n = h->heads * KV;
+    size_t K = h->K, V = h->V, KV = K * V, most = piece_of(K, V), n = most * KV;
+    real *spare = work + 4 * n;
     for (size_t t = 0; t < h->T; t++) {
         for (size_t i = 0; h->keep_states && t % METALA_CHUNK == 0 && i < h->heads; i++)
             memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * KV, S + i * KV, KV * sizeof(real));
-        narrow_token x = narrow_inputs(h, t, work);
-        narrow_update(S, S, &x, n);
-        dots(h->o + t * h->v_step, h->scale, x.q, S, h->heads * h->V, h->K);
+        for (size_t first = 0; first < h->heads; first += most) {
+            size_t heads = h->heads - first < most ? h->heads - first : most;
+            size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
+            const real *q = repeat(work, h->q + at_k, heads * K, V, spare);
+            const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
+            const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
+            const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
+            real *o = h->o + at_v, *terms = K == 1 ? o : spare;
+            narrow_step(terms, S + first * KV, q, k, v, alpha, h->scale, heads * KV);
+            add_up(o, terms, heads * V, K, spare + n);
+        }
     }
 }
 
 static void narrow_backward(const head *h, real *G, real *work) {
-    size_t K = h->K, V = h->V, n = h->heads * K * V, keys = h->heads * K;
-    real *states = work + 5 * n;
+    size_t K = h->K, V = h->V, KV = K * V, most = piece_of(K, V), n = most * KV, all = h->heads * KV;
+    real *spare = work + 5 * n, *states = work + NARROW_PARTS * n;
     for (size_t c = chunks(h->T); c-- > 0;) {
         size_t t0 = c * METALA_CHUNK, end = h->T - t0 < METALA_CHUNK ? h->T : t0 + METALA_CHUNK;
         for (size_t i = 0; i < h->heads; i++)
-            memcpy(states + i * K * V, h->states + (i * chunks(h->T) + c) * K * V, K * V * sizeof(real));
-        for (size_t t = t0; t < end; t++) {                          // states + (t + 1 - t0) n is S after token t
-            narrow_token x = narrow_inputs(h, t, work);
-            narrow_update(states + (t + 1 - t0) * n, states + (t - t0) * n, &x, n);
-        }
-        for (size_t t = end; t-- > t0;) {
-            const real *before = states + (t - t0) * n, *after = before + n;
-            narrow_token x = narrow_inputs(h, t, work);
-            for (size_t i = 0; i < n; i++) G[i] += h->scale * x.q[i] * x.dO[i];
-            dots(h->dq + t * h->k_step, h->scale, after, x.dO, keys, V);
-            dots(h->dk + t * h->k_step, 1, G, x.v, keys, V);
-            dots(h->dv + t * h->v_step, 1, G, x.k, h->heads * V, K);
-            for (size_t i = 0; i < n; i++) G[i] *= x.alpha[i];
-            dots(h->da + t * h->k_step, 1, G, before, keys, V);
-        }
+            memcpy(states + i * KV, h->states + (i * chunks(h->T) + c) * KV, KV * sizeof(real));
+        for (size_t t = t0; t < end; t++)                           // states + (t + 1 - t0)·all is S after token t
+            for (size_t first = 0; first < h->heads; first += most) {
+                size_t heads = h->heads - first < most ? h->heads - first : most;
+                size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
+                const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
+                const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
+                const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
+                real *before = states + (t - t0) * all + first * KV;
+                narrow_update(before + all, before, k, v, alpha, heads * KV);
+            }
+        for (size_t t = end; t-- > t0;)
+            for (size_t first = 0; first < h->heads; first += most) {
+                size_t heads = h->heads - first < most ? h->heads - first : most;
+                size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
+                const real *q = repeat(work, h->q + at_k, heads * K, V, spare);
+                const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
+                const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
+                const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
+                const real *dO = repeat(work + 4 * n, h->dO + at_v, heads * V, K, spare);
+                real *dq = h->dq + at_k, *dk = h->dk + at_k, *dv = h->dv + at_v, *da = h->da + at_k;
+                real *q_terms = V == 1 ? dq : spare, *k_terms = V == 1 ? dk : spare + n;
+                real *a_terms = V == 1 ? da : spare + 2 * n, *v_terms = K == 1 ? dv : spare;
+                narrow_gradient(q_terms, k_terms, v_terms, a_terms, G + first * KV, dO, q, k, v, alpha,
+                                states + (t - t0) * all + first * KV, h->scale, heads * KV, all);
+                add_up(dq, q_terms, heads * K, V, work);
+                add_up(dk, k_terms, heads * K, V, work);
+                add_up(da, a_terms, heads * K, V, work);
+                add_up(dv, v_terms, heads * V, K, work);
+            }
     }
 }
 
@@ -2307,7 +2361,7 @@ static void narrow_backward(const head *h, real *G, real *work) {
 
 // How many neighbouring heads are one piece of work.
 static size_t group_of(metala_form form, size_t H, size_t K, size_t V) {
-    return form == METALA_CHUNKWISE && is_narrow(K, V) ? narrow_group(H, K, V) : 1;
+    return form == METALA_CHUNKWISE && is_narrow(K, V) ? H < PIECES * piece_of(K, V) ? H : PIECES * piece_of(K, V) : 1;
 }
 
 // For the states of a group, and what it needs beside them.
@@ -2315,7 +2369,7 @@ static size_t scan_scratch(metala_form form, size_t T, size_t H, size_t K, size_
     size_t n = group_of(form, H, K, V) * K * V;
     if (form == METALA_PARALLEL) return plus(n, parallel_scratch(T, K, V));
     if (form == METALA_RECURRENT) return n + (backward ? recurrent_scratch(K, V) : 0);
-    if (is_narrow(K, V)) return n + narrow_scratch(n, backward);
+    if (is_narrow(K, V)) return n + NARROW_PARTS * piece_of(K, V) * K * V + (backward ? (METALA_CHUNK + 1) * n : 0);
     return n + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
 }
 
@@ -5232,6 +5286,10 @@ static metala_file *open_config_json(metala_context *ctx, const metala_file *f) 
     }
     if (file_size(ctx, pairs->stream, pairs->path, &size)) goto failed;
     text = size < 1 << 24 ? malloc((size_t)size + 1) : NULL;
+    if (!text && size < 1 << 24) {
+        fail_memory(ctx, pairs->path, (double)size);
+        goto failed;
+    }
     if (!text || fread(text, 1, (size_t)size, pairs->stream) != size) {
         fail(ctx, "%s: cannot be read", pairs->path);
         goto failed;
