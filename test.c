@@ -3552,12 +3552,6 @@ static double check_own_row(const metala_config *c, uint64_t seed) {
         }
         double got = (8 * (loss_along(&a, h, NULL) - loss_along(&a, -h, NULL)) - loss_along(&a, 2 * h, NULL) +
                       loss_along(&a, -2 * h, NULL)) / (12 * h);
-#ifdef ALL_PROBLEMS
-        if (!(fabs(got - expected) <= 1e-5 * sqrt(size)))
-            for (h = 1e-3; h > 1e-9; h /= 10)
-                fprintf(stderr, "   h %.0e %.9g of %.9g size %g\n", h, (8 * (loss_along(&a, h, NULL) - loss_along(&a, -h, NULL)) - loss_along(&a, 2 * h, NULL) +
-                      loss_along(&a, -2 * h, NULL)) / (12 * h), expected, sqrt(size));
-#endif
         if (!(fabs(got - expected) <= 1e-5 * sqrt(size)))
             problem("%s: along a direction the gradient is %.9g, differences %.9g", text, expected, got);
         metala_trainer_free(a.t);
@@ -3602,11 +3596,7 @@ static void check_own_rows(void) {
         c.row.norm = below(4), c.row.gate = below(4), c.row.channels = below(2);
         c.expand = 2;
         if (below(2) || metala_config_check(ctx, &c)) c.expand = 1;
-#ifdef ALL_PROBLEMS
-        { char text[200]; describe(&c, text); fprintf(stderr, "%zu E%d %s\n", i, c.expand, text); double e = check_own_row(&c, 1000 + i); if (*now.problem) fprintf(stderr, "   PROBLEM %s (%g)\n", now.problem, e); *now.problem = 0; worst = fmax(worst, e); }
-#else
         worst = fmax(worst, check_own_row(&c, 1000 + i));
-#endif
         while (now.memories > mark) free(now.memory[--now.memories]);
         tried++;
     }
