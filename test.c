@@ -2473,7 +2473,7 @@ static const char *form_name(metala_form form) {
     return form == METALA_RECURRENT ? "recurrent" : form == METALA_PARALLEL ? "parallel" : "chunkwise";
 }
 
-// max |state - reference's|, of the scan and of the convolution, for all layers.
+// The largest error of a layer's state, of the scan and of the convolution, beside the largest number in it.
 static double compare_states(const reference *r, const metala_state *s) {
     const metala_config *c = metala_model_config(r->model);
     size_t n = *r->state_numbers, B = r->B, L = (size_t)c->layers;
@@ -2484,24 +2484,32 @@ static double compare_states(const reference *r, const metala_state *s) {
                   L * (n + 4 * U) * sizeof(real), metala_state_bytes(c, 0));
     for (size_t l = 0; l < L; l++) {
         char name[32];
+        double most = 1e-30, error = 0;
         snprintf(name, sizeof name, "state.%zu", l);
         if (n && metala_state_get(ctx, s, name, S)) problem("%s", metala_error(ctx));
-        for (size_t i = 0; i < B * n; i++)
-            worst = fmax(worst, fabs((double)S[i] - r->S[(l * B + i / n) * STATE_ROOM + i % n]));
+        for (size_t i = 0; i < B * n; i++) {
+            double expected = r->S[(l * B + i / n) * STATE_ROOM + i % n];
+            most = fmax(most, fabs(expected)), error = fmax(error, fabs((double)S[i] - expected));
+        }
+        worst = fmax(worst, error / most);
         snprintf(name, sizeof name, "conv_state.%zu", l);
         if (!U || c->row.conv == METALA_CONV_SHIFT) continue;
         if (metala_state_get(ctx, s, name, tail)) problem("%s", metala_error(ctx));
+        most = 1e-30, error = 0;
         for (size_t i = 0; i < B * U * 4; i++) {
             size_t b = i / (4 * U), d = i / 4 % U, j = i % 4;
-            worst = fmax(worst, fabs((double)tail[i] - r->tails[(l * B + b) * TAIL_ROOM + j * U + d]));
+            double expected = r->tails[(l * B + b) * TAIL_ROOM + j * U + d];
+            most = fmax(most, fabs(expected)), error = fmax(error, fabs((double)tail[i] - expected));
         }
+        worst = fmax(worst, error / most);
     }
     return worst;
 }
 
 // Logits and state of a forward pass, loss and gradients of a training pass, against the reference and its slopes.
-static void check_model(const char *what, const metala_config *c, metala_form form, size_t B, size_t T, int masked) {
-    if (!begin(TOLERANCE(1e-4, 6e-13), "model %s %s B%zu T%zu%s", what, form_name(form), B, T, masked ? " masked" : ""))
+static void check_model(const char *what, const metala_config *c, metala_form form, size_t B, size_t T, int masked,
+                        double tolerance) {
+    if (!begin(tolerance, "model %s %s B%zu T%zu%s", what, form_name(form), B, T, masked ? " masked" : ""))
         return;
     metala_model *m = random_model(c, 5);
     reference r = make_reference(m, B, T, masked);
@@ -2518,7 +2526,7 @@ static void check_model(const char *what, const metala_config *c, metala_form fo
     if (metala_gradient(ctx, t, form, r.tokens, r.targets, r.mask, (int)B, T, 1, &loss))
         problem("%s", metala_error(ctx));
     compare_doubles("loss", &loss, &expected_loss, DIMS(1));
-    double worst = 0, gradient_tolerance = TOLERANCE(4e-4, 1e-7);
+    double worst = 0, gradient_tolerance = TOLERANCE(4 * tolerance, 1e-7);
     for (int i = 0; i < metala_model_tensors(m); i++) {              // some elements of every parameter
         const metala_tensor *p = metala_model_tensor(m, i);
         real *gradient = reals(p->count);
@@ -2554,6 +2562,7 @@ static metala_row ablated(int conv, int augment, int key, int fixed) {
 }
 
 static void check_models(void) {
+    const double metala_tolerance = TOLERANCE(1e-4, 6e-13);
     struct { const char *name; int conv, augment, key, fixed, tie, bias, scale, glu; } variants[] = {
         {"metala", 0, 0, 0, 0, 0, 0, 0, 20}, {"tied, scaled, biases", 0, 0, 0, 0, 1, 1, 1, 20},
         {"no-conv", 1, 0, 0, 0, 0, 0, 0, 20}, {"no-augment", 0, 1, 0, 0, 0, 0, 0, 7},
@@ -2565,13 +2574,13 @@ static void check_models(void) {
             c.row = ablated(variants[i].conv, variants[i].augment, variants[i].key, variants[i].fixed);
             c.tie_word_embeddings = variants[i].tie, c.glu_bias = variants[i].bias;
             c.scale_embedding = variants[i].scale, c.glu_dim = variants[i].glu;
-            check_model(variants[i].name, &c, all_forms[f], 2, 19, i == 1 || i == 2);
+            check_model(variants[i].name, &c, all_forms[f], 2, 19, i == 1 || i == 2, metala_tolerance);
         }
     metala_config c = small_config();
     c.layers = 1, c.width = 6, c.heads = 3;                          // K = 1
-    check_model("K1", &c, METALA_CHUNKWISE, 3, 9, 1);
+    check_model("K1", &c, METALA_CHUNKWISE, 3, 9, 1, metala_tolerance);
     c.heads = 1, c.tau = 4, c.norm_eps = 0.1, c.head_norm_eps = 0.2;
-    check_model("other constants", &c, METALA_CHUNKWISE, 1, 70, 0);
+    check_model("other constants", &c, METALA_CHUNKWISE, 1, 70, 0, metala_tolerance);
 
     if (begin(0, "model configurations that cannot be are refused")) {
         metala_config bad[13];
@@ -3136,6 +3145,13 @@ static void check_training(void) {
 
 // ------------------------------------------------------------------------------------------------ the rows of the general form
 
+// Tolerances of whole models, near what was measured: norms of a few channels amplify every error.
+static double row_tolerance(const metala_row *row) {
+    return row->norm == METALA_NORM_LAYER ? TOLERANCE(1.5e-4, 6e-13) : row->decay == METALA_DECAY_LOWRANK ? TOLERANCE(2e-4, 1e-13)
+         : row->decay == METALA_DECAY_DEPTH ? TOLERANCE(6e-5, 6e-14)
+         : row->norm == METALA_NORM_WIDTH || row->decay == METALA_DECAY_SELECTIVE ? TOLERANCE(2e-5, 6e-14) : TOLERANCE(8e-6, 3e-14);
+}
+
 // Every row of metala_rows in small: sizes that differ from each other where they can.
 static metala_config row_config(const metala_named_row *row) {
     metala_config c = metala_config_default();
@@ -3174,11 +3190,32 @@ static void read_in_pieces(const reference *r, metala_state *s, metala_form form
     }
 }
 
+// All activations that a trainer names can be read: finite, the same number for each token.
+static void check_activations(const metala_trainer *t, const metala_config *c, size_t rows) {
+    static const char *const names[] = {"input", "token_norm", "conv_out", "q_proj", "k_proj", "v_proj", "k_gate", "g", "q", "k", "v",
+                                        "alpha", "scan_out", "aug_out", "group_norm", "gated", "mixer_residual", "channel_norm",
+                                        "glu_prod", "output"};
+    size_t found = 0;
+    for (size_t i = 0; i < COUNT(names); i++) {
+        char name[40];
+        size_t count, D = (size_t)c->width;
+        snprintf(name, sizeof name, "layer%d.%s", c->layers - 1, names[i]);
+        if (metala_trainer_activation(ctx, t, name, NULL, &count)) continue;
+        real *x = reals(count);
+        metala_trainer_activation(ctx, t, name, x, &count);
+        for (size_t j = 0; j < count; j++) expect(isfinite(x[j]), "%s[%zu] is finite", name, j);
+        expect(count % rows == 0, "%s has %zu numbers for %zu tokens", name, count, rows);
+        if (!strcmp(names[i], "gated")) expect(count >= rows * D, "%zu numbers of %s", count, name);
+        found++;
+    }
+    expect(found >= 12, "more than %zu activations", found);
+}
+
 // The three forms give the same logits and gradients; so do all choices of what is kept and one thread or two, to the bit.
 // T is longer than METALA_CHUNK.
 static void check_row_forms(const metala_named_row *row, int masked) {
     enum { B = 2, T = 70 };
-    if (!begin(TOLERANCE(2e-4, 4e-12), "row %s: forms%s", row->name, masked ? " masked" : "")) return;
+    if (!begin(row->row.decay == METALA_DECAY_SELECTIVE ? TOLERANCE(6e-4, 2e-12) : TOLERANCE(2e-4, 2e-12), "row %s: forms%s", row->name, masked ? " masked" : "")) return;
     metala_config c = row_config(row);
     metala_model *m = random_model(&c, 51);
     reference r = make_reference(m, B, T, masked);
@@ -3189,7 +3226,7 @@ static void check_row_forms(const metala_named_row *row, int masked) {
         metala_trainer *t = metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL);
         if (metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, &loss[f])) problem("%s", metala_error(ctx));
         real *gradient = all_gradients(t, m);
-        if (f == 0) first = gradient;
+        if (f == 0) first = gradient, check_activations(t, &c, B * T);
         for (int i = 0; i < metala_model_tensors(m); i++) {          // each tensor by its own size
             const metala_tensor *p = metala_model_tensor(m, i);
             double most = 0;
@@ -3230,7 +3267,7 @@ static void check_row_forms(const metala_named_row *row, int masked) {
 // What has been read in pieces, saved, loaded and copied is what has been read at once.
 static void check_row_states(const metala_named_row *row) {
     enum { B = 2, T = 60, LEFT = 9 };
-    if (!begin(TOLERANCE(1e-4, 1e-12), "row %s: states", row->name)) return;
+    if (!begin(row_tolerance(&row->row), "row %s: states", row->name)) return;
     metala_config c = row_config(row);
     metala_model *m = random_model(&c, 52);
     size_t N = (size_t)c.vocab_size;
@@ -3248,7 +3285,7 @@ static void check_row_states(const metala_named_row *row) {
                     for (size_t j = 0; j < B * T * N; j++)
                         expect(fabs((double)logits[j] - r.logits[j]) <= 4 * now.tolerance, "%s: logits", form_name(all_forms[f]));
                 double error = compare_states(&r, s);
-                expect(error <= now.tolerance * 10, "the reference's states, not off by %.1e", error);
+                expect(error <= now.tolerance, "the reference's states, not off by %.1e", error);
                 metala_state_free(s);
             }
     }
@@ -3299,7 +3336,9 @@ static void check_row_states(const metala_named_row *row) {
 static void check_row_length(const metala_named_row *row) {
     enum { LAST = 20 };
     size_t T = row->row.decay == METALA_DECAY_SOFTMAX ? 2000 : 100000;
-    if (!begin(TOLERANCE(1e-3, 1e-9), "row %s: %zu tokens", row->name, T)) return;
+    double tolerance = row->row.decay == METALA_DECAY_ONE ? TOLERANCE(1e-3, 1e-13) : row->row.phase ? TOLERANCE(1e-5, 3e-11)
+                     : TOLERANCE(2e-5, 1e-13);                       // θt itself is rounded
+    if (!begin(tolerance, "row %s: %zu tokens", row->name, T)) return;
     metala_config c = row_config(row);
     c.layers = 1, c.vocab_size = 5;
     metala_model *m = random_model(&c, 53);
@@ -3340,11 +3379,29 @@ static double copy_steps(metala_trainer *t, int first, int last) {
     return loss;
 }
 
+// A model with the parameters of another; those of quantized ones as the reals that they stand for.
+static metala_model *copy_of(const metala_model *m, const metala_config *c) {
+    metala_model *copy = metala_model_create(ctx, c);
+    for (int i = 0; i < metala_model_tensors(m); i++) {
+        const metala_tensor *t = metala_model_tensor(m, i);
+        real *x = reals(t->count);
+        if (metala_model_get(ctx, m, t->name, x) || metala_model_set(ctx, copy, t->name, x)) problem("%s", metala_error(ctx));
+    }
+    return copy;
+}
+
+static void read_once(const metala_model *m, const int *tokens, size_t T, real *logits) {
+    metala_state *s = metala_state_create(ctx, m, 1);
+    if (metala_forward(ctx, s, METALA_RECURRENT, tokens, NULL, T, logits)) problem("%s", metala_error(ctx));
+    metala_state_free(s);
+}
+
 static void check_row_training(const metala_named_row *row) {
-    enum { STEPS = 250, HALF = 100 };
-    if (!begin(0, "row %s: learns to copy", row->name)) return;
+    enum { STEPS = 300, HALF = 150 };
+    if (!begin(TOLERANCE(2e-5, 2e-14), "row %s: learns to copy", row->name)) return;
     metala_config c = row_config(row);
     c.vocab_size = 16, c.width = 16, c.glu_dim = 24, c.state_size = 8, c.feature_dim = 4, c.length = 16;
+    if (c.row.decay == METALA_DECAY_DEPTH) c.heads = 8;               // of two heads none would remember two tokens
     metala_model *m = metala_model_create(ctx, &c);
     metala_model_init(ctx, m, 3, &(metala_init){0.25, 0.5, 4, 0});
     metala_trainer *t = metala_trainer_create(ctx, m, 8, 16, METALA_KEEP_ALL);
@@ -3370,39 +3427,31 @@ static void check_row_training(const metala_named_row *row) {
 
     enum { READ = 40 };                                              // quantized weights are near, in memory and in a file
     int tokens[READ];
-    real *exact = reals(READ * 16), *near = reals(READ * 16), *loaded = reals(READ * 16);
+    real *exact = reals(READ * 16), *near = reals(READ * 16), *loaded = reals(READ * 16), *numbers = reals(READ * 16);
     random_state = 9;
     for (int i = 0; i < READ; i++) tokens[i] = below(16);
-    metala_state *s = metala_state_create(ctx, m, 1);
-    metala_forward(ctx, s, METALA_CHUNKWISE, tokens, NULL, READ, exact);
-    metala_state_free(s);
+    read_once(m, tokens, READ, exact);
     static const metala_dtype types[] = {METALA_BF16, METALA_I8};
     for (size_t i = 0; i < COUNT(types); i++) {
-        double most = 0, error = 0, within = i == 0 ? 0.05 : 0.1;
-        metala_model *small = metala_model_create(ctx, &c);
-        for (int p = 0; p < metala_model_tensors(m); p++) {
-            real *x = reals(metala_model_tensor(m, p)->count);
-            metala_model_get(ctx, m, metala_model_tensor(m, p)->name, x);
-            metala_model_set(ctx, small, metala_model_tensor(m, p)->name, x);
-        }
+        metala_model *small = copy_of(m, &c), *stand_in;
+        double *expected = doubles(READ * 16), most = 0, off = 0;
         if (metala_model_quantize(ctx, small, types[i]) || metala_model_save(ctx, small, scratch_path("row.tmp")))
             problem("%s", metala_error(ctx));
+        stand_in = copy_of(small, &c);                               // has as reals what the quantized weights stand for
         metala_model *again = metala_model_load(ctx, scratch_path("row.tmp"));
         if (!again) problem("%s", metala_error(ctx));
         else {
-            metala_state *a = metala_state_create(ctx, small, 1), *b = metala_state_create(ctx, again, 1);
-            metala_forward(ctx, a, METALA_RECURRENT, tokens, NULL, READ, near);
-            metala_forward(ctx, b, METALA_RECURRENT, tokens, NULL, READ, loaded);
+            read_once(small, tokens, READ, near), read_once(again, tokens, READ, loaded), read_once(stand_in, tokens, READ, numbers);
             same_bits("a quantized model from its file", near, loaded, READ * 16);
-            metala_state_free(a), metala_state_free(b);
+            for (int j = 0; j < READ * 16; j++) {
+                expected[j] = (double)numbers[j];
+                most = fmax(most, fabs((double)exact[j])), off = fmax(off, fabs((double)exact[j] - (double)near[j]));
+            }
+            compare(i == 0 ? "bf16" : "int8", near, expected, DIMS(READ, 16));
+            note(" off %.1e", off / most);
+            expect(off > 0 && off < 0.3 * most, "near, but not the same");
         }
-        for (int j = 0; j < READ * 16; j++) {
-            most = fmax(most, fabs((double)exact[j])), error = fmax(error, fabs((double)exact[j] - (double)near[j]));
-            expect(isfinite(near[j]), "finite logits");
-        }
-        note_error(i == 0 ? "bf16" : "int8", error / most, within);
-        expect(error <= within * most && error > 0, "near, but not the same");
-        metala_model_free(again), metala_model_free(small);
+        metala_model_free(again), metala_model_free(small), metala_model_free(stand_in);
     }
     remove(scratch_path("row.tmp"));
     metala_trainer_free(t), metala_model_free(m);
@@ -3505,12 +3554,6 @@ static double check_own_row(const metala_config *c, uint64_t seed) {
         }
         double got = (8 * (loss_along(&a, h, NULL) - loss_along(&a, -h, NULL)) - loss_along(&a, 2 * h, NULL) +
                       loss_along(&a, -2 * h, NULL)) / (12 * h);
-#ifdef ALL_PROBLEMS
-        if (!(fabs(got - expected) <= 1e-5 * sqrt(size)))
-            for (h = 1e-3; h > 1e-9; h /= 10)
-                fprintf(stderr, "   h %.0e %.9g of %.9g size %g\n", h, (8 * (loss_along(&a, h, NULL) - loss_along(&a, -h, NULL)) - loss_along(&a, 2 * h, NULL) +
-                      loss_along(&a, -2 * h, NULL)) / (12 * h), expected, sqrt(size));
-#endif
         if (!(fabs(got - expected) <= 1e-5 * sqrt(size)))
             problem("%s: along a direction the gradient is %.9g, differences %.9g", text, expected, got);
         metala_trainer_free(a.t);
@@ -3520,7 +3563,7 @@ static double check_own_row(const metala_config *c, uint64_t seed) {
 }
 
 static void check_own_rows(void) {
-    enum { STRATA = 13 * 8, EACH = 4 };                              // so many of every decay and query
+    enum { STRATA = 13 * 8, EACH = 8 };                              // so many of every decay and query
     static metala_config sample[STRATA][EACH];
     size_t accepted = 0, refused = 0, seen[STRATA] = {0}, tried = 0;
     double worst = 0;
@@ -3555,11 +3598,7 @@ static void check_own_rows(void) {
         c.row.norm = below(4), c.row.gate = below(4), c.row.channels = below(2);
         c.expand = 2;
         if (below(2) || metala_config_check(ctx, &c)) c.expand = 1;
-#ifdef ALL_PROBLEMS
-        { char text[200]; describe(&c, text); fprintf(stderr, "%zu E%d %s\n", i, c.expand, text); double e = check_own_row(&c, 1000 + i); if (*now.problem) fprintf(stderr, "   PROBLEM %s (%g)\n", now.problem, e); *now.problem = 0; worst = fmax(worst, e); }
-#else
         worst = fmax(worst, check_own_row(&c, 1000 + i));
-#endif
         while (now.memories > mark) free(now.memory[--now.memories]);
         tried++;
     }
@@ -3590,8 +3629,8 @@ static void check_rows(void) {
         metala_config c = row_config(row);
         char name[60];
         snprintf(name, sizeof name, "row %s:", row->name);
-        check_model(name, &c, METALA_RECURRENT, 2, 19, 0);
-        check_model(name, &c, METALA_CHUNKWISE, 2, 19, 1);
+        check_model(name, &c, METALA_RECURRENT, 2, 19, 0, row_tolerance(&row->row));
+        check_model(name, &c, METALA_CHUNKWISE, 2, 19, 1, row_tolerance(&row->row));
         check_row_forms(row, 0);
         check_row_forms(row, 1);
         check_row_states(row);
