@@ -1250,8 +1250,8 @@ static complex_number complex_expm1(complex_number z) {
     double half = sin(z.im / 2), grown = expm1(z.re);
     return complex_of(grown * cos(z.im) - 2 * half * half, (grown + 1) * sin(z.im));
 }
-// Exponents are kept where nothing overflows and a λ is never 0.
-static double bounded_exp(real x) { return exp(x < -80 ? -80 : x > 40 ? 40 : (double)x); }
+// Exponents are kept where nothing overflows, 1/λ² included.
+static double bounded_exp(real x) { return exp(x < -20 ? -20 : x > 40 ? 40 : (double)x); }
 static double bounded_phase(double x) { return x < -1e30 ? -1e30 : x > 1e30 ? 1e30 : x; }
 
 static void ssm_forward(metala_context *ctx, metala_ssm kind, real *alpha, real *theta, real *b, const real *decay,
@@ -1437,7 +1437,7 @@ static void selective_backward(metala_context *ctx, real *dz, real *dx, real *dA
     for (size_t c = 0; c < C; c++)
         for (size_t row = 0; row < rows; row++)
             for (size_t n = 0; n < N; n++)
-                dA[c * N + n] -= delta[row * C + c] * rates[c * N + n] * da[(row * C + c) * N + n];
+                dA[c * N + n] -= delta[row * C + c] * (rates[c * N + n] * da[(row * C + c) * N + n]);
 }
 
 // The same for every head:  y_h = x          y (rows,H,K)   x (rows,K). Mamba's B and C serve all channels.

@@ -13,7 +13,7 @@
 // five-point differences. An error is max |got - expected| / max |expected| over a tensor. Tolerances are a small
 // multiple of what was measured with gcc and clang, with and without vector instructions: TOLERANCE(float32, float64).
 //
-// Contents: checks - numbers - scalar functions - kernels - matrix products - the scan - AdamW - the model - states -
+// Contents: checks - numbers - scalar functions - kernels - kernels of the other rows - matrix products - the scan - AdamW - the model - states -
 // training - files - data - memory that runs out - twins - golden files - main.
 
 #include "metala.h"
@@ -697,6 +697,724 @@ static void check_kernels(void) {
         }
         end_check();
     }
+}
+
+// ------------------------------------------------------------------------------------------------ kernels of the other rows
+
+// ---- The convolution alone.
+
+static void conv_alone_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = rows_of(s) * s->D, in[1] = s->D * 4, in[2] = s->B * 4 * s->D;
+}
+static void conv_alone_reference(const shape *s, double *const *in, double *const *out) {
+    double *both[] = {doubles(rows_of(s) * s->D), out[0]};
+    conv_reference(s, in, both);
+}
+static void conv_alone_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(conv_forward)(ctx, NULL, out[0], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+}
+static void conv_alone_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(conv_backward)(ctx, din[0], din[1], dout[0], NULL, in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+}
+
+// ---- Token shift; variant 1 continues after a token that came before.
+
+static void shift_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = rows_of(s) * s->D, in[1] = s->D, in[2] = s->B * s->D;
+}
+static void shift_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t row = 0; row < rows_of(s); row++)
+        for (size_t d = 0; d < s->D; d++) {
+            double before = row % s->T ? in[0][(row - 1) * s->D + d] : s->variant ? in[2][row / s->T * s->D + d] : 0;
+            out[0][row * s->D + d] = in[1][d] * in[0][row * s->D + d] + (1 - in[1][d]) * before;
+        }
+}
+static void shift_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(shift_forward)(ctx, out[0], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+}
+static void shift_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(shift_backward)(ctx, din[0], din[1], dout[0], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+}
+
+static void last_token_sizes(const shape *s, size_t *in, size_t *out) { in[0] = rows_of(s) * s->D, out[0] = s->B * s->D; }
+static void last_token_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < s->B * s->D; i++) out[0][i] = in[0][((i / s->D + 1) * s->T - 1) * s->D + i % s->D];
+}
+static void last_token_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(last_token)(ctx, out[0], in[0], s->B, s->T, s->D);
+}
+
+// ---- Element by element: the variant is the function. Backward in place.
+
+static void map_sizes(const shape *s, size_t *in, size_t *out) { in[0] = out[0] = rows_of(s) * s->D; }
+static void map_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) in[0][i] *= 4;
+}
+static void map_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        double x = in[0][i];
+        out[0][i] = s->variant == METALA_MAP_NONE ? x : s->variant == METALA_MAP_SILU ? swish(x) : x > 0 ? x + 1 : exp(x);
+    }
+}
+static void map_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(map_forward)(ctx, out[0], in[0], rows_of(s) * s->D, (metala_map)s->variant);
+}
+static void map_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    memcpy(din[0], dout[0], rows_of(s) * s->D * sizeof(real));
+    CALL(map_backward)(ctx, din[0], din[0], in[0], rows_of(s) * s->D, (metala_map)s->variant);
+}
+
+// ---- Taylor feature map of d = K channels.
+
+static void taylor_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = rows_of(s) * s->H * s->K, out[0] = rows_of(s) * s->H * (1 + s->K + s->K * s->K);
+}
+static void taylor_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t row = 0; row < rows_of(s) * s->H; row++) {
+        const double *x = in[0] + row * s->K;
+        double *y = out[0] + row * (1 + s->K + s->K * s->K), root = sqrt((double)s->K);
+        *y++ = 1;
+        for (size_t i = 0; i < s->K; i++) *y++ = x[i] / sqrt(root);
+        for (size_t i = 0; i < s->K; i++)
+            for (size_t j = 0; j < s->K; j++) *y++ = x[i] * x[j] / (sqrt(2.0) * root);
+    }
+}
+static void taylor_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(taylor_forward)(ctx, out[0], in[0], rows_of(s), s->H, s->K);
+}
+static void taylor_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(taylor_backward)(ctx, din[0], dout[0], in[0], rows_of(s), s->H, s->K);
+}
+
+// ---- Phase of K complex numbers: variant 1 one θ for all heads, 2 negative, 4 in place, 8 far from the start.
+
+enum { FAR = 1000003 };
+static uint64_t rotate_position(const shape *s) { return s->variant & 8 ? FAR : 0; }
+static void rotate_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = rows_of(s) * s->H * 2 * s->K, in[1] = (s->variant & 1 ? 1 : s->H) * s->K;
+}
+static void rotate_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < (s->variant & 1 ? 1 : s->H) * s->K; i++) in[1][i] *= 3;       // some beyond ±2π
+}
+static void rotate_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->H * s->K; i++) {
+        size_t row = i / s->K / s->H, place = i % (s->variant & 1 ? s->K : s->H * s->K);
+        double angle = in[1][place] * (double)(rotate_position(s) + row % s->T), c, d;
+        c = cos(angle), d = s->variant & 2 ? -sin(angle) : sin(angle);
+        out[0][2 * i] = in[0][2 * i] * c - in[0][2 * i + 1] * d;
+        out[0][2 * i + 1] = in[0][2 * i] * d + in[0][2 * i + 1] * c;
+    }
+}
+static void rotate_forward(const shape *s, real *const *in, real *const *out) {
+    const real *x = in[0];
+    if (s->variant & 4) x = memcpy(out[0], in[0], rows_of(s) * s->H * 2 * s->K * sizeof(real));
+    CALL(rotate_forward)(ctx, out[0], x, in[1], s->B, s->T, s->H, 2 * s->K, s->variant & 1, rotate_position(s), s->variant & 2);
+}
+static void rotate_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t n = rows_of(s) * s->H * 2 * s->K, angles = (s->variant & 1 ? 1 : s->H) * s->K;
+    const real *dy = s->variant & 4 ? memcpy(din[0], dout[0], n * sizeof(real)) : dout[0];
+    real *dx = reals(n), *kept = memcpy(reals(angles), din[1], angles * sizeof(real));
+    CALL(rotate_backward)(ctx, dx, NULL, dout[0], out[0], in[1], s->B, s->T, s->H, 2 * s->K, s->variant & 1,
+                          rotate_position(s), s->variant & 2);
+    same_bits("dθ left alone", kept, din[1], angles);
+    CALL(rotate_backward)(ctx, din[0], din[1], dy, out[0], in[1], s->B, s->T, s->H, 2 * s->K, s->variant & 1,
+                          rotate_position(s), s->variant & 2);
+    same_bits("dx with and without dθ", dx, din[0], n);
+}
+
+// ---- Decay with a lower bound; variant 1: the key is not tied. As for the gate, the kernel takes the gradient in log α.
+
+static void bounded_gate_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = out[1] = rows_of(s) * s->D, in[1] = s->D;
+}
+static void bounded_gate_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) in[0][i] *= 4;
+    for (size_t d = 0; d < s->D; d++) in[1][d] = logistic(2 * in[1][d]);
+}
+static void bounded_gate_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        double gamma = in[1][i % s->D];
+        out[0][i] = gamma + (1 - gamma) * logistic(in[0][i]);
+        out[1][i] = s->variant ? 0 : 1 - out[0][i];
+    }
+}
+static void bounded_gate_forward(const shape *s, real *const *in, real *const *out) {
+    if (s->variant) memset(out[1], 0, rows_of(s) * s->D * sizeof(real));
+    CALL(bounded_gate_forward)(ctx, out[0], s->variant ? NULL : out[1], in[0], in[1], rows_of(s), s->D);
+}
+static void bounded_gate_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t n = rows_of(s) * s->D;
+    real *da = reals(n), *again = reals(n);
+    for (size_t i = 0; i < n; i++) da[i] = out[0][i] * dout[0][i];
+    CALL(bounded_gate_backward)(ctx, din[0], din[1], da, s->variant ? NULL : dout[1], in[0], in[1], rows_of(s), s->D);
+    CALL(bounded_gate_backward)(ctx, again, NULL, da, s->variant ? NULL : dout[1], in[0], in[1], rows_of(s), s->D);
+    same_bits("dz with and without dγ", din[0], again, n);
+}
+
+// ---- Lower bounds of T layers.
+
+static void bounds_sizes(const shape *s, size_t *in, size_t *out) { in[0] = out[0] = s->T * s->D; }
+static void bounds_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t d = 0; d < s->D; d++) {
+        double sum = 0, gamma = 0;
+        for (size_t l = 0; l < s->T; l++) sum += exp(in[0][l * s->D + d]);
+        for (size_t l = 0; l < s->T; l++) {
+            if (l) gamma += exp(in[0][l * s->D + d]) / sum;
+            out[0][l * s->D + d] = gamma;
+        }
+    }
+}
+static void bounds_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(bounds_forward)(ctx, out[0], in[0], s->T, s->D);
+}
+static void bounds_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(bounds_backward)(ctx, din[0], dout[0], in[0], s->T, s->D);
+}
+
+// ---- Constants of a state-space model of H channels with K states (1 of the LRU): the variant is its kind, plus 3 for
+// short steps, where e^z - 1 cancels. Inputs decay, phase, step; the softmax of DSS is summed term by term.
+
+static metala_ssm ssm_kind(const shape *s) { return (metala_ssm)(s->variant % 3); }
+static size_t ssm_states(const shape *s) { return ssm_kind(s) == METALA_SSM_LRU ? 1 : s->K; }
+static size_t ssm_length(const shape *s) { return 3 * s->T; }
+static void ssm_sizes(const shape *s, size_t *in, size_t *out) {
+    size_t n = s->H * ssm_states(s);
+    in[0] = in[1] = out[0] = out[1] = n, in[2] = s->H, out[2] = 2 * n;
+}
+static void ssm_fill(const shape *s, double *const *in) {
+    for (size_t h = 0; h < s->H; h++) in[2][h] = 0.7 * in[2][h] - (s->variant > 2 ? 9 : 1);
+    for (size_t i = 0; i < s->H * ssm_states(s) && s->variant > 2; i++) in[0][i] = fabs(in[0][i]);
+}
+static void ssm_reference(const shape *s, double *const *in, double *const *out) {
+    size_t N = ssm_states(s);
+    for (size_t i = 0; i < s->H * N; i++) {
+        double step = exp(in[2][i / N]), re = -exp(in[0][i]), im = in[1][i], b_re = step, b_im = 0;
+        if (ssm_kind(s) == METALA_SSM_LRU) out[0][i] = exp(re), out[1][i] = exp(im);
+        else {
+            double sum_re = 1, sum_im = 0;                           // b = (e^{λΔ} - 1)/λ, or 1/(λ Σ_l e^{λΔl})
+            out[0][i] = exp(step * re), out[1][i] = step * im;
+            b_re = expm1(step * re) * cos(step * im) - 2 * pow(sin(step * im / 2), 2), b_im = out[0][i] * sin(step * im);
+            if (ssm_kind(s) == METALA_SSM_DSS) {
+                for (size_t l = 1; l < ssm_length(s); l++) {
+                    sum_re += exp(step * re * (double)l) * cos(step * im * (double)l);
+                    sum_im += exp(step * re * (double)l) * sin(step * im * (double)l);
+                }
+                double size = sum_re * sum_re + sum_im * sum_im;
+                b_re = sum_re / size, b_im = -sum_im / size;
+            }
+            double size = re * re + im * im, top = b_re * re + b_im * im;
+            b_im = (b_im * re - b_re * im) / size, b_re = top / size;
+        }
+        out[2][2 * i] = b_re, out[2][2 * i + 1] = b_im;
+    }
+}
+static void ssm_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(ssm_forward)(ctx, ssm_kind(s), out[0], out[1], out[2], in[0], in[1], in[2], s->H, ssm_states(s), ssm_length(s));
+}
+static void ssm_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t n = s->H * ssm_states(s);
+    real *da = reals(n);
+    for (size_t i = 0; i < n; i++) da[i] = out[0][i] * dout[0][i];
+    CALL(ssm_backward)(ctx, ssm_kind(s), din[0], din[1], din[2], da, dout[1], dout[2], in[0], in[1], in[2], s->H,
+                       ssm_states(s), ssm_length(s));
+}
+
+static void ssm_backward_from_zero(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    for (int i = 0; i < 3; i++) memset(din[i], 0, s->H * (i < 2 ? ssm_states(s) : 1) * sizeof(real));
+    ssm_backward(s, in, out, dout, din);                             // small slopes would drown in what was there before
+}
+
+// ---- A complex factor for each of D channels.
+
+static void scale_pairs_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = rows_of(s) * 2 * s->D, in[1] = 2 * s->D;
+}
+static void scale_pairs_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        const double *x = in[0] + 2 * i, *b = in[1] + i % s->D * 2;
+        out[0][2 * i] = b[0] * x[0] - b[1] * x[1], out[0][2 * i + 1] = b[0] * x[1] + b[1] * x[0];
+    }
+}
+static void scale_pairs_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(scale_pairs_forward)(ctx, out[0], in[0], in[1], rows_of(s), s->D);
+}
+static void scale_pairs_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(scale_pairs_backward)(ctx, din[0], din[1], dout[0], in[0], in[1], rows_of(s), s->D);
+}
+
+// ---- Selective state space of D channels with K states: inputs z, x, A.
+
+static void selective_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = in[1] = out[1] = rows_of(s) * s->D, in[2] = s->D * s->K, out[0] = rows_of(s) * s->D * s->K;
+}
+static void selective_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        double delta = log1p(exp(in[0][i]));
+        if (in[0][i] > 30) delta = in[0][i];
+        out[1][i] = delta * in[1][i];
+        for (size_t n = 0; n < s->K; n++) out[0][i * s->K + n] = exp(-delta * exp(in[2][i % s->D * s->K + n]));
+    }
+}
+static void selective_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(selective_forward)(ctx, out[0], out[1], in[0], in[1], in[2], rows_of(s), s->D, s->K);
+}
+static void selective_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t n = rows_of(s) * s->D * s->K;
+    real *da = reals(n);
+    for (size_t i = 0; i < n; i++) da[i] = out[0][i] * dout[0][i];
+    CALL(selective_backward)(ctx, din[0], din[1], din[2], da, dout[1], in[0], in[1], in[2], rows_of(s), s->D, s->K);
+}
+
+// ---- The same for every head.
+
+static void copy_heads_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = rows_of(s) * s->K, out[0] = rows_of(s) * s->H * s->K;
+}
+static void copy_heads_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->H * s->K; i++) out[0][i] = in[0][i / (s->H * s->K) * s->K + i % s->K];
+}
+static void copy_heads_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(copy_heads_forward)(ctx, out[0], in[0], rows_of(s), s->H, s->K);
+}
+static void copy_heads_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)in, (void)out;
+    CALL(copy_heads_backward)(ctx, din[0], dout[0], rows_of(s), s->H, s->K);
+}
+
+// ---- RWKV-4: inputs k, v, w, u. Only the mean that comes out of four kernels and the scan has an equation of its own.
+// Variant 1: masked tokens, whose v is 0.
+
+typedef struct { real *q, *key, *alpha, *bonus, *values, *states, *sums; } wkv_parts;
+static wkv_parts wkv_run(const shape *s, real *const *in, real *y, real *previous, const real *last_v, real *S,
+                         uint64_t position) {
+    size_t rows = rows_of(s), n = rows * s->D, chunks = (s->T + METALA_CHUNK - 1) / METALA_CHUNK;
+    wkv_parts p = {reals(n), reals(n), reals(n), reals(n), reals(2 * n), reals(s->B * s->D * chunks * 2), reals(2 * n)};
+    const uint8_t *mask = s->variant & 1 ? mask_list(s) : NULL;
+    CALL(wkv_forward)(ctx, p.q, p.key, p.alpha, p.bonus, in[0], in[2], in[3], mask, previous, s->B, s->T, s->D, position);
+    CALL(extend_forward)(ctx, p.values, in[1], mask, last_v, 1, s->B, s->T, s->D, 1);
+    CALL(scan_forward)(ctx, METALA_RECURRENT, p.sums, S, p.states, p.q, p.key, p.values, p.alpha, s->B, s->T, s->D, 1, 2, 1);
+    CALL(normalise_forward)(ctx, y, p.sums, p.bonus, in[1], rows, s->D, 1, 0);
+    return p;
+}
+static void wkv_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = in[1] = out[0] = rows_of(s) * s->D, in[2] = in[3] = s->D;
+}
+static void wkv_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        in[0][i] *= 2;
+        if (s->variant & 1) in[1][i] *= mask_at(i / s->D);
+    }
+    for (size_t d = 0; d < s->D; d++) in[2][d] -= 1;
+}
+static void wkv_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        size_t d = i % s->D, b = i / s->D / s->T, now_t = i / s->D % s->T;
+        double top = 0, bottom = 0, most = -INFINITY;
+        for (int sums = 0; sums < 2; sums++)                         // first the largest exponent
+            for (size_t t = 0; t <= now_t; t++) {
+                size_t at = (b * s->T + t) * s->D + d;
+                double exponent = in[0][at] + (t < now_t ? -exp(in[2][d]) * (double)(now_t - 1 - t) : in[3][d]);
+                if (s->variant & 1 && !mask_at(at / s->D)) continue;
+                if (!sums) most = fmax(most, exponent);
+                else bottom += exp(exponent - most), top += exp(exponent - most) * in[1][at];
+            }
+        out[0][i] = bottom > 0 ? top / bottom : 0;
+    }
+}
+static void wkv_forward(const shape *s, real *const *in, real *const *out) {
+    wkv_parts p = wkv_run(s, in, out[0], NULL, NULL, NULL, 0);
+    for (size_t i = 0; i < rows_of(s) * s->D; i++)
+        expect(p.q[i] >= 0 && p.q[i] <= 1 && p.key[i] >= 0 && p.key[i] <= 1 && p.alpha[i] >= 0 && p.alpha[i] <= 1 &&
+               p.bonus[i] >= 0 && p.bonus[i] <= 1, "q, key, α and bonus from 0 to 1 at %zu", i);
+}
+static void wkv_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t rows = rows_of(s), n = rows * s->D;
+    real *again = reals(n), *dsums = reals(2 * n), *dbonus = reals(n), *dq = reals(n), *dkey = reals(n), *da = reals(n);
+    real *dvalues = reals(2 * n), *own = reals(n);
+    const uint8_t *mask = s->variant & 1 ? mask_list(s) : NULL;
+    wkv_parts p = wkv_run(s, in, again, NULL, NULL, NULL, 0);
+    CALL(normalise_backward)(ctx, dsums, dbonus, own, dout[0], out[0], p.sums, p.bonus, in[1], rows, s->D, 1, 0);
+    CALL(scan_backward)(ctx, METALA_RECURRENT, dq, dkey, dvalues, da, NULL, dsums, p.states, p.q, p.key, p.values, p.alpha,
+                        s->B, s->T, s->D, 1, 2, 1);
+    CALL(extend_backward)(ctx, din[1], dvalues, mask, 1, s->B, s->T, s->D, 1);
+    CALL(wkv_backward)(ctx, din[0], din[2], din[3], dkey, da, dbonus, p.key, p.bonus, in[2], mask, s->B, s->T, s->D);
+    for (size_t i = 0; i < n; i++) din[1][i] += own[i];
+}
+
+// ---- The channel of ones: variant 1 with a mask, 2 delayed, 3 delayed after a value that came before.
+
+static void extend_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = rows_of(s) * s->H * s->V, out[0] = rows_of(s) * s->H * (s->V + 1), in[1] = s->B * s->H * s->V;
+}
+static void extend_reference(const shape *s, double *const *in, double *const *out) {
+    size_t V = s->V, HV = s->H * V;
+    for (size_t i = 0; i < rows_of(s) * s->H * (V + 1); i++) {
+        size_t row = i / (V + 1) / s->H, h = i / (V + 1) % s->H, j = i % (V + 1);
+        double now = in[0][j < V ? row * HV + h * V + j : 0], m = s->variant == 1 ? mask_at(row) : 1;
+        if (s->variant & 2)
+            now = j == V ? 0 : row % s->T ? in[0][(row - 1) * HV + h * V + j]
+                             : s->variant == 3 ? in[1][row / s->T * HV + h * V + j] : 0;
+        out[0][i] = j < V ? m * now : m;
+    }
+}
+static void extend_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(extend_forward)(ctx, out[0], in[0], s->variant == 1 ? mask_list(s) : NULL, s->variant == 3 ? in[1] : NULL,
+                         s->variant & 2, s->B, s->T, s->H, s->V);
+}
+static void extend_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)in, (void)out;
+    CALL(extend_backward)(ctx, din[0], dout[0], s->variant == 1 ? mask_list(s) : NULL, s->variant & 2, s->B, s->T, s->H, s->V);
+}
+
+// ---- The mean: inputs o, bonus, v; variant 1: no bonus.
+
+static void normalise_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = rows_of(s) * s->H * (s->V + 1), in[1] = rows_of(s) * s->H, in[2] = out[0] = rows_of(s) * s->H * s->V;
+}
+static void normalise_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < rows_of(s) * s->H; i++) {
+        in[0][i * (s->V + 1) + s->V] = 0.5 + fabs(in[0][i * (s->V + 1) + s->V]);
+        in[1][i] = s->variant & 1 ? 0 : fabs(in[1][i]);
+    }
+}
+static void normalise_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->H * s->V; i++) {
+        size_t head = i / s->V;
+        const double *o = in[0] + head * (s->V + 1);
+        double b = s->variant & 1 ? 0 : in[1][head];
+        out[0][i] = (o[i % s->V] + b * in[2][i]) / (o[s->V] + b + 0.125);
+    }
+}
+static void normalise_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(normalise_forward)(ctx, out[0], in[0], s->variant & 1 ? NULL : in[1], s->variant & 1 ? NULL : in[2], rows_of(s), s->H,
+                            s->V, 0.125);
+}
+static void normalise_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    int none = s->variant & 1;
+    CALL(normalise_backward)(ctx, din[0], none ? NULL : din[1], none ? NULL : din[2], dout[0], out[0], in[0],
+                             none ? NULL : in[1], none ? NULL : in[2], rows_of(s), s->H, s->V, 0.125);
+    if (none) memset(din[1], 0, rows_of(s) * s->H * sizeof(real)), memset(din[2], 0, rows_of(s) * s->H * s->V * sizeof(real));
+}
+
+// ---- Skip, in place, and products of two.
+
+static void skip_sizes(const shape *s, size_t *in, size_t *out) { in[0] = in[2] = out[0] = rows_of(s) * s->D, in[1] = s->D; }
+static void skip_reference(const shape *s, double *const *in, double *const *out) {          // x, d, o
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) out[0][i] = in[2][i] + in[1][i % s->D] * in[0][i];
+}
+static void skip_forward(const shape *s, real *const *in, real *const *out) {
+    memcpy(out[0], in[2], rows_of(s) * s->D * sizeof(real));
+    CALL(skip_forward)(ctx, out[0], out[0], in[0], in[1], rows_of(s), s->D);
+}
+static void skip_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(skip_backward)(ctx, din[0], din[1], dout[0], in[0], in[1], rows_of(s), s->D);
+}
+static void multiply_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) out[0][i] = in[0][i] * in[1][i];
+}
+static void multiply_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(multiply_forward)(ctx, out[0], in[0], in[1], rows_of(s) * s->D);
+}
+static void multiply_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    memcpy(din[1], dout[0], rows_of(s) * s->D * sizeof(real));
+    CALL(multiply_backward)(ctx, din[0], din[1], din[1], in[0], in[1], rows_of(s) * s->D);
+}
+static void sigmoid_gate_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) out[0][i] = logistic(in[0][i]) * in[1][i];
+}
+static void sigmoid_gate_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(sigmoid_gate_forward)(ctx, out[0], in[0], in[1], rows_of(s) * s->D);
+}
+static void sigmoid_gate_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(sigmoid_gate_backward)(ctx, din[0], din[1], dout[0], in[0], in[1], rows_of(s) * s->D);
+}
+
+// ---- Softmax attention; variant 1 with a mask, 2 with large scores.
+
+static void attention_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = in[1] = rows_of(s) * s->H * s->K, in[2] = out[0] = rows_of(s) * s->H * s->V, out[1] = rows_of(s) * s->H;
+}
+static int attention_mask(const shape *s, size_t row) {              // the first sequence starts with tokens to be skipped
+    return !(s->variant & 1) || (mask_at(row) && row > 1);
+}
+static uint8_t *attention_mask_list(const shape *s) {
+    uint8_t *list = s->variant & 1 ? take(rows_of(s), 1) : NULL;
+    for (size_t row = 0; list && row < rows_of(s); row++) list[row] = (uint8_t)attention_mask(s, row);
+    return list;
+}
+static double attention_scale(const shape *s) { return (s->variant & 2 ? 30 : 1) / sqrt((double)s->K); }
+static void attention_reference(const shape *s, double *const *in, double *const *out) {
+    size_t H = s->H, K = s->K, V = s->V;
+    double *score = doubles(s->T);
+    for (size_t row = 0; row < rows_of(s); row++)
+        for (size_t h = 0; h < H; h++) {
+            double most = -INFINITY, sum = 0, *o = out[0] + (row * H + h) * V;
+            size_t first = row / s->T * s->T;
+            for (size_t r = first; r <= row; r++) {
+                score[r - first] = 0;
+                for (size_t i = 0; i < K; i++)
+                    score[r - first] += attention_scale(s) * in[0][(row * H + h) * K + i] * in[1][(r * H + h) * K + i];
+                if (attention_mask(s, r)) most = fmax(most, score[r - first]);
+            }
+            for (size_t j = 0; j < V; j++) o[j] = 0;
+            for (size_t r = first; r <= row; r++) {
+                if (!attention_mask(s, r)) continue;
+                double p = exp(score[r - first] - most);
+                sum += p;
+                for (size_t j = 0; j < V; j++) o[j] += p * in[2][(r * H + h) * V + j];
+            }
+            for (size_t j = 0; j < V && sum > 0; j++) o[j] /= sum;
+            out[1][row * H + h] = sum > 0 ? most + log(sum) : 0;
+        }
+}
+static void attention_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(attention_forward)(ctx, out[0], out[1], in[0], in[1], in[2], attention_mask_list(s), s->B, s->T, 0, s->T, s->H, s->K,
+                            s->V, attention_scale(s));
+}
+static void attention_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    CALL(attention_backward)(ctx, din[0], din[1], din[2], dout[0], out[0], out[1], in[0], in[1], in[2], attention_mask_list(s),
+                             s->B, s->T, s->H, s->K, s->V, attention_scale(s));
+}
+
+// Every kernel on every shape in every variant; then where numbers are extreme, where threads share the work, and where a
+// sequence comes in two pieces.
+typedef struct {
+    operation op;
+    int first_variant, variants;
+} row_operation;
+
+// ±1e4 and much smaller numbers everywhere: all that comes out is a number.
+static void check_extremes(const operation *op, const shape *s) {
+    static const double palette[] = {1e4, -1e4, 0, 1e-30, -88, 30, -1e-4, 1e4};
+    if (!begin(0, "%s is finite for extreme inputs %d", op->name, s->variant)) return;
+    size_t in_size[MOST] = {0}, out_size[MOST] = {0};
+    double *numbers[MOST] = {0};
+    real *in[MOST] = {0}, *out[MOST] = {0}, *dout[MOST] = {0}, *din[MOST] = {0};
+    random_state = 11;
+    op->sizes(s, in_size, out_size);
+    for (int i = 0; i < op->inputs; i++) {
+        numbers[i] = doubles(in_size[i]), in[i] = reals(in_size[i]), din[i] = reals(in_size[i]);
+        for (size_t j = 0; j < in_size[i]; j++) numbers[i][j] = palette[below(COUNT(palette))];
+    }
+    if (op->fill) op->fill(s, numbers);
+    for (int i = 0; i < op->inputs; i++) round_to_real(in[i], numbers[i], in_size[i]);
+    for (int o = 0; o < op->outputs; o++) {
+        out[o] = reals(out_size[o]), dout[o] = reals(out_size[o]);
+        for (size_t j = 0; j < out_size[o]; j++) dout[o][j] = (real)normal();
+    }
+    op->forward(s, in, out);
+    if (op->backward) op->backward(s, in, out, dout, din);
+    for (int o = 0; o < op->outputs; o++)
+        for (size_t j = 0; j < out_size[o]; j++)
+            expect(isfinite(out[o][j]), "%s[%zu] is %g", op->out_names[o], j, (double)out[o][j]);
+    for (int i = 0; i < op->differentiable && op->backward; i++)
+        for (size_t j = 0; j < in_size[i]; j++)
+            expect(isfinite(din[i][j]), "d%s[%zu] is %g", op->in_names[i], j, (double)din[i][j]);
+    end_check();
+}
+
+// One thread, two and three: the same bits forward and backward.
+static void check_operation_threads(const operation *op, const shape *s) {
+    if (!begin(0, "%s with 1, 2, 3 threads, the same bits", op->name)) return;
+    metala_context *alone = ctx;
+    size_t in_size[MOST] = {0}, out_size[MOST] = {0};
+    double *numbers[MOST] = {0};
+    real *in[MOST] = {0}, *dout[MOST] = {0}, *first_out[MOST] = {0}, *first_din[MOST] = {0};
+    random_state = 13;
+    op->sizes(s, in_size, out_size);
+    for (int i = 0; i < op->inputs; i++) {
+        numbers[i] = doubles(in_size[i]), in[i] = reals(in_size[i]);
+        fill_normal(numbers[i], in_size[i]);
+    }
+    if (op->fill) op->fill(s, numbers);
+    for (int i = 0; i < op->inputs; i++) round_to_real(in[i], numbers[i], in_size[i]);
+    for (int o = 0; o < op->outputs; o++) {
+        dout[o] = reals(out_size[o]);
+        for (size_t j = 0; j < out_size[o]; j++) dout[o][j] = (real)normal();
+    }
+    for (int threads = 1; threads <= 3; threads++) {
+        real *out[MOST] = {0}, *din[MOST] = {0};
+        for (int o = 0; o < op->outputs; o++) out[o] = reals(out_size[o]);
+        for (int i = 0; i < op->inputs; i++) din[i] = reals(in_size[i]);
+        ctx = threads > 1 ? other_context(threads) : alone;
+        op->forward(s, in, out);
+        if (op->backward) op->backward(s, in, out, dout, din);
+        if (threads > 1) metala_close(ctx);
+        ctx = alone;
+        for (int o = 0; o < op->outputs; o++) {
+            if (threads > 1) same_bits(op->out_names[o], first_out[o], out[o], out_size[o]);
+            else first_out[o] = out[o];
+        }
+        for (int i = 0; i < op->differentiable; i++) {
+            if (threads > 1) same_bits(op->in_names[i], first_din[i], din[i], in_size[i]);
+            else first_din[i] = din[i];
+        }
+    }
+    end_check();
+}
+
+// Reads rows first to first + T of each of B sequences of `all` rows of n numbers, and writes them back.
+static real *piece_of(const real *x, size_t B, size_t all, size_t first, size_t T, size_t n) {
+    real *piece = reals(B * T * n);
+    for (size_t b = 0; b < B; b++) memcpy(piece + b * T * n, x + (b * all + first) * n, T * n * sizeof(real));
+    return piece;
+}
+static void put_piece(real *x, const real *piece, size_t B, size_t all, size_t first, size_t T, size_t n) {
+    for (size_t b = 0; b < B; b++) memcpy(x + (b * all + first) * n, piece + b * T * n, T * n * sizeof(real));
+}
+
+// Tokens in two calls are those of one call, in every bit; softmax attention, whose sums are taken in other blocks, nearly.
+static void check_pieces(size_t B, size_t T, size_t cut, size_t D) {
+    if (!begin(TOLERANCE(2e-6, 2e-15), "kernels of the other rows, tokens in two calls B%zu T%zu cut %zu D%zu", B, T, cut, D))
+        return;
+    size_t n = B * T * D, part[] = {cut, T - cut};
+    real *x = reals(n), *mu = reals(D), *theta = reals(D), *k = reals(n), *w = reals(D), *u = reals(D);
+    real *whole[3] = {reals(n), reals(2 * n), reals(n)}, *pieces[3] = {reals(n), reals(2 * n), reals(n)};
+    random_state = 5 + cut;
+    for (size_t i = 0; i < n; i++) x[i] = (real)normal(), k[i] = (real)(2 * normal());
+    for (size_t d = 0; d < D; d++)
+        mu[d] = (real)normal(), theta[d] = (real)normal(), w[d] = (real)(normal() - 1), u[d] = (real)normal();
+
+    CALL(shift_forward)(ctx, whole[0], x, mu, NULL, B, T, D);
+    CALL(rotate_forward)(ctx, whole[2], x, theta, B, T, 1, D, 0, 77, 0);
+    real *previous = reals(B * D);
+    for (int i = 0; i < 2; i++) {
+        size_t first = i ? cut : 0;
+        real *in = piece_of(x, B, T, first, part[i], D), *out = reals(B * part[i] * D);
+        CALL(shift_forward)(ctx, out, in, mu, i ? previous : NULL, B, part[i], D);
+        CALL(last_token)(ctx, previous, in, B, part[i], D);
+        put_piece(pieces[0], out, B, T, first, part[i], D);
+        CALL(rotate_forward)(ctx, out, in, theta, B, part[i], 1, D, 0, 77 + first, 0);
+        put_piece(pieces[2], out, B, T, first, part[i], D);
+    }
+    same_bits("token shift", whole[0], pieces[0], n);
+    same_bits("phase", whole[2], pieces[2], n);
+
+    shape s = {B, T, D, 1, 1, 1, 1, 0};                              // RWKV-4, with the state of the scan
+    real *in[] = {k, x, w, u}, *S = reals(B * D * 2), *S_pieces = reals(B * D * 2);
+    real *past = reals(B * 2 * D), *past_pieces = reals(B * 2 * D), *last_v = reals(B * D);
+    wkv_run(&s, in, whole[0], past, NULL, S, 0);
+    for (int i = 0; i < 2; i++) {
+        size_t first = i ? cut : 0;
+        real *own[] = {piece_of(k, B, T, first, part[i], D), piece_of(x, B, T, first, part[i], D), w, u};
+        real *out = reals(B * part[i] * D);
+        s.T = part[i];
+        wkv_run(&s, own, out, past_pieces, i ? last_v : NULL, S_pieces, first);
+        CALL(last_token)(ctx, last_v, own[1], B, part[i], D);
+        put_piece(pieces[0], out, B, T, first, part[i], D);
+    }
+    same_bits("wkv", whole[0], pieces[0], n);
+    same_bits("wkv's state", S, S_pieces, B * D * 2);
+    same_bits("wkv's last key and exponent", past, past_pieces, B * 2 * D);
+
+    size_t H = 2, room = T + 3;                                      // attention, from a cache with room behind the tokens
+    uint8_t *mask = take(B * T, 1), *cache_mask = take(B * room, 1);
+    double *expected = doubles(n);
+    real *keys = reals(B * room * D), *values = reals(B * room * D), *lse = reals(B * T * H);
+    for (size_t row = 0; row < B * T; row++) mask[row] = (uint8_t)(row % T > 1 && mask_at(row));
+    for (size_t i = 0; i < B * room * D; i++) keys[i] = values[i] = (real)NAN;
+    memset(cache_mask, 1, B * room);
+    CALL(attention_forward)(ctx, whole[0], lse, k, x, x, mask, B, T, 0, T, H, D / H, D / H, 0.5);
+    for (size_t i = 0; i < n; i++) expected[i] = whole[0][i];
+    for (int masked = 1; masked >= 0; masked--) {
+        for (int i = 0; i < 2; i++) {
+            size_t first = i ? cut : 0;
+            real *q = piece_of(k, B, T, first, part[i], D), *out = reals(B * part[i] * D);
+            for (size_t b = 0; b < B; b++) {
+                memcpy(cache_mask + b * room + first, mask + b * T + first, part[i]);
+                memcpy(keys + (b * room + first) * D, x + (b * T + first) * D, part[i] * D * sizeof(real));
+                memcpy(values + (b * room + first) * D, x + (b * T + first) * D, part[i] * D * sizeof(real));
+            }
+            CALL(attention_forward)(ctx, out, reals(B * part[i] * H), q, keys, values, masked ? cache_mask : NULL, B, part[i],
+                                    first, room, H, D / H, D / H, 0.5);
+            put_piece(pieces[0], out, B, T, first, part[i], D);
+        }
+        compare(masked ? "attention, masked" : "attention", pieces[0], expected, DIMS(B, T, D));
+        CALL(attention_forward)(ctx, whole[0], lse, k, x, x, NULL, B, T, 0, T, H, D / H, D / H, 0.5);
+        for (size_t i = 0; i < n; i++) expected[i] = whole[0][i];
+    }
+    end_check();
+}
+
+static void check_row_kernels(void) {
+    const row_operation operations[] = {
+        {{"conv alone", {"n", "w", "tail"}, {"c"}, 3, 2, 1, 1, 2, 0, 1e-3, TOLERANCE(5e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
+          conv_alone_sizes, NULL, conv_alone_reference, conv_alone_forward, conv_alone_backward}, 0, 2},
+        {{"shift", {"n", "mu", "previous"}, {"y"}, 3, 2, 1, 1, 3, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
+          shift_sizes, NULL, shift_reference, shift_forward, shift_backward}, 0, 2},
+        {{"last token", {"x"}, {"to"}, 1, 0, 1, 1, 0, 0, 0, 1e-30, 0,
+          last_token_sizes, NULL, last_token_reference, last_token_forward, NULL}, 0, 1},
+        {{"map", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(5e-7, 4e-12),
+          map_sizes, map_fill, map_reference, map_forward, map_backward}, 0, 3},
+        {{"taylor", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 1e-15), TOLERANCE(5e-7, 4e-12),
+          taylor_sizes, NULL, taylor_reference, taylor_forward, taylor_backward}, 0, 1},
+        {{"rotate", {"x", "theta"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-5, TOLERANCE(5e-7, 1e-12), TOLERANCE(2e-6, 1e-9),
+          rotate_sizes, rotate_fill, rotate_reference, rotate_forward, rotate_backward}, 0, 8},
+        {{"rotate far", {"x", "theta"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-8, TOLERANCE(5e-7, 1e-8), 5e-6,
+          rotate_sizes, rotate_fill, rotate_reference, rotate_forward, rotate_backward}, 8, 2},
+        {{"bounded gate", {"z", "gamma"}, {"alpha", "k"}, 2, 2, 2, 2, 2, 0, 1e-3, TOLERANCE(4e-7, 5e-16),
+          TOLERANCE(2e-6, 4e-12), bounded_gate_sizes, bounded_gate_fill, bounded_gate_reference, bounded_gate_forward,
+          bounded_gate_backward}, 0, 2},
+        {{"bounds", {"G"}, {"gamma"}, 1, 1, 1, 1, 1, 0, 1e-3, TOLERANCE(3e-7, 4e-15), TOLERANCE(2e-6, 2e-10),
+          bounds_sizes, NULL, bounds_reference, bounds_forward, bounds_backward}, 0, 1},
+        {{"ssm", {"decay", "phase", "step"}, {"alpha", "theta", "b"}, 3, 3, 3, 3, 7, 0, 3e-5, TOLERANCE(3e-7, 1e-14),
+          TOLERANCE(2e-6, 1e-9), ssm_sizes, ssm_fill, ssm_reference, ssm_forward, ssm_backward}, 0, 3},
+        {{"ssm, short steps", {"decay", "phase", "step"}, {"alpha", "theta", "b"}, 3, 3, 3, 3, 0, 0, 1e-3,
+          TOLERANCE(3e-7, 1e-14), TOLERANCE(2e-6, 1e-9), ssm_sizes, ssm_fill, ssm_reference, ssm_forward,
+          ssm_backward_from_zero}, 3, 3},
+        {{"scale pairs", {"x", "b"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
+          scale_pairs_sizes, NULL, scale_pairs_reference, scale_pairs_forward, scale_pairs_backward}, 0, 1},
+        {{"selective", {"z", "x", "A"}, {"alpha", "v"}, 3, 3, 2, 2, 4, 0, 1e-3, TOLERANCE(2e-6, 2e-15), TOLERANCE(9e-6, 4e-11),
+          selective_sizes, NULL, selective_reference, selective_forward, selective_backward}, 0, 1},
+        {{"copy heads", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, 1e-30, TOLERANCE(9e-7, 4e-12),
+          copy_heads_sizes, NULL, copy_heads_reference, copy_heads_forward, copy_heads_backward}, 0, 1},
+        {{"wkv", {"k", "v", "w", "u"}, {"y"}, 4, 4, 1, 1, 12, 0, 1e-3, TOLERANCE(2e-6, 2e-15), TOLERANCE(9e-6, 4e-11),
+          wkv_sizes, wkv_fill, wkv_reference, wkv_forward, wkv_backward}, 0, 2},
+        {{"extend", {"v", "previous"}, {"y"}, 2, 1, 1, 1, 0, 0, 1e-3, 1e-30, TOLERANCE(1e-9, 4e-12),
+          extend_sizes, NULL, extend_reference, extend_forward, extend_backward}, 0, 4},
+        {{"normalise", {"o", "bonus", "v"}, {"y"}, 3, 3, 1, 1, 0, 0, 1e-3, TOLERANCE(5e-7, 5e-16), TOLERANCE(2e-6, 4e-11),
+          normalise_sizes, normalise_fill, normalise_reference, normalise_forward, normalise_backward}, 0, 2},
+        {{"skip", {"x", "d", "o"}, {"y"}, 3, 2, 1, 1, 3, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
+          skip_sizes, NULL, skip_reference, skip_forward, skip_backward}, 0, 1},
+        {{"multiply", {"a", "b"}, {"y"}, 2, 2, 1, 1, 0, 0, 1e-3, TOLERANCE(1e-7, 5e-16), TOLERANCE(2e-7, 4e-12),
+          two_sizes, NULL, multiply_reference, multiply_forward, multiply_backward}, 0, 1},
+        {{"sigmoid gate", {"a", "b"}, {"y"}, 2, 2, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(5e-7, 4e-12),
+          two_sizes, NULL, sigmoid_gate_reference, sigmoid_gate_forward, sigmoid_gate_backward}, 0, 1},
+        {{"attention", {"q", "k", "v"}, {"o", "lse"}, 3, 3, 2, 1, 0, 0, 1e-3, TOLERANCE(2e-6, 4e-15), TOLERANCE(9e-6, 4e-10),
+          attention_sizes, NULL, attention_reference, attention_forward, attention_backward}, 0, 2},
+    };
+    static const shape shapes[] = {      // B T D H K V N
+        {1, 1, 2, 1, 1, 2, 1, 0}, {2, 5, 6, 3, 2, 2, 1, 0}, {3, 19, 40, 4, 5, 10, 1, 0}, {2, 70, 33, 3, 8, 16, 1, 0},
+        {1, 3, 130, 1, 65, 130, 1, 0}, {1, 131, 5, 1, 16, 7, 1, 0}};
+    for (size_t o = 0; o < COUNT(operations); o++) {
+        const operation *op = &operations[o].op;
+        for (size_t i = 0; i < COUNT(shapes); i++)
+            for (int variant = 0; variant < operations[o].variants; variant++) {
+                shape s = shapes[i];
+                s.variant = operations[o].first_variant + variant;
+                check_operation(op, &s);
+            }
+        for (int variant = 0; variant < operations[o].variants; variant++) {
+            shape s = {2, 37, 6, 3, 4, 3, 1, 0};
+            s.variant = operations[o].first_variant + variant;
+            check_extremes(op, &s);
+        }
+        static const shape large = {3, 61, 130, 6, 18, 16, 1, 1};
+        check_operation_threads(op, &large);
+    }
+    check_pieces(2, 11, 4, 6);
+    check_pieces(1, 150, 70, 34);
+    check_pieces(3, 40, 1, 4);
+    check_pieces(2, 40, 39, 4);
 }
 
 // ------------------------------------------------------------------------------------------------ matrix products
@@ -3555,7 +4273,8 @@ STAGED(shift_forward, (ctx_t *c, real *y, in_t *n, in_t *mu, in_t *p, size_t B, 
 STAGED(shift_backward,
        (ctx_t *c, real *dn, real *dmu, in_t *dy, in_t *n, in_t *mu, in_t *p, size_t B, size_t T, size_t D),
        (c, W(dn, B * T * D), W(dmu, D), R(dy, B * T * D), R(n, B * T * D), R(mu, D), R(p, B * D), B, T, D))
-STAGED(last_token, (ctx_t *c, real *to, in_t *x, size_t B, size_t T, size_t D), (c, W(to, B * D), R(x, B * T * D), B, T, D))
+STAGED(last_token, (ctx_t *c, real *to, in_t *x, size_t B, size_t T, size_t D),
+       (c, W(to, B * D), R(x, B * T * D), B, T, D))
 STAGED(map_forward, (ctx_t *c, real *y, in_t *x, size_t n, metala_map map), (c, W(y, n), R(x, n), n, map))
 STAGED(map_backward, (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t n, metala_map map),
        (c, W(dx, n), R(dy, n), R(x, n), n, map))
@@ -3564,13 +4283,13 @@ STAGED(taylor_forward, (ctx_t *c, real *y, in_t *x, size_t r, size_t H, size_t d
 STAGED(taylor_backward, (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t r, size_t H, size_t d),
        (c, W(dx, r * H * d), R(dy, r * H * (1 + d + d * d)), R(x, r * H * d), r, H, d))
 STAGED(rotate_forward,
-       (ctx_t *c, real *y, in_t *x, in_t *angles, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t p, int minus),
-       (c, W(y, B * T * H * K), R(x, B * T * H * K), R(angles, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, p, minus))
+       (ctx_t *c, real *y, in_t *x, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t position, int neg),
+       (c, W(y, B * T * H * K), R(x, B * T * H * K), R(theta, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, position, neg))
 STAGED(rotate_backward,
-       (ctx_t *c, real *dx, real *dangles, in_t *dy, in_t *y, in_t *angles, size_t B, size_t T, size_t H, size_t K, int shared,
-        uint64_t p, int minus),
-       (c, W(dx, B * T * H * K), W(dangles, (shared ? 1 : H) * (K / 2)), R(dy, B * T * H * K), R(y, B * T * H * K),
-        R(angles, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, p, minus))
+       (ctx_t *c, real *dx, real *dtheta, in_t *dy, in_t *y, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared,
+        uint64_t position, int neg),
+       (c, W(dx, B * T * H * K), W(dtheta, (shared ? 1 : H) * (K / 2)), R(dy, B * T * H * K), R(y, B * T * H * K),
+        R(theta, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, position, neg))
 STAGED(bounded_gate_forward, (ctx_t *c, real *a, real *k, in_t *z, in_t *g, size_t r, size_t n),
        (c, W(a, r * n), W(k, r * n), R(z, r * n), R(g, n), r, n))
 STAGED(bounded_gate_backward,
@@ -3580,45 +4299,46 @@ STAGED(bounds_forward, (ctx_t *c, real *g, in_t *G, size_t L, size_t n), (c, W(g
 STAGED(bounds_backward, (ctx_t *c, real *dG, in_t *dg, in_t *G, size_t L, size_t n),
        (c, W(dG, L * n), R(dg, L * n), R(G, L * n), L, n))
 STAGED(ssm_forward,
-       (ctx_t *c, metala_ssm kind, real *a, real *o, real *b, in_t *decay, in_t *phase, in_t *step, size_t H, size_t N,
+       (ctx_t *c, metala_ssm kind, real *a, real *theta, real *b, in_t *decay, in_t *phase, in_t *step, size_t H, size_t N,
         size_t length),
-       (c, kind, W(a, H * N), W(o, H * N), W(b, 2 * H * N), R(decay, H * N), R(phase, H * N), R(step, H), H, N, length))
+       (c, kind, W(a, H * N), W(theta, H * N), W(b, 2 * H * N), R(decay, H * N), R(phase, H * N), R(step, H), H, N, length))
 STAGED(ssm_backward,
-       (ctx_t *c, metala_ssm kind, real *dd, real *dp, real *ds, in_t *da, in_t *dangles, in_t *db, in_t *decay, in_t *phase,
-        in_t *step, size_t H, size_t N, size_t length),
-       (c, kind, W(dd, H * N), W(dp, H * N), W(ds, H), R(da, H * N), R(dangles, H * N), R(db, 2 * H * N), R(decay, H * N),
-        R(phase, H * N), R(step, H), H, N, length))
+       (ctx_t *c, metala_ssm kind, real *ddecay, real *dphase, real *dstep, in_t *da, in_t *dtheta, in_t *db, in_t *decay,
+        in_t *phase, in_t *step, size_t H, size_t N, size_t length),
+       (c, kind, W(ddecay, H * N), W(dphase, H * N), W(dstep, H), R(da, H * N), R(dtheta, H * N), R(db, 2 * H * N),
+        R(decay, H * N), R(phase, H * N), R(step, H), H, N, length))
 STAGED(scale_pairs_forward, (ctx_t *c, real *y, in_t *x, in_t *b, size_t r, size_t n),
-       (c, W(y, 2 * r * n), R(x, 2 * r * n), R(b, 2 * n), r, n))
+       (c, W(y, r * 2 * n), R(x, r * 2 * n), R(b, 2 * n), r, n))
 STAGED(scale_pairs_backward, (ctx_t *c, real *dx, real *db, in_t *dy, in_t *x, in_t *b, size_t r, size_t n),
-       (c, W(dx, 2 * r * n), W(db, 2 * n), R(dy, 2 * r * n), R(x, 2 * r * n), R(b, 2 * n), r, n))
+       (c, W(dx, r * 2 * n), W(db, 2 * n), R(dy, r * 2 * n), R(x, r * 2 * n), R(b, 2 * n), r, n))
 STAGED(selective_forward, (ctx_t *c, real *a, real *v, in_t *z, in_t *x, in_t *A, size_t r, size_t C, size_t N),
        (c, W(a, r * C * N), W(v, r * C), R(z, r * C), R(x, r * C), R(A, C * N), r, C, N))
 STAGED(selective_backward,
        (ctx_t *c, real *dz, real *dx, real *dA, in_t *da, in_t *dv, in_t *z, in_t *x, in_t *A, size_t r, size_t C, size_t N),
-       (c, W(dz, r * C), W(dx, r * C), W(dA, C * N), R(da, r * C * N), R(dv, r * C), R(z, r * C), R(x, r * C), R(A, C * N), r,
-        C, N))
+       (c, W(dz, r * C), W(dx, r * C), W(dA, C * N), R(da, r * C * N), R(dv, r * C), R(z, r * C), R(x, r * C), R(A, C * N),
+        r, C, N))
 STAGED(copy_heads_forward, (ctx_t *c, real *y, in_t *x, size_t r, size_t H, size_t K),
        (c, W(y, r * H * K), R(x, r * K), r, H, K))
 STAGED(copy_heads_backward, (ctx_t *c, real *dx, in_t *dy, size_t r, size_t H, size_t K),
        (c, W(dx, r * K), R(dy, r * H * K), r, H, K))
 STAGED(wkv_forward,
-       (ctx_t *c, real *q, real *key, real *a, real *bonus, in_t *k, in_t *w, in_t *u, const uint8_t *m, real *previous,
-        size_t B, size_t T, size_t D, uint64_t position),
+       (ctx_t *c, real *q, real *key, real *a, real *bonus, in_t *k, in_t *w, in_t *u, const uint8_t *m, real *p, size_t B,
+        size_t T, size_t D, uint64_t position),
        (c, W(q, B * T * D), W(key, B * T * D), W(a, B * T * D), W(bonus, B * T * D), R(k, B * T * D), R(w, D), R(u, D),
-        R(m, B * T), W(previous, B * 2 * D), B, T, D, position))
+        R(m, B * T), W(p, B * 2 * D), B, T, D, position))
 STAGED(wkv_backward,
        (ctx_t *c, real *dk, real *dw, real *du, in_t *dkey, in_t *da, in_t *dbonus, in_t *key, in_t *bonus, in_t *w,
         const uint8_t *m, size_t B, size_t T, size_t D),
        (c, W(dk, B * T * D), W(dw, D), W(du, D), R(dkey, B * T * D), R(da, B * T * D), R(dbonus, B * T * D), R(key, B * T * D),
         R(bonus, B * T * D), R(w, D), R(m, B * T), B, T, D))
 STAGED(extend_forward,
-       (ctx_t *c, real *y, in_t *v, const uint8_t *m, in_t *previous, int delayed, size_t B, size_t T, size_t H, size_t V),
-       (c, W(y, B * T * H * (V + 1)), R(v, B * T * H * V), R(m, B * T), R(previous, B * H * V), delayed, B, T, H, V))
+       (ctx_t *c, real *y, in_t *v, const uint8_t *m, in_t *p, int delayed, size_t B, size_t T, size_t H, size_t V),
+       (c, W(y, B * T * H * (V + 1)), R(v, B * T * H * V), R(m, B * T), R(p, B * H * V), delayed, B, T, H, V))
 STAGED(extend_backward,
        (ctx_t *c, real *dv, in_t *dy, const uint8_t *m, int delayed, size_t B, size_t T, size_t H, size_t V),
        (c, W(dv, B * T * H * V), R(dy, B * T * H * (V + 1)), R(m, B * T), delayed, B, T, H, V))
-STAGED(normalise_forward, (ctx_t *c, real *y, in_t *o, in_t *b, in_t *v, size_t r, size_t H, size_t V, double eps),
+STAGED(normalise_forward,
+       (ctx_t *c, real *y, in_t *o, in_t *b, in_t *v, size_t r, size_t H, size_t V, double eps),
        (c, W(y, r * H * V), R(o, r * H * (V + 1)), R(b, r * H), R(v, r * H * V), r, H, V, eps))
 STAGED(normalise_backward,
        (ctx_t *c, real *dO, real *db, real *dv, in_t *dy, in_t *y, in_t *o, in_t *b, in_t *v, size_t r, size_t H, size_t V,
@@ -3636,10 +4356,10 @@ STAGED(sigmoid_gate_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c
 STAGED(sigmoid_gate_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
        (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
 STAGED(attention_forward,
-       (ctx_t *c, real *o, real *lse, in_t *q, in_t *k, in_t *v, const uint8_t *m, size_t B, size_t T, size_t past, size_t room,
-        size_t H, size_t K, size_t V, double s),
-       (c, W(o, B * T * H * V), W(lse, B * T * H), R(q, B * T * H * K), R(k, ((B - 1) * room + past + T) * H * K),
-        R(v, ((B - 1) * room + past + T) * H * V), R(m, (B - 1) * room + past + T), B, T, past, room, H, K, V, s))
+       (ctx_t *c, real *o, real *lse, in_t *q, in_t *k, in_t *v, const uint8_t *m, size_t B, size_t T, size_t past,
+        size_t stride, size_t H, size_t K, size_t V, double s),
+       (c, W(o, B * T * H * V), W(lse, B * T * H), R(q, B * T * H * K), R(k, ((B - 1) * stride + past + T) * H * K),
+        R(v, ((B - 1) * stride + past + T) * H * V), R(m, (B - 1) * stride + past + T), B, T, past, stride, H, K, V, s))
 STAGED(attention_backward,
        (ctx_t *c, real *dq, real *dk, real *dv, in_t *dO, in_t *o, in_t *lse, in_t *q, in_t *k, in_t *v, const uint8_t *m,
         size_t B, size_t T, size_t H, size_t K, size_t V, double s),
@@ -3670,14 +4390,14 @@ static metala_backend staged_backend(const metala_backend *device) {
     USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(augment_forward);
     USE(augment_backward), USE(head_norm_forward), USE(head_norm_backward), USE(silu_gate_forward);
     USE(silu_gate_backward), USE(add), USE(cross_entropy_forward), USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
-    USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward);
-    USE(taylor_forward), USE(taylor_backward), USE(rotate_forward), USE(rotate_backward), USE(bounded_gate_forward);
-    USE(bounded_gate_backward), USE(bounds_forward), USE(bounds_backward), USE(ssm_forward), USE(ssm_backward);
-    USE(scale_pairs_forward), USE(scale_pairs_backward), USE(selective_forward), USE(selective_backward);
-    USE(copy_heads_forward), USE(copy_heads_backward), USE(wkv_forward), USE(wkv_backward), USE(extend_forward);
-    USE(extend_backward), USE(normalise_forward), USE(normalise_backward), USE(skip_forward), USE(skip_backward);
-    USE(multiply_forward), USE(multiply_backward), USE(sigmoid_gate_forward), USE(sigmoid_gate_backward);
-    USE(attention_forward), USE(attention_backward);
+    USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward), USE(taylor_forward);
+    USE(taylor_backward), USE(rotate_forward), USE(rotate_backward), USE(bounded_gate_forward), USE(bounded_gate_backward);
+    USE(bounds_forward), USE(bounds_backward), USE(ssm_forward), USE(ssm_backward), USE(scale_pairs_forward);
+    USE(scale_pairs_backward), USE(selective_forward), USE(selective_backward), USE(copy_heads_forward);
+    USE(copy_heads_backward), USE(wkv_forward), USE(wkv_backward), USE(extend_forward), USE(extend_backward);
+    USE(normalise_forward), USE(normalise_backward), USE(skip_forward), USE(skip_backward), USE(multiply_forward);
+    USE(multiply_backward), USE(sigmoid_gate_forward), USE(sigmoid_gate_backward), USE(attention_forward);
+    USE(attention_backward);
 #undef USE
     return b;
 }
@@ -4087,6 +4807,7 @@ static int open_device(metala_math math) {
 static void check_entries(void) {
     check_scalars();
     check_kernels();
+    check_row_kernels();
     check_matmuls();
     check_quantized();
     check_scans();
