@@ -805,6 +805,7 @@ void rms_backward(metala_context *ctx, float *dx, const float *dn, const float *
 
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
 //   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read, NULL for zeros: a block for each row.
+// With u NULL the convolution alone.
 __device__ float conv_input(const float *n, const float *tail, size_t b, size_t t, size_t j, size_t d, size_t T,
                             size_t D) {
     enum { REACH = METALA_CONV - 1 };
@@ -821,7 +822,7 @@ __global__ void conv_forward_kernel(float *u, float *c, const float *n, const fl
             for (size_t j = 0; j < METALA_CONV; j++)
                 sum += w[d * METALA_CONV + j] * conv_input(n, tail, b, t, j, d, T, D);
             c[row * D + d] = sum;
-            u[row * D + d] = silu(sum);
+            if (u) u[row * D + d] = silu(sum);
         }
     }
 }
@@ -830,7 +831,7 @@ void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const
     RUN(conv_forward_kernel, blocks_for(B * T, 1), THREADS, 0, u, c, n, w, tail, B, T, D);
 }
 
-// dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)
+// dc = du ⊙ silu'(c), or du where c is NULL      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)
 // dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
 // A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of the next
 // three in registers, and leaves the run's part of dw in parts (runs,D,4).
@@ -845,7 +846,7 @@ __global__ void conv_backward_kernel(float *dn, float *parts, const float *du, c
         for (size_t t = end + METALA_CONV - 1; t-- > t0;) {
             size_t at = (b * T + t) * D + d;
             later[3] = later[2], later[2] = later[1], later[1] = later[0];
-            later[0] = t < T ? du[at] * silu_slope(c[at]) : 0;
+            later[0] = t >= T ? 0 : c ? du[at] * silu_slope(c[at]) : du[at];
             if (t >= end) continue;                              // the next run's, only looked at
             dn[at] = taps[3] * later[0] + taps[2] * later[1] + taps[1] * later[2] + taps[0] * later[3];
             for (size_t j = 0; j < METALA_CONV; j++) sum[j] += later[0] * conv_input(n, tail, b, t, j, d, T, D);
@@ -1040,6 +1041,993 @@ void silu_gate_backward(metala_context *ctx, float *da, float *db, const float *
 __global__ void add_kernel(float *y, const float *a, const float *b, size_t n) { FOR_EACH(i, n) y[i] = a[i] + b[i]; }
 void add(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
     RUN(add_kernel, blocks_for(n, THREADS), THREADS, 0, y, a, b, n);
+}
+
+// ---- Kernels of the other rows of the general form.
+
+// sums[j] += Σ_row term.at(row,j), the gradient of a parameter that all rows share: strips of rows, in
+// the type of the terms, then the strips.
+template <class Term>
+__global__ void strip_sums_kernel(float *parts, Term term, size_t rows, size_t columns) {
+    FOR_EACH(i, ceil_div(rows, ROWS_OF_STRIP) * columns) {
+        size_t strip = i / columns, j = i % columns, end = least(rows, (strip + 1) * ROWS_OF_STRIP);
+        decltype(term.at(0, 0)) sum = 0;
+        for (size_t row = strip * ROWS_OF_STRIP; row < end; row++) sum += term.at(row, j);
+        parts[i] = (float)sum;
+    }
+}
+template <class Term>
+void add_sums(metala_context *ctx, float *sums, Term term, size_t rows, size_t columns) {
+    size_t strips = ceil_div(rows, ROWS_OF_STRIP);
+    float *parts = scratch(ctx, strips * columns);
+    if (!parts) return;
+    RUN(strip_sums_kernel<Term>, blocks_for(strips * columns, THREADS), THREADS, 0, parts, term, rows, columns);
+    RUN(sum_parts_kernel, blocks_for(columns, THREADS), THREADS, 0, sums, parts, strips, columns, columns, 1);
+}
+
+// Token shift:  y_t = μ ⊙ n_t + (1-μ) ⊙ n_{t-1}        n_{-1} from previous (B,D), NULL for zeros
+//   y, n (B,T,D)   mu [D]: a block for each row.
+__device__ float token_before(const float *n, const float *previous, size_t row, size_t d, size_t T, size_t D) {
+    if (row % T) return n[(row - 1) * D + d];
+    return previous ? previous[row / T * D + d] : 0;
+}
+
+__global__ void shift_forward_kernel(float *y, const float *n, const float *mu, const float *previous, size_t B,
+                                     size_t T, size_t D) {
+    FOR_EACH_ROW(row, B * T)
+        for (size_t d = threadIdx.x; d < D; d += THREADS)
+            y[row * D + d] = mu[d] * n[row * D + d] + (1 - mu[d]) * token_before(n, previous, row, d, T, D);
+}
+void shift_forward(metala_context *ctx, float *y, const float *n, const float *mu, const float *previous, size_t B,
+                   size_t T, size_t D) {
+    RUN(shift_forward_kernel, blocks_for(B * T, 1), THREADS, 0, y, n, mu, previous, B, T, D);
+}
+
+// dn_t += μ dy_t + (1-μ) dy_{t+1}  (dy beyond the end is 0)        dmu += Σ_{b,t} dy_t ⊙ (n_t - n_{t-1})
+__global__ void shift_backward_kernel(float *dn, const float *dy, const float *mu, size_t B, size_t T, size_t D) {
+    FOR_EACH_ROW(row, B * T)
+        for (size_t d = threadIdx.x; d < D; d += THREADS) {
+            float later = row % T + 1 < T ? dy[(row + 1) * D + d] : 0;
+            dn[row * D + d] += mu[d] * dy[row * D + d] + (1 - mu[d]) * later;
+        }
+}
+struct shift_mu {
+    const float *dy, *n, *previous;
+    size_t T, D;
+    __device__ float at(size_t row, size_t d) const {
+        return dy[row * D + d] * (n[row * D + d] - token_before(n, previous, row, d, T, D));
+    }
+};
+void shift_backward(metala_context *ctx, float *dn, float *dmu, const float *dy, const float *n, const float *mu,
+                    const float *previous, size_t B, size_t T, size_t D) {
+    shift_mu term = {dy, n, previous, T, D};
+    add_sums(ctx, dmu, term, B * T, D);
+    RUN(shift_backward_kernel, blocks_for(B * T, 1), THREADS, 0, dn, dy, mu, B, T, D);
+}
+
+// to = x_{T-1}          to (B,D)   x (B,T,D): a block for each sequence.
+__global__ void last_token_kernel(float *to, const float *x, size_t B, size_t T, size_t D) {
+    FOR_EACH_ROW(b, B)
+        for (size_t d = threadIdx.x; d < D; d += THREADS) to[b * D + d] = x[(b * T + T - 1) * D + d];
+}
+void last_token(metala_context *ctx, float *to, const float *x, size_t B, size_t T, size_t D) {
+    if (T) RUN(last_token_kernel, blocks_for(B, 1), THREADS, 0, to, x, B, T, D);
+}
+
+// Feature map, n numbers:  y = f(x),  f(x) = x, silu(x) or elu(x) + 1.
+__global__ void map_forward_kernel(float *y, const float *x, size_t n, metala_map map) {
+    FOR_EACH(i, n) {
+        float in = x[i];
+        y[i] = map == METALA_MAP_SILU ? silu(in) : map == METALA_MAP_ELU1 ? (in > 0 ? in + 1 : expf(in)) : in;
+    }
+}
+void map_forward(metala_context *ctx, float *y, const float *x, size_t n, metala_map map) {
+    RUN(map_forward_kernel, blocks_for(n, THREADS), THREADS, 0, y, x, n, map);
+}
+
+// dx = dy f'(x); dx may be dy.
+__global__ void map_backward_kernel(float *dx, const float *dy, const float *x, size_t n, metala_map map) {
+    FOR_EACH(i, n) {
+        float slope = map == METALA_MAP_SILU ? silu_slope(x[i]) : map == METALA_MAP_ELU1 && x[i] <= 0 ? expf(x[i]) : 1;
+        dx[i] = dy[i] * slope;
+    }
+}
+void map_backward(metala_context *ctx, float *dx, const float *dy, const float *x, size_t n, metala_map map) {
+    RUN(map_backward_kernel, blocks_for(n, THREADS), THREADS, 0, dx, dy, x, n, map);
+}
+
+// Taylor feature map:  y = [1, x d^{-1/4}, x_i x_j / (√2 √d)]        x (rows,H,d)   y (rows,H,1+d+d²)
+// A warp for each row and head.
+__global__ void taylor_forward_kernel(float *y, const float *x, size_t heads, unsigned d, float root, float pair) {
+    FOR_EACH_WARP(r, heads) {
+        const float *in = x + r * d;
+        float *out = y + r * (1 + d + (size_t)d * d);
+        if (threadIdx.x % WARP == 0) out[0] = 1;
+        for (unsigned i = threadIdx.x % WARP; i < d; i += WARP) out[1 + i] = in[i] * root;
+        for (unsigned i = threadIdx.x % WARP; i < d * d; i += WARP) out[1 + d + i] = in[i / d] * in[i % d] * pair;
+    }
+}
+void taylor_forward(metala_context *ctx, float *y, const float *x, size_t rows, size_t H, size_t d) {
+    RUN(taylor_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, y, x, rows * H, (unsigned)d,
+        (float)pow((double)d, -0.25), (float)(1 / sqrt(2.0 * (double)d)));
+}
+
+// dx_i = dy_i d^{-1/4} + Σ_j (dy_ij + dy_ji) x_j / (√2 √d): a warp for each row and head, a lane for each i.
+__global__ void taylor_backward_kernel(float *dx, const float *dy, const float *x, size_t heads, unsigned d, float root,
+                                       float pair) {
+    FOR_EACH_WARP(r, heads) {
+        const float *in = x + r * d, *first = dy + r * (1 + d + (size_t)d * d) + 1, *second = first + d;
+        for (unsigned i = threadIdx.x % WARP; i < d; i += WARP) {
+            float sum = 0;
+            for (unsigned j = 0; j < d; j++) sum += (second[i * d + j] + second[j * d + i]) * in[j];
+            dx[r * d + i] = first[i] * root + sum * pair;
+        }
+    }
+}
+void taylor_backward(metala_context *ctx, float *dx, const float *dy, const float *x, size_t rows, size_t H, size_t d) {
+    RUN(taylor_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dx, dy, x, rows * H, (unsigned)d,
+        (float)pow((double)d, -0.25), (float)(1 / sqrt(2.0 * (double)d)));
+}
+
+// Phase:  y = x e^{±iθ(position+t)}, the numbers 2i and 2i+1 of a head being one complex number; y may be x
+//   y, x (B,T,H,K)   theta [H,K/2], [K/2] when shared   turns (T,H,K/2,2) or (T,K/2,2): cosines and sines, in scratch
+// The angle in double, so that it is right at any position.
+__global__ void turns_kernel(float *turns, const float *theta, size_t T, size_t angles, uint64_t position) {
+    FOR_EACH(i, T * angles) {
+        double sine, cosine;
+        sincos(fmod((double)theta[i % angles], 6.283185307179586477) * (double)(position + i / angles), &sine, &cosine);
+        turns[2 * i] = (float)cosine;
+        turns[2 * i + 1] = (float)sine;
+    }
+}
+
+// A block for each row; sign: of the angle.
+__global__ void rotate_kernel(float *y, const float *x, const float *turns, size_t rows, size_t T, size_t pairs,
+                              size_t angles, float sign) {
+    FOR_EACH_ROW(row, rows) {
+        const float *of_token = turns + row % T * angles * 2;
+        for (unsigned p = threadIdx.x; p < pairs; p += THREADS) {
+            size_t at = 2 * (row * pairs + p), of = 2 * (p % (unsigned)angles);
+            float re = x[at], im = x[at + 1], cosine = of_token[of], sine = sign * of_token[of + 1];
+            y[at] = re * cosine - im * sine;
+            y[at + 1] = re * sine + im * cosine;
+        }
+    }
+}
+void rotate(metala_context *ctx, float *y, const float *x, const float *theta, size_t B, size_t T, size_t H, size_t K,
+            int shared, uint64_t position, float sign) {
+    size_t pairs = H * (K / 2), angles = shared ? K / 2 : pairs;
+    float *turns = scratch(ctx, 2 * T * angles);
+    if (!turns) return;
+    RUN(turns_kernel, blocks_for(T * angles, THREADS), THREADS, 0, turns, theta, T, angles, position);
+    RUN(rotate_kernel, blocks_for(B * T, 1), THREADS, 0, y, x, turns, B * T, T, pairs, angles, sign);
+}
+void rotate_forward(metala_context *ctx, float *y, const float *x, const float *theta, size_t B, size_t T, size_t H,
+                    size_t K, int shared, uint64_t position, int negative) {
+    rotate(ctx, y, x, theta, B, T, H, K, shared, position, negative ? -1.0f : 1.0f);
+}
+
+// dx = dy turned back, may be dy      dtheta += ± Σ (position+t)(dy_{2i+1} y_{2i} - dy_{2i} y_{2i+1}), NULL: not learned
+struct rotate_theta {
+    const float *dy, *y;
+    size_t T, heads, angles;             // heads: rows of the sum to a token
+    uint64_t position;
+    float sign;
+    __device__ double at(size_t row, size_t i) const {
+        const size_t p = 2 * (row * angles + i);
+        return sign * (double)(position + row / heads % T) * (double)(dy[p + 1] * y[p] - dy[p] * y[p + 1]);
+    }
+};
+void rotate_backward(metala_context *ctx, float *dx, float *dtheta, const float *dy, const float *y, const float *theta,
+                     size_t B, size_t T, size_t H, size_t K, int shared, uint64_t position, int negative) {
+    size_t heads = shared ? H : 1, angles = shared ? K / 2 : H * (K / 2);
+    rotate_theta term = {dy, y, T, heads, angles, position, negative ? -1.0f : 1.0f};
+    if (dtheta) add_sums(ctx, dtheta, term, B * T * heads, angles);
+    rotate(ctx, dx, dy, theta, B, T, H, K, shared, position, -term.sign);
+}
+
+// Bounded gate:  α = γ + (1-γ) σ(z),  k = 1 - α = (1-γ) σ(-z)        alpha, k, z (rows,n)   gamma [n]   k may be NULL
+// A block for each row.
+__global__ void bounded_gate_forward_kernel(float *alpha, float *k, const float *z, const float *gamma, size_t rows,
+                                            size_t n) {
+    FOR_EACH_ROW(row, rows)
+        for (size_t i = threadIdx.x; i < n; i += THREADS) {
+            alpha[row * n + i] = gamma[i] + (1 - gamma[i]) * sigmoid(z[row * n + i]);
+            if (k) k[row * n + i] = (1 - gamma[i]) * sigmoid(-z[row * n + i]);
+        }
+}
+void bounded_gate_forward(metala_context *ctx, float *alpha, float *k, const float *z, const float *gamma, size_t rows,
+                          size_t n) {
+    RUN(bounded_gate_forward_kernel, blocks_for(rows, 1), THREADS, 0, alpha, k, z, gamma, rows, n);
+}
+
+// da is the gradient in a = log α, dk that of k, or NULL. With ratio = (1-γ)σ(z)/α, 1 where both are 0:
+//   dz = σ(-z) (da ratio - dk (1-γ)σ(z))      dgamma += Σ_rows σ(-z) (da/max(α,1e-30) - dk), or NULL
+__global__ void bounded_gate_backward_kernel(float *dz, const float *da, const float *dk, const float *z,
+                                             const float *gamma, size_t rows, size_t n) {
+    FOR_EACH_ROW(row, rows)
+        for (size_t i = threadIdx.x; i < n; i += THREADS) {
+            float x = z[row * n + i], open = (1 - gamma[i]) * sigmoid(x), alpha = gamma[i] + open;
+            float gradient = da[row * n + i] * (alpha > 0 ? open / alpha : 1);
+            if (dk) gradient -= dk[row * n + i] * open;
+            dz[row * n + i] = sigmoid(-x) * gradient;
+        }
+}
+struct gate_gamma {
+    const float *da, *dk, *z, *gamma;
+    size_t n;
+    __device__ float at(size_t row, size_t i) const {
+        float x = z[row * n + i], alpha = gamma[i] + (1 - gamma[i]) * sigmoid(x);
+        return sigmoid(-x) * (da[row * n + i] / fmaxf(alpha, 1e-30f) - (dk ? dk[row * n + i] : 0));
+    }
+};
+void bounded_gate_backward(metala_context *ctx, float *dz, float *dgamma, const float *da, const float *dk,
+                           const float *z, const float *gamma, size_t rows, size_t n) {
+    gate_gamma term = {da, dk, z, gamma, n};
+    if (dgamma) add_sums(ctx, dgamma, term, rows, n);
+    RUN(bounded_gate_backward_kernel, blocks_for(rows, 1), THREADS, 0, dz, da, dk, z, gamma, rows, n);
+}
+
+// Lower bounds:  p = softmax over the L layers of G,  gamma_l = Σ_{1<=m<=l} p_m         gamma, G (L,n)
+// A thread for each of the n columns, in double.
+struct column_softmax {
+    const float *G;
+    size_t n;
+    double most, total;
+    __device__ column_softmax(const float *G, size_t L, size_t n) : G(G), n(n), most(G[0]), total(0) {
+        for (size_t l = 1; l < L; l++) most = fmax(most, (double)G[l * n]);
+        for (size_t l = 0; l < L; l++) total += exp((double)G[l * n] - most);
+    }
+    __device__ double at(size_t l) const { return exp((double)G[l * n] - most) / total; }
+};
+__global__ void bounds_forward_kernel(float *gamma, const float *G, size_t L, size_t n) {
+    FOR_EACH(i, n) {
+        column_softmax p(G + i, L, n);
+        double sum = 0;
+        for (size_t l = 0; l < L; l++) {
+            if (l) sum += p.at(l);
+            gamma[l * n + i] = (float)fmin(sum, 1.0);
+        }
+    }
+}
+void bounds_forward(metala_context *ctx, float *gamma, const float *G, size_t L, size_t n) {
+    if (L) RUN(bounds_forward_kernel, blocks_for(n, THREADS), THREADS, 0, gamma, G, L, n);
+}
+
+// dp_m = Σ_{l>=m} dgamma_l, dp_0 = 0      dG_m += p_m (dp_m - Σ_l p_l dp_l)
+__global__ void bounds_backward_kernel(float *dG, const float *dgamma, const float *G, size_t L, size_t n) {
+    FOR_EACH(i, n) {
+        column_softmax p(G + i, L, n);
+        double later = 0, mean = 0;
+        for (size_t l = L; l-- > 1;) {
+            later += (double)dgamma[l * n + i];
+            mean += p.at(l) * later;
+        }
+        dG[i] -= (float)(p.at(0) * mean);
+        for (size_t l = 1; l < L; l++) {
+            dG[l * n + i] += (float)(p.at(l) * (later - mean));
+            later -= (double)dgamma[l * n + i];
+        }
+    }
+}
+void bounds_backward(metala_context *ctx, float *dG, const float *dgamma, const float *G, size_t L, size_t n) {
+    if (L) RUN(bounds_backward_kernel, blocks_for(n, THREADS), THREADS, 0, dG, dgamma, G, L, n);
+}
+
+// Constants of a diagonal complex state-space model, of the kinds LRU, ZOH and DSS; see metala.c for the equations.
+//   decay, phase, alpha, theta [H,N]   step [H]   b [H,N,2] complex: a thread for each channel, in double
+typedef struct { double re, im; } complex_number;
+__device__ complex_number complex_of(double re, double im) { complex_number z = {re, im}; return z; }
+__device__ complex_number complex_times(complex_number a, complex_number b) {
+    return complex_of(a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re);
+}
+__device__ complex_number complex_over(complex_number a, complex_number b) {
+    double size = b.re * b.re + b.im * b.im;
+    return complex_of((a.re * b.re + a.im * b.im) / size, (a.im * b.re - a.re * b.im) / size);
+}
+// e^z - 1, exact near 0.
+__device__ complex_number complex_expm1(complex_number z) {
+    double half = sin(z.im / 2), grown = expm1(z.re);
+    return complex_of(grown * cos(z.im) - 2 * half * half, (grown + 1) * sin(z.im));
+}
+// Exponents are kept where nothing overflows and a λ is never 0.
+__device__ double bounded_exp(float x) { return exp(x < -80 ? -80 : x > 40 ? 40 : (double)x); }
+__device__ double bounded_phase(double x) { return x < -1e30 ? -1e30 : x > 1e30 ? 1e30 : x; }
+
+__global__ void ssm_forward_kernel(metala_ssm kind, float *alpha, float *theta, float *b, const float *decay,
+                                   const float *phase, const float *step, size_t H, size_t N, size_t length) {
+    FOR_EACH(i, H * N) {
+        double delta = bounded_exp(step[i / N]);
+        complex_number factor = {delta, 0};
+        if (kind == METALA_SSM_LRU) {
+            alpha[i] = (float)exp(-bounded_exp(decay[i]));
+            theta[i] = (float)bounded_exp(phase[i]);
+        } else {
+            complex_number lambda = {-bounded_exp(decay[i]), bounded_phase((double)phase[i])};
+            complex_number z = {lambda.re * delta, bounded_phase(lambda.im * delta)};
+            complex_number all = {z.re * (double)length, z.im * (double)length};
+            alpha[i] = (float)exp(z.re);
+            theta[i] = (float)z.im;
+            factor = complex_over(complex_expm1(z), lambda);
+            if (kind == METALA_SSM_DSS) factor = complex_over(factor, complex_expm1(all));
+        }
+        b[2 * i] = (float)factor.re;
+        b[2 * i + 1] = (float)factor.im;
+    }
+}
+void ssm_forward(metala_context *ctx, metala_ssm kind, float *alpha, float *theta, float *b, const float *decay,
+                 const float *phase, const float *step, size_t H, size_t N, size_t length) {
+    RUN(ssm_forward_kernel, blocks_for(H * N, THREADS), THREADS, 0, kind, alpha, theta, b, decay, phase, step, H, N,
+        length);
+}
+
+// ∂b/∂λ and ∂b/∂Δ as in metala.c: a warp for each h, whose lanes have the n, since dstep is a sum over them.
+__device__ complex_number zoh_slope(complex_number z) {              // (z e^z - (e^z - 1))/z², near 0 its power series
+    complex_number grown = complex_expm1(z), sum = {0, 0};
+    if (z.re * z.re + z.im * z.im > 0.25) {
+        complex_number e = {grown.re + 1, grown.im}, top = complex_times(z, e);
+        return complex_over(complex_of(top.re - grown.re, top.im - grown.im), complex_times(z, z));
+    }
+    for (int n = 15; n >= 0; n--) {                                  // Σ_n z^n (n+1)/(n+2)!
+        double term = n + 1;
+        for (int m = n + 2; m > 1; m--) term /= m;
+        sum = complex_times(sum, z);
+        sum.re += term;
+    }
+    return sum;
+}
+
+__device__ complex_number softmax_slope(complex_number w) {          // e^w/(e^w - 1) - 1/w, near 0 its power series
+    const double series[] = {1.0 / 12, -1.0 / 720, 1.0 / 30240, -1.0 / 1209600, 1.0 / 47900160,
+                             -691.0 / 1307674368000.0};
+    if (w.re * w.re + w.im * w.im > 0.25) {
+        complex_number grown = complex_expm1(w), inverse = complex_over(complex_of(1, 0), w);
+        complex_number ratio = complex_over(complex_of(grown.re + 1, grown.im), grown);
+        return complex_of(ratio.re - inverse.re, ratio.im - inverse.im);
+    }
+    complex_number square = complex_times(w, w), sum = {0, 0};
+#pragma unroll
+    for (int n = 5; n >= 0; n--) {
+        sum = complex_times(sum, square);
+        sum.re += series[n];
+    }
+    sum = complex_times(sum, w);
+    return complex_of(sum.re + 0.5, sum.im);
+}
+
+__global__ void ssm_backward_kernel(metala_ssm kind, float *ddecay, float *dphase, float *dstep, const float *da,
+                                    const float *dtheta, const float *db, const float *decay, const float *phase,
+                                    const float *step, size_t H, size_t N, size_t length) {
+    FOR_EACH_WARP(h, H) {
+        double delta = bounded_exp(step[h]), ddelta = 0;
+        for (size_t i = h * N + threadIdx.x % WARP; i < (h + 1) * N; i += WARP) {
+            double gradient_a = (double)da[i], gradient_theta = (double)dtheta[i], rate = bounded_exp(decay[i]);
+            complex_number gradient = {(double)db[2 * i], (double)db[2 * i + 1]};
+            if (kind == METALA_SSM_LRU) {
+                ddecay[i] += (float)(-rate * gradient_a);
+                dphase[i] += (float)(gradient_theta * bounded_exp(phase[i]));
+                ddelta += gradient.re;
+                continue;
+            }
+            complex_number lambda = {-rate, bounded_phase((double)phase[i])};
+            complex_number z = {lambda.re * delta, bounded_phase(lambda.im * delta)};
+            complex_number grown = complex_expm1(z), in_lambda, in_delta;
+            if (kind == METALA_SSM_ZOH) {
+                in_lambda = complex_times(complex_of(delta * delta, 0), zoh_slope(z));
+                in_delta = complex_of(grown.re + 1, grown.im);
+            } else {
+                complex_number all = {z.re * (double)length, z.im * (double)length};
+                complex_number near = softmax_slope(z), far = softmax_slope(all);
+                complex_number slope = {(double)length * far.re - near.re, (double)length * far.im - near.im};
+                complex_number inverse = complex_over(complex_of(1, 0), lambda);
+                complex_number b = complex_times(complex_over(grown, complex_expm1(all)), inverse);
+                in_lambda = complex_times(b, complex_of(-inverse.re - delta * slope.re, -inverse.im - delta * slope.im));
+                in_delta = complex_times(complex_times(b, lambda), complex_of(-slope.re, -slope.im));
+            }
+            double re = gradient.re * in_lambda.re + gradient.im * in_lambda.im + gradient_a * delta;
+            double im = gradient.im * in_lambda.re - gradient.re * in_lambda.im + gradient_theta * delta;
+            ddecay[i] += (float)(re * lambda.re);
+            dphase[i] += (float)im;
+            ddelta += gradient.re * in_delta.re + gradient.im * in_delta.im + gradient_a * lambda.re +
+                      gradient_theta * lambda.im;
+        }
+        ddelta = warp_sum(ddelta);
+        if (threadIdx.x % WARP == 0) dstep[h] += (float)(ddelta * delta);
+    }
+}
+void ssm_backward(metala_context *ctx, metala_ssm kind, float *ddecay, float *dphase, float *dstep, const float *da,
+                  const float *dtheta, const float *db, const float *decay, const float *phase, const float *step,
+                  size_t H, size_t N, size_t length) {
+    RUN(ssm_backward_kernel, blocks_for(H, WARPS), THREADS, 0, kind, ddecay, dphase, dstep, da, dtheta, db, decay, phase,
+        step, H, N, length);
+}
+
+// Complex factor, pairs of numbers being complex:  y = b ⊙ x         y, x (rows,n,2)   b [n,2]: a block for each row.
+__global__ void scale_pairs_forward_kernel(float *y, const float *x, const float *b, size_t rows, size_t n) {
+    FOR_EACH_ROW(row, rows)
+        for (size_t i = threadIdx.x; i < n; i += THREADS) {
+            size_t at = 2 * (row * n + i);
+            float re = x[at], im = x[at + 1];
+            y[at] = b[2 * i] * re - b[2 * i + 1] * im;
+            y[at + 1] = b[2 * i] * im + b[2 * i + 1] * re;
+        }
+}
+void scale_pairs_forward(metala_context *ctx, float *y, const float *x, const float *b, size_t rows, size_t n) {
+    RUN(scale_pairs_forward_kernel, blocks_for(rows, 1), THREADS, 0, y, x, b, rows, n);
+}
+
+// dx = conj(b) dy      db += Σ_rows conj(x) dy
+__global__ void scale_pairs_backward_kernel(float *dx, const float *dy, const float *b, size_t rows, size_t n) {
+    FOR_EACH_ROW(row, rows)
+        for (size_t i = threadIdx.x; i < n; i += THREADS) {
+            size_t at = 2 * (row * n + i);
+            float re = dy[at], im = dy[at + 1];
+            dx[at] = b[2 * i] * re + b[2 * i + 1] * im;
+            dx[at + 1] = b[2 * i] * im - b[2 * i + 1] * re;
+        }
+}
+struct scale_pairs_b {
+    const float *dy, *x;
+    size_t n;
+    __device__ float at(size_t row, size_t i) const {                // i: real parts are even, imaginary ones odd
+        const float *gradient = dy + 2 * row * n, *in = x + 2 * row * n;
+        return i % 2 ? in[i - 1] * gradient[i] - in[i] * gradient[i - 1]
+                     : in[i] * gradient[i] + in[i + 1] * gradient[i + 1];
+    }
+};
+void scale_pairs_backward(metala_context *ctx, float *dx, float *db, const float *dy, const float *x, const float *b,
+                          size_t rows, size_t n) {
+    scale_pairs_b term = {dy, x, n};
+    add_sums(ctx, db, term, rows, 2 * n);
+    RUN(scale_pairs_backward_kernel, blocks_for(rows, 1), THREADS, 0, dx, dy, b, rows, n);
+}
+
+// Selective decay:  Δ = softplus(z),  α = exp(-Δ exp(A)),  v = Δ x        v, z, x (rows,C)   alpha (rows,C,N)   A [C,N]
+// A block for each row.
+__device__ float rate(float A) { return expf(fminf(A, 80)); }     // e^A, finite
+__device__ float softplus(float z) { return (z > 0 ? z : 0) + log1pf(expf(-fabsf(z))); }
+
+__global__ void selective_forward_kernel(float *alpha, float *v, const float *z, const float *x, const float *A,
+                                         size_t rows, unsigned C, unsigned N) {
+    FOR_EACH_ROW(row, rows) {
+        for (unsigned i = threadIdx.x; i < C * N; i += THREADS)
+            alpha[row * C * N + i] = expf(-softplus(z[row * C + i / N]) * rate(A[i]));
+        for (unsigned c = threadIdx.x; c < C; c += THREADS) v[row * C + c] = softplus(z[row * C + c]) * x[row * C + c];
+    }
+}
+void selective_forward(metala_context *ctx, float *alpha, float *v, const float *z, const float *x, const float *A,
+                       size_t rows, size_t C, size_t N) {
+    RUN(selective_forward_kernel, blocks_for(rows, 1), THREADS, 0, alpha, v, z, x, A, rows, (unsigned)C, (unsigned)N);
+}
+
+// da is the gradient in log α:  dΔ = Σ_n -e^A da + dv x,  dz = dΔ σ(z),  dx = Δ dv,  dA += Σ_rows -Δ e^A da
+__global__ void selective_backward_kernel(float *dz, float *dx, const float *da, const float *dv, const float *z,
+                                          const float *x, const float *A, size_t rows, size_t C, size_t N) {
+    FOR_EACH_ROW(row, rows)
+        for (size_t c = threadIdx.x; c < C; c += THREADS) {
+            size_t at = row * C + c;
+            float sum = 0, in = x[at], gradient = dv[at];
+            for (size_t n = 0; n < N; n++) sum += rate(A[c * N + n]) * da[at * N + n];
+            dz[at] = (gradient * in - sum) * sigmoid(z[at]);
+            dx[at] = softplus(z[at]) * gradient;
+        }
+}
+struct selective_A {
+    const float *da, *z, *A;
+    size_t C, N;
+    __device__ float at(size_t row, size_t i) const {
+        return -softplus(z[row * C + i / N]) * rate(A[i]) * da[row * C * N + i];
+    }
+};
+void selective_backward(metala_context *ctx, float *dz, float *dx, float *dA, const float *da, const float *dv,
+                        const float *z, const float *x, const float *A, size_t rows, size_t C, size_t N) {
+    selective_A term = {da, z, A, C, N};
+    add_sums(ctx, dA, term, rows, C * N);
+    RUN(selective_backward_kernel, blocks_for(rows, 1), THREADS, 0, dz, dx, da, dv, z, x, A, rows, C, N);
+}
+
+// The same for each head:  y_h = x          y (rows,H,K)   x (rows,K): a block for each row.
+__global__ void copy_heads_forward_kernel(float *y, const float *x, size_t rows, unsigned H, unsigned K) {
+    FOR_EACH_ROW(row, rows)
+        for (unsigned i = threadIdx.x; i < H * K; i += THREADS) y[row * H * K + i] = x[row * K + i % K];
+}
+void copy_heads_forward(metala_context *ctx, float *y, const float *x, size_t rows, size_t H, size_t K) {
+    RUN(copy_heads_forward_kernel, blocks_for(rows, 1), THREADS, 0, y, x, rows, (unsigned)H, (unsigned)K);
+}
+
+// dx = Σ_h dy_h. A warp for each 32 channels of a row: WARPS groups of lanes share out the heads, and their sums are added
+// in order.
+__global__ void copy_heads_backward_kernel(float *dx, const float *dy, size_t rows, size_t H, size_t K) {
+    __shared__ float part[WARPS][WARP];
+    const unsigned lane = threadIdx.x % WARP, group = threadIdx.x / WARP;
+    const size_t tiles = ceil_div(K, WARP);
+    FOR_EACH_ROW(tile, rows * tiles) {
+        size_t row = tile / tiles, i = tile % tiles * WARP + lane;
+        float sum = 0;
+        for (size_t h = group; h < H && i < K; h += WARPS) sum += dy[(row * H + h) * K + i];
+        part[group][lane] = sum;
+        __syncthreads();
+        for (unsigned g = 1; g < WARPS && group == 0; g++) sum += part[g][lane];
+        if (group == 0 && i < K) dx[row * K + i] = sum;
+        __syncthreads();
+    }
+}
+void copy_heads_backward(metala_context *ctx, float *dx, const float *dy, size_t rows, size_t H, size_t K) {
+    RUN(copy_heads_backward_kernel, blocks_for(rows * ceil_div(K, WARP), 1), THREADS, 0, dx, dy, rows, H, K);
+}
+
+// RWKV-4's exponentials, kept below 1; see metala.c for the equations.
+//   q, key, alpha, bonus, k (B,T,D)   w, u [D]   mask (B,T) or NULL   previous (B,2,D): k and M of the token before, NULL
+//   at the start: a thread for each channel of a sequence, from the first token to the last.
+const float NOTHING = -1e30f;            // the logarithm of no weight at all
+__device__ float wkv_bounded(float x) { return fminf(fmaxf(x, -1e28f), 1e28f); }
+__device__ float wkv_decay(float w) { return expf(fminf(w, 60)); }
+
+__global__ void wkv_forward_kernel(float *q, float *key, float *alpha, float *bonus, const float *k, const float *w,
+                                   const float *u, const uint8_t *mask, float *previous, size_t B, size_t T, size_t D,
+                                   int at_start) {
+    FOR_EACH(i, B * D) {
+        const size_t b = i / D, d = i % D;
+        float *kept = previous ? previous + b * 2 * D + d : NULL;
+        const float decay = wkv_decay(w[d]), first = wkv_bounded(u[d]);
+        float before = kept && !at_start ? kept[0] : NOTHING, M = kept && !at_start ? kept[D] : NOTHING;
+        for (size_t t = 0; t < T; t++) {
+            const size_t at = (b * T + t) * D + d;
+            const float now = !mask || mask[b * T + t] ? wkv_bounded(k[at]) : NOTHING, own = first + now;
+            if (t == 0 && at_start) {
+                q[at] = key[at] = alpha[at] = 0;
+                bonus[at] = 1;
+            } else {
+                float most = fmaxf(M - decay, before), p = fmaxf(most, own);
+                alpha[at] = expf(M - decay - most);
+                key[at] = expf(before - most);
+                q[at] = expf(most - p);
+                bonus[at] = expf(own - p);
+                M = most;
+            }
+            before = now;
+        }
+        if (kept) kept[0] = before, kept[D] = M;
+    }
+}
+void wkv_forward(metala_context *ctx, float *q, float *key, float *alpha, float *bonus, const float *k, const float *w,
+                 const float *u, const uint8_t *mask, float *previous, size_t B, size_t T, size_t D, uint64_t position) {
+    RUN(wkv_forward_kernel, blocks_for(B * D, THREADS), THREADS, 0, q, key, alpha, bonus, k, w, u, mask, previous, B, T,
+        D, position == 0);
+}
+
+// dk_t = dbonus_t bonus_t + dkey_{t+1} key_{t+1} (0 beyond the end), 0 where masked: a block for each row
+//   dw += Σ -e^w da_t      du += Σ dbonus_t bonus_t
+__global__ void wkv_backward_kernel(float *dk, const float *dkey, const float *dbonus, const float *key,
+                                    const float *bonus, const uint8_t *mask, size_t B, size_t T, size_t D) {
+    FOR_EACH_ROW(row, B * T)
+        for (size_t d = threadIdx.x; d < D; d += THREADS) {
+            const size_t at = row * D + d;
+            float gradient = dbonus[at] * bonus[at];
+            if (row % T + 1 < T) gradient += dkey[at + D] * key[at + D];
+            dk[at] = mask && !mask[row] ? 0 : gradient;
+        }
+}
+struct wkv_w {
+    const float *da, *w;
+    size_t D;
+    __device__ float at(size_t row, size_t d) const { return -wkv_decay(w[d]) * da[row * D + d]; }
+};
+struct wkv_u {
+    const float *dbonus, *bonus;
+    size_t D;
+    __device__ float at(size_t row, size_t d) const { return dbonus[row * D + d] * bonus[row * D + d]; }
+};
+void wkv_backward(metala_context *ctx, float *dk, float *dw, float *du, const float *dkey, const float *da,
+                  const float *dbonus, const float *key, const float *bonus, const float *w, const uint8_t *mask, size_t B,
+                  size_t T, size_t D) {
+    wkv_w of_w = {da, w, D};
+    wkv_u of_u = {dbonus, bonus, D};
+    add_sums(ctx, dw, of_w, B * T, D);
+    add_sums(ctx, du, of_u, B * T, D);
+    RUN(wkv_backward_kernel, blocks_for(B * T, 1), THREADS, 0, dk, dkey, dbonus, key, bonus, mask, B, T, D);
+}
+
+// A channel of ones for the normaliser:  y_t = m_t [v_t, 1];  delayed: [v_{t-1}, 1], and v_{-1} = previous, NULL for zeros
+//   y (B,T,H,V+1)   v (B,T,H,V)   mask (B,T) or NULL   previous (B,H,V): a block for each row.
+__global__ void extend_forward_kernel(float *y, const float *v, const uint8_t *mask, const float *previous, int delayed,
+                                      size_t B, size_t T, unsigned H, unsigned V) {
+    const unsigned wide = V + 1, width = H * V;
+    FOR_EACH_ROW(row, B * T) {
+        const bool seen = delayed || !mask || mask[row];
+        for (unsigned i = threadIdx.x; i < H * wide; i += THREADS) {
+            const unsigned j = i % wide, at = i / wide * V + j;
+            float value = j == V    ? 1
+                          : delayed ? token_before(v, previous, row, at, T, width)
+                                    : v[row * width + at];
+            y[row * H * wide + i] = seen ? value : 0;
+        }
+    }
+}
+void extend_forward(metala_context *ctx, float *y, const float *v, const uint8_t *mask, const float *previous,
+                    int delayed, size_t B, size_t T, size_t H, size_t V) {
+    RUN(extend_forward_kernel, blocks_for(B * T, 1), THREADS, 0, y, v, mask, previous, delayed, B, T, (unsigned)H,
+        (unsigned)V);
+}
+
+// dv_t = m_t dy_t, or dy_{t+1} when delayed (0 beyond the end), without the channel of ones.
+__global__ void extend_backward_kernel(float *dv, const float *dy, const uint8_t *mask, int delayed, size_t B, size_t T,
+                                       unsigned H, unsigned V) {
+    FOR_EACH_ROW(row, B * T) {
+        const size_t from = delayed ? row + 1 : row;
+        const bool used = delayed ? row % T + 1 < T : !mask || mask[row];
+        for (unsigned i = threadIdx.x; i < H * V; i += THREADS)
+            dv[row * H * V + i] = used ? dy[(from * H + i / V) * (V + 1) + i % V] : 0;
+    }
+}
+void extend_backward(metala_context *ctx, float *dv, const float *dy, const uint8_t *mask, int delayed, size_t B,
+                     size_t T, size_t H, size_t V) {
+    RUN(extend_backward_kernel, blocks_for(B * T, 1), THREADS, 0, dv, dy, mask, delayed, B, T, (unsigned)H, (unsigned)V);
+}
+
+// Normaliser:  y_j = (o_j + b v_j) / (o_V + b + eps)      o (rows,H,V+1)   y, v (rows,H,V)   bonus b (rows,H), NULL for 0
+// A warp for each row and head.
+__global__ void normalise_forward_kernel(float *y, const float *o, const float *bonus, const float *v, size_t heads,
+                                         size_t V, float eps) {
+    FOR_EACH_WARP(r, heads) {
+        const float *in = o + r * (V + 1), b = bonus ? bonus[r] : 0, ones = in[V] + b + eps;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP)
+            y[r * V + j] = (in[j] + (bonus ? b * v[r * V + j] : 0)) / ones;
+    }
+}
+void normalise_forward(metala_context *ctx, float *y, const float *o, const float *bonus, const float *v, size_t rows,
+                       size_t H, size_t V, double eps) {
+    RUN(normalise_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, y, o, bonus, v, rows * H, V, (float)eps);
+}
+
+// dO_j = dy_j / (o_V + b + eps)      dO_V = -Σ_j dO_j y_j      dbonus = Σ_j dO_j v_j + dO_V      dv_j = b dO_j
+// without bonus no dbonus and no dv. A warp for each row and head.
+__global__ void normalise_backward_kernel(float *dO, float *dbonus, float *dv, const float *dy, const float *y,
+                                          const float *o, const float *bonus, const float *v, size_t heads, size_t V,
+                                          float eps) {
+    FOR_EACH_WARP(r, heads) {
+        float *out = dO + r * (V + 1), b = bonus ? bonus[r] : 0, ones = o[r * (V + 1) + V] + b + eps, along = 0, own = 0;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
+            float gradient = dy[r * V + j] / ones;
+            along += gradient * y[r * V + j];
+            out[j] = gradient;
+            if (!bonus) continue;
+            own += gradient * v[r * V + j];
+            dv[r * V + j] = b * gradient;
+        }
+        along = warp_sum(along), own = warp_sum(own);
+        if (threadIdx.x % WARP) continue;
+        out[V] = -along;
+        if (bonus) dbonus[r] = own - along;
+    }
+}
+void normalise_backward(metala_context *ctx, float *dO, float *dbonus, float *dv, const float *dy, const float *y,
+                        const float *o, const float *bonus, const float *v, size_t rows, size_t H, size_t V, double eps) {
+    RUN(normalise_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dO, dbonus, dv, dy, y, o, bonus, v, rows * H,
+        V, (float)eps);
+}
+
+// Skip:  y = o + d ⊙ x          y, o, x (rows,n)   d [n]; y may be o: a block for each row.
+__global__ void skip_forward_kernel(float *y, const float *o, const float *x, const float *d, size_t rows, size_t n) {
+    FOR_EACH_ROW(row, rows)
+        for (size_t i = threadIdx.x; i < n; i += THREADS) y[row * n + i] = o[row * n + i] + d[i] * x[row * n + i];
+}
+void skip_forward(metala_context *ctx, float *y, const float *o, const float *x, const float *d, size_t rows, size_t n) {
+    RUN(skip_forward_kernel, blocks_for(rows, 1), THREADS, 0, y, o, x, d, rows, n);
+}
+
+// do = dy (the same memory serves both)      dx += d ⊙ dy      dd += Σ_rows dy ⊙ x
+__global__ void skip_backward_kernel(float *dx, const float *dy, const float *d, size_t rows, size_t n) {
+    FOR_EACH_ROW(row, rows)
+        for (size_t i = threadIdx.x; i < n; i += THREADS) dx[row * n + i] += d[i] * dy[row * n + i];
+}
+struct skip_d {
+    const float *dy, *x;
+    size_t n;
+    __device__ float at(size_t row, size_t i) const { return dy[row * n + i] * x[row * n + i]; }
+};
+void skip_backward(metala_context *ctx, float *dx, float *dd, const float *dy, const float *x, const float *d,
+                   size_t rows, size_t n) {
+    skip_d term = {dy, x, n};
+    add_sums(ctx, dd, term, rows, n);
+    RUN(skip_backward_kernel, blocks_for(rows, 1), THREADS, 0, dx, dy, d, rows, n);
+}
+
+// Product:  y = a ⊙ b, n numbers.
+__global__ void multiply_forward_kernel(float *y, const float *a, const float *b, size_t n) {
+    FOR_EACH(i, n) y[i] = a[i] * b[i];
+}
+void multiply_forward(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
+    RUN(multiply_forward_kernel, blocks_for(n, THREADS), THREADS, 0, y, a, b, n);
+}
+
+// da = dy ⊙ b      db = dy ⊙ a, may be dy
+__global__ void multiply_backward_kernel(float *da, float *db, const float *dy, const float *a, const float *b,
+                                         size_t n) {
+    FOR_EACH(i, n) {
+        float gradient = dy[i];
+        da[i] = gradient * b[i];
+        db[i] = gradient * a[i];
+    }
+}
+void multiply_backward(metala_context *ctx, float *da, float *db, const float *dy, const float *a, const float *b,
+                       size_t n) {
+    RUN(multiply_backward_kernel, blocks_for(n, THREADS), THREADS, 0, da, db, dy, a, b, n);
+}
+
+// Gated product:  y = σ(a) ⊙ b, n numbers.
+__global__ void sigmoid_gate_forward_kernel(float *y, const float *a, const float *b, size_t n) {
+    FOR_EACH(i, n) y[i] = sigmoid(a[i]) * b[i];
+}
+void sigmoid_gate_forward(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
+    RUN(sigmoid_gate_forward_kernel, blocks_for(n, THREADS), THREADS, 0, y, a, b, n);
+}
+
+// da = dy ⊙ b ⊙ σ(a) σ(-a)      db = dy ⊙ σ(a)
+__global__ void sigmoid_gate_backward_kernel(float *da, float *db, const float *dy, const float *a, const float *b,
+                                             size_t n) {
+    FOR_EACH(i, n) {
+        float s = sigmoid(a[i]), gradient = dy[i];
+        da[i] = gradient * b[i] * s * sigmoid(-a[i]);
+        db[i] = gradient * s;
+    }
+}
+void sigmoid_gate_backward(metala_context *ctx, float *da, float *db, const float *dy, const float *a, const float *b,
+                           size_t n) {
+    RUN(sigmoid_gate_backward_kernel, blocks_for(n, THREADS), THREADS, 0, da, db, dy, a, b, n);
+}
+
+// Softmax attention:  o_t = Σ_{j<=past+t} softmax_j(s q_t·k_j) v_j, without masked j; nothing to look at: o_t = 0
+//   o (B,T,H,V)   lse (B,T,H): log of the sum of exponentials, for the backward   q (B,T,H,K)
+//   k, v (B,past+T,H,K) and (B,past+T,H,V), mask (B,past+T) or NULL: sequence b starts at row b·stride of them
+//
+// Tiles of SIDE keys for 16·R queries: a block makes the map of one tile and adds tile times v to its rows of o, COLUMNS
+// of them, so that the T×T map is never stored. A row's sum of exponentials is relative to the largest logit so far, and
+// is scaled whenever a larger one comes. Thread (row group, lane) of 16×16 has R rows, R·group + i. Of the map, it has
+// columns lane + 16j, which 16 threads side by side read from different banks; of o, columns 4·lane + 64c + 0 … 3.
+enum { SIDE = 64, LANES = 16, ACROSS = SIDE / LANES, CHANNELS = 32, CHANNELS_PITCH = CHANNELS + 4, MAP_PITCH = SIDE + 4 };
+
+// `all` rows of x from global to shared memory, zeros beyond the last row and column.
+template <int WIDTH, int TO_PITCH>
+__device__ void load_vectors(float *to, const float *x, size_t step, size_t rows, size_t columns, unsigned all) {
+    for (unsigned n = threadIdx.x; n < all * WIDTH; n += THREADS) {
+        unsigned i = n / WIDTH, j = n % WIDTH;
+        to[i * TO_PITCH + j] = i < rows && j < columns ? x[i * step + j] : 0;
+    }
+}
+
+// map = x yᵀ of 16·R rows of x and SIDE rows of y, `length` channels each, which go through shared memory 32 at a time.
+template <int R>
+__device__ void tile_map(float map[R][ACROSS], float *strips, const float *x, size_t x_step, size_t x_rows,
+                         const float *y, size_t y_step, size_t y_rows, size_t length) {
+    const unsigned lane = threadIdx.x % LANES, row = threadIdx.x / LANES * R;
+    float *of_x = strips, *of_y = strips + LANES * R * CHANNELS_PITCH;
+#pragma unroll
+    for (int i = 0; i < R; i++)
+#pragma unroll
+        for (int j = 0; j < ACROSS; j++) map[i][j] = 0;
+    for (size_t c0 = 0; c0 < length; c0 += CHANNELS) {
+        load_vectors<CHANNELS, CHANNELS_PITCH>(of_x, x + c0, x_step, x_rows, length - c0, LANES * R);
+        load_vectors<CHANNELS, CHANNELS_PITCH>(of_y, y + c0, y_step, y_rows, length - c0, SIDE);
+        __syncthreads();
+#pragma unroll 2
+        for (unsigned c = 0; c < CHANNELS; c += 4) {
+            float4 a[R], b[ACROSS];
+#pragma unroll
+            for (int i = 0; i < R; i++) a[i] = *(const float4 *)&of_x[(row + i) * CHANNELS_PITCH + c];
+#pragma unroll
+            for (int j = 0; j < ACROSS; j++) b[j] = *(const float4 *)&of_y[(lane + LANES * j) * CHANNELS_PITCH + c];
+#pragma unroll
+            for (int i = 0; i < R; i++)
+#pragma unroll
+                for (int j = 0; j < ACROSS; j++)
+                    map[i][j] += a[i].x * b[j].x + a[i].y * b[j].y + a[i].z * b[j].z + a[i].w * b[j].w;
+        }
+        __syncthreads();
+    }
+}
+
+// sum += map v: the map in shared memory, v SIDE rows of COLUMNS numbers.
+template <int R, int COLUMNS>
+__device__ void tile_values(float sum[R][COLUMNS / LANES], const float *map, const float *v) {
+    const unsigned lane = threadIdx.x % LANES, row = threadIdx.x / LANES * R;
+#pragma unroll 1
+    for (unsigned j = 0; j < SIDE; j += 4) {
+        float weight[R][4];
+#pragma unroll
+        for (int i = 0; i < R; i++) *(float4 *)weight[i] = *(const float4 *)&map[(row + i) * MAP_PITCH + j];
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+#pragma unroll
+            for (int c = 0; c < COLUMNS / SIDE; c++) {
+                float4 x = *(const float4 *)&v[(j + e) * COLUMNS + SIDE * c + 4 * lane];
+#pragma unroll
+                for (int i = 0; i < R; i++) {
+                    sum[i][4 * c] += weight[i][e] * x.x, sum[i][4 * c + 1] += weight[i][e] * x.y;
+                    sum[i][4 * c + 2] += weight[i][e] * x.z, sum[i][4 * c + 3] += weight[i][e] * x.w;
+                }
+            }
+    }
+}
+
+// Shared memory of a block: strips for tile_map, later the map itself; and the tile of v.
+template <int R, int COLUMNS>
+constexpr size_t attention_shared() {
+    static_assert(LANES * R * MAP_PITCH <= (LANES * R + SIDE) * CHANNELS_PITCH, "the map has room where the strips were");
+    return ((LANES * R + SIDE) * CHANNELS_PITCH + SIDE * COLUMNS) * sizeof(float);
+}
+
+// Largest number, and sum, of the 16 lanes that share rows.
+__device__ float most_of_lanes(float x) {
+    for (int distance = LANES / 2; distance > 0; distance /= 2)
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, distance));
+    return x;
+}
+__device__ float sum_of_lanes(float x) {
+    for (int distance = LANES / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+
+// Blocks: tiles of queries, those with most keys first; heads of sequences; tiles of columns, which repeat the map.
+template <int R, int COLUMNS>
+__global__ void __launch_bounds__(THREADS)
+attention_forward_kernel(float *o, float *lse, const float *q, const float *k, const float *v, const uint8_t *mask,
+                         size_t T, size_t past, size_t stride, size_t H, size_t K, size_t V, float scale) {
+    DYNAMIC_SHARED(float, memory);
+    float *map = memory, *values = memory + (LANES * R + SIDE) * CHANNELS_PITCH;
+    const unsigned lane = threadIdx.x % LANES, row = threadIdx.x / LANES * R;
+    const size_t b = blockIdx.y / H, h = blockIdx.y % H, j0 = blockIdx.z * (size_t)COLUMNS;
+    const size_t t0 = (gridDim.x - 1 - blockIdx.x) * (size_t)(LANES * R), t_end = least(T, t0 + LANES * R);
+    const size_t first_query = (b * T + t0) * H + h, keys = past + t_end;
+    float sum[R][COLUMNS / LANES] = {}, most[R], total[R];
+#pragma unroll
+    for (int i = 0; i < R; i++) most[i] = -FLT_MAX, total[i] = 0;
+
+    for (size_t s0 = 0; s0 < keys; s0 += SIDE) {
+        const size_t first_key = (b * stride + s0) * H + h, rows = keys - s0;
+        float own[R][ACROSS];
+        load_vectors<COLUMNS, COLUMNS>(values, v + first_key * V + j0, H * V, rows, V - j0, SIDE);
+        tile_map<R>(own, memory, q + first_query * K, H * K, t_end - t0, k + first_key * K, H * K, rows, K);
+#pragma unroll
+        for (int i = 0; i < R; i++) {
+            bool seen[ACROSS];
+            float larger = most[i];
+#pragma unroll
+            for (int j = 0; j < ACROSS; j++) {
+                const size_t key = s0 + lane + LANES * j;
+                seen[j] = key < keys && key <= past + t0 + row + i && (!mask || mask[b * stride + key]);
+                own[i][j] *= scale;
+                if (seen[j]) larger = fmaxf(larger, own[i][j]);
+            }
+            larger = most_of_lanes(larger);
+            const float factor = expf(most[i] - larger);
+            most[i] = larger, total[i] *= factor;
+#pragma unroll
+            for (int c = 0; c < COLUMNS / LANES; c++) sum[i][c] *= factor;
+#pragma unroll
+            for (int j = 0; j < ACROSS; j++) {
+                float weight = seen[j] ? expf(own[i][j] - larger) : 0;
+                total[i] += weight;
+                map[(row + i) * MAP_PITCH + lane + LANES * j] = weight;
+            }
+        }
+        __syncthreads();
+        tile_values<R, COLUMNS>(sum, map, values);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        const size_t at = first_query + (row + i) * H;
+        const float all = sum_of_lanes(total[i]), inverse = all > 0 ? 1 / all : 0;
+        if (t0 + row + i >= T) continue;
+        if (j0 == 0 && lane == 0) lse[at] = all > 0 ? most[i] + logf(all) : 0;
+#pragma unroll
+        for (int c = 0; c < COLUMNS / LANES; c++) {
+            const size_t j = j0 + c / 4 * SIDE + 4 * lane + c % 4;
+            if (j < V) o[at * V + j] = sum[i][c] * inverse;
+        }
+    }
+}
+void attention_forward(metala_context *ctx, float *o, float *lse, const float *q, const float *k, const float *v,
+                       const uint8_t *mask, size_t B, size_t T, size_t past, size_t stride, size_t H, size_t K, size_t V,
+                       double scale) {
+#define FORWARD(R, COLUMNS)                                                                                       \
+    RUN((attention_forward_kernel<R, COLUMNS>), extent(ceil_div(T, LANES * R), B * H, ceil_div(V, COLUMNS)),      \
+        THREADS, (attention_shared<R, COLUMNS>()), o, lse, q, k, v, mask, T, past, stride, H, K, V, (float)scale)
+    if (T <= LANES && V <= 64) FORWARD(1, 64);
+    else if (T <= LANES) FORWARD(1, 128);
+    else if (V <= 64) FORWARD(4, 64);
+    else FORWARD(4, 128);
+#undef FORWARD
+}
+
+// With p = e^{s q·k - lse}, δ_t = Σ_j do_tj o_tj and dlogit = p (do·v - δ):
+//   dv_j = Σ_t p_tj do_t      dq_t = s Σ_j dlogit_tj k_j      dk_j = s Σ_t dlogit_tj q_t
+// Each is a map times vectors. A block has a tile of the rows of one of the three, `own`, and goes through the `other`
+// side's tiles, whose maps it makes again: rows are queries for dq, keys for dk and dv.
+enum gradient { OF_Q, OF_K, OF_V };
+
+__global__ void attention_delta_kernel(float *delta, const float *dO, const float *o, size_t heads, size_t V) {
+    FOR_EACH_WARP(r, heads) {
+        float sum = 0;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) sum += dO[r * V + j] * o[r * V + j];
+        sum = warp_sum(sum);
+        if (threadIdx.x % WARP == 0) delta[r] = sum;
+    }
+}
+
+template <gradient OF, int COLUMNS>
+__global__ void __launch_bounds__(THREADS)
+attention_backward_kernel(float *to, const float *dO, const float *lse, const float *delta, const float *q,
+                          const float *k, const float *v, const uint8_t *mask, size_t T, size_t H, size_t K, size_t V,
+                          float scale) {
+    enum { R = SIDE / LANES };
+    DYNAMIC_SHARED(float, memory);
+    float *map = memory, *values = memory + (LANES * R + SIDE) * CHANNELS_PITCH;
+    const unsigned lane = threadIdx.x % LANES, row = threadIdx.x / LANES * R;
+    const size_t b = blockIdx.y / H, first = blockIdx.y / H * T * H + blockIdx.y % H, j0 = blockIdx.z * (size_t)COLUMNS;
+    const size_t width = OF == OF_V ? V : K, tile = OF == OF_Q ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const size_t own0 = tile * SIDE, own_at = first + own0 * H, own_rows = least(SIDE, T - own0);
+    const size_t other_begin = OF == OF_Q ? 0 : own0, other_end = OF == OF_Q ? own0 + own_rows : T;
+    const float *times = OF == OF_Q ? k : OF == OF_K ? q : dO;
+    float sum[R][COLUMNS / LANES] = {};
+
+    for (size_t other0 = other_begin; other0 < other_end; other0 += SIDE) {
+        const size_t other_at = first + other0 * H, rows = least(SIDE, T - other0);
+        float weight[R][ACROSS], product[R][ACROSS];
+        load_vectors<COLUMNS, COLUMNS>(values, times + other_at * width + j0, H * width, rows, width - j0, SIDE);
+        tile_map<R>(weight, memory, (OF == OF_Q ? q : k) + own_at * K, H * K, own_rows, (OF == OF_Q ? k : q) + other_at * K,
+                    H * K, rows, K);
+        if (OF != OF_V)
+            tile_map<R>(product, memory, (OF == OF_Q ? dO : v) + own_at * V, H * V, own_rows,
+                        (OF == OF_Q ? v : dO) + other_at * V, H * V, rows, V);
+#pragma unroll
+        for (int i = 0; i < R; i++)
+#pragma unroll
+            for (int j = 0; j < ACROSS; j++) {
+                const size_t mine = own0 + row + i, other = other0 + lane + LANES * j;
+                const size_t query = OF == OF_Q ? mine : other, key = OF == OF_Q ? other : mine;
+                float x = 0;
+                if (query < T && key <= query && (!mask || mask[b * T + key])) {
+                    x = expf(fminf(weight[i][j] * scale - lse[first + query * H], 0));
+                    if (OF != OF_V) x *= (product[i][j] - delta[first + query * H]) * scale;
+                }
+                map[(row + i) * MAP_PITCH + lane + LANES * j] = x;
+            }
+        __syncthreads();
+        tile_values<R, COLUMNS>(sum, map, values);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < R; i++)
+#pragma unroll
+        for (int c = 0; c < COLUMNS / LANES; c++) {
+            const size_t j = j0 + c / 4 * SIDE + 4 * lane + c % 4;
+            if (row + i < own_rows && j < width) to[(own_at + (row + i) * H) * width + j] = sum[i][c];
+        }
+}
+template <gradient OF>
+void attention_backward_of(metala_context *ctx, float *to, const float *dO, const float *lse, const float *delta,
+                           const float *q, const float *k, const float *v, const uint8_t *mask, size_t B, size_t T,
+                           size_t H, size_t K, size_t V, double scale) {
+    const size_t width = OF == OF_V ? V : K;
+#define BACKWARD(COLUMNS)                                                                                             \
+    RUN((attention_backward_kernel<OF, COLUMNS>), extent(ceil_div(T, SIDE), B * H, ceil_div(width, COLUMNS)),         \
+        THREADS, (attention_shared<SIDE / LANES, COLUMNS>()), to, dO, lse, delta, q, k, v, mask, T, H, K, V,          \
+        (float)scale)
+    if (width <= 64) BACKWARD(64);
+    else BACKWARD(128);
+#undef BACKWARD
+}
+void attention_backward(metala_context *ctx, float *dq, float *dk, float *dv, const float *dO, const float *o,
+                        const float *lse, const float *q, const float *k, const float *v, const uint8_t *mask, size_t B,
+                        size_t T, size_t H, size_t K, size_t V, double scale) {
+    float *delta = scratch(ctx, B * T * H);
+    if (!delta) return;
+    RUN(attention_delta_kernel, blocks_for(B * T * H, WARPS), THREADS, 0, delta, dO, o, B * T * H, V);
+    attention_backward_of<OF_Q>(ctx, dq, dO, lse, delta, q, k, v, mask, B, T, H, K, V, scale);
+    attention_backward_of<OF_K>(ctx, dk, dO, lse, delta, q, k, v, mask, B, T, H, K, V, scale);
+    attention_backward_of<OF_V>(ctx, dv, dO, lse, delta, q, k, v, mask, B, T, H, K, V, scale);
 }
 
 // Softmax cross-entropy:  lse = log Σ_n e^{logit_n},  loss = lse - logit_target; 0 where the target is METALA_IGNORE
@@ -1961,6 +2949,23 @@ const metala_backend *backend() {
         head_norm_forward, head_norm_backward,
         silu_gate_forward, silu_gate_backward,
         add,
+        shift_forward, shift_backward, last_token,
+        map_forward, map_backward,
+        taylor_forward, taylor_backward,
+        rotate_forward, rotate_backward,
+        bounded_gate_forward, bounded_gate_backward,
+        bounds_forward, bounds_backward,
+        ssm_forward, ssm_backward,
+        scale_pairs_forward, scale_pairs_backward,
+        selective_forward, selective_backward,
+        copy_heads_forward, copy_heads_backward,
+        wkv_forward, wkv_backward,
+        extend_forward, extend_backward,
+        normalise_forward, normalise_backward,
+        skip_forward, skip_backward,
+        multiply_forward, multiply_backward,
+        sigmoid_gate_forward, sigmoid_gate_backward,
+        attention_forward, attention_backward,
         cross_entropy_forward, cross_entropy_backward,
         sum_squares, adamw,
     };

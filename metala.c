@@ -20,7 +20,7 @@
 //     4. The kernels around the scan: embedding, norms, convolution, gate, augmentation, SwiGLU, cross-entropy, AdamW
 //     5. The decay scan: recurrent, parallel, chunkwise
 //     6. The backend table
-//     7. The model: configuration, parameters, initialisation
+//     7. The model: rows of the general form, configuration, parameters, initialisation
 //     8. Forward and backward through the layers
 //     9. Training: trainer, gradient, update
 //    10. Inference: states, steps, prefill, scoring
@@ -263,6 +263,26 @@ static inline float one_minus_exp(float a) {
     return a > -0.5f ? near : far;
 }
 #endif
+
+// sin x and cos x, in double: x is a phase after many tokens, of which only what exceeds whole turns counts. With n the
+// nearest whole number of quarter turns, r = x - n π/2 (π/2 in two parts, the first exact in a product with n < 2^20), and
+// the power series of r; the last two bits of n say which of the two series is the sine, and the signs. Error below 1e-9.
+static inline void sine_cosine(double x, double *sine, double *cosine) {
+#ifdef METALA_FLOAT64
+    *sine = sin(fmod(x, 6.283185307179586477)), *cosine = cos(fmod(x, 6.283185307179586477));
+#else
+    const double round_shift = 6755399441055744.0;       // 1.5·2^52
+    double shifted = x * 0.63661977236758134308 + round_shift, n = shifted - round_shift;
+    double r = x - n * 1.57079632673412561417 - n * 6.07710050650619224932e-11, y = r * r;
+    double s = r * (1 + y * (-1.0 / 6 + y * (1.0 / 120 + y * (-1.0 / 5040 + y * (1.0 / 362880)))));
+    double c = 1 + y * (-0.5 + y * (1.0 / 24 + y * (-1.0 / 720 + y * (1.0 / 40320 - y * (1.0 / 3628800)))));
+    uint64_t quarter;
+    memcpy(&quarter, &shifted, sizeof quarter);
+    double of_sine = quarter & 1 ? c : s, of_cosine = quarter & 1 ? s : c;
+    *sine = quarter & 2 ? -of_sine : of_sine;
+    *cosine = (quarter + 1) & 2 ? -of_cosine : of_cosine;
+#endif
+}
 
 static inline real absolute(real x) { return x < 0 ? -x : x; }
 
@@ -748,7 +768,7 @@ static void rms_backward(metala_context *ctx, real *dx, const real *dn, const re
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
 //   u, c, n (B,T,D)   w [D,1,4], the last tap multiplies the current token   c is kept for the backward
 //   tail (B,4,D): the inputs before the first one, oldest first, of which the last 3 are read (the authors' cache has
-//   4); NULL for zeros. Paper section 4.2.
+//   4); NULL for zeros. Paper section 4.2. With u NULL the convolution alone.
 static const real *conv_input(const real *n, const real *tail, const real *zeros, size_t b, size_t t, size_t j,
                               size_t T, size_t D) {
     enum { REACH = METALA_CONV - 1 };
@@ -770,27 +790,31 @@ static void conv_forward(metala_context *ctx, real *u, real *c, const real *n, c
         const real *n1 = conv_input(n, tail, zeros, row / T, row % T, 1, T, D);
         const real *n2 = conv_input(n, tail, zeros, row / T, row % T, 2, T, D);
         const real *n3 = conv_input(n, tail, zeros, row / T, row % T, 3, T, D);
-        real *to_c = c + row * D, *to_u = u + row * D;
+        real *to_c = c + row * D, *to_u = u ? u + row * D : NULL;
         for (size_t d = 0; d < D; d++)
             to_c[d] = taps[d] * n0[d] + taps[D + d] * n1[d] + taps[2 * D + d] * n2[d] + taps[3 * D + d] * n3[d];
-        for (size_t d = 0; d < D; d++) to_u[d] = silu(to_c[d]);
+        if (u)
+            for (size_t d = 0; d < D; d++) to_u[d] = silu(to_c[d]);
     }
 }
 
-// dc = du ⊙ silu'(c)      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
+// dc = du ⊙ silu'(c), or du where c is NULL
+// dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
 static void conv_backward(metala_context *ctx, real *dn, real *dw, const real *du, const real *c, const real *n,
                           const real *w, const real *tail, size_t B, size_t T, size_t D) {
     enum { STRIP = 32 };
-    real *dc = scratch(ctx, (B * T + METALA_CONV + 1) * D * sizeof(real));
-    if (!dc) return;
-    real *taps = dc + B * T * D, *zeros = taps + METALA_CONV * D;
+    real *taps = scratch(ctx, ((c ? B * T : 0) + METALA_CONV + 1) * D * sizeof(real)), *zeros = taps + METALA_CONV * D;
+    if (!taps) return;
+    real *slopes = zeros + D;
+    const real *dc = c ? slopes : du;
     for (size_t d = 0; d < D; d++) {
         for (size_t j = 0; j < METALA_CONV; j++) taps[j * D + d] = w[d * METALA_CONV + j];
         zeros[d] = 0;
     }
-    PARALLEL_FOR(10 * B * T * D)
-    for (size_t row = 0; row < B * T; row++)
-        for (size_t d = 0; d < D; d++) dc[row * D + d] = du[row * D + d] * silu_slope(c[row * D + d]);
+    if (c) {
+        PARALLEL_FOR(10 * B * T * D)
+        for (size_t i = 0; i < B * T * D; i++) slopes[i] = du[i] * silu_slope(c[i]);
+    }
     PARALLEL_FOR(8 * B * T * D)
     for (size_t row = 0; row < B * T; row++) {
         size_t t = row % T;
@@ -970,6 +994,746 @@ static void add(metala_context *ctx, real *y, const real *a, const real *b, size
     for (size_t i = 0; i < n; i++) y[i] = a[i] + b[i];
 }
 
+// ---- Kernels of the other rows of the general form.
+
+// Token shift:  y_t = μ ⊙ n_t + (1-μ) ⊙ n_{t-1}          y, n (B,T,D)   μ [D]
+//   previous (B,D) is n_{-1}, NULL for zeros. RWKV-4 (Peng et al. 2023, section 3.1.1).
+static void shift_forward(metala_context *ctx, real *y, const real *n, const real *mu, const real *previous, size_t B,
+                          size_t T, size_t D) {
+    PARALLEL_FOR(3 * B * T * D)
+    for (size_t row = 0; row < B * T; row++) {
+        const real *now = n + row * D, *before = row % T ? now - D : previous ? previous + row / T * D : NULL;
+        real *to = y + row * D;
+        for (size_t d = 0; d < D; d++) to[d] = mu[d] * now[d];
+        if (before)
+            for (size_t d = 0; d < D; d++) to[d] += (1 - mu[d]) * before[d];
+    }
+}
+
+// dn_t += μ ⊙ dy_t + (1-μ) ⊙ dy_{t+1}  (dy beyond the end is 0)      dμ += Σ_{b,t} dy_t ⊙ (n_t - n_{t-1})
+static void shift_backward(metala_context *ctx, real *dn, real *dmu, const real *dy, const real *n, const real *mu,
+                           const real *previous, size_t B, size_t T, size_t D) {
+    enum { STRIP = 32 };
+    PARALLEL_FOR(4 * B * T * D)
+    for (size_t row = 0; row < B * T; row++) {
+        const real *gradient = dy + row * D;
+        real *to = dn + row * D;
+        for (size_t d = 0; d < D; d++) to[d] += mu[d] * gradient[d];
+        if (row % T + 1 < T)
+            for (size_t d = 0; d < D; d++) to[d] += (1 - mu[d]) * gradient[D + d];
+    }
+    PARALLEL_FOR(3 * B * T * D)
+    for (size_t d0 = 0; d0 < D; d0 += STRIP) {
+        size_t count = D - d0 < STRIP ? D - d0 : STRIP;
+        real sum[STRIP] = {0};
+        for (size_t row = 0; row < B * T; row++) {
+            const real *now = n + row * D, *before = row % T ? now - D : previous ? previous + row / T * D : NULL;
+            const real *gradient = dy + row * D;
+            for (size_t d = 0; d < count; d++) sum[d] += gradient[d0 + d] * (now[d0 + d] - (before ? before[d0 + d] : 0));
+        }
+        for (size_t d = 0; d < count; d++) dmu[d0 + d] += sum[d];
+    }
+}
+
+// The last token of each sequence, x_{T-1}: what the next call's token shift looks back to.   to (B,D)   x (B,T,D)
+static void last_token(metala_context *ctx, real *to, const real *x, size_t B, size_t T, size_t D) {
+    (void)ctx;
+    for (size_t b = 0; b < B; b++) memcpy(to + b * D, x + (b * T + T - 1) * D, D * sizeof(real));
+}
+
+// Element by element:  y = f(x), n numbers.   f(x) = x,   silu(x) = x σ(x)   or   elu(x) + 1 = x + 1 for x > 0, else e^x.
+//   y may be x only where f(x) = x. SiLU: TransNormerLLM (Qin et al. 2023); elu + 1: Linear Transformer (Katharopoulos
+//   et al. 2020, equation 7).
+static inline real negative_part(real x) { return x < 0 ? x : 0; }
+static void map_forward(metala_context *ctx, real *y, const real *x, size_t n, metala_map map) {
+    if (map == METALA_MAP_NONE) memmove(y, x, n * sizeof(real));
+    else if (map == METALA_MAP_SILU) {
+        PARALLEL_FOR(10 * n)
+        for (size_t i = 0; i < n; i++) y[i] = silu(x[i]);
+    } else {
+        PARALLEL_FOR(10 * n)
+        for (size_t i = 0; i < n; i++) y[i] = real_exp(negative_part(x[i])) + (x[i] > 0 ? x[i] : 0);
+    }
+}
+
+// dx = dy f'(x), where (elu(x) + 1)' = 1 for x > 0, else e^x; dx may be dy.
+static void map_backward(metala_context *ctx, real *dx, const real *dy, const real *x, size_t n, metala_map map) {
+    if (map == METALA_MAP_NONE) memmove(dx, dy, n * sizeof(real));
+    else if (map == METALA_MAP_SILU) {
+        PARALLEL_FOR(10 * n)
+        for (size_t i = 0; i < n; i++) dx[i] = dy[i] * silu_slope(x[i]);
+    } else {
+        PARALLEL_FOR(10 * n)
+        for (size_t i = 0; i < n; i++) dx[i] = dy[i] * real_exp(negative_part(x[i]));
+    }
+}
+
+// Taylor feature map:  y = [ 1,  x d^(-1/4),  x_i x_j / √(2d) for all i, j ],  so that y(q)·y(k) = 1 + s + s²/2, the start
+// of the series of e^s, with s = q·k/√d.          y (rows,H,1+d+d²)   x (rows,H,d)
+//   Based (Arora et al. 2024, section 4.1).
+static void taylor_forward(metala_context *ctx, real *y, const real *x, size_t rows, size_t H, size_t d) {
+    real first = (real)(1 / sqrt(sqrt((double)d))), second = (real)(1 / sqrt(2.0 * (double)d));
+    PARALLEL_FOR(rows * H * d * d)
+    for (size_t row = 0; row < rows * H; row++) {
+        const real *in = x + row * d;
+        real *to = y + row * (1 + d + d * d), *square = to + 1 + d;
+        to[0] = 1;
+        for (size_t i = 0; i < d; i++) to[1 + i] = first * in[i];
+        for (size_t i = 0; i < d; i++)
+            for (size_t j = 0; j < d; j++) square[i * d + j] = second * in[i] * in[j];
+    }
+}
+
+// dx_i = d^(-1/4) dy_i + Σ_j (dy_ij + dy_ji) x_j / √(2d)
+static void taylor_backward(metala_context *ctx, real *dx, const real *dy, const real *x, size_t rows, size_t H, size_t d) {
+    real first = (real)(1 / sqrt(sqrt((double)d))), second = (real)(1 / sqrt(2.0 * (double)d));
+    PARALLEL_FOR(4 * rows * H * d * d)
+    for (size_t row = 0; row < rows * H; row++) {
+        const real *in = x + row * d, *linear = dy + row * (1 + d + d * d) + 1, *square = linear + d;
+        real *to = dx + row * d;
+        for (size_t i = 0; i < d; i++) to[i] = first * linear[i] + second * dot(square + i * d, in, d);
+        for (size_t i = 0; i < d; i++)
+            for (size_t j = 0; j < d; j++) to[j] += second * in[i] * square[i * d + j];
+    }
+}
+
+// Phase:  y_t = x_t e^{±iθ(position+t)}, where two neighbouring numbers of x are a complex one; minus when `negative`.
+//   y, x (B,T,H,K), y may be x   θ [H,K/2], or [K/2] for all heads when `shared`
+//   RoPE (Su et al. 2021, section 3.2.2) with θ_i = 10000^(-2i/K); a complex decay's phase, moved from the state into what
+//   is written and read, since (r e^{iθ})^t = r^t e^{iθt}.
+//
+// The table of cosines and sines, (T,n) pairs of the n angles; NULL: no memory. What a token gets depends on its position
+// alone, not on where a call starts.
+static real *rotation_table(metala_context *ctx, const real *theta, size_t T, size_t n, uint64_t position) {
+    real *table = scratch(ctx, times(times(T, n), 2 * sizeof(real)));
+    if (!table) return NULL;
+    PARALLEL_FOR(20 * T * n)
+    for (size_t t = 0; t < T; t++) {
+        double p = (double)(position + t);
+        real *to = table + t * n * 2;
+        for (size_t i = 0; i < n; i++) {
+            double sine, cosine;
+            sine_cosine((double)theta[i] * p, &sine, &cosine);
+            to[2 * i] = (real)cosine;
+            to[2 * i + 1] = (real)sine;
+        }
+    }
+    return table;
+}
+
+// y (B,T,heads,n) = x times the table's numbers, or their conjugates where sign is -1.
+static void rotate(metala_context *ctx, real *y, const real *x, const real *table, size_t B, size_t T, size_t heads, size_t n,
+                   real sign) {
+    PARALLEL_FOR(6 * B * T * heads * n)
+    for (size_t row = 0; row < B * T * heads; row++) {
+        const real *in = x + row * n * 2, *turn = table + row / heads % T * n * 2;
+        real *to = y + row * n * 2;
+        for (size_t i = 0; i < n; i++) {
+            real re = in[2 * i], im = in[2 * i + 1], c = turn[2 * i], s = sign * turn[2 * i + 1];
+            to[2 * i] = re * c - im * s;
+            to[2 * i + 1] = re * s + im * c;
+        }
+    }
+}
+
+static void rotate_forward(metala_context *ctx, real *y, const real *x, const real *theta, size_t B, size_t T, size_t H,
+                           size_t K, int shared, uint64_t position, int negative) {
+    size_t heads = shared ? H : 1, n = H * (K / 2) / heads;
+    const real *table = rotation_table(ctx, theta, T, n, position);
+    if (table) rotate(ctx, y, x, table, B, T, heads, n, negative ? -1 : 1);
+}
+
+// dx = dy e^{∓iθ(position+t)}, may be dy      dθ += ± Σ (position+t) Im(dy conj(y)), skipped when dθ is NULL
+static void rotate_backward(metala_context *ctx, real *dx, real *dtheta, const real *dy, const real *y, const real *theta,
+                            size_t B, size_t T, size_t H, size_t K, int shared, uint64_t position, int negative) {
+    enum { STRIP = 32 };
+    size_t heads = shared ? H : 1, n = H * (K / 2) / heads, rows = B * T * heads;
+    const real *table = rotation_table(ctx, theta, T, n, position);
+    if (!table) return;
+    if (dtheta) {
+        PARALLEL_FOR(5 * rows * n)
+        for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+            size_t count = n - i0 < STRIP ? n - i0 : STRIP;
+            double sum[STRIP] = {0};
+            for (size_t row = 0; row < rows; row++) {
+                const real *gradient = dy + (row * n + i0) * 2, *out = y + (row * n + i0) * 2;
+                double p = (double)(position + row / heads % T);
+                for (size_t i = 0; i < count; i++)
+                    sum[i] += p * (double)(gradient[2 * i + 1] * out[2 * i] - gradient[2 * i] * out[2 * i + 1]);
+            }
+            for (size_t i = 0; i < count; i++) dtheta[i0 + i] += (real)(negative ? -sum[i] : sum[i]);
+        }
+    }
+    rotate(ctx, dx, dy, table, B, T, heads, n, negative ? 1 : -1);
+}
+
+// Decay with a lower bound:  α = γ + (1-γ) σ(z),  k = 1 - α = (1-γ) σ(-z)         z, alpha, k (rows,n)   gamma [n] in [0,1]
+//   k may be NULL. HGRN (Qin et al. 2023, equation 5).
+static void bounded_gate_forward(metala_context *ctx, real *alpha, real *k, const real *z, const real *gamma, size_t rows,
+                                 size_t n) {
+    PARALLEL_FOR(20 * rows * n)
+    for (size_t row = 0; row < rows; row++) {
+        const real *in = z + row * n;
+        real *to = alpha + row * n;
+        if (k)
+            for (size_t i = 0; i < n; i++) k[row * n + i] = (1 - gamma[i]) * sigmoid(-in[i]);
+        for (size_t i = 0; i < n; i++) to[i] = gamma[i] + (1 - gamma[i]) * sigmoid(in[i]);
+    }
+}
+
+// da is the gradient in a = log α from the scan, dk the one of the key. With f = (1-γ) σ(z), so that dα/dz = f σ(-z),
+//     dz = σ(-z) (da f/α - dk f)        dγ += Σ_rows σ(-z) (da/α - dk)          dk, dγ may be NULL
+// f/α <= 1, and is 1 where both are 0. da has the factor α; below 1e-30 the quotient da/α counts as less than it is.
+static void bounded_gate_backward(metala_context *ctx, real *dz, real *dgamma, const real *da, const real *dk,
+                                  const real *z, const real *gamma, size_t rows, size_t n) {
+    enum { STRIP = 32 };
+    PARALLEL_FOR(25 * rows * n)
+    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+        size_t count = n - i0 < STRIP ? n - i0 : STRIP;
+        real sum[STRIP] = {0};
+        for (size_t row = 0; row < rows; row++)
+            for (size_t i = 0; i < count; i++) {
+                size_t at = row * n + i0 + i;
+                real g = gamma[i0 + i], f = (1 - g) * sigmoid(z[at]), down = sigmoid(-z[at]), alpha = g + f;
+                real key = dk ? dk[at] : 0;
+                dz[at] = down * (da[at] * (alpha > 0 ? f / alpha : 1) - key * f);
+                sum[i] += down * (da[at] / (alpha > (real)1e-30 ? alpha : (real)1e-30) - key);
+            }
+        if (dgamma)
+            for (size_t i = 0; i < count; i++) dgamma[i0 + i] += sum[i];
+    }
+}
+
+// Lower bounds that grow with depth:  p = softmax over the layers of G,  γ_l = Σ_{1<=m<=l} p_m,  so that γ_0 = 0.
+//   gamma, G (L,n), n channels each for itself. HGRN, section 3.2.
+static void bounds_softmax(double *p, const real *G, size_t L, size_t n) {        // one channel: G points to it
+    double most = G[0], sum = 0;
+    for (size_t l = 1; l < L; l++) most = G[l * n] > most ? G[l * n] : most;
+    for (size_t l = 0; l < L; l++) sum += p[l] = exp((double)G[l * n] - most);
+    for (size_t l = 0; l < L; l++) p[l] /= sum;
+}
+
+static void bounds_forward(metala_context *ctx, real *gamma, const real *G, size_t L, size_t n) {
+    double *p = scratch(ctx, L * sizeof(double));
+    if (!p) return;
+    for (size_t i = 0; i < n; i++) {
+        double sum = 0;
+        bounds_softmax(p, G + i, L, n);
+        for (size_t l = 0; l < L; l++) {
+            sum += l ? p[l] : 0;
+            gamma[l * n + i] = (real)(sum < 1 ? sum : 1);
+        }
+    }
+}
+
+// dp_m = Σ_{l>=m} dγ_l for m >= 1, dp_0 = 0      dG_l += p_l (dp_l - Σ_m p_m dp_m)
+static void bounds_backward(metala_context *ctx, real *dG, const real *dgamma, const real *G, size_t L, size_t n) {
+    double *p = scratch(ctx, 2 * L * sizeof(double)), *dp = p + L;
+    if (!p) return;
+    for (size_t i = 0; i < n; i++) {
+        double later = 0, mean = 0;
+        bounds_softmax(p, G + i, L, n);
+        for (size_t l = L; l-- > 0;) {
+            later += (double)dgamma[l * n + i];
+            dp[l] = l ? later : 0;
+            mean += p[l] * dp[l];
+        }
+        for (size_t l = 0; l < L; l++) dG[l * n + i] += (real)(p[l] * (dp[l] - mean));
+    }
+}
+
+// A diagonal complex state-space model S' = λ S + x in steps of Δ: its decay λ̄ = α e^{iθ} and input factor b, the same for
+// every token.          decay, phase, alpha, theta [H,N]   step [H]   b [H,N,2] complex
+//     LRU  α = exp(-exp(decay))   θ = exp(phase)   b = exp(step)                               (N = 1)
+//     ZOH  λ = -exp(decay) + i phase,  Δ = exp(step):   λ̄ = e^{λΔ}   b = (e^{λΔ} - 1)/λ,  the hold of zeroth order
+//     DSS  as ZOH, but normalised as a softmax over `length` tokens:   b = 1/λ / Σ_{l<length} e^{λΔl}
+//   LRU (Orvieto et al. 2023, section 3.3), S4D (Gu et al. 2022, section 3), DSS (Gupta et al. 2022, proposition 1b).
+typedef struct { double re, im; } complex_number;
+static complex_number complex_of(double re, double im) { complex_number z = {re, im}; return z; }
+static complex_number complex_times(complex_number a, complex_number b) {
+    return complex_of(a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re);
+}
+static complex_number complex_over(complex_number a, complex_number b) {
+    double size = b.re * b.re + b.im * b.im;
+    return complex_of((a.re * b.re + a.im * b.im) / size, (a.im * b.re - a.re * b.im) / size);
+}
+// e^z - 1, exact near 0.
+static complex_number complex_expm1(complex_number z) {
+    double half = sin(z.im / 2), grown = expm1(z.re);
+    return complex_of(grown * cos(z.im) - 2 * half * half, (grown + 1) * sin(z.im));
+}
+// Exponents are kept where nothing overflows, 1/λ² included.
+static double bounded_exp(real x) { return exp(x < -20 ? -20 : x > 40 ? 40 : (double)x); }
+static double bounded_phase(double x) { return x < -1e30 ? -1e30 : x > 1e30 ? 1e30 : x; }
+
+static void ssm_forward(metala_context *ctx, metala_ssm kind, real *alpha, real *theta, real *b, const real *decay,
+                        const real *phase, const real *step, size_t H, size_t N, size_t length) {
+    PARALLEL_FOR(500 * H * N)
+    for (size_t i = 0; i < H * N; i++) {
+        double delta = bounded_exp(step[i / N]);
+        complex_number factor = {delta, 0};
+        if (kind == METALA_SSM_LRU) {
+            alpha[i] = (real)exp(-bounded_exp(decay[i]));
+            theta[i] = (real)bounded_exp(phase[i]);
+        } else {
+            complex_number lambda = {-bounded_exp(decay[i]), bounded_phase((double)phase[i])};
+            complex_number z = {lambda.re * delta, bounded_phase(lambda.im * delta)};
+            complex_number all = {z.re * (double)length, z.im * (double)length};
+            alpha[i] = (real)exp(z.re);
+            theta[i] = (real)z.im;
+            factor = complex_over(complex_expm1(z), lambda);
+            if (kind == METALA_SSM_DSS) factor = complex_over(factor, complex_expm1(all));
+        }
+        b[2 * i] = (real)factor.re;
+        b[2 * i + 1] = (real)factor.im;
+    }
+}
+
+// From da [H,N], the gradient in log α summed over all tokens, and those of θ and b; adds to all three of the parameters.
+// b is a differentiable function of the complex λ, so that dλ = db conj(∂b/∂λ). With z = λΔ, and S the sum in DSS:
+//     ZOH  ∂b/∂λ = Δ² (z e^z - (e^z - 1))/z²          ∂b/∂Δ = e^z
+//     DSS  ∂b/∂λ = -b (1/λ + Δ S'/S)                  ∂b/∂Δ = -b λ S'/S,      S'/S = length χ(z length) - χ(z)
+// where χ(w) = e^w/(e^w - 1) - 1/w. Near 0 both fractions take their power series instead.
+static complex_number zoh_slope(complex_number z) {                               // (z e^z - (e^z - 1))/z²
+    complex_number grown = complex_expm1(z), sum = {0, 0};
+    if (z.re * z.re + z.im * z.im > 0.25) {
+        complex_number e = {grown.re + 1, grown.im}, top = complex_times(z, e);
+        return complex_over(complex_of(top.re - grown.re, top.im - grown.im), complex_times(z, z));
+    }
+    for (int n = 15; n >= 0; n--) {                                               // Σ_n z^n (n+1)/(n+2)!
+        double term = n + 1;
+        for (int m = n + 2; m > 1; m--) term /= m;
+        sum = complex_times(sum, z);
+        sum.re += term;
+    }
+    return sum;
+}
+
+static complex_number softmax_slope(complex_number w) {                           // χ(w)
+    static const double series[] = {1.0 / 12, -1.0 / 720, 1.0 / 30240, -1.0 / 1209600, 1.0 / 47900160,
+                                    -691.0 / 1307674368000.0};
+    if (w.re * w.re + w.im * w.im > 0.25) {
+        complex_number grown = complex_expm1(w), inverse = complex_over(complex_of(1, 0), w);
+        complex_number ratio = complex_over(complex_of(grown.re + 1, grown.im), grown);
+        return complex_of(ratio.re - inverse.re, ratio.im - inverse.im);
+    }
+    complex_number square = complex_times(w, w), sum = {0, 0};
+    for (int n = 5; n >= 0; n--) {
+        sum = complex_times(sum, square);
+        sum.re += series[n];
+    }
+    sum = complex_times(sum, w);
+    return complex_of(sum.re + 0.5, sum.im);
+}
+
+static void ssm_backward(metala_context *ctx, metala_ssm kind, real *ddecay, real *dphase, real *dstep, const real *da,
+                         const real *dtheta, const real *db, const real *decay, const real *phase, const real *step,
+                         size_t H, size_t N, size_t length) {
+    PARALLEL_FOR(1000 * H * N)
+    for (size_t h = 0; h < H; h++) {
+        double delta = bounded_exp(step[h]), ddelta = 0;
+        for (size_t i = h * N; i < (h + 1) * N; i++) {
+            double gradient_a = (double)da[i], gradient_theta = (double)dtheta[i], rate = bounded_exp(decay[i]);
+            complex_number gradient = {(double)db[2 * i], (double)db[2 * i + 1]};
+            if (kind == METALA_SSM_LRU) {
+                ddecay[i] += (real)(-rate * gradient_a);
+                dphase[i] += (real)(gradient_theta * bounded_exp(phase[i]));
+                ddelta += gradient.re;
+                continue;
+            }
+            complex_number lambda = {-rate, bounded_phase((double)phase[i])};
+            complex_number z = {lambda.re * delta, bounded_phase(lambda.im * delta)};
+            complex_number grown = complex_expm1(z), in_lambda, in_delta;
+            if (kind == METALA_SSM_ZOH) {
+                in_lambda = complex_times(complex_of(delta * delta, 0), zoh_slope(z));
+                in_delta = complex_of(grown.re + 1, grown.im);
+            } else {
+                complex_number all = {z.re * (double)length, z.im * (double)length};
+                complex_number near = softmax_slope(z), far = softmax_slope(all);
+                complex_number slope = {(double)length * far.re - near.re, (double)length * far.im - near.im};
+                complex_number inverse = complex_over(complex_of(1, 0), lambda);
+                complex_number b = complex_times(complex_over(grown, complex_expm1(all)), inverse);
+                complex_number relative = {-inverse.re - delta * slope.re, -inverse.im - delta * slope.im};
+                in_lambda = complex_times(b, relative);
+                in_delta = complex_times(complex_times(b, lambda), complex_of(-slope.re, -slope.im));
+            }
+            double re = gradient.re * in_lambda.re + gradient.im * in_lambda.im + gradient_a * delta;
+            double im = gradient.im * in_lambda.re - gradient.re * in_lambda.im + gradient_theta * delta;
+            ddecay[i] += (real)(re * lambda.re);
+            dphase[i] += (real)im;
+            ddelta += gradient.re * in_delta.re + gradient.im * in_delta.im + gradient_a * lambda.re +
+                      gradient_theta * lambda.im;
+        }
+        dstep[h] += (real)(ddelta * delta);
+    }
+}
+
+// A complex factor for each channel:  y = b ⊙ x          x, y (rows,n) complex   b [n] complex
+static void scale_pairs_forward(metala_context *ctx, real *y, const real *x, const real *b, size_t rows, size_t n) {
+    PARALLEL_FOR(6 * rows * n)
+    for (size_t row = 0; row < rows; row++) {
+        const real *in = x + row * n * 2;
+        real *to = y + row * n * 2;
+        for (size_t i = 0; i < n; i++) {
+            to[2 * i] = b[2 * i] * in[2 * i] - b[2 * i + 1] * in[2 * i + 1];
+            to[2 * i + 1] = b[2 * i] * in[2 * i + 1] + b[2 * i + 1] * in[2 * i];
+        }
+    }
+}
+
+// dx = conj(b) ⊙ dy      db += Σ_rows conj(x) ⊙ dy
+static void scale_pairs_backward(metala_context *ctx, real *dx, real *db, const real *dy, const real *x, const real *b,
+                                 size_t rows, size_t n) {
+    enum { STRIP = 32 };
+    PARALLEL_FOR(12 * rows * n)
+    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+        size_t count = n - i0 < STRIP ? n - i0 : STRIP;
+        real re[STRIP] = {0}, im[STRIP] = {0};
+        const real *factor = b + i0 * 2;
+        for (size_t row = 0; row < rows; row++) {
+            const real *in = x + (row * n + i0) * 2, *gradient = dy + (row * n + i0) * 2;
+            real *to = dx + (row * n + i0) * 2;
+            for (size_t i = 0; i < count; i++) {
+                real p = gradient[2 * i], q = gradient[2 * i + 1];
+                re[i] += in[2 * i] * p + in[2 * i + 1] * q;
+                im[i] += in[2 * i] * q - in[2 * i + 1] * p;
+                to[2 * i] = factor[2 * i] * p + factor[2 * i + 1] * q;
+                to[2 * i + 1] = factor[2 * i] * q - factor[2 * i + 1] * p;
+            }
+        }
+        for (size_t i = 0; i < count; i++) {
+            db[(i0 + i) * 2] += re[i];
+            db[(i0 + i) * 2 + 1] += im[i];
+        }
+    }
+}
+
+// Selective state space:  Δ = softplus(z),  α = exp(-Δ e^A),  v = Δ x
+//   z, x, v (rows,C)   alpha (rows,C,N)   A [C,N]          Mamba (Gu and Dao 2023, section 3.2) with A = -e^A
+static inline real softplus(real z) { return -log_sigmoid(-z); }
+static real *selective_rates(metala_context *ctx, const real *A, size_t count, size_t more) {     // e^A, and `more` numbers
+    real *rates = scratch(ctx, (count + more) * sizeof(real));
+    if (rates)
+        for (size_t i = 0; i < count; i++) rates[i] = real_exp(A[i] < 80 ? A[i] : 80);
+    return rates;
+}
+
+static void selective_forward(metala_context *ctx, real *alpha, real *v, const real *z, const real *x, const real *A,
+                              size_t rows, size_t C, size_t N) {
+    const real *rates = selective_rates(ctx, A, C * N, 0);
+    if (!rates) return;
+    PARALLEL_FOR(15 * rows * C * N)
+    for (size_t row = 0; row < rows; row++)
+        for (size_t c = 0; c < C; c++) {
+            real delta = softplus(z[row * C + c]), *to = alpha + (row * C + c) * N;
+            v[row * C + c] = delta * x[row * C + c];
+            for (size_t n = 0; n < N; n++) to[n] = real_exp(-delta * rates[c * N + n]);
+        }
+}
+
+// da (rows,C,N) is the gradient in log α:   dΔ = x dv - Σ_n e^A da      dz = σ(z) dΔ      dx = Δ dv
+//                                           dA += Σ_rows -Δ e^A da
+static void selective_backward(metala_context *ctx, real *dz, real *dx, real *dA, const real *da, const real *dv,
+                               const real *z, const real *x, const real *A, size_t rows, size_t C, size_t N) {
+    real *rates = selective_rates(ctx, A, C * N, rows * C), *delta = rates + C * N;
+    if (!rates) return;
+    PARALLEL_FOR(rows * C * (2 * N + 30))
+    for (size_t row = 0; row < rows; row++)
+        for (size_t c = 0; c < C; c++) {
+            size_t at = row * C + c;
+            delta[at] = softplus(z[at]);
+            dz[at] = sigmoid(z[at]) * (x[at] * dv[at] - dot(rates + c * N, da + at * N, N));
+            dx[at] = delta[at] * dv[at];
+        }
+    PARALLEL_FOR(2 * rows * C * N)
+    for (size_t c = 0; c < C; c++)
+        for (size_t row = 0; row < rows; row++)
+            for (size_t n = 0; n < N; n++)
+                dA[c * N + n] -= delta[row * C + c] * (rates[c * N + n] * da[(row * C + c) * N + n]);
+}
+
+// The same for every head:  y_h = x          y (rows,H,K)   x (rows,K). Mamba's B and C serve all channels.
+static void copy_heads_forward(metala_context *ctx, real *y, const real *x, size_t rows, size_t H, size_t K) {
+    PARALLEL_FOR(rows * H * K)
+    for (size_t row = 0; row < rows; row++)
+        for (size_t h = 0; h < H; h++)
+            for (size_t i = 0; i < K; i++) y[(row * H + h) * K + i] = x[row * K + i];
+}
+
+// dx = Σ_h dy_h
+static void copy_heads_backward(metala_context *ctx, real *dx, const real *dy, size_t rows, size_t H, size_t K) {
+    PARALLEL_FOR(rows * H * K)
+    for (size_t row = 0; row < rows; row++) {
+        real *to = dx + row * K;
+        for (size_t i = 0; i < K; i++) to[i] = dy[row * H * K + i];
+        for (size_t h = 1; h < H; h++)
+            for (size_t i = 0; i < K; i++) to[i] += dy[(row * H + h) * K + i];
+    }
+}
+
+// RWKV-4's weighted mean of values (Peng et al. 2023, equation 16; each channel for itself, decay e^-w' with w' = e^w),
+//
+//     wkv_t = (Σ_{j<t} e^{k_j - (t-1-j)w'} v_j + e^{u+k_t} v_t) / (the same with v = 1)
+//
+// as a scan with exponents that are never positive: the state S_t that token t reads, of tokens before t only, is kept
+// times e^{-M_t}, where M_t is its largest exponent,
+//
+//     M_t = max(M_{t-1} - w', k_{t-1})    α_t = e^{M_{t-1} - w' - M_t}    key_t = e^{k_{t-1} - M_t}
+//     p_t = max(M_t, u + k_t)             q_t = e^{M_t - p_t}             bonus_t = e^{u + k_t - p_t}
+//
+// so that  S_t = α_t S_{t-1} + key_t v_{t-1}  and  wkv_t = (q_t S_t + bonus_t v_t) / (the same with v = 1).
+//   q, key, alpha, bonus, k (B,T,D), the first four in [0,1]   w, u [D]   mask (B,T): a masked token's k is -1e30; or NULL
+//   previous (B,2,D): k and M of the token before, then of the last one here; NULL for none before. Position 0 has none.
+static const real WKV_NOTHING = (real)-1e30;
+static inline real wkv_bounded(real x) { return x < (real)-1e28 ? (real)-1e28 : x > (real)1e28 ? (real)1e28 : x; }
+static void wkv_forward(metala_context *ctx, real *q, real *key, real *alpha, real *bonus, const real *k, const real *w,
+                        const real *u, const uint8_t *mask, real *previous, size_t B, size_t T, size_t D, uint64_t position) {
+    enum { STRIP = 32 };
+    size_t strips = (D + STRIP - 1) / STRIP;
+    PARALLEL_FOR(60 * B * T * D)
+    for (size_t task = 0; task < B * strips; task++) {
+        size_t b = task / strips, d0 = task % strips * STRIP, n = D - d0 < STRIP ? D - d0 : STRIP;
+        real last[STRIP], most[STRIP], decay[STRIP], first[STRIP];
+        real *past = previous ? previous + b * 2 * D + d0 : NULL;
+        for (size_t d = 0; d < n; d++) {
+            last[d] = past && position ? past[d] : WKV_NOTHING;
+            most[d] = past && position ? past[D + d] : WKV_NOTHING;
+            decay[d] = real_exp(w[d0 + d] < 60 ? w[d0 + d] : 60);
+            first[d] = wkv_bounded(u[d0 + d]);
+        }
+        for (size_t t = 0; t < T; t++) {
+            size_t at = (b * T + t) * D + d0;
+            int none = position + t == 0, masked = mask && !mask[b * T + t];
+            for (size_t d = 0; d < n; d++) {
+                real down = most[d] - decay[d], now = masked ? WKV_NOTHING : wkv_bounded(k[at + d]), own = first[d] + now;
+                real M = none ? WKV_NOTHING : down > last[d] ? down : last[d], p = M > own ? M : own;
+                alpha[at + d] = none ? 0 : real_exp(down - M);
+                key[at + d] = none ? 0 : real_exp(last[d] - M);
+                q[at + d] = none ? 0 : real_exp(M - p);
+                bonus[at + d] = none ? 1 : real_exp(own - p);
+                most[d] = M;
+                last[d] = now;
+            }
+        }
+        if (past)
+            for (size_t d = 0; d < n; d++) {
+                past[d] = last[d];
+                past[D + d] = most[d];
+            }
+    }
+}
+
+// Of a whole sequence. M and p cancel in wkv and count as constants, which is why dq is not needed:
+//     dk_t = dbonus_t bonus_t + dkey_{t+1} key_{t+1}  (0 beyond the end and where masked)
+//     dw += Σ -w' da_t      du += Σ dbonus_t bonus_t          da is the gradient in log α
+static void wkv_backward(metala_context *ctx, real *dk, real *dw, real *du, const real *dkey, const real *da,
+                         const real *dbonus, const real *key, const real *bonus, const real *w, const uint8_t *mask, size_t B,
+                         size_t T, size_t D) {
+    enum { STRIP = 32 };
+    PARALLEL_FOR(8 * B * T * D)
+    for (size_t d0 = 0; d0 < D; d0 += STRIP) {
+        size_t n = D - d0 < STRIP ? D - d0 : STRIP;
+        real sum_w[STRIP] = {0}, sum_u[STRIP] = {0};
+        for (size_t row = 0; row < B * T; row++) {
+            size_t at = row * D + d0;
+            real there = mask && !mask[row] ? 0 : 1, next = row % T + 1 < T ? 1 : 0;
+            size_t after = next > 0 ? at + D : at;
+            for (size_t d = 0; d < n; d++) {
+                real own = dbonus[at + d] * bonus[at + d];
+                dk[at + d] = there * (own + next * dkey[after + d] * key[after + d]);
+                sum_u[d] += own;
+                sum_w[d] += da[at + d];
+            }
+        }
+        for (size_t d = 0; d < n; d++) {
+            dw[d0 + d] -= real_exp(w[d0 + d] < 60 ? w[d0 + d] : 60) * sum_w[d];
+            du[d0 + d] += sum_u[d];
+        }
+    }
+}
+
+// The channel of ones that becomes the normaliser:  y_t = m_t [v_t, 1]          y (B,T,H,V+1)   v (B,T,H,V)   mask m (B,T)
+//   or NULL. Delayed, for wkv above:  y_t = [v_{t-1}, 1], where v_{-1} is `previous` (B,H·V), NULL for zeros; no mask then.
+static void extend_forward(metala_context *ctx, real *y, const real *v, const uint8_t *mask, const real *previous,
+                           int delayed, size_t B, size_t T, size_t H, size_t V) {
+    PARALLEL_FOR(B * T * H * (V + 1))
+    for (size_t row = 0; row < B * T; row++) {
+        const real *in = v + row * H * V;
+        real there = delayed || !mask || mask[row] ? 1 : 0, *to = y + row * H * (V + 1);
+        if (delayed) in = row % T ? in - H * V : previous ? previous + row / T * H * V : NULL;
+        for (size_t h = 0; h < H; h++) {
+            for (size_t j = 0; j < V; j++) to[h * (V + 1) + j] = in ? there * in[h * V + j] : 0;
+            to[h * (V + 1) + V] = there;
+        }
+    }
+}
+
+// dv_t = m_t dy_t, or dy_{t+1} when delayed (0 beyond the end), without the last channel
+static void extend_backward(metala_context *ctx, real *dv, const real *dy, const uint8_t *mask, int delayed, size_t B,
+                            size_t T, size_t H, size_t V) {
+    PARALLEL_FOR(B * T * H * V)
+    for (size_t row = 0; row < B * T; row++) {
+        const real *gradient = dy + (delayed && row % T + 1 < T ? row + 1 : row) * H * (V + 1);
+        real there = delayed ? row % T + 1 < T : !mask || mask[row];
+        for (size_t h = 0; h < H; h++)
+            for (size_t j = 0; j < V; j++) dv[(row * H + h) * V + j] = there * gradient[h * (V + 1) + j];
+    }
+}
+
+// A mean instead of a sum:  y_j = (o_j + b v_j) / (o_V + b + eps)          o (rows,H,V+1)   y, v (rows,H,V)
+//   bonus b (rows,H), the weight of the token's own value, or NULL for 0. Linear Transformer, equation 9; RWKV-4.
+static void normalise_forward(metala_context *ctx, real *y, const real *o, const real *bonus, const real *v, size_t rows,
+                              size_t H, size_t V, double eps) {
+    PARALLEL_FOR(4 * rows * H * V)
+    for (size_t row = 0; row < rows * H; row++) {
+        const real *in = o + row * (V + 1);
+        real b = bonus ? bonus[row] : 0, scale = 1 / (in[V] + b + (real)eps);
+        for (size_t j = 0; j < V; j++) y[row * V + j] = (bonus ? in[j] + b * v[row * V + j] : in[j]) * scale;
+    }
+}
+
+// With c = o_V + b + eps:   do_j = dy_j/c      do_V = -Σ_j dy_j y_j/c      db = Σ_j do_j v_j + do_V      dv_j = b do_j
+static void normalise_backward(metala_context *ctx, real *dO, real *dbonus, real *dv, const real *dy, const real *y,
+                               const real *o, const real *bonus, const real *v, size_t rows, size_t H, size_t V, double eps) {
+    PARALLEL_FOR(8 * rows * H * V)
+    for (size_t row = 0; row < rows * H; row++) {
+        const real *gradient = dy + row * V;
+        real *to = dO + row * (V + 1), b = bonus ? bonus[row] : 0, scale = 1 / (o[row * (V + 1) + V] + b + (real)eps);
+        to[V] = -scale * dot(gradient, y + row * V, V);
+        for (size_t j = 0; j < V; j++) to[j] = scale * gradient[j];
+        if (!bonus) continue;
+        dbonus[row] = dot(to, v + row * V, V) + to[V];
+        for (size_t j = 0; j < V; j++) dv[row * V + j] = b * to[j];
+    }
+}
+
+// The input past the scan:  y = o + d ⊙ x          y, o, x (rows,n), y may be o   d [n]. State-space models' D.
+static void skip_forward(metala_context *ctx, real *y, const real *o, const real *x, const real *d, size_t rows, size_t n) {
+    PARALLEL_FOR(2 * rows * n)
+    for (size_t row = 0; row < rows; row++)
+        for (size_t i = 0; i < n; i++) y[row * n + i] = o[row * n + i] + d[i] * x[row * n + i];
+}
+
+// do = dy (the same memory serves both)      dx += d ⊙ dy      dd += Σ_rows x ⊙ dy
+static void skip_backward(metala_context *ctx, real *dx, real *dd, const real *dy, const real *x, const real *d, size_t rows,
+                          size_t n) {
+    enum { STRIP = 32 };
+    PARALLEL_FOR(4 * rows * n)
+    for (size_t i0 = 0; i0 < n; i0 += STRIP) {
+        size_t count = n - i0 < STRIP ? n - i0 : STRIP;
+        real sum[STRIP] = {0};
+        for (size_t row = 0; row < rows; row++) {
+            const real *gradient = dy + row * n + i0, *in = x + row * n + i0;
+            real *to = dx + row * n + i0;
+            for (size_t i = 0; i < count; i++) {
+                sum[i] += gradient[i] * in[i];
+                to[i] += gradient[i] * d[i0 + i];
+            }
+        }
+        for (size_t i = 0; i < count; i++) dd[i0 + i] += sum[i];
+    }
+}
+
+// Product:  y = a ⊙ b, n numbers.
+static void multiply_forward(metala_context *ctx, real *y, const real *a, const real *b, size_t n) {
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) y[i] = a[i] * b[i];
+}
+
+// da = dy ⊙ b      db = dy ⊙ a, may be dy
+static void multiply_backward(metala_context *ctx, real *da, real *db, const real *dy, const real *a, const real *b,
+                              size_t n) {
+    PARALLEL_FOR(2 * n)
+    for (size_t i = 0; i < n; i++) {
+        real gradient = dy[i];
+        da[i] = gradient * b[i];
+        db[i] = gradient * a[i];
+    }
+}
+
+// Gated product:  y = σ(a) ⊙ b, n numbers. RWKV-4's receptance.
+static void sigmoid_gate_forward(metala_context *ctx, real *y, const real *a, const real *b, size_t n) {
+    PARALLEL_FOR(10 * n)
+    for (size_t i = 0; i < n; i++) y[i] = sigmoid(a[i]) * b[i];
+}
+
+// da = dy ⊙ b ⊙ σ(a)(1 - σ(a))      db = dy ⊙ σ(a)
+static void sigmoid_gate_backward(metala_context *ctx, real *da, real *db, const real *dy, const real *a, const real *b,
+                                  size_t n) {
+    PARALLEL_FOR(15 * n)
+    for (size_t i = 0; i < n; i++) {
+        real s = sigmoid(a[i]), gradient = dy[i];
+        da[i] = gradient * b[i] * s * (1 - s);
+        db[i] = gradient * s;
+    }
+}
+
+// Softmax attention, what all of this approximates:   o_t = Σ_{j<=past+t} p_tj v_j,   p_t = softmax_j(s q_t·k_j)
+//   q, o (B,T,H,K), (B,T,H,V)   k, v (B,past+T,H,K), (B,past+T,H,V), of which sequence b starts at row b·stride, since a
+//   cache has room for more   mask (B,past+T), with the same stride: masked j are skipped; or NULL
+//   lse (B,T,H) = log Σ_j e^{s q_t·k_j}, for the backward. A token with nothing to look at gets o = 0 and lse = 0.
+static void attention_forward(metala_context *ctx, real *o, real *lse, const real *q, const real *k, const real *v,
+                              const uint8_t *mask, size_t B, size_t T, size_t past, size_t stride, size_t H, size_t K,
+                              size_t V, double scale) {
+    PARALLEL_FOR(B * H * T * (past + T) * (K + V))
+    for (size_t task = 0; task < B * H * T; task++) {
+        size_t h = task % H, t = task / H % T, b = task / H / T;
+        const real *query = q + task * K;
+        real *to = o + task * V, most = 0, sum = 0;
+        for (size_t j = 0; j < V; j++) to[j] = 0;
+        for (size_t s = 0; s <= past + t; s++) {
+            size_t row = b * stride + s;
+            if (mask && !mask[row]) continue;
+            real score = (real)scale * dot(query, k + (row * H + h) * K, K);
+            if (!(sum > 0) || score > most) {
+                real shrink = sum > 0 ? real_exp(most - score) : 0;
+                for (size_t j = 0; j < V; j++) to[j] *= shrink;
+                sum *= shrink;
+                most = score;
+            }
+            real p = real_exp(score - most);
+            sum += p;
+            for (size_t j = 0; j < V; j++) to[j] += p * v[(row * H + h) * V + j];
+        }
+        if (sum > 0)
+            for (size_t j = 0; j < V; j++) to[j] /= sum;
+        lse[task] = sum > 0 ? most + (real)log(sum) : 0;
+    }
+}
+
+// With p_tj = e^{s q_t·k_j - lse_t} and g_tj = p_tj (do_t·v_j - do_t·o_t), for past 0 and stride T:
+//     dv_j = Σ_t p_tj do_t      dq_t = s Σ_j g_tj k_j      dk_j = s Σ_t g_tj q_t
+static void attention_backward(metala_context *ctx, real *dq, real *dk, real *dv, const real *dO, const real *o,
+                               const real *lse, const real *q, const real *k, const real *v, const uint8_t *mask, size_t B,
+                               size_t T, size_t H, size_t K, size_t V, double scale) {
+    PARALLEL_FOR(2 * B * H * T * T * (K + V))
+    for (size_t task = 0; task < B * H; task++) {
+        size_t h = task % H, b = task / H;
+        for (size_t t = 0; t < T; t++) {
+            size_t row = (b * T + t) * H + h;
+            for (size_t i = 0; i < K; i++) dq[row * K + i] = dk[row * K + i] = 0;
+            for (size_t j = 0; j < V; j++) dv[row * V + j] = 0;
+        }
+        for (size_t t = 0; t < T; t++) {
+            size_t row = (b * T + t) * H + h;
+            const real *gradient = dO + row * V, *query = q + row * K;
+            real own = dot(gradient, o + row * V, V);
+            for (size_t s = 0; s <= t; s++) {
+                size_t other = (b * T + s) * H + h;
+                if (mask && !mask[b * T + s]) continue;
+                real exponent = (real)scale * dot(query, k + other * K, K) - lse[row];
+                real p = real_exp(exponent < 0 ? exponent : 0);
+                real g = (real)scale * p * (dot(gradient, v + other * V, V) - own);
+                for (size_t i = 0; i < K; i++) {
+                    dq[row * K + i] += g * k[other * K + i];
+                    dk[other * K + i] += g * query[i];
+                }
+                for (size_t j = 0; j < V; j++) dv[other * V + j] += p * gradient[j];
+            }
+        }
+    }
+}
+
 // Softmax cross-entropy:  lse = log Σ_n e^{logit_n},  loss = lse - logit_target; 0 where the target is METALA_IGNORE
 //   loss, lse (rows)   logits (rows,N). The largest logit is taken out first, so nothing overflows.
 static void cross_entropy_forward(metala_context *ctx, real *loss, real *lse, const real *logits, const int *targets,
@@ -1073,7 +1837,7 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 // digits within 64 tokens.)
 
 typedef struct {                // one head of one sequence: pointers to its first token and distances between tokens
-    size_t T, K, V, k_step, v_step;
+    size_t T, K, V, k_step, v_step, heads;     // or several neighbours, where they are narrow
     real scale;
     const real *q, *k, *v, *alpha, *dO, *states;
     real *o, *S, *keep_states, *dq, *dk, *dv, *da, *dS;
@@ -1457,20 +2221,166 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
     copy_unpadded(G, V, gamma, Vp, K, V);
 }
 
-// ---- All heads of all sequences.
+// ---- Narrow heads: where K = 1 or V = 1, the state of a head is a vector.
+//
+// Products of matrices have nothing to gain there, and the recurrence costs little more than reading its inputs once,
+// provided that its loops are long. So neighbouring heads walk through time together. With V = 1 their q, k, α and S are
+// n numbers one behind the other, with K = 1 their v, o and S; one loop serves all. What has one number for a head is
+// repeated V or K times to be as long, and what is summed over K or V is a sum of as many neighbours.
 
-static size_t scan_scratch(metala_form form, size_t T, size_t K, size_t V, int backward) {
-    if (form == METALA_PARALLEL) return parallel_scratch(T, K, V);
-    if (form == METALA_RECURRENT) return backward ? recurrent_scratch(K, V) : 0;
-    return backward ? chunkwise_scratch(K, V) : block_scratch(K, V);
+enum { PIECE = 512, PIECES = 8 };       // numbers of a piece, which stay in the level-1 cache; pieces that walk together
+
+static int is_narrow(size_t K, size_t V) { return K == 1 || V == 1; }
+static size_t piece_of(size_t K, size_t V) { return K * V < PIECE ? PIECE / (K * V) : 1; }       // in heads
+
+// to[2i] = to[2i+1] = x[i]
+static void double_up(real *restrict to, const real *restrict x, size_t n) {
+    for (size_t i = 0; i < n; i++) to[2 * i] = to[2 * i + 1] = x[i];
 }
 
-// Head b_h = b·H + h. The inputs are the same forward and backward.
-static head head_at(size_t b_h, const real *q, const real *k, const real *v, const real *alpha, size_t T, size_t H,
-                    size_t K, size_t V, double scale) {
-    size_t start = b_h / H * T * H + b_h % H;
+// to[i] = x[2i] + x[2i+1]
+static void add_pairs(real *restrict to, const real *restrict x, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = x[2 * i] + x[2 * i + 1];
+}
+
+// Each of the n numbers x `count` times, in `to`; or where they are, if that is once. work: n·count. Loops over pairs
+// become vector instructions where loops over 16 neighbours hardly do, so numbers are doubled, and sums halved.
+static const real *repeat(real *to, const real *x, size_t n, size_t count, real *work) {
+    if (count == 1) return x;
+    if (count % 2 == 0) double_up(to, repeat(work, x, n, count / 2, to), n * count / 2);
+    else
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < count; j++) to[i * count + j] = x[i];
+    return to;
+}
+
+// to[i] = the sum of the i-th `count` numbers of x, which is used up, unless it is `to` itself; work: n·count/2.
+static void add_up(real *to, real *x, size_t n, size_t count, real *work) {
+    if (count == 1) return;
+    if (count == 2) add_pairs(to, x, n);
+    else if (count % 2 == 0) {
+        add_pairs(work, x, n * count / 2);
+        add_up(to, work, n, count / 2, x);
+    } else
+        for (size_t i = 0; i < n; i++) {
+            to[i] = 0;
+            for (size_t j = 0; j < count; j++) to[i] += x[i * count + j];
+        }
+}
+
+// One token of a piece, all n numbers long.
+static void narrow_step(real *restrict o, real *restrict S, const real *restrict q, const real *restrict k,
+                        const real *restrict v, const real *restrict alpha, real scale, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        S[i] = alpha[i] * S[i] + k[i] * v[i];
+        o[i] = scale * q[i] * S[i];
+    }
+}
+
+static void narrow_update(real *restrict after, const real *restrict before, const real *restrict k,
+                          const real *restrict v, const real *restrict alpha, size_t n) {
+    for (size_t i = 0; i < n; i++) after[i] = alpha[i] * before[i] + k[i] * v[i];
+}
+
+// The terms of the gradients, still to be summed. G: Γ of this token becomes that of the one before.
+static void narrow_gradient(real *restrict dq, real *restrict dk, real *restrict dv, real *restrict da, real *restrict G,
+                            const real *restrict dO, const real *restrict q, const real *restrict k, const real *restrict v,
+                            const real *restrict alpha, const real *restrict S, real scale, size_t n, size_t step) {
+    const real *before = S, *after = S + step;
+    for (size_t i = 0; i < n; i++) {
+        real g = G[i] + scale * q[i] * dO[i];
+        dq[i] = scale * after[i] * dO[i];
+        dk[i] = g * v[i];
+        dv[i] = g * k[i];
+        G[i] = alpha[i] * g;
+        da[i] = G[i] * before[i];
+    }
+}
+
+enum { NARROW_PARTS = 8 };      // n numbers each: q k v α dO, or what of them is repeated, and three
+static void narrow_forward(const head *h, real *S, real *work) {
+    size_t K = h->K, V = h->V, KV = K * V, most = piece_of(K, V), n = most * KV;
+    real *spare = work + 4 * n;
+    for (size_t t = 0; t < h->T; t++) {
+        for (size_t i = 0; h->keep_states && t % METALA_CHUNK == 0 && i < h->heads; i++)
+            memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * KV, S + i * KV, KV * sizeof(real));
+        for (size_t first = 0; first < h->heads; first += most) {
+            size_t heads = h->heads - first < most ? h->heads - first : most;
+            size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
+            const real *q = repeat(work, h->q + at_k, heads * K, V, spare);
+            const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
+            const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
+            const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
+            real *o = h->o + at_v, *terms = K == 1 ? o : spare;
+            narrow_step(terms, S + first * KV, q, k, v, alpha, h->scale, heads * KV);
+            add_up(o, terms, heads * V, K, spare + n);
+        }
+    }
+}
+
+static void narrow_backward(const head *h, real *G, real *work) {
+    size_t K = h->K, V = h->V, KV = K * V, most = piece_of(K, V), n = most * KV, all = h->heads * KV;
+    real *spare = work + 5 * n, *states = work + NARROW_PARTS * n;
+    for (size_t c = chunks(h->T); c-- > 0;) {
+        size_t t0 = c * METALA_CHUNK, end = h->T - t0 < METALA_CHUNK ? h->T : t0 + METALA_CHUNK;
+        for (size_t i = 0; i < h->heads; i++)
+            memcpy(states + i * KV, h->states + (i * chunks(h->T) + c) * KV, KV * sizeof(real));
+        for (size_t t = t0; t < end; t++)                           // states + (t + 1 - t0)·all is S after token t
+            for (size_t first = 0; first < h->heads; first += most) {
+                size_t heads = h->heads - first < most ? h->heads - first : most;
+                size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
+                const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
+                const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
+                const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
+                real *before = states + (t - t0) * all + first * KV;
+                narrow_update(before + all, before, k, v, alpha, heads * KV);
+            }
+        for (size_t t = end; t-- > t0;)
+            for (size_t first = 0; first < h->heads; first += most) {
+                size_t heads = h->heads - first < most ? h->heads - first : most;
+                size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
+                const real *q = repeat(work, h->q + at_k, heads * K, V, spare);
+                const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
+                const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
+                const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
+                const real *dO = repeat(work + 4 * n, h->dO + at_v, heads * V, K, spare);
+                real *dq = h->dq + at_k, *dk = h->dk + at_k, *dv = h->dv + at_v, *da = h->da + at_k;
+                real *q_terms = V == 1 ? dq : spare, *k_terms = V == 1 ? dk : spare + n;
+                real *a_terms = V == 1 ? da : spare + 2 * n, *v_terms = K == 1 ? dv : spare;
+                narrow_gradient(q_terms, k_terms, v_terms, a_terms, G + first * KV, dO, q, k, v, alpha,
+                                states + (t - t0) * all + first * KV, h->scale, heads * KV, all);
+                add_up(dq, q_terms, heads * K, V, work);
+                add_up(dk, k_terms, heads * K, V, work);
+                add_up(da, a_terms, heads * K, V, work);
+                add_up(dv, v_terms, heads * V, K, work);
+            }
+    }
+}
+
+// ---- All heads of all sequences.
+
+// How many neighbouring heads are one piece of work.
+static size_t group_of(metala_form form, size_t H, size_t K, size_t V) {
+    return form == METALA_CHUNKWISE && is_narrow(K, V) ? H < PIECES * piece_of(K, V) ? H : PIECES * piece_of(K, V) : 1;
+}
+
+// For the states of a group, and what it needs beside them.
+static size_t scan_scratch(metala_form form, size_t T, size_t H, size_t K, size_t V, int backward) {
+    size_t n = group_of(form, H, K, V) * K * V;
+    if (form == METALA_PARALLEL) return plus(n, parallel_scratch(T, K, V));
+    if (form == METALA_RECURRENT) return n + (backward ? recurrent_scratch(K, V) : 0);
+    if (is_narrow(K, V)) return n + NARROW_PARTS * piece_of(K, V) * K * V + (backward ? (METALA_CHUNK + 1) * n : 0);
+    return n + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
+}
+
+// The heads of a sequence from `first`, where heads count through all sequences (b·H + h): no more than a group, nor than
+// the sequence has. The inputs are the same forward and backward.
+static head head_at(size_t first, size_t group, const real *q, const real *k, const real *v, const real *alpha, size_t T,
+                    size_t H, size_t K, size_t V, double scale) {
+    size_t start = first / H * T * H + first % H;
     head h = {0};
     h.T = T, h.K = K, h.V = V, h.k_step = H * K, h.v_step = H * V;
+    h.heads = H - first % H < group ? H - first % H : group;
     h.scale = (real)scale;
     h.q = q + start * K, h.k = k + start * K, h.alpha = alpha + start * K, h.v = v + start * V;
     return h;
@@ -1479,19 +2389,21 @@ static head head_at(size_t b_h, const real *q, const real *k, const real *v, con
 static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S, real *states, const real *q,
                          const real *k, const real *v, const real *alpha, size_t B, size_t T, size_t H, size_t K,
                          size_t V, double scale) {
-    size_t each = plus(scan_scratch(form, T, K, V, 0), K * V);
+    size_t each = scan_scratch(form, T, H, K, V, 0), group = group_of(form, H, K, V), groups = (H + group - 1) / group;
     real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
-    for (size_t b_h = 0; b_h < B * H; b_h++) {
-        real *own = work + thread_number() * each, *state = S ? S + b_h * K * V : own;
-        if (!S) memset(state, 0, K * V * sizeof(real));
-        head h = head_at(b_h, q, k, v, alpha, T, H, K, V, scale);
+    for (size_t i = 0; i < B * groups; i++) {
+        size_t first = i / groups * H + i % groups * group;
+        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale);
+        real *own = work + thread_number() * each, *state = S ? S + first * K * V : own, *rest = own + group * K * V;
+        if (!S) memset(state, 0, h.heads * K * V * sizeof(real));
         h.o = o + (h.v - v);
-        h.keep_states = states ? states + b_h * chunks(T) * K * V : NULL;
+        h.keep_states = states ? states + first * chunks(T) * K * V : NULL;
         if (form == METALA_RECURRENT) recurrent_forward(&h, state);
-        else if (form == METALA_PARALLEL) parallel_forward(&h, state, own + K * V);
-        else chunkwise_forward(&h, state, own + K * V);
+        else if (form == METALA_PARALLEL) parallel_forward(&h, state, rest);
+        else if (is_narrow(K, V)) narrow_forward(&h, state, rest);
+        else chunkwise_forward(&h, state, rest);
     }
 }
 
@@ -1500,20 +2412,22 @@ static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S
 static void scan_backward(metala_context *ctx, metala_form form, real *dq, real *dk, real *dv, real *da, real *dS,
                           const real *dO, const real *states, const real *q, const real *k, const real *v,
                           const real *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
-    size_t each = plus(scan_scratch(form, T, K, V, 1), K * V);
+    size_t each = scan_scratch(form, T, H, K, V, 1), group = group_of(form, H, K, V), groups = (H + group - 1) / group;
     real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
-    for (size_t b_h = 0; b_h < B * H; b_h++) {
-        real *own = work + thread_number() * each, *G = dS ? dS + b_h * K * V : own;
-        if (!dS) memset(G, 0, K * V * sizeof(real));
-        head h = head_at(b_h, q, k, v, alpha, T, H, K, V, scale);
-        h.states = states + b_h * chunks(T) * K * V;
+    for (size_t i = 0; i < B * groups; i++) {
+        size_t first = i / groups * H + i % groups * group;
+        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale);
+        real *own = work + thread_number() * each, *G = dS ? dS + first * K * V : own, *rest = own + group * K * V;
+        if (!dS) memset(G, 0, h.heads * K * V * sizeof(real));
+        h.states = states + first * chunks(T) * K * V;
         h.dO = dO + (h.v - v), h.dv = dv + (h.v - v);
         h.dq = dq + (h.q - q), h.dk = dk + (h.q - q), h.da = da + (h.q - q);
-        if (form == METALA_RECURRENT) recurrent_backward(&h, G, own + K * V);
-        else if (form == METALA_PARALLEL) parallel_backward(&h, G, own + K * V);
-        else chunkwise_backward(&h, G, own + K * V);
+        if (form == METALA_RECURRENT) recurrent_backward(&h, G, rest);
+        else if (form == METALA_PARALLEL) parallel_backward(&h, G, rest);
+        else if (is_narrow(K, V)) narrow_backward(&h, G, rest);
+        else chunkwise_backward(&h, G, rest);
     }
 }
 
@@ -1544,6 +2458,23 @@ static const metala_backend cpu_backend = {
     head_norm_forward, head_norm_backward,
     silu_gate_forward, silu_gate_backward,
     add,
+    shift_forward, shift_backward, last_token,
+    map_forward, map_backward,
+    taylor_forward, taylor_backward,
+    rotate_forward, rotate_backward,
+    bounded_gate_forward, bounded_gate_backward,
+    bounds_forward, bounds_backward,
+    ssm_forward, ssm_backward,
+    scale_pairs_forward, scale_pairs_backward,
+    selective_forward, selective_backward,
+    copy_heads_forward, copy_heads_backward,
+    wkv_forward, wkv_backward,
+    extend_forward, extend_backward,
+    normalise_forward, normalise_backward,
+    skip_forward, skip_backward,
+    multiply_forward, multiply_backward,
+    sigmoid_gate_forward, sigmoid_gate_backward,
+    attention_forward, attention_backward,
     cross_entropy_forward, cross_entropy_backward,
     sum_squares, adamw,
 };
@@ -1558,14 +2489,279 @@ const metala_backend *metala_cuda(metala_math math, char *why, size_t size) {
 }
 #endif
 
-// ============================================================== 7. The model: configuration, parameters, initialisation
+// ============================================================== 7. The model: rows, configuration, parameters, initialisation
+
+// The table of the general form (metala.h). A column's values stand in the order of their enum.
+static const metala_column columns[METALA_COLUMNS] = {
+    {"conv", "how a token sees its neighbours", {"off", "on", "shift", "value", "key", NULL}},
+    {"query", "q", {"linear", "silu", "elu1", "taylor", "one", "constant", "shared", "exp", NULL}},
+    {"key", "k", {"tied", "linear", "silu", "elu1", "taylor", "one", "constant", "shared", "exp", NULL}},
+    {"value", "v", {"linear", "complex", "silu", "input", "product", NULL}},
+    {"decay", "α", {"dynamic", "lowrank", "fixed", "one", "heads", "depth", "bounded", "exp", "lru", "zoh", "dss", "selective",
+                    "softmax", NULL}},
+    {"self", "what the current token adds by itself", {"off", "augment", "bonus", "skip", NULL}},
+    {"normaliser", "division by the sum of the weights", {"off", "on", NULL}},
+    {"phase", "rotation with time", {"off", "rope", "first", "learned", "decay", NULL}},
+    {"norm", "of what was read", {"off", "layer", "rms", "width", NULL}},
+    {"gate", "of the output", {"off", "silu", "sigmoid", "linear", NULL}},
+    {"channels", "of q, k and α, of D", {"half", "full", NULL}},
+};
+
+#define ROW(conv, query, key, value, decay, self, normaliser, phase, norm, gate, channels)                                     \
+    {METALA_CONV_##conv, METALA_QUERY_##query, METALA_KEY_##key, METALA_VALUE_##value, METALA_DECAY_##decay,                   \
+     METALA_SELF_##self, METALA_NORMALISER_##normaliser, METALA_PHASE_##phase, METALA_NORM_##norm, METALA_GATE_##gate,         \
+     METALA_CHANNELS_##channels}
+
+static const metala_named_row rows_of_the_paper[] = {
+    //                        conv   query     key       value    decay      self     norm. phase    norm   gate     channels
+    {"metala",           ROW(ON,    LINEAR,   TIED,     LINEAR,  DYNAMIC,   AUGMENT, OFF, OFF,     LAYER, SILU,    HALF), 1,
+     "S = diag(α) S + (1-α) vᵀ, α = σ(W_α u)^(1/16), o = SᵀW_q u + σ(((q⊙k)·b) v)",
+     "MetaLA, NeurIPS 2024, section 4"},
+    {"metala-noconv",    ROW(OFF,   LINEAR,   TIED,     LINEAR,  DYNAMIC,   AUGMENT, OFF, OFF,     LAYER, SILU,    HALF), 1,
+     "without the short convolution", "MetaLA, its ablations"},
+    {"metala-noaug",     ROW(ON,    LINEAR,   TIED,     LINEAR,  DYNAMIC,   OFF,     OFF, OFF,     LAYER, SILU,    HALF), 1,
+     "without self-augmentation", "MetaLA, its ablations"},
+    {"metala-key",       ROW(ON,    LINEAR,   LINEAR,   LINEAR,  DYNAMIC,   AUGMENT, OFF, OFF,     LAYER, SILU,    HALF), 1,
+     "k = W_k u in place of 1 - α", "MetaLA, its ablations"},
+    {"metala-fixed",     ROW(ON,    LINEAR,   TIED,     LINEAR,  FIXED,     AUGMENT, OFF, OFF,     LAYER, SILU,    HALF), 1,
+     "α learned, the same for every token", "MetaLA, its ablations"},
+    {"metala-none",      ROW(OFF,   LINEAR,   LINEAR,   LINEAR,  FIXED,     OFF,     OFF, OFF,     LAYER, SILU,    HALF), 1,
+     "all four at once", "MetaLA, its ablations"},
+    {"linear",           ROW(OFF,   ELU1,     ELU1,     LINEAR,  ONE,       OFF,     ON,  OFF,     OFF,   OFF,     FULL), 1,
+     "S = S + φ(k) vᵀ, o = Sᵀφ(q) / Σφ(k)ᵀφ(q), φ = elu + 1",
+     "Transformers are RNNs, Katharopoulos 2020"},
+    {"transnormer",      ROW(OFF,   SILU,     SILU,     LINEAR,  DEPTH,     OFF,     OFF, FIRST,   WIDTH, LINEAR,  FULL), 1,
+     "S = λ S + silu(k) vᵀ, λ = exp(-8(h+1)/H (1-l/L)), o = Sᵀ silu(q)",
+     "TransNormerLLM, Qin 2023; rotates pairs of channels where its code keeps cosine and sine parts of each"},
+    {"retnet",           ROW(OFF,   LINEAR,   LINEAR,   LINEAR,  HEADS,     OFF,     OFF, ROPE,    RMS,   SILU,    FULL), 2,
+     "S = (1-2^(-5-h)) S + (k e^{iθt}) vᵀ, o = Sᵀ(q e^{iθt})",
+     "Retentive Network, Sun 2023; without its rescaling of the parallel form, which the norm takes out again"},
+    {"gla",              ROW(OFF,   LINEAR,   LINEAR,   LINEAR,  LOWRANK,   OFF,     OFF, OFF,     RMS,   SILU,    HALF), 1,
+     "S = diag(α) S + k vᵀ, α = σ(W_2 W_1 n + b)^(1/16), o = Sᵀq",
+     "Gated Linear Attention, Yang 2023; its norm has learned weights"},
+    {"based",            ROW(ON,    TAYLOR,   TAYLOR,   LINEAR,  ONE,       OFF,     ON,  OFF,     OFF,   OFF,     FULL), 1,
+     "S = S + φ(k) vᵀ, φ(q)·φ(k) = 1 + q·k/√d + (q·k)²/2d, o = Sᵀφ(q) / Σφ(k)ᵀφ(q)",
+     "Based, Arora 2024, as \"Base\" of the paper's recall figure; without its sliding-window layers"},
+    {"rwkv4",            ROW(SHIFT, EXP,      EXP,      LINEAR,  EXP,       BONUS,   ON,  OFF,     OFF,   SIGMOID, FULL), 1,
+     "S = e^(-w) S + e^k v, o = (S_{t-1} + e^(u+k) v) / (the same with v = 1)",
+     "RWKV, Peng 2023; its channel mixing is the SwiGLU that all rows have"},
+    {"glru",             ROW(OFF,   ONE,      TIED,     SILU,    BOUNDED,   OFF,     OFF, LEARNED, WIDTH, SILU,    FULL), 1,
+     "h = λ e^{iθ} h + (1-λ) silu(W_v n), λ = γ + (1-γ) σ(W_λ n)",
+     "HGRN, Qin 2023"},
+    {"lru",              ROW(OFF,   ONE,      ONE,      COMPLEX, LRU,       SKIP,    OFF, DECAY,   OFF,   OFF,     FULL), 1,
+     "x = λ x + γ B n, λ = exp(-e^ν + iθ), y = Re(C x) + d n",
+     "Resurrecting RNNs, Orvieto 2023"},
+    {"s4d",              ROW(OFF,   CONSTANT, CONSTANT, INPUT,   ZOH,       SKIP,    OFF, DECAY,   OFF,   OFF,     FULL), 1,
+     "x = e^{ΔA} x + (e^{ΔA}-1)/A n, y = 2 Re(C x) + d n, for each channel",
+     "S4D, Gu 2022; without the GELU before the output projection"},
+    {"dss",              ROW(OFF,   CONSTANT, CONSTANT, INPUT,   DSS,       SKIP,    OFF, DECAY,   OFF,   OFF,     FULL), 1,
+     "as s4d, with the input factor of a softmax over the positions",
+     "DSS, Gupta 2022; Re A stays negative, and the softmax is over `length` tokens, those of a training sequence"},
+    {"s5",               ROW(OFF,   ONE,      ONE,      COMPLEX, ZOH,       SKIP,    OFF, DECAY,   OFF,   OFF,     FULL), 1,
+     "x = e^{ΔA} x + (e^{ΔA}-1)/A B n, y = 2 Re(C x) + d n, one system for all channels",
+     "S5, Smith 2022; B and C are dense real matrices of real and imaginary parts"},
+    {"h3",               ROW(KEY,   CONSTANT, CONSTANT, PRODUCT, ZOH,       SKIP,    OFF, DECAY,   OFF,   LINEAR,  FULL), 1,
+     "q ⊙ s4d(shift(k) ⊙ v)",
+     "Hungry Hungry Hippos, Fu 2022; heads of one channel; the shift has 4 taps"},
+    {"mamba",            ROW(VALUE, SHARED,   SHARED,   INPUT,   SELECTIVE, SKIP,    OFF, OFF,     OFF,   SILU,    FULL), 2,
+     "x = e^{-Δ e^A} x + Δ B u, y = C·x + d u; Δ, B and C from u = silu(conv(W_v n))",
+     "Mamba, Gu 2023"},
+    {"transformer",      ROW(OFF,   LINEAR,   LINEAR,   LINEAR,  SOFTMAX,   OFF,     OFF, ROPE,    OFF,   OFF,     FULL), 1,
+     "o = Σ_j softmax_j(q·k_j/√K) v_j: what the others approximate",
+     "Attention is all you need, with RoPE; keeps all keys and values"},
+    {NULL, {0}, 0, NULL, NULL},
+};
+#undef ROW
+
+const metala_column *metala_columns(void) { return columns; }
+const metala_named_row *metala_rows(void) { return rows_of_the_paper; }
+
+int *metala_row_column(metala_row *row, int column) {
+    int *const values[METALA_COLUMNS] = {&row->conv, &row->query, &row->key, &row->value, &row->decay, &row->self,
+                                         &row->normaliser, &row->phase, &row->norm, &row->gate, &row->channels};
+    return column >= 0 && column < METALA_COLUMNS ? values[column] : NULL;
+}
+
+static int row_value(const metala_row *row, int column) {
+    metala_row copy = *row;
+    return *metala_row_column(&copy, column);
+}
+
+const char *metala_config_row_name(const metala_config *c) {
+    for (const metala_named_row *r = rows_of_the_paper; r->name; r++) {
+        int same = 1;
+        for (int i = 0; i < METALA_COLUMNS; i++) same &= row_value(&r->row, i) == row_value(&c->row, i);
+        if (same) return r->name;
+    }
+    return "custom";
+}
+
+int metala_config_row(metala_context *ctx, metala_config *config, const char *name) {
+    char known[400] = "";
+    for (const metala_named_row *r = rows_of_the_paper; r->name; r++) {
+        if (!strcmp(r->name, name)) {
+            config->row = r->row;
+            config->expand = r->expand;
+            return 0;
+        }
+        snprintf(known + strlen(known), sizeof known - strlen(known), "%s%s", *known ? ", " : "", r->name);
+    }
+    return fail(ctx, "there is no model called %.40s; there are %s", name, known);
+}
+
+metala_config metala_config_default(void) {
+    metala_config c = {0};
+    c.vocab_size = 256, c.width = 256, c.layers = 6, c.heads = 4, c.glu_dim = 704;
+    c.pad_token_id = c.bos_token_id = c.eos_token_id = -1;
+    c.norm_eps = 1e-6, c.head_norm_eps = 1e-5, c.tau = 16;
+    c.row = rows_of_the_paper[0].row;
+    c.expand = 1, c.state_size = 16, c.low_rank = 16, c.feature_dim = 16, c.length = 1024;
+    return c;
+}
+
+// The sizes that follow from a configuration.
+typedef struct {
+    size_t D, F, N;
+    size_t H, K, V;                     // of the scan; V without the normaliser's channel
+    size_t ones;                        // 1: the scan has one more value channel
+    size_t u;                           // width of u
+    size_t q, k, v, low, z, g;          // widths of the projections, 0 for what a row has not
+    size_t p;                           // width of what is read, gated and projected back: H·V
+    size_t states;                      // of a complex state-space model, for each head
+    size_t theta;                       // learned angles
+    int complex_values;                 // a head is a complex number: K = 1, V = 2, and the phase is in v and o
+    int own_q, own_k, own_v;            // the scan's q, k, v are made from the projections, in memory of their own
+    int shared_u, shared_scan;          // u is n; what the scan gives is p
+    double scale;
+} sizes;
+
+static sizes sizes_of(const metala_config *c) {
+    const metala_row *r = &c->row;
+    sizes s = {0};
+    size_t E = times((size_t)c->expand, (size_t)c->width), heads = (size_t)c->heads;
+    s.D = (size_t)c->width, s.F = (size_t)c->glu_dim, s.N = (size_t)c->vocab_size;
+    s.u = r->conv == METALA_CONV_VALUE ? E : s.D;
+    s.complex_values = r->value == METALA_VALUE_COMPLEX || r->value == METALA_VALUE_SILU;
+    s.ones = r->normaliser == METALA_NORMALISER_ON;
+    s.states = r->phase != METALA_PHASE_DECAY ? 0 : s.complex_values ? 1 : (size_t)c->state_size;
+    if (s.complex_values) s.H = E, s.K = 1, s.V = 2;
+    else if (r->query == METALA_QUERY_CONSTANT) s.H = E, s.K = 2 * s.states, s.V = 1;
+    else if (r->query == METALA_QUERY_SHARED) s.H = E, s.K = s.q = s.k = (size_t)c->state_size, s.V = 1;
+    else if (r->query == METALA_QUERY_EXP) s.H = s.k = E, s.K = 1, s.V = 1;
+    else {
+        size_t d = (size_t)c->feature_dim;
+        s.H = heads, s.V = E / heads, s.K = (r->channels == METALA_CHANNELS_HALF ? s.D / 2 : s.D) / heads;
+        s.q = s.k = times(s.H, s.K);
+        if (r->query == METALA_QUERY_TAYLOR) s.K = 1 + d + d * d, s.q = s.k = times(s.H, d);
+        if (r->key == METALA_KEY_TIED) s.k = 0;
+        if (r->query <= METALA_QUERY_SILU && r->key <= METALA_KEY_SILU) s.scale = 1 / sqrt((double)s.K);
+    }
+    if (r->query == METALA_QUERY_CONSTANT) s.scale = 2;       // a complex state stands for itself and its conjugate
+    else if (!(s.scale > 0)) s.scale = 1;
+    if (r->conv == METALA_CONV_KEY) s.k = s.D;
+    s.p = times(s.H, s.V);
+    s.v = r->conv == METALA_CONV_VALUE ? E : r->value == METALA_VALUE_INPUT ? 0 : s.p;
+    s.z = r->decay <= METALA_DECAY_FIXED || r->decay == METALA_DECAY_BOUNDED ? times(s.H, s.K)
+        : r->decay == METALA_DECAY_SELECTIVE                                 ? s.H : 0;
+    s.low = r->decay == METALA_DECAY_LOWRANK || r->decay == METALA_DECAY_SELECTIVE ? (size_t)c->low_rank : 0;
+    s.g = r->gate ? s.p : 0;
+    s.theta = r->phase == METALA_PHASE_FIRST ? s.K / 2
+            : r->phase == METALA_PHASE_LEARNED ? (s.complex_values ? s.H : times(s.H, s.K / 2)) : 0;
+    s.own_q = r->query != METALA_QUERY_LINEAR;
+    s.own_k = r->key != METALA_KEY_LINEAR;
+    s.own_v = s.ones || s.complex_values || r->value == METALA_VALUE_PRODUCT || r->decay == METALA_DECAY_SELECTIVE;
+    s.shared_u = r->conv == METALA_CONV_OFF || r->conv == METALA_CONV_KEY;
+    s.shared_scan = !s.ones && (s.complex_values || (r->self != METALA_SELF_AUGMENT && r->self != METALA_SELF_SKIP));
+    return s;
+}
+
+// What a row of one's own must keep to. `wrong` says what is amiss.
+static const char *row_problem(const metala_config *c) {
+    const metala_row *r = &c->row;
+    int q = r->query, k = r->key, v = r->value, a = r->decay;
+    int complex_values = v == METALA_VALUE_COMPLEX || v == METALA_VALUE_SILU;
+    int complex_decay = a == METALA_DECAY_LRU || a == METALA_DECAY_ZOH || a == METALA_DECAY_DSS;
+    int gate_decay = a <= METALA_DECAY_FIXED || a == METALA_DECAY_BOUNDED;
+    const struct { int wrong; const char *what; } rules[] = {
+        {(q == METALA_QUERY_TAYLOR) != (k == METALA_KEY_TAYLOR), "query taylor and key taylor belong together"},
+        {(q == METALA_QUERY_CONSTANT) != (k == METALA_KEY_CONSTANT), "query constant and key constant belong together"},
+        {(q == METALA_QUERY_SHARED) != (k == METALA_KEY_SHARED), "query shared and key shared belong together"},
+        {(q == METALA_QUERY_SHARED) != (a == METALA_DECAY_SELECTIVE), "query shared and decay selective belong together"},
+        {q == METALA_QUERY_SHARED && v != METALA_VALUE_INPUT, "query shared needs value input"},
+        {(q == METALA_QUERY_EXP) != (k == METALA_KEY_EXP), "query exp and key exp belong together"},
+        {(q == METALA_QUERY_EXP) != (a == METALA_DECAY_EXP), "query exp and decay exp belong together"},
+        {(q == METALA_QUERY_EXP) != (r->self == METALA_SELF_BONUS), "query exp and self bonus belong together"},
+        {(q == METALA_QUERY_EXP) != (r->conv == METALA_CONV_SHIFT), "query exp and conv shift belong together"},
+        {q == METALA_QUERY_EXP && !r->normaliser, "query exp needs the normaliser"},
+        {q == METALA_QUERY_EXP && c->expand != 1, "query exp needs expand 1"},
+        {(q == METALA_QUERY_ONE) != complex_values, "query one and complex or silu values belong together"},
+        {(k == METALA_KEY_ONE) && !complex_values, "key one needs complex or silu values"},
+        {complex_values && k != METALA_KEY_ONE && k != METALA_KEY_TIED, "complex or silu values need key one or tied"},
+        {k == METALA_KEY_TIED && !gate_decay, "key tied needs decay dynamic, lowrank, fixed or bounded"},
+        {q == METALA_QUERY_CONSTANT && a != METALA_DECAY_ZOH && a != METALA_DECAY_DSS, "query constant needs decay zoh or dss"},
+        {complex_decay != (r->phase == METALA_PHASE_DECAY), "phase decay and decay lru, zoh or dss belong together"},
+        {complex_decay && q != METALA_QUERY_CONSTANT && v != METALA_VALUE_COMPLEX,
+         "decay lru, zoh or dss needs query constant or complex values"},
+        {v == METALA_VALUE_COMPLEX && !complex_decay, "complex values need decay lru, zoh or dss; others take value silu"},
+        {r->normaliser && v != METALA_VALUE_LINEAR, "the normaliser needs linear values"},
+        {r->normaliser && r->self != METALA_SELF_OFF && r->self != METALA_SELF_BONUS, "with a normaliser self is off or bonus"},
+        {r->self == METALA_SELF_AUGMENT && complex_values, "self augment needs real values"},
+        {(v == METALA_VALUE_PRODUCT) != (r->conv == METALA_CONV_KEY), "value product and conv key belong together"},
+        {v == METALA_VALUE_PRODUCT && (k != METALA_KEY_CONSTANT || c->expand != 1), "value product needs key constant and expand 1"},
+        {r->conv == METALA_CONV_VALUE && v != METALA_VALUE_INPUT, "conv value needs value input"},
+        {v == METALA_VALUE_INPUT && r->conv != METALA_CONV_VALUE && c->expand != 1, "value input needs expand 1 or conv value"},
+        {(r->phase == METALA_PHASE_ROPE || r->phase == METALA_PHASE_FIRST) && (complex_values || q >= METALA_QUERY_TAYLOR),
+         "phase rope or first needs query linear, silu or elu1"},
+        {r->phase == METALA_PHASE_LEARNED && !complex_values && q >= METALA_QUERY_TAYLOR,
+         "phase learned needs query linear, silu or elu1, or silu values"},
+        {a == METALA_DECAY_SOFTMAX && (q >= METALA_QUERY_TAYLOR || r->normaliser || r->self == METALA_SELF_BONUS),
+         "decay softmax needs query linear, silu or elu1, and no normaliser"},
+    };
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
+        if (rules[i].wrong) return rules[i].what;
+    return NULL;
+}
+
+int metala_config_check(metala_context *ctx, const metala_config *c) {
+    enum { MOST = 1 << 24 };
+    const struct { const char *name; int value, most; } whole[] = {
+        {"vocab_size", c->vocab_size, MOST}, {"width (decoder_embed_dim)", c->width, MOST},
+        {"layers (decoder_layers)", c->layers, MOST}, {"heads (decoder_attention_heads)", c->heads, MOST},
+        {"glu_dim", c->glu_dim, MOST}, {"expand", c->expand, 64}, {"state_size", c->state_size, 1 << 16},
+        {"low_rank", c->low_rank, MOST}, {"feature_dim", c->feature_dim, 1 << 10}, {"length", c->length, INT_MAX}};
+    for (size_t i = 0; i < sizeof whole / sizeof *whole; i++)
+        if (whole[i].value < 1 || whole[i].value > whole[i].most)
+            return fail(ctx, "configuration: %s must be 1 to %d, got %d", whole[i].name, whole[i].most, whole[i].value);
+    for (int i = 0; i < METALA_COLUMNS; i++) {
+        int value = row_value(&c->row, i), count = 0;
+        while (columns[i].values[count]) count++;
+        if (value < 0 || value >= count)
+            return fail(ctx, "configuration: %s is number %d of %d choices", columns[i].name, value, count);
+    }
+    const char *problem = row_problem(c);
+    if (problem) return fail(ctx, "configuration: %s", problem);
+    int by_heads = c->row.query <= METALA_QUERY_TAYLOR, half = c->row.channels == METALA_CHANNELS_HALF;
+    if (by_heads && (c->width % (half ? 2 : 1) || c->width / (half ? 2 : 1) % c->heads || c->width * c->expand % c->heads))
+        return fail(ctx, "configuration: the number of heads must divide width%s, got width %d and %d heads",
+                    half ? "/2" : "", c->width, c->heads);
+    sizes s = sizes_of(c);
+    if ((c->row.phase == METALA_PHASE_ROPE || c->row.phase == METALA_PHASE_FIRST ||
+         (c->row.phase == METALA_PHASE_LEARNED && !s.complex_values)) && s.K % 2)
+        return fail(ctx, "configuration: a head that rotates needs an even number of channels, got %zu; change the heads", s.K);
+    if (!(c->norm_eps >= 0) || !(c->head_norm_eps >= 0) || !(c->norm_eps < 1) || !(c->head_norm_eps < 1))
+        return fail(ctx, "configuration: norm epsilons must be 0 to 1, got %g and %g", c->norm_eps, c->head_norm_eps);
+    if (!(c->tau > 0) || !(c->tau <= 1e6))
+        return fail(ctx, "configuration: tau must be positive, got %g", c->tau);
+    return 0;
+}
 
 #define REAL_TYPE (sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32)
 
 // Where the parameters of one layer start in the block that holds them; ABSENT if the configuration has none.
 #define ABSENT SIZE_MAX
 typedef struct {
-    size_t conv, q, z, k, v, g, g_bias, out, b, l1, l2, l3, l1_bias, l2_bias, l3_bias;
+    size_t conv, shift_g, shift_k, shift_v, q, C, z, z_bias, low, A, ssm_decay, ssm_phase, ssm_step, time_decay, time_first;
+    size_t theta, k, v, g, g_bias, b, skip, out, l1, l2, l3, l1_bias, l2_bias, l3_bias;
 } layer_offsets;
 
 struct metala_model {
@@ -1581,33 +2777,10 @@ struct metala_model {
     int tensor_count;
     layer_offsets *layers;
     size_t embedding, head;             // the same when tied, unless quantized: the lookup needs reals
+    size_t bounds;                      // logits of the lower bounds of decays
+    real *constants;                    // the backend's memory: see fill_constants
+    uint64_t version;                   // counts changes of the parameters
 };
-
-metala_config metala_config_default(void) {
-    metala_config c = {0};
-    c.vocab_size = 256, c.width = 256, c.layers = 6, c.heads = 4, c.glu_dim = 704;
-    c.pad_token_id = c.bos_token_id = c.eos_token_id = -1;
-    c.norm_eps = 1e-6, c.head_norm_eps = 1e-5, c.tau = 16;
-    return c;
-}
-
-int metala_config_check(metala_context *ctx, const metala_config *c) {
-    enum { MOST = 1 << 24 };
-    const struct { const char *name; int value; } sizes[] = {
-        {"vocab_size", c->vocab_size}, {"width (decoder_embed_dim)", c->width}, {"layers (decoder_layers)", c->layers},
-        {"heads (decoder_attention_heads)", c->heads}, {"glu_dim", c->glu_dim}};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value < 1 || sizes[i].value > MOST)
-            return fail(ctx, "configuration: %s must be 1 to %d, got %d", sizes[i].name, MOST, sizes[i].value);
-    if (c->width % 2 || c->width % c->heads || c->width / 2 % c->heads)
-        return fail(ctx, "configuration: the number of heads must divide width/2, got width %d and %d heads", c->width,
-                    c->heads);
-    if (!(c->norm_eps >= 0) || !(c->head_norm_eps >= 0) || !(c->norm_eps < 1) || !(c->head_norm_eps < 1))
-        return fail(ctx, "configuration: norm epsilons must be 0 to 1, got %g and %g", c->norm_eps, c->head_norm_eps);
-    if (!(c->tau > 0) || !(c->tau <= 1e6))
-        return fail(ctx, "configuration: tau must be positive, got %g", c->tau);
-    return 0;
-}
 
 // [ out·in weights | padding | out·groups scales of int8 | padding ], where the scales start, and all of it in bytes.
 static size_t scales_start(size_t out, size_t in) { return round_up(out * in, ALIGN); }
@@ -1623,16 +2796,17 @@ static size_t place_quantized(metala_model *m, size_t out, size_t in) {
     return place;
 }
 
-// One more tensor in the list and in its block; returns its place there. 0 in shape ends it. What has two dimensions is
-// the weight of a linear layer, but for the first tensor, the embedding.
-static size_t add_tensor(metala_model *m, const char *name, int decay, size_t s0, size_t s1, size_t s2) {
+// One more tensor in the list and in its block; returns its place there. 0 in shape ends it. PLAIN has no weight decay;
+// LINEAR can be quantized.
+enum tensor_kind { PLAIN, DECAYED, LINEAR };
+static size_t add_tensor(metala_model *m, const char *name, enum tensor_kind kind, size_t s0, size_t s1, size_t s2) {
     metala_tensor *t = &m->tensors[m->tensor_count];
     size_t *place = &m->places[m->tensor_count];
     const size_t shape[3] = {s0, s1, s2};
-    int linear = m->tensor_count++ > 0 && s1 && !s2;
+    m->tensor_count++;
     snprintf(t->name, sizeof t->name, "%s", name);
-    t->dtype = linear ? m->weights : REAL_TYPE;
-    t->decay = decay;
+    t->dtype = kind == LINEAR ? m->weights : REAL_TYPE;
+    t->decay = kind != PLAIN;
     t->count = 1;
     t->offset = m->size;
     for (t->ndim = 0; t->ndim < 3 && shape[t->ndim]; t->ndim++) {
@@ -1645,48 +2819,73 @@ static size_t add_tensor(metala_model *m, const char *name, int decay, size_t s0
     return *place;
 }
 
-static size_t add_layer_tensor(metala_model *m, int layer, const char *name, int decay, size_t s0, size_t s1,
-                               size_t s2) {
+// In layer `layer`, when the row has it; ABSENT otherwise.
+static size_t add_if(metala_model *m, int wanted, int layer, const char *name, enum tensor_kind kind, size_t s0, size_t s1,
+                     size_t s2) {
     char full[128];
+    if (!wanted) return ABSENT;
     snprintf(full, sizeof full, "model.layers.%d.%s", layer, name);
-    return add_tensor(m, full, decay, s0, s1, s2);
+    return add_tensor(m, full, kind, s0, s1, s2);
 }
 
-// All parameters with the authors' names, in the order of computation. Weight decay is for what has two or more
-// dimensions.
-enum { TENSORS_OF_LAYER = 15 };
+// All parameters with the authors' names, in the order of computation. Weight decay is for weights of two or more
+// dimensions, but not for those of decays.
+enum { TENSORS_OF_LAYER = 32 };
 static void list_tensors(metala_model *m) {
     const metala_config *c = &m->config;
-    size_t N = (size_t)c->vocab_size, D = (size_t)c->width, F = (size_t)c->glu_dim;
-    m->embedding = add_tensor(m, "model.embed_tokens.weight", 1, N, D, 0);
+    const metala_row *r = &c->row;
+    sizes s = sizes_of(c);
+    size_t D = s.D, F = s.F, HK = times(s.H, s.K), HN = times(s.H, s.states), R = s.low;
+    int conv = r->conv == METALA_CONV_ON || r->conv == METALA_CONV_VALUE || r->conv == METALA_CONV_KEY;
+    int shift = r->conv == METALA_CONV_SHIFT, selective = r->decay == METALA_DECAY_SELECTIVE;
+    int gate = r->decay == METALA_DECAY_DYNAMIC || r->decay == METALA_DECAY_BOUNDED;
+    m->embedding = add_tensor(m, "model.embed_tokens.weight", DECAYED, s.N, D, 0);
+    m->bounds = r->decay == METALA_DECAY_BOUNDED ? add_tensor(m, "model.lower_bounds", PLAIN, (size_t)c->layers, HK, 0) : ABSENT;
     for (int l = 0; l < c->layers; l++) {
         layer_offsets *w = &m->layers[l];
-        w->conv = c->no_conv ? ABSENT : add_layer_tensor(m, l, "token_mixer.conv1d.weight", 1, D, 1, METALA_CONV);
-        w->q = add_layer_tensor(m, l, "token_mixer.q_proj.weight", 1, D / 2, D, 0);
-        w->z = c->fixed_decay ? add_layer_tensor(m, l, "token_mixer.decay_logit", 0, D / 2, 0, 0)
-                              : add_layer_tensor(m, l, "token_mixer.k_gate.weight", 1, D / 2, D, 0);
-        w->k = c->key_linear ? add_layer_tensor(m, l, "token_mixer.k_proj.weight", 1, D / 2, D, 0) : ABSENT;
-        w->v = add_layer_tensor(m, l, "token_mixer.v_proj.weight", 1, D, D, 0);
-        w->g = add_layer_tensor(m, l, "token_mixer.g_proj.weight", 1, D, D, 0);
-        w->g_bias = add_layer_tensor(m, l, "token_mixer.g_proj.bias", 0, D, 0, 0);
-        w->b = c->no_augment ? ABSENT : add_layer_tensor(m, l, "token_mixer.aug_balance", 0, D / 2, 0, 0);
-        w->out = add_layer_tensor(m, l, "token_mixer.out_proj.weight", 1, D, D, 0);
-        w->l1 = add_layer_tensor(m, l, "channel_mixer.l1.weight", 1, F, D, 0);
-        w->l2 = add_layer_tensor(m, l, "channel_mixer.l2.weight", 1, F, D, 0);
-        w->l3 = add_layer_tensor(m, l, "channel_mixer.l3.weight", 1, D, F, 0);
-        w->l1_bias = c->glu_bias ? add_layer_tensor(m, l, "channel_mixer.l1.bias", 0, F, 0, 0) : ABSENT;
-        w->l2_bias = c->glu_bias ? add_layer_tensor(m, l, "channel_mixer.l2.bias", 0, F, 0, 0) : ABSENT;
-        w->l3_bias = c->glu_bias ? add_layer_tensor(m, l, "channel_mixer.l3.bias", 0, D, 0, 0) : ABSENT;
+        w->conv = add_if(m, conv, l, "token_mixer.conv1d.weight", DECAYED, r->conv == METALA_CONV_KEY ? s.k : s.u, 1, METALA_CONV);
+        w->shift_g = add_if(m, shift, l, "token_mixer.shift_g", PLAIN, D, 0, 0);
+        w->shift_k = add_if(m, shift, l, "token_mixer.shift_k", PLAIN, D, 0, 0);
+        w->shift_v = add_if(m, shift, l, "token_mixer.shift_v", PLAIN, D, 0, 0);
+        w->q = add_if(m, s.q > 0, l, "token_mixer.q_proj.weight", LINEAR, s.q, s.u, 0);
+        w->C = add_if(m, r->query == METALA_QUERY_CONSTANT, l, "token_mixer.C", PLAIN, s.H, s.states, 2);
+        w->z = gate                                ? add_if(m, 1, l, "token_mixer.k_gate.weight", LINEAR, s.z, s.u, 0)
+             : r->decay == METALA_DECAY_FIXED      ? add_if(m, 1, l, "token_mixer.decay_logit", PLAIN, s.z, 0, 0)
+                                                   : add_if(m, R > 0, l, "token_mixer.k_gate.1.weight", LINEAR, s.z, R, 0);
+        w->z_bias = add_if(m, R > 0, l, "token_mixer.k_gate.1.bias", PLAIN, s.z, 0, 0);
+        w->low = add_if(m, R > 0, l, "token_mixer.k_gate.0.weight", LINEAR, R, s.u, 0);
+        w->A = add_if(m, selective, l, "token_mixer.A_log", PLAIN, s.H, s.K, 0);
+        w->ssm_decay = add_if(m, HN > 0, l, "token_mixer.ssm_decay", PLAIN, s.H, s.states, 0);
+        w->ssm_phase = add_if(m, HN > 0, l, "token_mixer.ssm_phase", PLAIN, s.H, s.states, 0);
+        w->ssm_step = add_if(m, HN > 0, l, "token_mixer.ssm_step", PLAIN, s.H, 0, 0);
+        w->time_decay = add_if(m, r->decay == METALA_DECAY_EXP, l, "token_mixer.time_decay", PLAIN, s.H, 0, 0);
+        w->time_first = add_if(m, r->decay == METALA_DECAY_EXP, l, "token_mixer.time_first", PLAIN, s.H, 0, 0);
+        w->theta = add_if(m, s.theta > 0 && (l == 0 || r->phase != METALA_PHASE_FIRST), l, "token_mixer.theta", PLAIN, s.theta,
+                          0, 0);
+        w->k = add_if(m, s.k > 0, l, "token_mixer.k_proj.weight", LINEAR, s.k, s.u, 0);
+        w->v = add_if(m, s.v > 0, l, "token_mixer.v_proj.weight", LINEAR, s.v, D, 0);
+        w->g = add_if(m, s.g > 0, l, "token_mixer.g_proj.weight", LINEAR, s.g, D, 0);
+        w->g_bias = add_if(m, r->gate == METALA_GATE_SILU, l, "token_mixer.g_proj.bias", PLAIN, s.g, 0, 0);
+        w->b = add_if(m, r->self == METALA_SELF_AUGMENT, l, "token_mixer.aug_balance", PLAIN, HK, 0, 0);
+        w->skip = add_if(m, r->self == METALA_SELF_SKIP, l, "token_mixer.D", PLAIN, s.complex_values ? D : s.p, 0, 0);
+        w->out = add_if(m, 1, l, "token_mixer.out_proj.weight", LINEAR, D, s.p, 0);
+        w->l1 = add_if(m, 1, l, "channel_mixer.l1.weight", LINEAR, F, D, 0);
+        w->l2 = add_if(m, 1, l, "channel_mixer.l2.weight", LINEAR, F, D, 0);
+        w->l3 = add_if(m, 1, l, "channel_mixer.l3.weight", LINEAR, D, F, 0);
+        w->l1_bias = add_if(m, c->glu_bias, l, "channel_mixer.l1.bias", PLAIN, F, 0, 0);
+        w->l2_bias = add_if(m, c->glu_bias, l, "channel_mixer.l2.bias", PLAIN, F, 0, 0);
+        w->l3_bias = add_if(m, c->glu_bias, l, "channel_mixer.l3.bias", PLAIN, D, 0, 0);
     }
-    m->head = !c->tie_word_embeddings   ? add_tensor(m, "lm_head.weight", 1, N, D, 0)
+    m->head = !c->tie_word_embeddings   ? add_tensor(m, "lm_head.weight", LINEAR, s.N, D, 0)
               : m->weights == REAL_TYPE ? m->embedding
-                                        : place_quantized(m, N, D);
+                                        : place_quantized(m, s.N, D);
 }
 
 void metala_model_free(metala_model *m) {
     if (!m) return;
     m->backend->free(m->parameters);
     m->backend->free(m->quantized);
+    m->backend->free(m->constants);
     free(m->tensors);
     free(m->places);
     free(m->layers);
@@ -1703,8 +2902,8 @@ static metala_model *model_outline(metala_context *ctx, const metala_config *con
         m->backend = ctx->backend;
         m->weights = weights;
         m->layers = calloc(L, sizeof *m->layers);
-        m->tensors = calloc(L * TENSORS_OF_LAYER + 2, sizeof *m->tensors);
-        m->places = calloc(L * TENSORS_OF_LAYER + 2, sizeof *m->places);
+        m->tensors = calloc(L * TENSORS_OF_LAYER + 3, sizeof *m->tensors);
+        m->places = calloc(L * TENSORS_OF_LAYER + 3, sizeof *m->places);
     }
     if (!m || !m->layers || !m->tensors || !m->places) {
         fail_memory(ctx, "the list of tensors", (double)L * TENSORS_OF_LAYER * sizeof(metala_tensor));
@@ -1715,6 +2914,32 @@ static metala_model *model_outline(metala_context *ctx, const metala_config *con
     return m;
 }
 
+// What a row takes for given: [ ones (H·K) | the angles of RoPE (K/2) | decays (layers, H·K) ].
+static int fill_constants(metala_context *ctx, metala_model *m) {
+    const metala_row *r = &m->config.row;
+    sizes s = sizes_of(&m->config);
+    size_t HK = times(s.H, s.K), L = (size_t)m->config.layers, depth = r->decay == METALA_DECAY_DEPTH ? L : 1;
+    size_t count = plus(HK + s.K / 2, times(depth, HK));
+    real *host = cpu_alloc(times(count, sizeof(real)));
+    m->constants = host ? m->backend->alloc(times(count, sizeof(real))) : NULL;
+    if (!m->constants) {
+        cpu_free(host);
+        return fail_memory(ctx, "a model's constants", 2.0 * (double)count * sizeof(real));
+    }
+    for (size_t i = 0; i < HK; i++) host[i] = 1;
+    for (size_t i = 0; i < s.K / 2; i++) host[HK + i] = (real)pow(10000, -2.0 * (double)i / (double)s.K);
+    for (size_t l = 0; l < depth; l++)
+        for (size_t i = 0; i < HK; i++) {
+            double h = (double)(i / s.K), alpha = 1;
+            if (r->decay == METALA_DECAY_HEADS) alpha = 1 - pow(2, -5 - h);
+            if (r->decay == METALA_DECAY_DEPTH) alpha = exp(-8 * (h + 1) / (double)s.H * (1 - (double)l / (double)L));
+            host[HK + s.K / 2 + l * HK + i] = (real)alpha;
+        }
+    m->backend->upload(ctx, m->constants, host, count * sizeof(real));
+    cpu_free(host);
+    return metala_context_failed(ctx);
+}
+
 static metala_model *create_model(metala_context *ctx, const metala_config *config, metala_dtype weights) {
     metala_model *m = model_outline(ctx, config, weights);
     if (!m) return NULL;
@@ -1722,6 +2947,10 @@ static metala_model *create_model(metala_context *ctx, const metala_config *conf
     if (m->quantized_bytes) m->quantized = m->backend->alloc(m->quantized_bytes);
     if (!m->parameters || (m->quantized_bytes && !m->quantized)) {
         fail_memory(ctx, "the model", (double)metala_model_bytes(m));
+        metala_model_free(m);
+        return NULL;
+    }
+    if (fill_constants(ctx, m)) {
         metala_model_free(m);
         return NULL;
     }
@@ -1786,6 +3015,7 @@ static int need_reals(metala_context *ctx, const metala_model *m, const char *wh
 int metala_model_set(metala_context *ctx, metala_model *m, const char *name, const real *in) {
     const metala_tensor *t = find_parameter(ctx, m, name);
     if (!t || need_reals(ctx, m, name)) return -1;
+    m->version++;
     m->backend->upload(ctx, m->parameters + t->offset, in, t->count * sizeof(real));
     return 0;
 }
@@ -1843,6 +3073,7 @@ int metala_model_quantize(metala_context *ctx, metala_model *m, metala_dtype typ
     }
     if (!status) {
         metala_model old = *m;
+        to->version = m->version + 1;
         *m = *to;
         *to = old;
     }
@@ -1871,29 +3102,60 @@ static int ends_with(const char *text, const char *end) {
     return n >= m && !strcmp(text + n - m, end);
 }
 
-// The distributions are in metala.h; a learned fixed decay starts at logits from -4 to 4 over the channels of a head.
+// Initial value number j of a tensor that is not a weight matrix.
+static real initial_value(const metala_config *c, const metala_tensor *t, size_t j, int layer, uint64_t *stream) {
+    sizes s = sizes_of(c);
+    const char *name = strrchr(t->name, '.');
+    size_t K = s.K;
+    double depth = (double)layer / (double)c->layers, along = ((double)j + 0.5) / (double)t->count;
+    name = name && !strncmp(t->name, "model.layers.", 13) ? name + 1 : t->name;
+    if (ends_with(t->name, "k_gate.1.bias"))                       // mamba: Δ from 0.001 to 0.1; gla: 0
+        return c->row.decay == METALA_DECAY_LOWRANK ? 0
+             : (real)log(expm1(exp(log(0.001) + metala_uniform(stream) * log(100))));
+    if (ends_with(t->name, "conv1d.weight")) return (real)(metala_uniform(stream) - 0.5);
+    if (!strcmp(name, "decay_logit")) return (real)(8 * ((double)(j % K) + 0.5) / (double)K - 4);   // α from 0.78 to 0.999
+    if (!strncmp(name, "shift_", 6)) return (real)pow(along, (name[6] == 'g' ? 0.5 : 1) * (1 - depth));
+    if (!strcmp(name, "time_decay")) return (real)(-5 + 8 * pow(along, 0.7 + 1.3 * depth));
+    if (!strcmp(name, "time_first")) return (real)(log(0.3) + 0.5 * ((double)((j + 1) % 3) - 1));
+    if (!strcmp(name, "theta")) return (real)pow(10000, -2.0 * (double)j / (2 * (double)t->count));
+    if (!strcmp(name, "A_log")) return (real)log((double)(j % K) + 1);
+    if (!strcmp(name, "D")) return 1;
+    if (!strcmp(name, "C")) return (real)(random_normal(stream) * sqrt(0.5));
+    int lru = c->row.decay == METALA_DECAY_LRU;
+    size_t n = s.complex_values ? j % 16 : j % (s.states ? s.states : 1);
+    double ring = sqrt(0.5 + 0.48 * along);                        // lru: |λ|, from 0.7 to 0.99
+    if (!strcmp(name, "ssm_decay")) return (real)(lru ? log(-log(ring)) : log(0.5));
+    if (!strcmp(name, "ssm_phase"))
+        return (real)(lru ? log(6.283185307179586 * metala_uniform(stream) + 1e-6) : 3.141592653589793 * (double)n);
+    if (!strcmp(name, "ssm_step"))
+        return (real)(lru ? 0.5 * log(1 - ring * ring) : log(0.001) + metala_uniform(stream) * log(100));
+    return 0;                                                      // biases, aug_balance, lower_bounds
+}
+
+// The distributions are in metala.h.
 int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, const metala_init *init) {
     static const metala_init authors = {0.02, 1, 1, 0};
     if (need_reals(ctx, m, "initialisation")) return -1;
     if (!init) init = &authors;
-    size_t most = 0, D = (size_t)m->config.width, K = D / 2 / (size_t)m->config.heads;
+    m->version++;
+    size_t most = 0, D = (size_t)m->config.width, K = sizes_of(&m->config).K;
     for (int i = 0; i < m->tensor_count; i++) most = m->tensors[i].count > most ? m->tensors[i].count : most;
     real *values = cpu_alloc(times(most, sizeof(real)));
     if (!values) return fail_memory(ctx, "the initial values of a tensor", (double)most * sizeof(real));
     for (int i = 0; i < m->tensor_count; i++) {
         const metala_tensor *t = &m->tensors[i];
-        int conv = ends_with(t->name, "conv1d.weight"), fixed = ends_with(t->name, "decay_logit");
+        uint64_t stream = seed ^ (uint64_t)i << 32;                  // each tensor its own numbers
+        int layer = 0;
+        metala_random(&stream);
+        if (sscanf(t->name, "model.layers.%d.", &layer) != 1) layer = 0;
+        int gate = ends_with(t->name, "k_gate.weight") && m->config.row.decay == METALA_DECAY_DYNAMIC;
         int residual = ends_with(t->name, "out_proj.weight") || ends_with(t->name, "l3.weight");
-        int gate = ends_with(t->name, "k_gate.weight");
         double std = init->std * (residual ? init->residual_scale : gate ? init->gate_scale : 1);
         double slope = gate ? init->gate_mean / (double)(K * D) : 0;                                       // of the rows' means
-        uint64_t stream = seed ^ (uint64_t)i << 32;                  // each tensor its own numbers
-        metala_random(&stream);
+        int matrix = t->decay && !ends_with(t->name, "conv1d.weight");
         for (size_t j = 0; j < t->count; j++)
-            values[j] = (real)(conv      ? metala_uniform(&stream) - 0.5
-                               : fixed   ? 8 * ((double)(j % K) + 0.5) / (double)K - 4     // α from 0.78 to 0.999
-                               : t->decay ? slope * ((double)(j / D % K) + 0.5) + std * random_normal(&stream)
-                                          : 0);
+            values[j] = matrix ? (real)(slope * ((double)(j / D % K) + 0.5) + std * random_normal(&stream))
+                               : initial_value(&m->config, t, j, layer, &stream);
         if (i == 0 && m->config.pad_token_id >= 0 && m->config.pad_token_id < m->config.vocab_size)
             memset(values + (size_t)m->config.pad_token_id * D, 0, D * sizeof(real));
         m->backend->upload(ctx, m->parameters + t->offset, values, t->count * sizeof(real));
@@ -1905,27 +3167,33 @@ int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, const
 // ============================================================== 8. Forward and backward through the layers
 
 // What one layer computes for `rows` tokens, in the order of computation. Inference has one set that all layers use in
-// turn; training keeps for every layer what metala_keep says, and has one set for the rest.
+// turn; training keeps for every layer what metala_keep says, and has one set for the rest. Where a row has nothing to
+// compute, two pointers are the same.
 typedef struct {
     real *input;                                              // x, the residual stream into the layer
     real *input_r, *token_norm;                               // rms
-    real *conv_in, *conv_out;                                 // c and u = silu(c)
-    real *q, *z, *k, *v, *g, *alpha;
-    real *states, *scan_out;                                  // S at the start of each chunk; o
+    real *shift_k, *shift_v;                                  // token shift for the key and the value
+    real *conv_in, *conv_out;                                 // c and u
+    real *q_proj, *k_proj, *v_proj, *low, *z, *g;             // linear maps of u
+    real *ssm;                                                // of a complex decay, for all tokens: α, θ, b, α of real pairs
+    real *q, *k, *v, *alpha, *bonus;                          // what the scan takes
+    real *states, *scan_out, *lse;                            // S at the start of each chunk; o; of softmax
     real *aug_out;                                            // p
-    real *rho, *group_norm;                                   // head norm
-    real *gated;                                              // silu(g) ⊙ norm(p)
+    real *rho, *group_norm;                                   // norm
+    real *gated;                                              // f_g(g) ⊙ norm(p)
     real *mixer_residual;                                     // h = x + W_o gated
     real *residual_r, *channel_norm;
     real *l1, *l2, *glu_prod;                                 // SwiGLU
     real *output;                                             // x' = h + W_3 glu_prod; the next layer's input
 } activations;
 
-// The members, their names for metala_trainer_activation, their numbers per token (or states), and what it would cost
-// to compute them again, which decides who keeps them until the backward. NEEDED (the input): every layer, always.
-// COSTLY: every layer, with METALA_KEEP_COSTLY. CHEAP: only with METALA_KEEP_ALL. What a layer does not keep lies in one
-// set that all layers share, where the next layer overwrites it; layer_recompute or layer_forward fills it once more.
-enum width { PER_D, PER_HALF_D, PER_F, PER_HEAD, PER_TOKEN, PER_STATE };
+// The members, their names for metala_trainer_activation, their numbers per token (or per layer, or states), and what it
+// would cost to compute them again, which decides who keeps them until the backward. NEEDED (the input): every layer,
+// always. COSTLY: every layer, with METALA_KEEP_COSTLY. CHEAP: only with METALA_KEEP_ALL. What a layer does not keep lies in
+// one set that all layers share, where the next layer overwrites it; layer_recompute or layer_forward fills it once more.
+enum width { PER_D, PER_U, PER_SHIFT, PER_CONV, PER_Q_PROJ, PER_K_PROJ, PER_V_PROJ, PER_LOW, PER_Z, PER_G, PER_SSM, PER_Q,
+             PER_K, PER_V, PER_ALPHA, PER_BONUS, PER_STATE, PER_SCAN, PER_LSE, PER_P, PER_RHO, PER_NORM, PER_GATED, PER_F,
+             PER_TOKEN };
 enum cost { CHEAP, COSTLY, NEEDED };
 static const struct activation_member {
     const char *name;
@@ -1936,20 +3204,29 @@ static const struct activation_member {
     {"input", offsetof(activations, input), PER_D, NEEDED},
     {"input_r", offsetof(activations, input_r), PER_TOKEN, CHEAP},
     {"token_norm", offsetof(activations, token_norm), PER_D, CHEAP},
-    {"conv_in", offsetof(activations, conv_in), PER_D, CHEAP},
-    {"conv_out", offsetof(activations, conv_out), PER_D, CHEAP},
-    {"q", offsetof(activations, q), PER_HALF_D, COSTLY},
-    {"k_gate", offsetof(activations, z), PER_HALF_D, COSTLY},
-    {"k", offsetof(activations, k), PER_HALF_D, CHEAP},                // COSTLY when it is a projection
-    {"v", offsetof(activations, v), PER_D, COSTLY},
-    {"g", offsetof(activations, g), PER_D, COSTLY},
-    {"alpha", offsetof(activations, alpha), PER_HALF_D, CHEAP},
+    {"shift_k", offsetof(activations, shift_k), PER_SHIFT, CHEAP},
+    {"shift_v", offsetof(activations, shift_v), PER_SHIFT, CHEAP},
+    {"conv_in", offsetof(activations, conv_in), PER_CONV, CHEAP},
+    {"conv_out", offsetof(activations, conv_out), PER_U, CHEAP},
+    {"q_proj", offsetof(activations, q_proj), PER_Q_PROJ, COSTLY},
+    {"k_proj", offsetof(activations, k_proj), PER_K_PROJ, COSTLY},
+    {"v_proj", offsetof(activations, v_proj), PER_V_PROJ, COSTLY},
+    {"low", offsetof(activations, low), PER_LOW, COSTLY},
+    {"k_gate", offsetof(activations, z), PER_Z, COSTLY},
+    {"g", offsetof(activations, g), PER_G, COSTLY},
+    {"ssm", offsetof(activations, ssm), PER_SSM, COSTLY},
+    {"q", offsetof(activations, q), PER_Q, CHEAP},
+    {"k", offsetof(activations, k), PER_K, CHEAP},
+    {"v", offsetof(activations, v), PER_V, CHEAP},
+    {"alpha", offsetof(activations, alpha), PER_ALPHA, CHEAP},
+    {"bonus", offsetof(activations, bonus), PER_BONUS, CHEAP},
     {"states", offsetof(activations, states), PER_STATE, COSTLY},
-    {"scan_out", offsetof(activations, scan_out), PER_D, CHEAP},       // no backward reads it
-    {"aug_out", offsetof(activations, aug_out), PER_D, COSTLY},
-    {"rho", offsetof(activations, rho), PER_HEAD, CHEAP},
-    {"group_norm", offsetof(activations, group_norm), PER_D, CHEAP},
-    {"gated", offsetof(activations, gated), PER_D, CHEAP},
+    {"scan_out", offsetof(activations, scan_out), PER_SCAN, CHEAP},    // COSTLY with a normaliser or softmax
+    {"lse", offsetof(activations, lse), PER_LSE, COSTLY},
+    {"aug_out", offsetof(activations, aug_out), PER_P, COSTLY},
+    {"rho", offsetof(activations, rho), PER_RHO, CHEAP},
+    {"group_norm", offsetof(activations, group_norm), PER_NORM, CHEAP},
+    {"gated", offsetof(activations, gated), PER_GATED, CHEAP},
     {"mixer_residual", offsetof(activations, mixer_residual), PER_D, COSTLY},
     {"residual_r", offsetof(activations, residual_r), PER_TOKEN, CHEAP},
     {"channel_norm", offsetof(activations, channel_norm), PER_D, CHEAP},
@@ -1959,11 +3236,40 @@ static const struct activation_member {
 };
 enum { ACTIVATION_MEMBERS = sizeof activation_members / sizeof *activation_members };
 
+// Numbers of a member for B sequences of T tokens; 0 where the row has none, or shares those of another member. A map of
+// the identity has one name for two: the scan's q, k and v are then the projections themselves.
 static size_t member_count(const metala_config *c, enum width width, size_t B, size_t T) {
-    size_t D = (size_t)c->width, H = (size_t)c->heads;
-    size_t each = width == PER_D ? D : width == PER_HALF_D ? D / 2 : width == PER_F ? (size_t)c->glu_dim
-                : width == PER_HEAD ? H : 1;
-    if (width == PER_STATE) return times(times(B, chunks(T)), D / 2 * (D / H));       // H·K·V
+    const metala_row *r = &c->row;
+    sizes s = sizes_of(c);
+    int softmax = r->decay == METALA_DECAY_SOFTMAX;
+    size_t HK = times(s.H, s.K), HV = times(s.H, s.V), each = 0;
+    switch (width) {
+        case PER_D: each = s.D; break;
+        case PER_U: each = s.shared_u ? 0 : s.u; break;
+        case PER_SHIFT: each = r->conv == METALA_CONV_SHIFT ? s.D : 0; break;
+        case PER_CONV: each = r->conv == METALA_CONV_OFF || r->conv == METALA_CONV_SHIFT ? 0
+                            : r->conv == METALA_CONV_KEY ? s.k : s.u; break;
+        case PER_Q_PROJ: each = s.own_q ? s.q : 0; break;
+        case PER_K_PROJ: each = s.own_k ? s.k : 0; break;
+        case PER_V_PROJ: each = s.own_v || r->value == METALA_VALUE_INPUT ? s.v : 0; break;
+        case PER_LOW: each = s.low; break;
+        case PER_Z: each = s.z; break;
+        case PER_G: each = s.g; break;
+        case PER_SSM: return times(6, times(s.H, s.states));
+        case PER_Q: case PER_K: each = HK; break;
+        case PER_V: each = s.own_v ? times(s.H, s.V + s.ones) : r->value == METALA_VALUE_INPUT ? 0 : HV; break;
+        case PER_ALPHA: each = softmax ? 0 : HK; break;
+        case PER_BONUS: each = r->self == METALA_SELF_BONUS ? s.H : 0; break;
+        case PER_STATE: return softmax ? 0 : times(times(B, chunks(T)), times(HK, s.V + s.ones));
+        case PER_SCAN: each = s.shared_scan ? 0 : times(s.H, s.V + s.ones); break;
+        case PER_LSE: each = softmax ? s.H : 0; break;
+        case PER_P: each = HV; break;
+        case PER_RHO: each = r->norm == METALA_NORM_WIDTH ? 1 : r->norm ? s.H : 0; break;
+        case PER_NORM: each = r->norm ? HV : 0; break;
+        case PER_GATED: each = r->gate ? HV : 0; break;
+        case PER_F: each = s.F; break;
+        case PER_TOKEN: each = 1; break;
+    }
     return times(times(B, T), each);
 }
 
@@ -1971,19 +3277,44 @@ static size_t member_count(const metala_config *c, enum width width, size_t B, s
 // takes; block may be NULL.
 static size_t place_activations(activations *a, real *block, const metala_config *c, size_t B, size_t T,
                                 enum cost least, enum cost most, int with_states) {
+    sizes s = sizes_of(c);
     size_t used = 0;
     for (int i = 0; i < ACTIVATION_MEMBERS; i++) {
         const struct activation_member *member = &activation_members[i];
         real **pointer = (real **)(void *)((char *)a + member->member);
-        enum cost cost = c->key_linear && member->member == offsetof(activations, k) ? COSTLY : member->cost;
-        if (cost < least || cost > most || (member->width == PER_STATE && !with_states)) continue;
+        enum cost cost = member->cost;
+        if ((member->width == PER_Q && !s.own_q) || (member->width == PER_K && !s.own_k) ||
+            (member->width == PER_V && !s.own_v) ||
+            (member->width == PER_SCAN && (s.ones || c->row.decay == METALA_DECAY_SOFTMAX)))
+            cost = COSTLY;
+        size_t count = member_count(c, member->width, B, T);
+        if (cost < least || cost > most || !count || (member->width == PER_STATE && !with_states)) continue;
         if (block) *pointer = block + used;
-        used = plus(used, round_up(member_count(c, member->width, B, T), 16));
+        used = plus(used, round_up(count, 16));
         if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
     }
-    if (block && c->no_conv) a->conv_out = a->token_norm;     // u = n
-    if (block && c->no_augment) a->scan_out = a->aug_out;     // p = o
+    if (!block) return used;
+    if (s.shared_u) a->conv_out = a->token_norm;
+    if (c->row.conv != METALA_CONV_SHIFT) a->shift_k = a->conv_out, a->shift_v = a->token_norm;
+    if (!s.own_q) a->q_proj = a->q;
+    if (!s.own_k) a->k_proj = a->k;
+    if (!s.own_v && c->row.value != METALA_VALUE_INPUT) a->v_proj = a->v;
+    if (!s.own_v && c->row.value == METALA_VALUE_INPUT) a->v = a->conv_out;
+    if (s.shared_scan) a->scan_out = a->aug_out;
+    if (!c->row.norm) a->group_norm = a->aug_out;
+    if (!c->row.gate) a->gated = a->group_norm;
     return used;
+}
+
+// The numbers of a member that shares those of another.
+static size_t activation_count(const metala_config *c, const struct activation_member *member, size_t B, size_t T) {
+    sizes s = sizes_of(c);
+    size_t count = member_count(c, member->width, B, T), rows = times(B, T);
+    if (count) return count;
+    return member->width == PER_U ? rows * s.u : member->width == PER_V ? rows * s.p
+         : member->width == PER_SCAN || member->width == PER_NORM || member->width == PER_GATED ? rows * s.p
+         : member->width == PER_Q_PROJ ? rows * s.q : member->width == PER_K_PROJ ? rows * s.k
+         : member->width == PER_V_PROJ ? rows * s.v : 0;
 }
 
 static real *parameter(const metala_model *m, size_t offset) {
@@ -2000,54 +3331,288 @@ static void linear(metala_context *ctx, const metala_model *m, real *y, const re
     }
 }
 
-typedef struct {                // the sizes of one pass
-    size_t B, T, rows, D, H, K, V, F;
-    double scale;
+// y (rows,n) = the same n numbers in every row: a linear layer without inputs. And the gradient: d += Σ_rows dy.
+static void repeat_rows(metala_context *ctx, const metala_backend *be, real *y, const real *numbers, size_t rows, size_t n) {
+    be->matmul_forward(ctx, y, y, numbers, numbers, rows, n, 0);
+}
+static void add_rows(metala_context *ctx, const metala_backend *be, real *d, const real *dy, size_t rows, size_t n) {
+    be->matmul_backward(ctx, NULL, NULL, d, dy, dy, dy, rows, n, 0, 0);
+}
+
+typedef struct {                // what all layers of one pass share
+    size_t B, T, rows;
+    sizes s;
     const uint8_t *mask;        // the backend's memory, or NULL
     metala_form form;
+    uint64_t position;          // of the first token
+    int ssm_ready;              // the constants of complex decays are those of these parameters already
+    const real *bounds;         // (L,H·K) lower bounds of decays
+    real *dbounds;
 } pass;
 
-static pass pass_of(const metala_config *c, size_t B, size_t T, const uint8_t *mask, metala_form form) {
-    size_t D = (size_t)c->width, H = (size_t)c->heads, K = D / 2 / H;
-    pass p = {B, T, B * T, D, H, K, D / H, (size_t)c->glu_dim, 1 / sqrt((double)K), mask, form};
+static pass pass_of(const metala_config *c, size_t B, size_t T, const uint8_t *mask, metala_form form, uint64_t position) {
+    pass p = {B, T, B * T, sizes_of(c), mask, form, position, 0, NULL, NULL};
     return p;
 }
 
-// One layer: input -> output. S and tail are the recurrent state of this layer, updated, or NULL to start from zero.
+// ---- The token mixer in four parts. `again`: for the backward, from what COSTLY members hold; nothing that they hold may
+// then be changed.
 //
-//     n = rms(x)    u = silu(conv(n))                 (a masked token's n and v are 0)
-//     q = W_q u     z = W_α u    v = W_v u    g = W_g u + β              α = σ(z)^(1/τ)    k = 1 - α, or W_k u
-//     o = scan(q, k, v, α)       p = o + σ(w v), w = Σ_i q_i k_i b_i     y = silu(g) ⊙ norm(p)    h = x + W_o y
-//     n' = rms(h)                x' = h + W_3 (silu(W_1 n') ⊙ W_2 n')
-static void layer_forward(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p,
-                          real *S, real *tail) {
+//     u = conv(n)     q, k, v, z, g: linear maps of u     q = f_q, k = f_k, v = f_v, α = f_α of these, rotated by the phase
+//     o = scan(q, k, v, α)      p = o + self       y = f_g(g) ⊙ norm(p)      h = x + W_o y
+
+// State that a sequence has beside S: where the convolution or the token shift looks back to.
+//     convolution  (B,4,U) its last inputs
+//     token shift  (B,D) the last n   (B,2,D) last key and largest exponent   (B,D) last v
+static size_t tail_width(const metala_config *c) {
+    sizes s = sizes_of(c);
+    return c->row.conv == METALA_CONV_OFF ? 0 : c->row.conv == METALA_CONV_KEY ? s.k : s.u;
+}
+static size_t tail_count(const metala_config *c) { return times(METALA_CONV, tail_width(c)); }
+
+// n and u.
+static void mixer_input(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p,
+                        real *tail, int again) {
     const metala_backend *be = m->backend;
-    const metala_config *c = &m->config;
     const layer_offsets *w = &m->layers[layer];
     const real *P = m->parameters;
-    size_t rows = p->rows, D = p->D, F = p->F, H = p->H, K = p->K, V = p->V;
-
-    be->rms_forward(ctx, a->token_norm, a->input_r, a->input, p->mask, rows, D, c->norm_eps);
-    if (!c->no_conv) {
-        be->conv_forward(ctx, a->conv_out, a->conv_in, a->token_norm, P + w->conv, tail, p->B, p->T, D);
-        if (tail) be->conv_tail(ctx, tail, a->token_norm, p->B, p->T, D);
+    const sizes *s = &p->s;
+    be->rms_forward(ctx, a->token_norm, a->input_r, a->input, p->mask, p->rows, s->D, m->config.norm_eps);
+    switch (m->config.row.conv) {
+        case METALA_CONV_ON:
+            be->conv_forward(ctx, a->conv_out, a->conv_in, a->token_norm, P + w->conv, tail, p->B, p->T, s->D);
+            if (tail) be->conv_tail(ctx, tail, a->token_norm, p->B, p->T, s->D);
+            break;
+        case METALA_CONV_SHIFT:
+            be->shift_forward(ctx, a->conv_out, a->token_norm, P + w->shift_g, tail, p->B, p->T, s->D);
+            be->shift_forward(ctx, a->shift_k, a->token_norm, P + w->shift_k, tail, p->B, p->T, s->D);
+            be->shift_forward(ctx, a->shift_v, a->token_norm, P + w->shift_v, tail, p->B, p->T, s->D);
+            if (tail) be->last_token(ctx, tail, a->token_norm, p->B, p->T, s->D);
+            break;
+        case METALA_CONV_VALUE:
+            if (!again) linear(ctx, m, a->v_proj, a->token_norm, w->v, NULL, p->rows, s->v, s->D);
+            be->conv_forward(ctx, a->conv_out, a->conv_in, a->v_proj, P + w->conv, tail, p->B, p->T, s->u);
+            if (tail) be->conv_tail(ctx, tail, a->v_proj, p->B, p->T, s->u);
+            break;
     }
-    linear(ctx, m, a->q, a->conv_out, w->q, NULL, rows, D / 2, D);
-    if (c->fixed_decay) be->matmul_forward(ctx, a->z, a->conv_out, P + w->z, P + w->z, rows, D / 2, 0);  // no inputs: the bias
-    else linear(ctx, m, a->z, a->conv_out, w->z, NULL, rows, D / 2, D);
-    if (c->key_linear) linear(ctx, m, a->k, a->conv_out, w->k, NULL, rows, D / 2, D);
-    linear(ctx, m, a->v, a->conv_out, w->v, NULL, rows, D, D);
-    linear(ctx, m, a->g, a->conv_out, w->g, P + w->g_bias, rows, D, D);
-    if (p->mask) be->mask_rows(ctx, a->v, p->mask, rows, D);
+    if (p->mask && m->config.row.value == METALA_VALUE_INPUT) be->mask_rows(ctx, a->conv_out, p->mask, p->rows, s->u);
+}
 
-    be->gate_forward(ctx, a->alpha, c->key_linear ? NULL : a->k, a->z, rows * D / 2, c->tau);
-    be->scan_forward(ctx, p->form, a->scan_out, S, a->states, a->q, a->k, a->v, a->alpha, p->B, p->T, H, K, V,
-                     p->scale);
-    if (!c->no_augment)
+// The linear maps. Those of values and of conv value's gate start from n.
+static void mixer_projections(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p) {
+    const layer_offsets *w = &m->layers[layer];
+    const real *P = m->parameters, *gate_in = m->config.row.conv == METALA_CONV_VALUE ? a->token_norm : a->conv_out;
+    const sizes *s = &p->s;
+    const real *value_in = m->config.row.conv == METALA_CONV_ON ? a->conv_out : a->shift_v;
+    if (s->q) linear(ctx, m, a->q_proj, a->conv_out, w->q, NULL, p->rows, s->q, s->u);
+    if (s->low) {
+        linear(ctx, m, a->low, a->conv_out, w->low, NULL, p->rows, s->low, s->u);
+        linear(ctx, m, a->z, a->low, w->z, P + w->z_bias, p->rows, s->z, s->low);
+    } else if (m->config.row.decay == METALA_DECAY_FIXED) repeat_rows(ctx, m->backend, a->z, P + w->z, p->rows, s->z);
+    else if (s->z) linear(ctx, m, a->z, a->conv_out, w->z, NULL, p->rows, s->z, s->u);
+    if (s->k) linear(ctx, m, a->k_proj, a->shift_k, w->k, NULL, p->rows, s->k, s->u);
+    if (s->v && m->config.row.conv != METALA_CONV_VALUE) {
+        linear(ctx, m, a->v_proj, value_in, w->v, NULL, p->rows, s->v, s->D);
+        if (p->mask) m->backend->mask_rows(ctx, a->v_proj, p->mask, p->rows, s->v);
+    }
+    if (s->g) linear(ctx, m, a->g, gate_in, w->g, parameter(m, w->g_bias), p->rows, s->g, s->D);
+}
+
+// f_q and f_k alike: from a projection to what the scan takes.
+static void feature_forward(metala_context *ctx, const metala_backend *be, metala_map map, int taylor, real *y, const real *x,
+                            const pass *p, size_t d) {
+    if (taylor) be->taylor_forward(ctx, y, x, p->rows, p->s.H, d);
+    else be->map_forward(ctx, y, x, p->rows * p->s.H * p->s.K, map);
+}
+
+// The angles by which values, or queries and keys, rotate, and how many heads share them; NULL for none.
+static const real *mixer_angles(const metala_model *m, int layer, const activations *a, const pass *p, int *shared) {
+    const metala_row *r = &m->config.row;
+    *shared = r->phase == METALA_PHASE_ROPE || r->phase == METALA_PHASE_FIRST;
+    if (r->phase == METALA_PHASE_ROPE) return m->constants + p->s.H * p->s.K;
+    if (r->phase == METALA_PHASE_DECAY) return a->ssm + p->s.H * p->s.states;
+    return parameter(m, m->layers[layer].theta);                  // of FIRST and LEARNED
+}
+
+// q, k, v and α. What has no memory of its own is there already.
+static void mixer_choices(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p, real *tail,
+                          int again) {
+    const metala_backend *be = m->backend;
+    const metala_config *c = &m->config;
+    const metala_row *r = &c->row;
+    const layer_offsets *w = &m->layers[layer];
+    const real *P = m->parameters;
+    const sizes *s = &p->s;
+    size_t rows = p->rows, H = s->H, K = s->K, HK = H * K, HN = H * s->states, d = (size_t)c->feature_dim;
+    const real *ones = m->constants, *decays = ones + HK + K / 2;
+    real *tied = r->key == METALA_KEY_TIED ? a->k : NULL, *b = a->ssm ? a->ssm + 2 * HN : NULL;
+    real *shifted = r->conv == METALA_CONV_SHIFT ? tail : NULL;             // a convolution's tail looks otherwise
+    real *exponents = shifted ? shifted + p->B * s->D : NULL, *last_v = shifted ? shifted + 3 * p->B * s->D : NULL;
+
+    switch (r->decay) {
+        case METALA_DECAY_DYNAMIC: case METALA_DECAY_LOWRANK: case METALA_DECAY_FIXED:
+            be->gate_forward(ctx, a->alpha, tied, a->z, rows * HK, c->tau);
+            break;
+        case METALA_DECAY_ONE: case METALA_DECAY_HEADS: case METALA_DECAY_DEPTH:
+            repeat_rows(ctx, be, a->alpha, decays + (r->decay == METALA_DECAY_DEPTH ? (size_t)layer * HK : 0), rows, HK);
+            break;
+        case METALA_DECAY_BOUNDED:
+            be->bounded_gate_forward(ctx, a->alpha, tied, a->z, p->bounds + (size_t)layer * HK, rows, HK);
+            break;
+        case METALA_DECAY_EXP:
+            be->wkv_forward(ctx, a->q, a->k, a->alpha, a->bonus, a->k_proj, P + w->time_decay, P + w->time_first, p->mask,
+                            exponents, p->B, p->T, H, p->position);
+            break;
+        case METALA_DECAY_LRU: case METALA_DECAY_ZOH: case METALA_DECAY_DSS:
+            if (p->ssm_ready) break;
+            be->ssm_forward(ctx, (metala_ssm)(r->decay - METALA_DECAY_LRU), a->ssm, a->ssm + HN, b, P + w->ssm_decay,
+                            P + w->ssm_phase, P + w->ssm_step, H, s->states, (size_t)c->length);
+            break;
+        case METALA_DECAY_SELECTIVE:
+            be->selective_forward(ctx, a->alpha, a->v, a->z, a->conv_out, P + w->A, rows, H, K);
+            break;
+    }
+    if (r->phase == METALA_PHASE_DECAY && s->complex_values) repeat_rows(ctx, be, a->alpha, a->ssm, rows, HN);
+    else if (r->phase == METALA_PHASE_DECAY) {
+        if (!p->ssm_ready) be->copy_heads_forward(ctx, a->ssm + 4 * HN, a->ssm, HN, 2, 1);
+        repeat_rows(ctx, be, a->alpha, a->ssm + 4 * HN, rows, HK);
+    }
+
+    switch (r->query) {
+        case METALA_QUERY_SILU: feature_forward(ctx, be, METALA_MAP_SILU, 0, a->q, a->q_proj, p, d); break;
+        case METALA_QUERY_ELU1: feature_forward(ctx, be, METALA_MAP_ELU1, 0, a->q, a->q_proj, p, d); break;
+        case METALA_QUERY_TAYLOR: feature_forward(ctx, be, METALA_MAP_NONE, 1, a->q, a->q_proj, p, d); break;
+        case METALA_QUERY_ONE: repeat_rows(ctx, be, a->q, ones, rows, HK); break;
+        case METALA_QUERY_CONSTANT: repeat_rows(ctx, be, a->q, P + w->C, rows, HK); break;
+        case METALA_QUERY_SHARED: be->copy_heads_forward(ctx, a->q, a->q_proj, rows, H, K); break;
+    }
+    switch (r->key) {
+        case METALA_KEY_SILU: feature_forward(ctx, be, METALA_MAP_SILU, 0, a->k, a->k_proj, p, d); break;
+        case METALA_KEY_ELU1: feature_forward(ctx, be, METALA_MAP_ELU1, 0, a->k, a->k_proj, p, d); break;
+        case METALA_KEY_TAYLOR: feature_forward(ctx, be, METALA_MAP_NONE, 1, a->k, a->k_proj, p, d); break;
+        case METALA_KEY_ONE: repeat_rows(ctx, be, a->k, ones, rows, HK); break;
+        case METALA_KEY_CONSTANT: repeat_rows(ctx, be, a->k, b, rows, HK); break;
+        case METALA_KEY_SHARED: be->copy_heads_forward(ctx, a->k, a->k_proj, rows, H, K); break;
+    }
+    if (r->conv == METALA_CONV_KEY) {
+        be->conv_forward(ctx, NULL, a->conv_in, a->k_proj, P + w->conv, tail, p->B, p->T, s->k);
+        if (tail) be->conv_tail(ctx, tail, a->k_proj, p->B, p->T, s->k);
+    }
+    switch (r->value) {
+        case METALA_VALUE_LINEAR:
+            if (s->ones) {
+                be->extend_forward(ctx, a->v, a->v_proj, p->mask, last_v, r->self == METALA_SELF_BONUS, p->B, p->T, H, s->V);
+                if (last_v) be->last_token(ctx, last_v, a->v_proj, p->B, p->T, H * s->V);
+            }
+            break;
+        case METALA_VALUE_COMPLEX: be->scale_pairs_forward(ctx, a->v, a->v_proj, b, rows, H); break;
+        case METALA_VALUE_SILU: be->map_forward(ctx, a->v, a->v_proj, rows * H * s->V, METALA_MAP_SILU); break;
+        case METALA_VALUE_PRODUCT: be->multiply_forward(ctx, a->v, a->conv_in, a->v_proj, rows * H * s->V); break;
+    }
+    int shared, minus = r->phase == METALA_PHASE_DECAY;                     // conj(C e^{-iθt}) b e^{-iθs} = conj(C) b e^{iθ(t-s)}
+    const real *theta = mixer_angles(m, layer, a, p, &shared);
+    if (theta && s->complex_values) be->rotate_forward(ctx, a->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
+    else if (theta) {
+        if (s->own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
+        if (s->own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
+    }
+}
+
+// Norm and gate.
+static void mixer_output(metala_context *ctx, const metala_model *m, const activations *a, const pass *p) {
+    const metala_backend *be = m->backend;
+    const sizes *s = &p->s;
+    double eps = m->config.head_norm_eps;
+    size_t count = p->rows * s->p;
+    switch (m->config.row.norm) {
+        case METALA_NORM_LAYER: be->head_norm_forward(ctx, a->group_norm, a->rho, a->aug_out, p->rows, s->H, s->V, eps); break;
+        case METALA_NORM_RMS: be->rms_forward(ctx, a->group_norm, a->rho, a->aug_out, NULL, p->rows * s->H, s->V, eps); break;
+        case METALA_NORM_WIDTH: be->rms_forward(ctx, a->group_norm, a->rho, a->aug_out, NULL, p->rows, s->p, eps); break;
+    }
+    switch (m->config.row.gate) {
+        case METALA_GATE_SILU: be->silu_gate_forward(ctx, a->gated, a->g, a->group_norm, count); break;
+        case METALA_GATE_SIGMOID: be->sigmoid_gate_forward(ctx, a->gated, a->g, a->group_norm, count); break;
+        case METALA_GATE_LINEAR: be->multiply_forward(ctx, a->gated, a->g, a->group_norm, count); break;
+    }
+}
+
+// Keeps a sum of no weights from being divided by; with a bonus the sum is at least 1.
+static double normaliser_eps(const metala_row *r) { return r->self == METALA_SELF_BONUS ? 0 : 1e-6; }
+
+// The past of one layer that a pass continues from and updates; all NULL to start from nothing.
+typedef struct {
+    real *S;                    // (B,H,K,V) the scan's state
+    real *tail;                 // see tail_count
+    real *keys, *values;        // softmax attention: (B,room,H·K), (B,room,H·V), of all tokens so far
+    uint8_t *seen;              // (B,room) their masks
+    size_t room;
+} memory_of_layer;
+
+// Softmax attention over this pass and what `past` remembers, to which it is added.
+static void attend(metala_context *ctx, const metala_model *m, const activations *a, const pass *p,
+                   const memory_of_layer *past) {
+    const metala_backend *be = m->backend;
+    const sizes *s = &p->s;
+    size_t HK = s->H * s->K, HV = s->H * s->V, T = p->T;
+    if (!past) {
+        be->attention_forward(ctx, a->scan_out, a->lse, a->q, a->k, a->v, p->mask, p->B, T, 0, T, s->H, s->K, s->V, s->scale);
+        return;
+    }
+    size_t at = (size_t)p->position;
+    for (size_t b = 0; b < p->B; b++) {
+        size_t row = b * past->room + at;
+        be->copy(ctx, past->keys + row * HK, a->k + b * T * HK, T * HK * sizeof(real));
+        be->copy(ctx, past->values + row * HV, a->v + b * T * HV, T * HV * sizeof(real));
+        be->copy(ctx, past->seen + row, p->mask + b * T, T);
+    }
+    be->attention_forward(ctx, a->scan_out, a->lse, a->q, past->keys, past->values, past->seen, p->B, T, at, past->room, s->H,
+                          s->K, s->V, s->scale);
+}
+
+// One layer: input -> output.
+//
+//     n = rms(x)    the token mixer, see above                          h = x + W_o y
+//     n' = rms(h)   SwiGLU                                              x' = h + W_3 (silu(W_1 n') ⊙ W_2 n')
+//
+// The mixer of MetaLA:
+//
+//     u = silu(conv(n))          (a masked token's n and v are 0)
+//     q = W_q u     z = W_α u    v = W_v u    g = W_g u + β              α = σ(z)^(1/τ)    k = 1 - α
+//     o = scan(q, k, v, α)       p = o + σ(w v), w = Σ_i q_i k_i b_i     y = silu(g) ⊙ norm(p)
+static void layer_forward(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p,
+                          const memory_of_layer *past) {
+    const metala_backend *be = m->backend;
+    const metala_config *c = &m->config;
+    const metala_row *r = &c->row;
+    const layer_offsets *w = &m->layers[layer];
+    const real *P = m->parameters;
+    const sizes *s = &p->s;
+    size_t rows = p->rows, D = s->D, F = s->F, H = s->H, K = s->K, V = s->V;
+    real *tail = past ? past->tail : NULL;
+
+    mixer_input(ctx, m, layer, a, p, tail, 0);
+    mixer_projections(ctx, m, layer, a, p);
+    mixer_choices(ctx, m, layer, a, p, tail, 0);
+    if (r->decay == METALA_DECAY_SOFTMAX) attend(ctx, m, a, p, past);
+    else
+        be->scan_forward(ctx, p->form, a->scan_out, past ? past->S : NULL, a->states, a->q, a->k, a->v, a->alpha, p->B, p->T, H,
+                         K, V + s->ones, s->scale);
+    if (s->complex_values) {
+        int shared;
+        const real *theta = mixer_angles(m, layer, a, p, &shared);
+        if (theta) be->rotate_forward(ctx, a->scan_out, a->scan_out, theta, p->B, p->T, H, 2, shared, p->position, 0);
+    }
+    if (s->ones)
+        be->normalise_forward(ctx, a->aug_out, a->scan_out, a->bonus, a->v_proj, rows, H, V, normaliser_eps(r));
+    if (r->self == METALA_SELF_AUGMENT)
         be->augment_forward(ctx, a->aug_out, a->scan_out, a->q, a->k, a->v, P + w->b, rows, H, K, V);
-    be->head_norm_forward(ctx, a->group_norm, a->rho, a->aug_out, rows, H, V, c->head_norm_eps);
-    be->silu_gate_forward(ctx, a->gated, a->g, a->group_norm, rows * D);
-    linear(ctx, m, a->mixer_residual, a->gated, w->out, NULL, rows, D, D);
+    if (r->self == METALA_SELF_SKIP && !s->complex_values)
+        be->skip_forward(ctx, a->aug_out, a->scan_out, r->value == METALA_VALUE_INPUT ? a->conv_out : a->v, P + w->skip, rows,
+                         s->p);
+    mixer_output(ctx, m, a, p);
+    linear(ctx, m, a->mixer_residual, a->gated, w->out, NULL, rows, D, s->p);
+    if (r->self == METALA_SELF_SKIP && s->complex_values)
+        be->skip_forward(ctx, a->mixer_residual, a->mixer_residual, a->conv_out, P + w->skip, rows, D);
     be->add(ctx, a->mixer_residual, a->input, a->mixer_residual, rows * D);
 
     be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
@@ -2062,28 +3627,235 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
 static void layer_recompute(metala_context *ctx, const metala_model *m, int layer, const activations *a,
                             const pass *p) {
     const metala_backend *be = m->backend;
-    const metala_config *c = &m->config;
-    size_t rows = p->rows, D = p->D;
-    be->rms_forward(ctx, a->token_norm, a->input_r, a->input, p->mask, rows, D, c->norm_eps);
-    if (!c->no_conv)
-        be->conv_forward(ctx, a->conv_out, a->conv_in, a->token_norm, m->parameters + m->layers[layer].conv, NULL, p->B,
-                         p->T, D);
-    be->gate_forward(ctx, a->alpha, c->key_linear ? NULL : a->k, a->z, rows * D / 2, c->tau);
-    be->head_norm_forward(ctx, a->group_norm, a->rho, a->aug_out, rows, p->H, p->V, c->head_norm_eps);
-    be->silu_gate_forward(ctx, a->gated, a->g, a->group_norm, rows * D);
-    be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
-    be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * p->F);
+    mixer_input(ctx, m, layer, a, p, NULL, 1);
+    mixer_choices(ctx, m, layer, a, p, NULL, 1);
+    mixer_output(ctx, m, a, p);
+    be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, p->rows, p->s.D, m->config.norm_eps);
+    be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, p->rows * p->s.F);
 }
 
 // Gradients of one layer's activations; one set serves all layers.
 typedef struct {
-    real *n, *u, *v, *g, *head, *gated;                       // (rows,D) each
-    real *q, *k, *z, *a;                                      // (rows,D/2)
+    real *n, *u, *shift_k, *shift_v;                          // (rows,D), (rows,U), (rows,D) with a token shift
+    real *q_proj, *k_proj, *v_proj, *low, *z, *g, *ssm;
+    real *q, *k, *v, *a, *bonus;
+    real *scan, *p, *gated;
     real *prod, *l1, *l2;                                     // (rows,F)
 } layer_gradients;
 
+// Each as wide as the wider of two activations.
+static const struct { size_t member; enum width width, other; } gradient_members[] = {
+    {offsetof(layer_gradients, n), PER_D, PER_D}, {offsetof(layer_gradients, u), PER_D, PER_U},
+    {offsetof(layer_gradients, shift_k), PER_SHIFT, PER_SHIFT}, {offsetof(layer_gradients, shift_v), PER_SHIFT, PER_SHIFT},
+    {offsetof(layer_gradients, v), PER_V, PER_P}, {offsetof(layer_gradients, g), PER_G, PER_G},
+    {offsetof(layer_gradients, p), PER_P, PER_P}, {offsetof(layer_gradients, gated), PER_P, PER_P},
+    {offsetof(layer_gradients, q), PER_Q, PER_Q}, {offsetof(layer_gradients, k), PER_K, PER_K},
+    {offsetof(layer_gradients, z), PER_Z, PER_Z}, {offsetof(layer_gradients, a), PER_ALPHA, PER_ALPHA},
+    {offsetof(layer_gradients, q_proj), PER_Q_PROJ, PER_Q_PROJ}, {offsetof(layer_gradients, k_proj), PER_K_PROJ, PER_K_PROJ},
+    {offsetof(layer_gradients, v_proj), PER_V_PROJ, PER_V_PROJ}, {offsetof(layer_gradients, low), PER_LOW, PER_LOW},
+    {offsetof(layer_gradients, ssm), PER_SSM, PER_SSM}, {offsetof(layer_gradients, bonus), PER_BONUS, PER_BONUS},
+    {offsetof(layer_gradients, scan), PER_SCAN, PER_SCAN}, {offsetof(layer_gradients, prod), PER_F, PER_F},
+    {offsetof(layer_gradients, l1), PER_F, PER_F}, {offsetof(layer_gradients, l2), PER_F, PER_F}};
+
+// As place_activations.
+static size_t place_gradients(layer_gradients *d, real *block, const metala_config *c, size_t B, size_t T) {
+    sizes s = sizes_of(c);
+    size_t used = 0;
+    for (size_t i = 0; i < sizeof gradient_members / sizeof *gradient_members; i++) {
+        size_t count = member_count(c, gradient_members[i].width, B, T), other = member_count(c, gradient_members[i].other, B, T);
+        if (other > count) count = other;
+        if (block && count) *(real **)(void *)((char *)d + gradient_members[i].member) = block + used;
+        used = plus(used, round_up(count, 16));
+        if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
+    }
+    if (block && !s.own_q) d->q_proj = d->q;
+    if (block && !s.own_k) d->k_proj = d->k;
+    if (block && !s.own_v && c->row.value != METALA_VALUE_INPUT) d->v_proj = d->v;
+    return used;
+}
+
+#define GRAD(offset) ((offset) == ABSENT ? NULL : grads + (offset))
+
+// From dx, the gradient of h = x + W_o y (+ d ⊙ u), to d->p, that of p.
+static void mixer_output_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
+                                  const layer_gradients *d, real *grads, const real *dh, const pass *p) {
+    const metala_backend *be = m->backend;
+    const metala_row *r = &m->config.row;
+    const layer_offsets *w = &m->layers[layer];
+    const sizes *s = &p->s;
+    size_t rows = p->rows, count = rows * s->p;
+    real *dnorm = r->norm == METALA_NORM_RMS || r->norm == METALA_NORM_WIDTH ? d->v : d->p;     // rms_backward adds to d->p
+    if (!r->gate) be->matmul_backward(ctx, dnorm, GRAD(w->out), NULL, dh, a->gated, m->parameters + w->out, rows, s->D, s->p, 0);
+    else be->matmul_backward(ctx, d->gated, GRAD(w->out), NULL, dh, a->gated, m->parameters + w->out, rows, s->D, s->p, 0);
+    switch (r->gate) {
+        case METALA_GATE_SILU: be->silu_gate_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
+        case METALA_GATE_SIGMOID: be->sigmoid_gate_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
+        case METALA_GATE_LINEAR: be->multiply_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
+    }
+    if (r->norm == METALA_NORM_LAYER) be->head_norm_backward(ctx, d->p, dnorm, a->group_norm, a->rho, rows, s->H, s->V);
+    if (r->norm == METALA_NORM_RMS || r->norm == METALA_NORM_WIDTH) be->zero(ctx, d->p, count * sizeof(real));
+    if (r->norm == METALA_NORM_RMS) be->rms_backward(ctx, d->p, dnorm, a->aug_out, a->rho, NULL, rows * s->H, s->V);
+    if (r->norm == METALA_NORM_WIDTH) be->rms_backward(ctx, d->p, dnorm, a->aug_out, a->rho, NULL, rows, s->p);
+}
+
+// From d->p to d->q, d->k, d->v, d->a (and d->bonus): self term, normaliser, scan.
+static void mixer_scan_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
+                                const layer_gradients *d, real *grads, const pass *p) {
+    const metala_backend *be = m->backend;
+    const metala_row *r = &m->config.row;
+    const layer_offsets *w = &m->layers[layer];
+    const real *P = m->parameters;
+    const sizes *s = &p->s;
+    size_t rows = p->rows, H = s->H, K = s->K, V = s->V;
+    real *dO = d->p;
+    int shared;
+    const real *theta = s->complex_values ? mixer_angles(m, layer, a, p, &shared) : NULL;
+    real *dtheta = r->phase == METALA_PHASE_DECAY ? d->ssm + H * s->states : GRAD(w->theta);
+    if (theta) be->rotate_backward(ctx, dO, dtheta, dO, a->scan_out, theta, p->B, p->T, H, 2, shared, p->position, 0);
+    if (s->ones) {
+        dO = d->scan;
+        be->normalise_backward(ctx, dO, d->bonus, d->bonus ? d->gated : NULL, d->p, a->aug_out, a->scan_out, a->bonus, a->v_proj,
+                               rows, H, V, normaliser_eps(r));
+    }
+    if (r->decay == METALA_DECAY_SOFTMAX)
+        be->attention_backward(ctx, d->q, d->k, d->v, dO, a->scan_out, a->lse, a->q, a->k, a->v, p->mask, p->B, p->T, H, K, V,
+                               s->scale);
+    else
+        be->scan_backward(ctx, p->form, d->q, d->k, d->v, d->a, NULL, dO, a->states, a->q, a->k, a->v, a->alpha, p->B, p->T, H, K,
+                          V + s->ones, s->scale);
+    if (r->self == METALA_SELF_AUGMENT)
+        be->augment_backward(ctx, d->q, d->k, d->v, GRAD(w->b), d->p, a->q, a->k, a->v, P + w->b, rows, H, K, V);
+    if (r->self == METALA_SELF_SKIP && !s->complex_values) {
+        if (r->value == METALA_VALUE_INPUT) be->skip_backward(ctx, d->u, GRAD(w->skip), d->p, a->conv_out, P + w->skip, rows, s->p);
+        else be->skip_backward(ctx, d->v, GRAD(w->skip), d->p, a->v, P + w->skip, rows, s->p);
+    }
+}
+
+static void feature_backward(metala_context *ctx, const metala_backend *be, metala_map map, int taylor, real *dx, const real *dy,
+                             const real *x, const pass *p, size_t d) {
+    if (taylor) be->taylor_backward(ctx, dx, dy, x, p->rows, p->s.H, d);
+    else be->map_backward(ctx, dx, dy, x, p->rows * p->s.H * p->s.K, map);
+}
+
+// From those to the gradients of the projections, and of the parameters of decays and phases.
+static void mixer_choices_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
+                                   const layer_gradients *d, real *grads, const pass *p) {
+    const metala_backend *be = m->backend;
+    const metala_config *c = &m->config;
+    const metala_row *r = &c->row;
+    const layer_offsets *w = &m->layers[layer];
+    const real *P = m->parameters;
+    const sizes *s = &p->s;
+    size_t rows = p->rows, H = s->H, K = s->K, HK = H * K, HN = H * s->states, V = s->V, f = (size_t)c->feature_dim;
+    real *tied = r->key == METALA_KEY_TIED ? d->k : NULL, *db = d->ssm ? d->ssm + 2 * HN : NULL;
+    real *dtheta = r->phase == METALA_PHASE_DECAY ? d->ssm + HN : GRAD(w->theta);
+    const real *b = a->ssm ? a->ssm + 2 * HN : NULL;
+    int shared, minus = r->phase == METALA_PHASE_DECAY;
+    const real *theta = mixer_angles(m, layer, a, p, &shared);
+    if (theta && s->complex_values)
+        be->rotate_backward(ctx, d->v, dtheta, d->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
+    else if (theta) {
+        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
+        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
+    }
+    switch (r->value) {
+        case METALA_VALUE_LINEAR:
+            if (s->ones)
+                be->extend_backward(ctx, d->v_proj, d->v, p->mask, r->self == METALA_SELF_BONUS, p->B, p->T, H, V);
+            if (r->self == METALA_SELF_BONUS) be->add(ctx, d->v_proj, d->v_proj, d->gated, rows * H * V);
+            break;
+        case METALA_VALUE_COMPLEX: be->scale_pairs_backward(ctx, d->v_proj, db, d->v, a->v_proj, b, rows, H); break;
+        case METALA_VALUE_SILU: be->map_backward(ctx, d->v_proj, d->v, a->v_proj, rows * H * V, METALA_MAP_SILU); break;
+        case METALA_VALUE_INPUT:
+            if (r->decay != METALA_DECAY_SELECTIVE) be->add(ctx, d->u, d->u, d->v, rows * s->u);
+            break;
+        case METALA_VALUE_PRODUCT:
+            be->multiply_backward(ctx, d->p, d->v_proj, d->v, a->conv_in, a->v_proj, rows * H * V);
+            be->conv_backward(ctx, d->k_proj, GRAD(w->conv), d->p, NULL, a->k_proj, P + w->conv, NULL, p->B, p->T, s->k);
+            break;
+    }
+    switch (r->query) {
+        case METALA_QUERY_SILU: feature_backward(ctx, be, METALA_MAP_SILU, 0, d->q_proj, d->q, a->q_proj, p, f); break;
+        case METALA_QUERY_ELU1: feature_backward(ctx, be, METALA_MAP_ELU1, 0, d->q_proj, d->q, a->q_proj, p, f); break;
+        case METALA_QUERY_TAYLOR: feature_backward(ctx, be, METALA_MAP_NONE, 1, d->q_proj, d->q, a->q_proj, p, f); break;
+        case METALA_QUERY_CONSTANT: add_rows(ctx, be, GRAD(w->C), d->q, rows, HK); break;
+        case METALA_QUERY_SHARED: be->copy_heads_backward(ctx, d->q_proj, d->q, rows, H, K); break;
+    }
+    switch (r->key) {
+        case METALA_KEY_SILU: feature_backward(ctx, be, METALA_MAP_SILU, 0, d->k_proj, d->k, a->k_proj, p, f); break;
+        case METALA_KEY_ELU1: feature_backward(ctx, be, METALA_MAP_ELU1, 0, d->k_proj, d->k, a->k_proj, p, f); break;
+        case METALA_KEY_TAYLOR: feature_backward(ctx, be, METALA_MAP_NONE, 1, d->k_proj, d->k, a->k_proj, p, f); break;
+        case METALA_KEY_CONSTANT: add_rows(ctx, be, db, d->k, rows, HK); break;
+        case METALA_KEY_SHARED: be->copy_heads_backward(ctx, d->k_proj, d->k, rows, H, K); break;
+    }
+    switch (r->decay) {
+        case METALA_DECAY_DYNAMIC: case METALA_DECAY_LOWRANK: case METALA_DECAY_FIXED:
+            be->gate_backward(ctx, d->z, d->a, tied, a->z, a->alpha, rows * HK, c->tau);
+            break;
+        case METALA_DECAY_BOUNDED:
+            be->bounded_gate_backward(ctx, d->z, p->dbounds + (size_t)layer * HK, d->a, tied, a->z,
+                                      p->bounds + (size_t)layer * HK, rows, HK);
+            break;
+        case METALA_DECAY_EXP:
+            be->wkv_backward(ctx, d->k_proj, GRAD(w->time_decay), GRAD(w->time_first), d->k, d->a, d->bonus, a->k, a->bonus,
+                             P + w->time_decay, p->mask, p->B, p->T, H);
+            break;
+        case METALA_DECAY_LRU: case METALA_DECAY_ZOH: case METALA_DECAY_DSS:
+            if (s->complex_values) add_rows(ctx, be, d->ssm, d->a, rows, HN);
+            else {
+                add_rows(ctx, be, d->ssm + 4 * HN, d->a, rows, HK);
+                be->copy_heads_backward(ctx, d->ssm, d->ssm + 4 * HN, HN, 2, 1);
+            }
+            be->ssm_backward(ctx, (metala_ssm)(r->decay - METALA_DECAY_LRU), GRAD(w->ssm_decay), GRAD(w->ssm_phase),
+                             GRAD(w->ssm_step), d->ssm, dtheta, db, P + w->ssm_decay, P + w->ssm_phase, P + w->ssm_step, H,
+                             s->states, (size_t)c->length);
+            break;
+        case METALA_DECAY_SELECTIVE:
+            be->selective_backward(ctx, d->z, d->p, GRAD(w->A), d->a, d->v, a->z, a->conv_out, P + w->A, rows, H, K);
+            be->add(ctx, d->u, d->u, d->p, rows * H);
+            break;
+    }
+}
+
+// From the gradients of the projections to that of n, returned: it may lie in d->u.
+static real *mixer_input_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
+                                  const layer_gradients *d, real *grads, const pass *p) {
+    const metala_backend *be = m->backend;
+    const metala_row *r = &m->config.row;
+    const layer_offsets *w = &m->layers[layer];
+    const real *P = m->parameters;
+    const sizes *s = &p->s;
+    size_t rows = p->rows, D = s->D, U = s->u;
+    int on = r->conv == METALA_CONV_ON, shift = r->conv == METALA_CONV_SHIFT, value = r->conv == METALA_CONV_VALUE;
+    real *dk_in = shift ? d->shift_k : d->u, *dv_in = shift ? d->shift_v : value ? d->n : d->u, *dg_in = value ? d->n : d->u;
+    const real *u = a->conv_out, *v_in = on ? u : a->shift_v, *g_in = value ? a->token_norm : u;
+    if (s->g) be->matmul_backward(ctx, dg_in, GRAD(w->g), GRAD(w->g_bias), d->g, g_in, P + w->g, rows, s->g, D, 1);
+    if (p->mask && s->v && !value) be->mask_rows(ctx, d->v_proj, p->mask, rows, s->v);
+    if (s->v && !value) be->matmul_backward(ctx, dv_in, GRAD(w->v), NULL, d->v_proj, v_in, P + w->v, rows, s->v, D, 1);
+    if (s->q) be->matmul_backward(ctx, d->u, GRAD(w->q), NULL, d->q_proj, u, P + w->q, rows, s->q, U, 1);
+    if (s->k) be->matmul_backward(ctx, dk_in, GRAD(w->k), NULL, d->k_proj, a->shift_k, P + w->k, rows, s->k, U, 1);
+    if (s->low) {
+        be->matmul_backward(ctx, d->low, GRAD(w->z), GRAD(w->z_bias), d->z, a->low, P + w->z, rows, s->z, s->low, 0);
+        be->matmul_backward(ctx, d->u, GRAD(w->low), NULL, d->low, u, P + w->low, rows, s->low, U, 1);
+    } else if (r->decay == METALA_DECAY_FIXED) add_rows(ctx, be, GRAD(w->z), d->z, rows, s->z);
+    else if (s->z) be->matmul_backward(ctx, d->u, GRAD(w->z), NULL, d->z, u, P + w->z, rows, s->z, U, 1);
+    if (p->mask && r->value == METALA_VALUE_INPUT) be->mask_rows(ctx, d->u, p->mask, rows, U);
+
+    if (on) be->conv_backward(ctx, d->n, GRAD(w->conv), d->u, a->conv_in, a->token_norm, P + w->conv, NULL, p->B, p->T, D);
+    if (shift) {
+        be->shift_backward(ctx, d->n, GRAD(w->shift_g), d->u, a->token_norm, P + w->shift_g, NULL, p->B, p->T, D);
+        be->shift_backward(ctx, d->n, GRAD(w->shift_k), d->shift_k, a->token_norm, P + w->shift_k, NULL, p->B, p->T, D);
+        be->shift_backward(ctx, d->n, GRAD(w->shift_v), d->shift_v, a->token_norm, P + w->shift_v, NULL, p->B, p->T, D);
+    }
+    if (value) {
+        be->conv_backward(ctx, d->v_proj, GRAD(w->conv), d->u, a->conv_in, a->v_proj, P + w->conv, NULL, p->B, p->T, U);
+        be->matmul_backward(ctx, d->n, GRAD(w->v), NULL, d->v_proj, a->token_norm, P + w->v, rows, U, D, 1);
+    }
+    return s->shared_u ? d->u : d->n;
+}
+
 // dx: gradient of the layer's output in, of its input out. Gradients of parameters are added to `grads`, a block laid
-// out like the parameters. Read it against layer_forward from below to above: with δ for "gradient in",
+// out like the parameters. Read it against layer_forward from below to above: with δ for "gradient in", and for MetaLA,
 //
 //     δprod = W_3ᵀ δx'    δn' = W_2ᵀ δl2 + W_1ᵀ δl1    δh = δx' + rms'(δn')
 //     δy = W_oᵀ δh        δg, δnorm from y = silu(g) ⊙ norm(p)    δo = δp    δq, δk, δv, δa from the scan, plus those of w v
@@ -2091,11 +3863,10 @@ typedef struct {
 static void layer_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
                            const layer_gradients *d, real *grads, real *dx, const pass *p) {
     const metala_backend *be = m->backend;
-    const metala_config *c = &m->config;
     const layer_offsets *w = &m->layers[layer];
     const real *P = m->parameters;
-    size_t rows = p->rows, D = p->D, F = p->F, H = p->H, K = p->K, V = p->V;
-#define GRAD(offset) ((offset) == ABSENT ? NULL : grads + (offset))
+    const sizes *s = &p->s;
+    size_t rows = p->rows, D = s->D, F = s->F;
 
     be->matmul_backward(ctx, d->prod, GRAD(w->l3), GRAD(w->l3_bias), dx, a->glu_prod, P + w->l3, rows, D, F, 0);
     be->silu_gate_backward(ctx, d->l1, d->l2, d->prod, a->l1, a->l2, rows * F);
@@ -2103,28 +3874,25 @@ static void layer_backward(metala_context *ctx, const metala_model *m, int layer
     be->matmul_backward(ctx, d->n, GRAD(w->l1), GRAD(w->l1_bias), d->l1, a->channel_norm, P + w->l1, rows, F, D, 1);
     be->rms_backward(ctx, dx, d->n, a->mixer_residual, a->residual_r, NULL, rows, D);        // dx is now dh
 
-    be->matmul_backward(ctx, d->gated, GRAD(w->out), NULL, dx, a->gated, P + w->out, rows, D, D, 0);
-    be->silu_gate_backward(ctx, d->g, d->head, d->gated, a->g, a->group_norm, rows * D);
-    be->head_norm_backward(ctx, d->head, d->head, a->group_norm, a->rho, rows, H, V);        // dp = do
-    be->scan_backward(ctx, p->form, d->q, d->k, d->v, d->a, NULL, d->head, a->states, a->q, a->k, a->v, a->alpha,
-                      p->B, p->T, H, K, V, p->scale);
-    if (!c->no_augment)
-        be->augment_backward(ctx, d->q, d->k, d->v, GRAD(w->b), d->head, a->q, a->k, a->v, P + w->b, rows, H, K, V);
-    be->gate_backward(ctx, d->z, d->a, c->key_linear ? NULL : d->k, a->z, a->alpha, rows * D / 2, c->tau);
-
-    if (p->mask) be->mask_rows(ctx, d->v, p->mask, rows, D);
-    const real *u = a->conv_out;
-    be->matmul_backward(ctx, d->u, GRAD(w->g), GRAD(w->g_bias), d->g, u, P + w->g, rows, D, D, 0);
-    be->matmul_backward(ctx, d->u, GRAD(w->v), NULL, d->v, u, P + w->v, rows, D, D, 1);
-    be->matmul_backward(ctx, d->u, GRAD(w->q), NULL, d->q, u, P + w->q, rows, D / 2, D, 1);
-    if (c->key_linear) be->matmul_backward(ctx, d->u, GRAD(w->k), NULL, d->k, u, P + w->k, rows, D / 2, D, 1);
-    if (c->fixed_decay) be->matmul_backward(ctx, NULL, NULL, GRAD(w->z), d->z, u, P + w->z, rows, D / 2, 0, 0);
-    else be->matmul_backward(ctx, d->u, GRAD(w->z), NULL, d->z, u, P + w->z, rows, D / 2, D, 1);
-    real *dn = c->no_conv ? d->u : d->n;
-    if (!c->no_conv)
-        be->conv_backward(ctx, dn, GRAD(w->conv), d->u, a->conv_in, a->token_norm, P + w->conv, NULL, p->B, p->T, D);
+    be->zero(ctx, d->u, rows * s->u * sizeof(real));                    // these are sums over all that read u and n
+    be->zero(ctx, d->n, rows * D * sizeof(real));
+    if (d->shift_k) be->zero(ctx, d->shift_k, rows * D * sizeof(real));
+    if (d->shift_v) be->zero(ctx, d->shift_v, rows * D * sizeof(real));
+    if (d->ssm) be->zero(ctx, d->ssm, member_count(&m->config, PER_SSM, p->B, p->T) * sizeof(real));
+    if (m->config.row.self == METALA_SELF_SKIP && s->complex_values)
+        be->skip_backward(ctx, d->u, GRAD(w->skip), dx, a->conv_out, P + w->skip, rows, D);
+    mixer_output_backward(ctx, m, layer, a, d, grads, dx, p);
+    mixer_scan_backward(ctx, m, layer, a, d, grads, p);
+    mixer_choices_backward(ctx, m, layer, a, d, grads, p);
+    real *dn = mixer_input_backward(ctx, m, layer, a, d, grads, p);
     be->rms_backward(ctx, dx, dn, a->input, a->input_r, p->mask, rows, D);
+}
 #undef GRAD
+
+// Lower bounds of the decays of all layers: (L,H·K) of the pass.
+static size_t bounds_count(const metala_config *c) {
+    sizes s = sizes_of(c);
+    return c->row.decay == METALA_DECAY_BOUNDED ? times((size_t)c->layers, times(s.H, s.K)) : 0;
 }
 
 // What lives on one device cannot be computed with on another.
@@ -2164,7 +3932,7 @@ struct metala_trainer {
     real *memory;                       // all activations and their gradients
     activations *layers;
     layer_gradients d;
-    real *final_input, *final_r, *final_norm, *dx, *d_final;
+    real *final_input, *final_r, *final_norm, *dx, *d_final, *bounds, *dbounds;
     real *logits, *loss, *lse;          // (head_rows,N), (rows), (rows)
     int *tokens, *targets;              // the backend's memory
     uint8_t *mask;
@@ -2174,21 +3942,20 @@ struct metala_trainer {
 // Sets all pointers into `block` (NULL to only count) and returns how many numbers they take.
 static size_t place_trainer(metala_trainer *t, real *block) {
     const metala_config *c = &t->model->config;
-    size_t B = t->B, T = t->T, rows = times(B, T), D = (size_t)c->width, F = (size_t)c->glu_dim, used = 0;
+    size_t B = t->B, T = t->T, rows = times(B, T), D = (size_t)c->width, used = 0;
     struct { real **pointer; size_t count; } parts[] = {
         {&t->final_input, times(rows, D)}, {&t->final_r, rows}, {&t->final_norm, times(rows, D)},
         {&t->dx, times(rows, D)}, {&t->d_final, times(rows, D)},
         {&t->logits, times(head_rows(c, rows), (size_t)c->vocab_size)}, {&t->loss, rows}, {&t->lse, rows},
-        {&t->d.n, times(rows, D)}, {&t->d.u, times(rows, D)}, {&t->d.v, times(rows, D)}, {&t->d.g, times(rows, D)},
-        {&t->d.head, times(rows, D)}, {&t->d.gated, times(rows, D)}, {&t->d.q, times(rows, D / 2)},
-        {&t->d.k, times(rows, D / 2)}, {&t->d.z, times(rows, D / 2)}, {&t->d.a, times(rows, D / 2)},
-        {&t->d.prod, times(rows, F)}, {&t->d.l1, times(rows, F)}, {&t->d.l2, times(rows, F)},
+        {&t->bounds, bounds_count(c)}, {&t->dbounds, bounds_count(c)},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         if (block) *parts[i].pointer = block + used;
         if (parts[i].count > SIZE_MAX / 64 - used) return SIZE_MAX / 64;
         used += round_up(parts[i].count, 16);
     }
+    used += place_gradients(&t->d, block ? block + used : NULL, c, B, T);
+    if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
     activations shared = {0};                                 // what is not kept, for each layer in turn
     enum cost least = t->keep == METALA_KEEP_ALL ? CHEAP : t->keep == METALA_KEEP_COSTLY ? COSTLY : NEEDED;
     if (least > CHEAP) used += place_activations(&shared, block ? block + used : NULL, c, B, T, CHEAP, least - 1, 1);
@@ -2210,9 +3977,9 @@ metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T
     if (m) {
         metala_trainer t = {0};
         t.model = m, t.B = (size_t)B, t.T = T, t.keep = keep;
-        size_t K = (size_t)(config->width / 2 / config->heads), V = 2 * K, rows = times((size_t)B, T);
-        size_t conv = times(rows, (size_t)config->width);
-        size_t scan = times((size_t)ctx->threads, chunkwise_scratch(K, V) + K * V);
+        sizes s = sizes_of(config);
+        size_t V = s.V + s.ones, conv = times(times((size_t)B, T), s.u);
+        size_t scan = times((size_t)ctx->threads, chunkwise_scratch(s.K, V) + s.K * V);
         memory.parameters = memory.gradients = times(m->size, sizeof(real));
         memory.moments = times(2, memory.parameters);
         memory.activations = times(place_trainer(&t, NULL), sizeof(real));
@@ -2311,11 +4078,17 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
     be->upload(ctx, t->tokens, inputs, rows * sizeof(int));
     be->upload(ctx, t->targets, targets, rows * sizeof(int));
     if (mask) be->upload(ctx, t->mask, mask, rows);
-    pass p = pass_of(c, B, T, mask ? t->mask : NULL, form);
+    pass p = pass_of(c, B, T, mask ? t->mask : NULL, form, 0);
+    size_t bounds = bounds_count(c);
+    if (bounds) {
+        be->bounds_forward(ctx, t->bounds, m->parameters + m->bounds, (size_t)c->layers, bounds / (size_t)c->layers);
+        be->zero(ctx, t->dbounds, bounds * sizeof(real));
+        p.bounds = t->bounds, p.dbounds = t->dbounds;
+    }
 
     be->embedding_forward(ctx, t->layers[0].input, t->tokens, m->parameters + m->embedding, rows, D,
                           embedding_scale(c));
-    for (int l = 0; l < c->layers; l++) layer_forward(ctx, m, l, &t->layers[l], &p, NULL, NULL);
+    for (int l = 0; l < c->layers; l++) layer_forward(ctx, m, l, &t->layers[l], &p, NULL);
     be->rms_forward(ctx, t->final_norm, t->final_r, t->final_input, NULL, rows, D, c->norm_eps);
     head_loss(ctx, t, t->grads, rows, weight / (double)counted);
     be->zero(ctx, t->dx, rows * D * sizeof(real));
@@ -2323,9 +4096,12 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
     for (int l = c->layers - 1; l >= 0; l--) {                // what the layer above has overwritten comes back first
         int lost = l < c->layers - 1;
         if (lost && t->keep == METALA_KEEP_COSTLY) layer_recompute(ctx, m, l, &t->layers[l], &p);
-        if (lost && t->keep == METALA_KEEP_INPUTS) layer_forward(ctx, m, l, &t->layers[l], &p, NULL, NULL);
+        if (lost && t->keep == METALA_KEEP_INPUTS) layer_forward(ctx, m, l, &t->layers[l], &p, NULL);
         layer_backward(ctx, m, l, &t->layers[l], &t->d, t->grads, t->dx, &p);
     }
+    if (bounds)
+        be->bounds_backward(ctx, t->grads + m->bounds, t->dbounds, m->parameters + m->bounds, (size_t)c->layers,
+                            bounds / (size_t)c->layers);
     be->embedding_backward(ctx, t->grads + m->embedding, t->dx, t->tokens, rows, D, embedding_scale(c),
                            c->pad_token_id);
 
@@ -2357,6 +4133,7 @@ int metala_update(metala_context *ctx, metala_trainer *t, const metala_adamw *ad
     }
     if (adamw->clip_norm > 0) scale = fmin(1, adamw->clip_norm / (length + 1e-6));
     t->step++;
+    m->version++;
     for (int i = 0; i < m->tensor_count; i++) {
         const metala_tensor *tensor = &m->tensors[i];
         size_t at = tensor->offset;
@@ -2393,10 +4170,10 @@ int metala_trainer_activation(metala_context *ctx, const metala_trainer *t, cons
         for (int i = 0; i < ACTIVATION_MEMBERS; i++)
             if (!strcmp(name + used, activation_members[i].name)) {
                 from = *(real *const *)(const void *)((const char *)a + activation_members[i].member);
-                n = member_count(c, activation_members[i].width, t->last_B, t->last_T);
+                n = activation_count(c, &activation_members[i], t->last_B, t->last_T);
             }
     }
-    if (!from) return fail(ctx, "there is no activation called %s", name);
+    if (!from || !n) return fail(ctx, "there is no activation called %s", name);
     if (count) *count = n;
     if (out) t->backend->download(ctx, out, from, n * sizeof(real));
     return metala_context_failed(ctx);
@@ -2412,7 +4189,13 @@ struct metala_state {
     size_t B, tokens_most;              // tokens of one sequence that the buffers hold
     uint64_t position;
     real *S;                            // (L,B,H,K,V)
-    real *tails;                        // (L,B,4,D)
+    real *tails;                        // (L,…), see tail_count
+    real *keys, *values;                // (L,B,room,H·K), (L,B,room,H·V) of softmax attention
+    uint8_t *seen;                      // (B,room) the tokens that are not padding
+    size_t room;
+    real *bounds;                       // (L,H·K) lower bounds of decays, or NULL
+    real *ssm;                          // (L,6,H·states) constants of complex decays, or NULL
+    uint64_t ssm_version;               // of the parameters that they were computed from
     real *memory;                       // one layer's activations, used by every layer in turn
     activations a;
     real *final_norm, *final_r, *last, *logits, *loss, *lse;
@@ -2423,13 +4206,21 @@ struct metala_state {
     real *host_loss;
 };
 
-static size_t state_count(const metala_config *c) {       // numbers in S of one sequence and layer: H·K·V
-    return (size_t)c->width / 2 * ((size_t)c->width / (size_t)c->heads);
+static size_t state_count(const metala_config *c) {       // numbers in S of one sequence and layer
+    sizes s = sizes_of(c);
+    return c->row.decay == METALA_DECAY_SOFTMAX ? 0 : times(times(s.H, s.K), s.V + s.ones);
 }
-static size_t tail_count(const metala_config *c) { return METALA_CONV * (size_t)c->width; }
 
-size_t metala_state_bytes(const metala_config *c) {
-    return times((size_t)c->layers, times(state_count(c) + tail_count(c), sizeof(real)));
+// Keys and values of one token in all layers, and whether it counts: what softmax attention keeps of it.
+static size_t cache_bytes(const metala_config *c) {
+    sizes s = sizes_of(c);
+    size_t each = times(s.H, s.K + s.V);
+    return c->row.decay == METALA_DECAY_SOFTMAX ? plus(times(times((size_t)c->layers, each), sizeof(real)), 1) : 0;
+}
+
+size_t metala_state_bytes(const metala_config *c, uint64_t tokens) {
+    size_t fixed = times((size_t)c->layers, times(state_count(c) + tail_count(c), sizeof(real)));
+    return plus(fixed, times(cache_bytes(c), tokens > SIZE_MAX ? SIZE_MAX : (size_t)tokens));
 }
 
 uint64_t metala_state_position(const metala_state *s) { return s->position; }
@@ -2454,7 +4245,41 @@ void metala_state_free(metala_state *s) {
     free_buffers(s);
     s->backend->free(s->S);
     s->backend->free(s->tails);
+    s->backend->free(s->keys);
+    s->backend->free(s->values);
+    s->backend->free(s->seen);
+    s->backend->free(s->bounds);
+    s->backend->free(s->ssm);
     free(s);
+}
+
+// Room for `tokens` of softmax attention, what is there included.
+static int make_room(metala_context *ctx, metala_state *s, size_t tokens) {
+    const metala_backend *be = s->backend;
+    sizes z = sizes_of(&s->model->config);
+    size_t HK = z.H * z.K, HV = z.H * z.V, LB = (size_t)s->model->config.layers * s->B, room = 2 * s->room, held = (size_t)s->position;
+    if (tokens <= s->room || !cache_bytes(&s->model->config)) return 0;
+    if (room < tokens) room = round_up(tokens, SEGMENT);
+    real *keys = be->alloc(times(times(LB, room), times(HK, sizeof(real))));
+    real *values = be->alloc(times(times(LB, room), times(HV, sizeof(real))));
+    uint8_t *seen = be->alloc(times(s->B, room));
+    if (!keys || !values || !seen) {
+        be->free(keys);
+        be->free(values);
+        be->free(seen);
+        return fail_memory(ctx, "the keys and values of softmax attention",
+                           (double)room * (double)s->B * (double)cache_bytes(&s->model->config));
+    }
+    for (size_t i = 0; i < LB && s->room; i++) {
+        be->copy(ctx, keys + i * room * HK, s->keys + i * s->room * HK, held * HK * sizeof(real));
+        be->copy(ctx, values + i * room * HV, s->values + i * s->room * HV, held * HV * sizeof(real));
+        if (i < s->B) be->copy(ctx, seen + i * room, s->seen + i * s->room, held);
+    }
+    be->free(s->keys);
+    be->free(s->values);
+    be->free(s->seen);
+    s->keys = keys, s->values = values, s->seen = seen, s->room = room;
+    return 0;
 }
 
 // Buffers for n tokens of each sequence; what is there already is kept when it is large enough.
@@ -2500,15 +4325,19 @@ metala_state *metala_state_create(metala_context *ctx, const metala_model *model
     }
     if (same_device(ctx, model->backend, "state")) return NULL;
     metala_state *s = calloc(1, sizeof *s);
-    size_t bytes = times((size_t)B, metala_state_bytes(&model->config));
+    size_t bytes = times((size_t)B, metala_state_bytes(&model->config, 0)), bounds = bounds_count(&model->config);
+    size_t ssm = times((size_t)model->config.layers, member_count(&model->config, PER_SSM, 1, 1));
     if (s) {
         const metala_config *c = &model->config;
         s->model = model, s->backend = model->backend, s->B = (size_t)B;
         size_t count = times((size_t)c->layers, s->B);
-        s->S = s->backend->alloc(times(times(count, state_count(c)), sizeof(real)));
-        s->tails = s->backend->alloc(times(times(count, tail_count(c)), sizeof(real)));
+        s->S = s->backend->alloc(times(times(count, state_count(c)), sizeof(real)) + 1);      // of one byte where there is nothing
+        s->tails = s->backend->alloc(times(times(count, tail_count(c)), sizeof(real)) + 1);
+        if (bounds) s->bounds = s->backend->alloc(times(bounds, sizeof(real)));
+        if (ssm) s->ssm = s->backend->alloc(times(ssm, sizeof(real)));
+        s->ssm_version = UINT64_MAX;
     }
-    if (!s || !s->S || !s->tails) {
+    if (!s || !s->S || !s->tails || (bounds && !s->bounds) || (ssm && !s->ssm)) {
         fail_memory(ctx, "a state", (double)bytes);
         metala_state_free(s);
         return NULL;
@@ -2535,10 +4364,43 @@ int metala_state_copy(metala_context *ctx, metala_state *to, const metala_state 
     if (to->model != from->model || to->B != from->B)
         return fail(ctx, "state: a copy needs the same model and %zu sequences, the target has %zu%s", from->B, to->B,
                     to->model != from->model ? " of another model" : "");
+    to->position = 0;
+    if (make_room(ctx, to, from->room)) return -1;
+    for (size_t i = 0; i < all_states(from) && from->room; i++) {
+        sizes s = sizes_of(c);
+        size_t HK = s.H * s.K, HV = s.H * s.V, held = (size_t)from->position;
+        from->backend->copy(ctx, to->keys + i * to->room * HK, from->keys + i * from->room * HK, held * HK * sizeof(real));
+        from->backend->copy(ctx, to->values + i * to->room * HV, from->values + i * from->room * HV, held * HV * sizeof(real));
+        if (i < from->B) from->backend->copy(ctx, to->seen + i * to->room, from->seen + i * from->room, held);
+    }
     from->backend->copy(ctx, to->S, from->S, all_states(from) * state_count(c) * sizeof(real));
     from->backend->copy(ctx, to->tails, from->tails, all_states(from) * tail_count(c) * sizeof(real));
     to->position = from->position;
     return 0;
+}
+
+// The tensors of one layer in a state's file, number `which` of STATE_TENSORS: its name, and its shape, of which the first is
+// 0 where the row has no such thing. Returns where the state has it.
+enum { STATE_TENSORS = 4 };
+static real *state_tensor(const metala_state *s, int layer, int which, metala_tensor *t) {
+    static const char *const names[STATE_TENSORS] = {"state", "conv_state", "keys", "values"};
+    const metala_config *c = &s->model->config;
+    sizes z = sizes_of(c);
+    int shift = c->row.conv == METALA_CONV_SHIFT, softmax = c->row.decay == METALA_DECAY_SOFTMAX;
+    size_t l = (size_t)layer, channels = which == 3 ? z.V : z.K;
+    memset(t, 0, sizeof *t);
+    snprintf(t->name, sizeof t->name, "%s.%d", shift && which == 1 ? "shift_state" : names[which], layer);
+    t->dtype = REAL_TYPE;
+    const size_t shapes[STATE_TENSORS][4] = {{s->B, z.H, z.K, z.V + z.ones}, {s->B, tail_width(c), METALA_CONV, 0},
+                                             {s->B, (size_t)s->position, z.H, channels}, {s->B, (size_t)s->position, z.H, channels}};
+    int there = which == 0 ? !softmax : which == 1 ? tail_width(c) > 0 : softmax && s->position > 0;
+    t->ndim = which == 1 ? 3 : 4;
+    t->count = 1;
+    for (int d = 0; d < t->ndim; d++) t->count *= t->shape[d] = shapes[which][d];
+    if (shift && which == 1) t->ndim = 2, t->shape[1] = METALA_CONV * z.D;
+    if (!there) t->count = t->shape[0] = 0;
+    return which == 0 ? s->S + l * s->B * state_count(c) : which == 1 ? s->tails + l * s->B * tail_count(c)
+         : (which == 2 ? s->keys : s->values) + l * s->B * s->room * z.H * channels;
 }
 
 // The authors' cache has the convolution's inputs as (B,D,4), ours is (B,4,D).
@@ -2548,29 +4410,34 @@ static void swap_tail(real *to, const real *from, size_t B, size_t rows, size_t 
             for (size_t j = 0; j < columns; j++) to[(b * columns + j) * rows + i] = from[(b * rows + i) * columns + j];
 }
 
-// Copies S (which = 0) or the tail (which = 1) of a layer out to `host`, in the authors' layout.
-static int download_state(metala_context *ctx, const metala_state *s, int layer, int which, real *host) {
-    const metala_config *c = &s->model->config;
-    size_t count = s->B * (which ? tail_count(c) : state_count(c));
-    const real *from = (which ? s->tails : s->S) + (size_t)layer * count;
-    if (!which) {
-        s->backend->download(ctx, host, from, count * sizeof(real));
-        return metala_context_failed(ctx);
+// Copies a tensor of a layer out to `host`, in the authors' layout; or in from it, with `work` as large as the tensor.
+static int move_state(metala_context *ctx, const metala_state *s, int layer, int which, real *host, int in) {
+    const metala_backend *be = s->backend;
+    metala_tensor t;
+    real *at = state_tensor(s, layer, which, &t), *swapped = NULL;
+    size_t D = t.shape[1], row = t.count / s->B, stride = which < 2 ? row : row / (size_t)s->position * s->room;
+    int swap = which == 1 && t.ndim == 3;
+    if (swap && !(swapped = malloc(t.count * sizeof(real))))
+        return fail_memory(ctx, "a copy of the convolution's state", (double)t.count * sizeof(real));
+    real *outside = swap ? swapped : host;
+    if (swap && in) swap_tail(swapped, host, s->B, D, METALA_CONV);
+    for (size_t b = 0; b < s->B; b++) {
+        if (in) be->upload(ctx, at + b * stride, outside + b * row, row * sizeof(real));
+        else be->download(ctx, outside + b * row, at + b * stride, row * sizeof(real));
     }
-    real *copy = malloc(count * sizeof(real));
-    if (!copy) return fail_memory(ctx, "a copy of the convolution's state", (double)count * sizeof(real));
-    s->backend->download(ctx, copy, from, count * sizeof(real));
-    swap_tail(host, copy, s->B, METALA_CONV, (size_t)c->width);
-    free(copy);
+    if (swap && !in) swap_tail(host, swapped, s->B, METALA_CONV, D);
+    free(swapped);
     return metala_context_failed(ctx);
 }
 
 int metala_state_get(metala_context *ctx, const metala_state *s, const char *name, real *out) {
-    int layer = -1, used = 0, which = !strncmp(name, "conv_", 5);
-    if (sscanf(name + 5 * which, "state.%8d%n", &layer, &used) != 1 || name[5 * which + used] || layer < 0 ||
-        layer >= s->model->config.layers)
-        return fail(ctx, "a state has no tensor called %s", name);
-    return download_state(ctx, s, layer, which, out);
+    for (int l = 0; l < s->model->config.layers; l++)
+        for (int which = 0; which < STATE_TENSORS; which++) {
+            metala_tensor t;
+            state_tensor(s, l, which, &t);
+            if (t.count && !strcmp(name, t.name)) return move_state(ctx, s, l, which, out, 0);
+        }
+    return fail(ctx, "a state has no tensor called %s", name);
 }
 
 // Reads one segment of n <= tokens_most tokens (already in the buffers); leaves final_norm.
@@ -2581,13 +4448,23 @@ static int read_segment(metala_context *ctx, metala_state *s, metala_form form, 
     size_t rows = s->B * n, D = (size_t)c->width;
     be->upload(ctx, s->tokens, s->host_tokens, rows * sizeof(int));
     if (masked) be->upload(ctx, s->mask, s->host_mask, rows);
-    pass p = pass_of(c, s->B, n, masked ? s->mask : NULL, form);
+    pass p = pass_of(c, s->B, n, masked ? s->mask : NULL, form, s->position);
+    size_t bounds = bounds_count(c), L = (size_t)c->layers;
+    if (bounds) be->bounds_forward(ctx, s->bounds, m->parameters + m->bounds, L, bounds / L);
+    p.bounds = s->bounds;
+    p.ssm_ready = s->ssm_version == m->version;
     be->embedding_forward(ctx, s->a.input, s->tokens, m->parameters + m->embedding, rows, D, embedding_scale(c));
-    for (int l = 0; l < c->layers; l++)
-        layer_forward(ctx, m, l, &s->a, &p, s->S + (size_t)l * s->B * state_count(c),
-                      s->tails + (size_t)l * s->B * tail_count(c));
+    for (size_t l = 0; l < L; l++) {
+        size_t keys = s->room * p.s.H * p.s.K, values = s->room * p.s.H * p.s.V;
+        memory_of_layer past = {s->S + l * s->B * state_count(c), s->tails + l * s->B * tail_count(c), NULL, NULL, s->seen, s->room};
+        if (!tail_count(c)) past.tail = NULL;
+        if (s->ssm) s->a.ssm = s->ssm + l * member_count(c, PER_SSM, 1, 1);
+        if (s->keys) past.keys = s->keys + l * s->B * keys, past.values = s->values + l * s->B * values;
+        layer_forward(ctx, m, (int)l, &s->a, &p, &past);
+    }
     be->rms_forward(ctx, s->final_norm, s->final_r, s->a.output, NULL, rows, D, c->norm_eps);
     if (metala_context_failed(ctx)) return -1;
+    s->ssm_version = m->version;
     s->position += n;
     return 0;
 }
@@ -2603,15 +4480,17 @@ static int read_tokens(metala_context *ctx, metala_state *s, metala_form form, c
     if (same_device(ctx, be, "state")) return -1;
     if (check_tokens(ctx, &m->config, tokens, B * T, 0)) return -1;
     if (targets && check_tokens(ctx, &m->config, targets, B * T, 1)) return -1;
-    if (reserve(ctx, s, T < SEGMENT ? T : SEGMENT)) return -1;
+    if (reserve(ctx, s, T < SEGMENT ? T : SEGMENT) || make_room(ctx, s, plus((size_t)s->position, T))) return -1;
+    int masked = mask || cache_bytes(&m->config);             // what is kept of every token needs a mask
     for (size_t t0 = 0; t0 < T; t0 += SEGMENT) {
         size_t n = T - t0 < SEGMENT ? T - t0 : SEGMENT, rows = B * n;
         for (size_t b = 0; b < B; b++) {
             memcpy(s->host_tokens + b * n, tokens + b * T + t0, n * sizeof(int));
             if (mask) memcpy(s->host_mask + b * n, mask + b * T + t0, n);
+            else if (masked) memset(s->host_mask + b * n, 1, n);
             if (targets) memcpy(s->host_targets + b * n, targets + b * T + t0, n * sizeof(int));
         }
-        if (read_segment(ctx, s, form, n, mask != NULL)) return -1;
+        if (read_segment(ctx, s, form, n, masked)) return -1;
         size_t most = head_rows(&m->config, rows);
         for (size_t b = 0; b < B && logits; b++)
             for (size_t t = 0; t < n; t += most) {
@@ -3321,10 +5200,11 @@ static const struct config_key {
     {"norm_eps", NUMBER, offsetof(metala_config, norm_eps)},
     {"group_norm_eps", NUMBER, offsetof(metala_config, head_norm_eps)},
     {"tau", NUMBER, offsetof(metala_config, tau)},
-    {"no_conv", TRUTH, offsetof(metala_config, no_conv)},
-    {"no_augment", TRUTH, offsetof(metala_config, no_augment)},
-    {"key_linear", TRUTH, offsetof(metala_config, key_linear)},
-    {"fixed_decay", TRUTH, offsetof(metala_config, fixed_decay)},
+    {"expand", WHOLE, offsetof(metala_config, expand)},
+    {"state_size", WHOLE, offsetof(metala_config, state_size)},
+    {"low_rank", WHOLE, offsetof(metala_config, low_rank)},
+    {"feature_dim", WHOLE, offsetof(metala_config, feature_dim)},
+    {"length", WHOLE, offsetof(metala_config, length)},
 };
 enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
 
@@ -3332,6 +5212,30 @@ enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
 static const struct { const char *key, *values[3]; } fixed_keys[] = {
     {"glu_act", {"silu", "swish", NULL}}, {"norm_type", {"simplermsnorm", NULL, NULL}}, {"conv_width", {"4", NULL, NULL}}};
 enum { FIXED_KEYS = sizeof fixed_keys / sizeof *fixed_keys };
+
+// The row: "mixer" is its name, "custom" when it has none, and each column stands beside it, as in "decay": "dynamic". A file
+// without them, as the authors write it, is MetaLA.
+enum { CONFIG_PAIRS = CONFIG_KEYS + FIXED_KEYS + METALA_COLUMNS + 1 };
+
+static int read_row(metala_context *ctx, const metala_file *pairs, metala_config *c) {
+    const char *name = find_pair(pairs, "mixer");
+    if (name && strcmp(name, "custom") && metala_config_row(ctx, c, name)) {
+        char reason[sizeof ctx->error];
+        snprintf(reason, sizeof reason, "%s", metala_error(ctx));
+        return fail(ctx, "%s: configuration: mixer: %.400s", pairs->path, reason);
+    }
+    for (int i = 0; i < METALA_COLUMNS && name; i++) {
+        const char *value = find_pair(pairs, columns[i].name);
+        int v = 0;
+        if (!value) continue;
+        while (columns[i].values[v] && strcmp(columns[i].values[v], value)) v++;
+        if (!columns[i].values[v])
+            return fail(ctx, "%s: configuration: %s is \"%.40s\", which is none of its choices (%s, %s, ...)", pairs->path,
+                        columns[i].name, value, columns[i].values[0], columns[i].values[1]);
+        *metala_row_column(&c->row, i) = v;
+    }
+    return 0;
+}
 
 static int parse_config_value(metala_config *c, const struct config_key *k, const char *text) {
     void *member = (char *)c + k->member;
@@ -3416,6 +5320,7 @@ int metala_file_config(metala_context *ctx, const metala_file *f, metala_config 
     c.glu_dim = -1;                                                  // the authors' defaults
     c.pad_token_id = 2;
     c.tie_word_embeddings = !metala_file_find(f, "lm_head.weight");
+    if (read_row(ctx, pairs, &c)) goto done;
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const char *value = find_pair(pairs, config_keys[i].key);
         if (!value && i < 4) {                                       // the sizes have no default
@@ -3508,6 +5413,8 @@ static void collect_config(collection *c, const metala_config *config) {
         else collect_pair(c, k->key, (*(const int *)member != 0) == (k->kind == TRUTH) ? "true" : "false");
     }
     for (int i = 0; i < FIXED_KEYS; i++) collect_pair(c, fixed_keys[i].key, fixed_keys[i].values[0]);
+    collect_pair(c, "mixer", metala_config_row_name(config));
+    for (int i = 0; i < METALA_COLUMNS; i++) collect_pair(c, columns[i].name, columns[i].values[row_value(&config->row, i)]);
 }
 
 // The scales of an int8 weight in a file: <name>.scale [out,groups].
@@ -3544,7 +5451,7 @@ static int save(metala_context *ctx, const metala_model *m, const metala_trainer
     collection c;
     size_t blocks = trainer ? 3 : 1, numbers = times(blocks, m->reals);
     if (m->quantized_bytes) numbers = plus(numbers, ALIGN + m->quantized_bytes / sizeof(real));
-    if (collection_create(ctx, &c, (blocks + 1) * (size_t)m->tensor_count, CONFIG_KEYS + FIXED_KEYS + 3 + extras, numbers))
+    if (collection_create(ctx, &c, (blocks + 1) * (size_t)m->tensor_count, CONFIG_PAIRS + 3 + extras, numbers))
         return -1;
     collect_config(&c, &m->config);
     if (m->weights != REAL_TYPE) collect_pair(&c, "weights", weights_name(m->weights));
@@ -3612,7 +5519,7 @@ static int read_parameters(metala_context *ctx, metala_file *f, const metala_mod
 // How the weights of a file are to be kept: as its metadata says, int8 also where it says nothing.
 static int weights_of_file(metala_context *ctx, const metala_file *f, metala_dtype *weights) {
     const char *name = find_pair(f, "weights");
-    const metala_tensor *some = metala_file_find(f, "model.layers.0.token_mixer.q_proj.weight");
+    const metala_tensor *some = metala_file_find(f, "model.layers.0.token_mixer.out_proj.weight");
     const metala_dtype types[] = {METALA_BF16, METALA_I8};
     *weights = !name && some && some->dtype == METALA_I8 ? METALA_I8 : REAL_TYPE;
     if (!name) return 0;
@@ -3715,6 +5622,7 @@ int metala_checkpoint_load(metala_context *ctx, metala_trainer *t, const char *p
     t->backend->upload(ctx, t->first, host + m->size, m->size * sizeof(real));
     t->backend->upload(ctx, t->second, host + 2 * m->size, m->size * sizeof(real));
     metala_trainer_zero(ctx, t);
+    m->version++;
     t->step = step;
     status = 0;
 done:
@@ -3723,45 +5631,58 @@ done:
     return status;
 }
 
-// A state's file: state.<layer> [B,H,K,V], conv_state.<layer> [B,D,4], the configuration and the position.
-static void state_tensor(const metala_state *s, int layer, int which, metala_tensor *t) {
-    size_t D = (size_t)s->model->config.width, H = (size_t)s->model->config.heads;
-    memset(t, 0, sizeof *t);
-    snprintf(t->name, sizeof t->name, which ? "conv_state.%d" : "state.%d", layer);
-    t->dtype = REAL_TYPE;
-    t->shape[t->ndim++] = s->B;
-    if (which) t->shape[t->ndim++] = D, t->shape[t->ndim++] = METALA_CONV;
-    else t->shape[t->ndim++] = H, t->shape[t->ndim++] = D / 2 / H, t->shape[t->ndim++] = D / H;
-    t->count = s->B * (which ? tail_count(&s->model->config) : state_count(&s->model->config));
-}
-
-int metala_state_save(metala_context *ctx, const metala_state *s, const char *path) {
+// A state's file: of each layer state.<layer> [B,H,K,V] and conv_state.<layer> [B,D,4] or shift_state.<layer> [B,4D], or of
+// softmax attention keys.<layer> [B,T,H,K] and values.<layer> [B,T,H,V], and once seen [B,T]; the configuration and the position.
+int metala_state_save(metala_context *ctx, const metala_state *s, const char *path, const metala_pair *extra, size_t extras) {
     const metala_config *config = &s->model->config;
     collection c;
-    size_t each = s->B * (state_count(config) + tail_count(config)), layers = (size_t)config->layers;
+    size_t layers = (size_t)config->layers, held = (size_t)s->position, numbers = 0, cached = cache_bytes(config) ? held : 0;
+    metala_tensor t;
     int status = 0;
-    if (collection_create(ctx, &c, 2 * layers, CONFIG_KEYS + FIXED_KEYS + 2, times(layers, each))) return -1;
+    for (int which = 0; which < STATE_TENSORS; which++) {
+        state_tensor(s, 0, which, &t);
+        numbers = plus(numbers, times(layers, t.count));
+    }
+    uint8_t *seen = malloc(times(s->B, cached) + 1);
+    if (!seen) return fail_memory(ctx, path, (double)s->B * (double)cached);
+    if (collection_create(ctx, &c, STATE_TENSORS * layers + 1, CONFIG_PAIRS + 2 + extras, numbers)) {
+        free(seen);
+        return -1;
+    }
     collect_config(&c, config);
     collect_number(&c, "position", "%.0f", (double)s->position);
+    for (size_t i = 0; i < extras; i++) collect_pair(&c, extra[i].key, extra[i].value);
     real *at = c.host;
     for (int l = 0; l < config->layers && !status; l++)
-        for (int which = 0; which < 2 && !status; which++) {
-            metala_tensor *t = &c.tensors[c.count];
-            state_tensor(s, l, which, t);
-            status = download_state(ctx, s, l, which, at);
+        for (int which = 0; which < STATE_TENSORS && !status; which++) {
+            metala_tensor *tensor = &c.tensors[c.count];
+            state_tensor(s, l, which, tensor);
+            if (!tensor->count) continue;
+            status = move_state(ctx, s, l, which, at, 0);
             c.data[c.count++] = at;
-            at += t->count;
+            at += tensor->count;
         }
+    if (cached && !status) {
+        const metala_tensor mask = {"seen", METALA_U8, 2, {s->B, held}, s->B * held, 0, 0};
+        for (size_t b = 0; b < s->B; b++) s->backend->download(ctx, seen + b * held, s->seen + b * s->room, held);
+        c.tensors[c.count] = mask;
+        c.data[c.count++] = seen;
+        status = metala_context_failed(ctx);
+    }
     if (!status) status = metala_file_write(ctx, path, c.tensors, c.data, c.count, c.pairs, c.pair_count);
     collection_free(&c);
+    free(seen);
     return status;
 }
 
+// All is read into a state of its own, which takes the place of this one when it is complete.
 int metala_state_load(metala_context *ctx, metala_state *s, const char *path) {
     const metala_config *config = &s->model->config;
-    size_t S_count = s->B * state_count(config), tail = s->B * tail_count(config), layers = (size_t)config->layers;
     metala_file *f = metala_file_open(ctx, path);
+    metala_state *to = NULL;
     real *host = NULL;
+    int32_t *seen = NULL;
+    uint8_t *bytes = NULL;
     int status = -1;
     if (!f) return -1;
     uint64_t position;
@@ -3769,17 +5690,21 @@ int metala_state_load(metala_context *ctx, metala_state *s, const char *path) {
         fail(ctx, "%s: no position in its metadata; it is not a saved state", path);
         goto done;
     }
-    host = cpu_alloc(times(times(layers, S_count + 2 * tail), sizeof(real)));
-    if (!host) {
-        fail_memory(ctx, path, (double)layers * (double)(S_count + tail) * sizeof(real));
+    size_t held = cache_bytes(config) ? (size_t)position : 0;
+    const metala_tensor *mask = metala_file_find(f, "seen");
+    if (held && (!mask || mask->ndim != 2 || mask->shape[0] != s->B || mask->shape[1] != held)) {   // before memory is taken for it
+        fail(ctx, "%s: tensor seen is missing, or not of shape [%zu,%zu]; load a state that this model saved", path, s->B, held);
         goto done;
     }
-    real *tails = host + layers * S_count, *swapped = tails + layers * tail;
+    to = metala_state_create(ctx, s->model, (int)s->B);
+    if (!to || make_room(ctx, to, held)) goto done;
+    to->position = position;
     for (int l = 0; l < config->layers; l++)
-        for (int which = 0; which < 2; which++) {
+        for (int which = 0; which < STATE_TENSORS; which++) {
             metala_tensor want;
             char expected[100], got[100];
-            state_tensor(s, l, which, &want);
+            state_tensor(to, l, which, &want);
+            if (!want.count) continue;
             const metala_tensor *t = metala_file_find(f, want.name);
             shape_text(expected, sizeof expected, &want);
             if (t) shape_text(got, sizeof got, t);
@@ -3788,17 +5713,34 @@ int metala_state_load(metala_context *ctx, metala_state *s, const char *path) {
                      want.name, t ? "has shape " : "is missing", t ? got : "", expected);
                 goto done;
             }
-            if (metala_file_read(ctx, f, t, want.dtype, which ? swapped + (size_t)l * tail : host + (size_t)l * S_count))
+            cpu_free(host);
+            host = cpu_alloc(want.count * sizeof(real));
+            if (!host) {
+                fail_memory(ctx, path, (double)want.count * sizeof(real));
                 goto done;
-            if (which) swap_tail(tails + (size_t)l * tail, swapped + (size_t)l * tail, s->B, (size_t)config->width,
-                                 METALA_CONV);
+            }
+            if (metala_file_read(ctx, f, t, want.dtype, host) || move_state(ctx, to, l, which, host, 1)) goto done;
         }
-    s->backend->upload(ctx, s->S, host, layers * S_count * sizeof(real));
-    s->backend->upload(ctx, s->tails, tails, layers * tail * sizeof(real));
-    s->position = position;
+    if (held) {
+        seen = malloc(s->B * held * sizeof *seen);
+        bytes = malloc(s->B * held);
+        if (!seen || !bytes) {
+            fail_memory(ctx, path, (double)(s->B * held) * (sizeof *seen + 1));
+            goto done;
+        }
+        if (metala_file_read(ctx, f, mask, METALA_I32, seen)) goto done;
+        for (size_t i = 0; i < s->B * held; i++) bytes[i] = seen[i] != 0;
+        for (size_t b = 0; b < s->B; b++) s->backend->upload(ctx, to->seen + b * to->room, bytes + b * held, held);
+    }
+    metala_state old = *s;
+    *s = *to;
+    *to = old;
     status = 0;
 done:
+    free(seen);
+    free(bytes);
     cpu_free(host);
+    metala_state_free(to);
     metala_file_close(f);
     return status;
 }

@@ -82,6 +82,89 @@ const char *metala_error(const metala_context *ctx);
 const metala_backend *metala_context_backend(const metala_context *ctx);
 int metala_context_threads(const metala_context *ctx);
 
+typedef struct { const char *key, *value; } metala_pair;      // of a file's metadata
+
+// ------------------------------------------------------------------------------------------------ the general form
+
+// Linear transformers, state-space models and linear RNNs are one recurrence (paper, section 3),
+//
+//     S_t = diag(α_t) S_{t-1} + k_t v_tᵀ        o_t = s S_tᵀ q_t        y_t = W_o ( f_g(n) ⊙ norm(o_t + self) )
+//
+// with different choices of where q, k, v, α and the gate come from. A choice is a value of a column, a model of the
+// literature a row. n is the layer's normalised input, u what the convolution or the token shift makes of it.
+enum { METALA_CONV_OFF,            // u = n
+       METALA_CONV_ON,             // u = silu(conv(n)), 4 taps per channel
+       METALA_CONV_SHIFT,          // u = μ n_t + (1-μ) n_{t-1}, one μ each for k, v and the gate
+       METALA_CONV_VALUE,          // u = silu(conv(W_v n)): the values are made first, q, k and α of them
+       METALA_CONV_KEY };          // u = n, and the projected key goes through 4 taps, without SiLU
+enum { METALA_QUERY_LINEAR, METALA_QUERY_SILU, METALA_QUERY_ELU1, METALA_QUERY_TAYLOR,      // f(W_q u)
+       METALA_QUERY_ONE,           // 1: the state is read as it is
+       METALA_QUERY_CONSTANT,      // a learned complex C for each channel and state
+       METALA_QUERY_SHARED,        // C = W_q u, one for all channels
+       METALA_QUERY_EXP };         // what keeps the exponentials of the key in range
+enum { METALA_KEY_TIED,            // 1 - α
+       METALA_KEY_LINEAR, METALA_KEY_SILU, METALA_KEY_ELU1, METALA_KEY_TAYLOR,              // f(W_k u)
+       METALA_KEY_ONE,
+       METALA_KEY_CONSTANT,        // b of the discretised state-space model
+       METALA_KEY_SHARED,          // B = W_k u, one for all channels
+       METALA_KEY_EXP };           // e^(W_k u)
+enum { METALA_VALUE_LINEAR,        // W_v u
+       METALA_VALUE_COMPLEX,       // W_v u are complex numbers, a head each, scaled by the decay's b
+       METALA_VALUE_SILU,          // silu(W_v u) are complex numbers
+       METALA_VALUE_INPUT,         // u
+       METALA_VALUE_PRODUCT };     // W_v u ⊙ the key's convolution
+enum { METALA_DECAY_DYNAMIC,       // σ(W_α u)^(1/τ)
+       METALA_DECAY_LOWRANK,       // σ(W_2 W_1 u + b)^(1/τ), `low_rank` channels between
+       METALA_DECAY_FIXED,         // σ(z)^(1/τ), z learned, the same for every token
+       METALA_DECAY_ONE,           // 1
+       METALA_DECAY_HEADS,         // 1 - 2^(-5-h) in head h
+       METALA_DECAY_DEPTH,         // exp(-8 (h+1)/H (1 - l/L)) in head h of layer l
+       METALA_DECAY_BOUNDED,       // γ + (1-γ) σ(W_α u), with learned bounds γ that grow from layer to layer
+       METALA_DECAY_EXP,           // exp(-e^w), w learned for each channel
+       METALA_DECAY_LRU,           // exp(-e^ν + iθ), learned for each state
+       METALA_DECAY_ZOH,           // exp(ΔA), complex A learned for each state, Δ for each channel
+       METALA_DECAY_DSS,           // the same, with b normalised over `length` tokens
+       METALA_DECAY_SELECTIVE,     // exp(-Δ e^A), Δ = softplus(W_2 W_1 u + b), A learned for each state
+       METALA_DECAY_SOFTMAX };     // no recurrence: softmax attention, what all of this approximates
+enum { METALA_SELF_OFF,
+       METALA_SELF_AUGMENT,        // σ(((q⊙k)·b) v)
+       METALA_SELF_BONUS,          // the current token counts e^u, u learned, instead of 1
+       METALA_SELF_SKIP };         // d ⊙ v, d learned; d ⊙ u where values are complex
+enum { METALA_NORMALISER_OFF, METALA_NORMALISER_ON };   // o divided by the same sum with v = 1
+enum { METALA_PHASE_OFF,
+       METALA_PHASE_ROPE,          // q and k rotate, by 10000^(-2i/K) t
+       METALA_PHASE_FIRST,         // in the first layer only, by learned angles
+       METALA_PHASE_LEARNED,       // every decay has a learned phase
+       METALA_PHASE_DECAY };       // the decay is complex itself
+enum { METALA_NORM_OFF,
+       METALA_NORM_LAYER,          // layer norm of each head, without weights
+       METALA_NORM_RMS,            // RMS norm of each head, without weights
+       METALA_NORM_WIDTH };        // RMS norm of all heads together
+enum { METALA_GATE_OFF, METALA_GATE_SILU, METALA_GATE_SIGMOID, METALA_GATE_LINEAR };        // f(W_g u)
+enum { METALA_CHANNELS_HALF, METALA_CHANNELS_FULL };    // q, k and α have D/2 channels or D
+
+typedef struct {
+    int conv, query, key, value, decay, self, normaliser, phase, norm, gate, channels;      // one of the above each
+} metala_row;
+
+typedef struct {
+    const char *name;          // "conv", "query", …
+    const char *about;
+    const char *values[16];    // names of the values, in the order above, ended by NULL
+} metala_column;
+enum { METALA_COLUMNS = 11 };
+const metala_column *metala_columns(void);                 // METALA_COLUMNS of them, in the order of metala_row
+int *metala_row_column(metala_row *row, int column);       // where the value of a column is
+
+typedef struct {
+    const char *name;          // "metala", "gla", …
+    metala_row row;
+    int expand;                // what `expand` is unless chosen
+    const char *equation;      // one line
+    const char *source;        // paper, and in what the row differs from it
+} metala_named_row;
+const metala_named_row *metala_rows(void);                 // ended by a name that is NULL
+
 // ------------------------------------------------------------------------------------------------ configuration
 
 typedef struct {
@@ -99,12 +182,18 @@ typedef struct {
     double norm_eps;           // RMS norm, 1e-6
     double head_norm_eps;      // head norm (`group_norm_eps`), 1e-5
     double tau;                // decay temperature τ, 16
-    // The paper's ablations; all 0 is MetaLA.
-    int no_conv;               // u = n: no short convolution and no SiLU behind it
-    int no_augment;            // no self-augmentation
-    int key_linear;            // k = W_k u (`k_proj.weight`) in place of k = 1 - α
-    int fixed_decay;           // z is a learned constant per channel (`decay_logit`), the same for every token
+    metala_row row;            // which model of the general form; all of the rest is for some rows only:
+    int expand;                // E  values have E·D channels
+    int state_size;            // states of a channel in a state-space model
+    int low_rank;              // channels between the two matrices of a decay
+    int feature_dim;           // channels of a head before the Taylor feature map
+    int length;                // tokens that METALA_DECAY_DSS normalises over
 } metala_config;
+
+// The row called so, and its `expand`, into the configuration; -1 when there is none.
+int metala_config_row(metala_context *ctx, metala_config *config, const char *name);
+// The name of the configuration's row; "custom" when it is none of metala_rows.
+const char *metala_config_row_name(const metala_config *config);
 
 // N256 D256 L6 H4 F704, untied, the authors' epsilons and τ, no special tokens.
 metala_config metala_config_default(void);
@@ -186,12 +275,16 @@ metala_state *metala_state_create(metala_context *ctx, const metala_model *model
 void metala_state_free(metala_state *state);
 int metala_state_reset(metala_context *ctx, metala_state *state);                          // back to position 0
 int metala_state_copy(metala_context *ctx, metala_state *to, const metala_state *from);    // fork; same model and B
-int metala_state_save(metala_context *ctx, const metala_state *state, const char *path);
+// With the configuration, and any extra metadata of the caller's.
+int metala_state_save(metala_context *ctx, const metala_state *state, const char *path, const metala_pair *extra,
+                      size_t extras);
 int metala_state_load(metala_context *ctx, metala_state *state, const char *path);         // same sizes required
 uint64_t metala_state_position(const metala_state *state);                                 // tokens read
-size_t metala_state_bytes(const metala_config *config);                                    // of one sequence
-// Copy out "state.<layer>" (B,H,K,V), or "conv_state.<layer>" (B,D,4): the last 4 normalised masked mixer inputs,
-// oldest first.
+// Of one sequence after so many tokens; only softmax attention's depends on them.
+size_t metala_state_bytes(const metala_config *config, uint64_t tokens);
+// Copy out "state.<layer>" (B,H,K,V), or "conv_state.<layer>" (B,D,4): the last 4 inputs of the convolution (normalised
+// and masked), oldest first; "shift_state.<layer>" (B,4D) of a token shift, "keys.<layer>" (B,T,H,K) and "values.<layer>"
+// (B,T,H,V) of softmax attention.
 int metala_state_get(metala_context *ctx, const metala_state *state, const char *name, metala_real *out);
 
 // Read T more tokens of each sequence. tokens, mask (B,T); mask NULL or 1 token, 0 padding: as in the authors' code
@@ -255,7 +348,6 @@ int metala_trainer_gradient(metala_context *ctx, const metala_trainer *trainer, 
 int metala_trainer_activation(metala_context *ctx, const metala_trainer *trainer, const char *name, metala_real *out,
                               size_t *count);
 
-typedef struct { const char *key, *value; } metala_pair;
 // Model, moments and step, with any extra metadata of the caller's, in one safetensors file that is also a model.
 // Loading into a trainer whose model has the same shapes continues bit for bit.
 int metala_checkpoint_save(metala_context *ctx, const metala_trainer *trainer, const char *path,
@@ -318,6 +410,10 @@ int metala_file_write(metala_context *ctx, const char *path, const metala_tensor
 
 // ------------------------------------------------------------------------------------------------ backend
 
+// For map: f(x) = x, silu(x), elu(x) + 1. For ssm: how a complex decay is made of what is learned.
+typedef enum { METALA_MAP_NONE, METALA_MAP_SILU, METALA_MAP_ELU1 } metala_map;
+typedef enum { METALA_SSM_LRU, METALA_SSM_ZOH, METALA_SSM_DSS } metala_ssm;
+
 // One function per kernel; metala.c fills the table with loops. `rows` is B·T. Every equation and its source stands
 // above the function of the same name in metala.c. Backward functions ADD to gradients of parameters (dw, db, dE)
 // and WRITE gradients of activations unless said otherwise. A kernel that fails (no scratch memory) marks the
@@ -341,10 +437,10 @@ struct metala_backend {
     void (*rms_backward)(metala_context *ctx, metala_real *dx, const metala_real *dn, const metala_real *x,
         const metala_real *r, const uint8_t *mask, size_t rows, size_t D);  // adds to dx
     void (*conv_forward)(metala_context *ctx, metala_real *u, metala_real *c, const metala_real *n,
-        const metala_real *w, const metala_real *tail, size_t B, size_t T, size_t D);
+        const metala_real *w, const metala_real *tail, size_t B, size_t T, size_t D);  // u may be NULL: c alone
     void (*conv_backward)(metala_context *ctx, metala_real *dn, metala_real *dw, const metala_real *du,
         const metala_real *c, const metala_real *n, const metala_real *w, const metala_real *tail, size_t B, size_t T,
-        size_t D);
+        size_t D);  // c NULL: du is the gradient of c
     void (*conv_tail)(metala_context *ctx, metala_real *tail, const metala_real *n, size_t B, size_t T, size_t D);
     void (*matmul_forward)(metala_context *ctx, metala_real *y, const metala_real *x, const metala_real *w,
         const metala_real *bias, size_t rows, size_t out, size_t in);
@@ -379,6 +475,83 @@ struct metala_backend {
     void (*silu_gate_backward)(metala_context *ctx, metala_real *da, metala_real *db, const metala_real *dy,
         const metala_real *a, const metala_real *b, size_t n);
     void (*add)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b, size_t n);
+
+    // ---- Kernels of the other rows of the general form.
+    void (*shift_forward)(metala_context *ctx, metala_real *y, const metala_real *n, const metala_real *mu,
+        const metala_real *previous, size_t B, size_t T, size_t D);
+    void (*shift_backward)(metala_context *ctx, metala_real *dn, metala_real *dmu, const metala_real *dy,
+        const metala_real *n, const metala_real *mu, const metala_real *previous, size_t B, size_t T,
+        size_t D);  // adds to dn
+    void (*last_token)(metala_context *ctx, metala_real *to, const metala_real *x, size_t B, size_t T, size_t D);
+    void (*map_forward)(metala_context *ctx, metala_real *y, const metala_real *x, size_t n, metala_map map);
+    void (*map_backward)(metala_context *ctx, metala_real *dx, const metala_real *dy, const metala_real *x, size_t n,
+        metala_map map);  // dx may be dy
+    void (*taylor_forward)(metala_context *ctx, metala_real *y, const metala_real *x, size_t rows, size_t H, size_t d);
+    void (*taylor_backward)(metala_context *ctx, metala_real *dx, const metala_real *dy, const metala_real *x,
+        size_t rows, size_t H, size_t d);
+    void (*rotate_forward)(metala_context *ctx, metala_real *y, const metala_real *x, const metala_real *theta, size_t B,
+        size_t T, size_t H, size_t K, int shared, uint64_t position, int negative);  // y may be x
+    void (*rotate_backward)(metala_context *ctx, metala_real *dx, metala_real *dtheta, const metala_real *dy,
+        const metala_real *y, const metala_real *theta, size_t B, size_t T, size_t H, size_t K, int shared,
+        uint64_t position, int negative);  // dx may be dy; dtheta may be NULL
+    void (*bounded_gate_forward)(metala_context *ctx, metala_real *alpha, metala_real *k, const metala_real *z,
+        const metala_real *gamma, size_t rows, size_t n);  // k may be NULL
+    void (*bounded_gate_backward)(metala_context *ctx, metala_real *dz, metala_real *dgamma, const metala_real *da,
+        const metala_real *dk, const metala_real *z, const metala_real *gamma, size_t rows,
+        size_t n);  // dk and dgamma may be NULL
+    void (*bounds_forward)(metala_context *ctx, metala_real *gamma, const metala_real *G, size_t L, size_t n);
+    void (*bounds_backward)(metala_context *ctx, metala_real *dG, const metala_real *dgamma, const metala_real *G, size_t L,
+        size_t n);
+    void (*ssm_forward)(metala_context *ctx, metala_ssm kind, metala_real *alpha, metala_real *theta, metala_real *b,
+        const metala_real *decay, const metala_real *phase, const metala_real *step, size_t H, size_t N, size_t length);
+    void (*ssm_backward)(metala_context *ctx, metala_ssm kind, metala_real *ddecay, metala_real *dphase, metala_real *dstep,
+        const metala_real *da, const metala_real *dtheta, const metala_real *db, const metala_real *decay,
+        const metala_real *phase, const metala_real *step, size_t H, size_t N, size_t length);
+    void (*scale_pairs_forward)(metala_context *ctx, metala_real *y, const metala_real *x, const metala_real *b, size_t rows,
+        size_t n);
+    void (*scale_pairs_backward)(metala_context *ctx, metala_real *dx, metala_real *db, const metala_real *dy,
+        const metala_real *x, const metala_real *b, size_t rows, size_t n);
+    void (*selective_forward)(metala_context *ctx, metala_real *alpha, metala_real *v, const metala_real *z,
+        const metala_real *x, const metala_real *A, size_t rows, size_t C, size_t N);
+    void (*selective_backward)(metala_context *ctx, metala_real *dz, metala_real *dx, metala_real *dA, const metala_real *da,
+        const metala_real *dv, const metala_real *z, const metala_real *x, const metala_real *A, size_t rows, size_t C,
+        size_t N);
+    void (*copy_heads_forward)(metala_context *ctx, metala_real *y, const metala_real *x, size_t rows, size_t H, size_t K);
+    void (*copy_heads_backward)(metala_context *ctx, metala_real *dx, const metala_real *dy, size_t rows, size_t H,
+        size_t K);
+    void (*wkv_forward)(metala_context *ctx, metala_real *q, metala_real *key, metala_real *alpha, metala_real *bonus,
+        const metala_real *k, const metala_real *w, const metala_real *u, const uint8_t *mask, metala_real *previous,
+        size_t B, size_t T, size_t D, uint64_t position);  // previous: read, then updated
+    void (*wkv_backward)(metala_context *ctx, metala_real *dk, metala_real *dw, metala_real *du, const metala_real *dkey,
+        const metala_real *da, const metala_real *dbonus, const metala_real *key, const metala_real *bonus,
+        const metala_real *w, const uint8_t *mask, size_t B, size_t T, size_t D);
+    void (*extend_forward)(metala_context *ctx, metala_real *y, const metala_real *v, const uint8_t *mask,
+        const metala_real *previous, int delayed, size_t B, size_t T, size_t H, size_t V);
+    void (*extend_backward)(metala_context *ctx, metala_real *dv, const metala_real *dy, const uint8_t *mask, int delayed,
+        size_t B, size_t T, size_t H, size_t V);
+    void (*normalise_forward)(metala_context *ctx, metala_real *y, const metala_real *o, const metala_real *bonus,
+        const metala_real *v, size_t rows, size_t H, size_t V, double eps);  // bonus may be NULL
+    void (*normalise_backward)(metala_context *ctx, metala_real *dO, metala_real *dbonus, metala_real *dv,
+        const metala_real *dy, const metala_real *y, const metala_real *o, const metala_real *bonus, const metala_real *v,
+        size_t rows, size_t H, size_t V, double eps);
+    void (*skip_forward)(metala_context *ctx, metala_real *y, const metala_real *o, const metala_real *x,
+        const metala_real *d, size_t rows, size_t n);  // y may be o
+    void (*skip_backward)(metala_context *ctx, metala_real *dx, metala_real *dd, const metala_real *dy,
+        const metala_real *x, const metala_real *d, size_t rows, size_t n);  // adds to dx
+    void (*multiply_forward)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b, size_t n);
+    void (*multiply_backward)(metala_context *ctx, metala_real *da, metala_real *db, const metala_real *dy,
+        const metala_real *a, const metala_real *b, size_t n);  // db may be dy
+    void (*sigmoid_gate_forward)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b,
+        size_t n);
+    void (*sigmoid_gate_backward)(metala_context *ctx, metala_real *da, metala_real *db, const metala_real *dy,
+        const metala_real *a, const metala_real *b, size_t n);
+    void (*attention_forward)(metala_context *ctx, metala_real *o, metala_real *lse, const metala_real *q,
+        const metala_real *k, const metala_real *v, const uint8_t *mask, size_t B, size_t T, size_t past, size_t stride,
+        size_t H, size_t K, size_t V, double scale);
+    void (*attention_backward)(metala_context *ctx, metala_real *dq, metala_real *dk, metala_real *dv, const metala_real *dO,
+        const metala_real *o, const metala_real *lse, const metala_real *q, const metala_real *k, const metala_real *v,
+        const uint8_t *mask, size_t B, size_t T, size_t H, size_t K, size_t V, double scale);
+
     void (*cross_entropy_forward)(metala_context *ctx, metala_real *loss, metala_real *lse, const metala_real *logits,
         const int *targets, size_t rows, size_t N);
     void (*cross_entropy_backward)(metala_context *ctx, metala_real *dlogits, const metala_real *logits,

@@ -13,6 +13,7 @@
 #include "metala.h"
 
 #include <errno.h>
+#include <float.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -53,7 +54,7 @@ typedef struct {
     const char *device, *math;
     uint64_t tokens, samples, seed, top_k, repeat_window, context, threads;
     double temperature, top_p, min_p, repeat_penalty;
-    int chat, info, no_echo, quiet, help, version;
+    int chat, info, models, conditions, no_echo, quiet, help, version;
     metala_form form;
     metala_dtype type;                  // of the weights, as --weights names it; METALA_F32: full precision
     metala_math math_type;
@@ -93,6 +94,8 @@ static const option options[] = {        // letter, name, argument, help, kind, 
     {0, "eval", "FILE", "score a text, or a .safetensors dataset", TEXT, AT(eval), 0, 0, 0},
     {0, "context", "T", "forget everything after T tokens of a text; 0 = never", COUNT, AT(context), 0, 0, 1 << 24},
     {0, "info", 0, "configuration, parameters, size of the state", FLAG, AT(info), 0, 0, 0},
+    {0, "models", 0, "every model of the general form: equation, choices, size; needs no MODEL", FLAG, AT(models), 0, 0, 0},
+    {0, "conditions", 0, "the paper's three conditions for each of them, computed; takes a minute", FLAG, AT(conditions), 0, 0, 0},
     {0, "quantize", "FILE", "write the model to FILE with smaller weights; --weights says which [int8]", TEXT,
      AT(quantize), 0, 0, 0},
     {0, "General", 0, 0, HEADING, 0, 0, 0, 0},
@@ -221,7 +224,7 @@ static int check_settings(settings *s) {
     static const char *const weights[] = {"f32", "bf16", "int8"}, *const maths[] = {"exact", "tf32", "bf16"};
     static const metala_dtype types[] = {METALA_F32, METALA_BF16, METALA_I8};
     int from_stdin = s->prompt && !strcmp(s->prompt, "-"), type = 0, math = 0;
-    if (s->help || s->version) return 0;
+    if (s->help || s->version || s->models || s->conditions) return 0;
     if (!s->model) return complain("no model given; usage: run MODEL [PROMPT] [options], run --help says more");
     if (s->prompt && s->prompt_file) return complain("got a prompt and --prompt-file, expected one of them");
     if (s->chat + s->info + (s->eval != NULL) + (s->quantize != NULL) > 1)
@@ -593,38 +596,16 @@ static int check_target(const program *p, const char *path) {
     return 0;
 }
 
-// A file that metala_state_load reads, with what a sequence has beside the state in its metadata.
+// The state, with what a sequence has beside it in the file's metadata.
 static int save_sequence(const program *p, const sequence *q, const char *path) {
-    const metala_config *c = p->config;
-    const size_t D = (size_t)c->width, H = (size_t)c->heads, layers = (size_t)c->layers;
-    metala_tensor *tensors = calloc(2 * layers, sizeof *tensors), *t = tensors;
-    const void **data = calloc(2 * layers, sizeof *data);
-    metala_real *numbers = malloc(metala_state_bytes(c)), *at = numbers;
-    char place[24], next[16], random[24], recent[12 * WINDOW + 1] = "", *end = recent;
-    int status = tensors && data && numbers ? check_target(p, path) : complain("%s: out of memory", path);
-    for (size_t i = 0; i < 2 * layers && !status; i++, t++) {
-        int is_conv = i % 2 != 0;
-        snprintf(t->name, sizeof t->name, "%sstate.%zu", is_conv ? "conv_" : "", i / 2);
-        t->dtype = sizeof *at == sizeof(double) ? METALA_F64 : METALA_F32;
-        t->shape[t->ndim++] = 1;
-        t->shape[t->ndim++] = is_conv ? D : H;
-        t->shape[t->ndim++] = is_conv ? METALA_CONV : D / 2 / H;
-        if (!is_conv) t->shape[t->ndim++] = D / H;
-        t->count = is_conv ? D * METALA_CONV : D / 2 * (D / H);
-        if (metala_state_get(p->ctx, q->state, t->name, at)) status = library_failed(p);
-        data[i] = at;
-        at += t->count;
-    }
-    snprintf(place, sizeof place, "%llu", (unsigned long long)metala_state_position(q->state));
+    char next[16], random[24], recent[12 * WINDOW + 1] = "", *end = recent;
+    int status = check_target(p, path);
     snprintf(next, sizeof next, "%d", q->next);
     snprintf(random, sizeof random, "%llu", (unsigned long long)q->random);
     for (size_t i = 0; i < q->recent_count; i++) end += sprintf(end, i ? " %d" : "%d", q->recent[i]);
-    const metala_pair pairs[] = {{"position", place}, {"next_token", next}, {"random", random}, {"recent", recent}};
-    if (!status && metala_file_write(p->ctx, path, tensors, data, 2 * layers, pairs, 4)) status = library_failed(p);
+    const metala_pair pairs[] = {{"next_token", next}, {"random", random}, {"recent", recent}};
+    if (!status && metala_state_save(p->ctx, q->state, path, pairs, 3)) status = library_failed(p);
     if (!status && !p->s->quiet) fprintf(stderr, "%s: saved at position %llu\n", path, position(q));
-    free(tensors);
-    free(data);
-    free(numbers);
     return status;
 }
 
@@ -858,19 +839,20 @@ static const char *size_text(char text[24], double bytes) {
 }
 
 static void print_config(const metala_config *c) {
+    metala_row row = c->row;
     printf("vocabulary   %d%s; pad %d, begin %d, end %d (-1: none)\n", c->vocab_size,
            c->vocab_size == 256 ? " bytes" : "", c->pad_token_id, c->bos_token_id, c->eos_token_id);
     printf("width        %d\nlayers       %d\n", c->width, c->layers);
-    printf("heads        %d, each with %d key and %d value channels\n", c->heads, c->width / 2 / c->heads,
-           c->width / c->heads);
+    if (c->row.query <= METALA_QUERY_TAYLOR) printf("heads        %d\n", c->heads);
+    printf("model        %s:", metala_config_row_name(c));
+    for (int i = 0; i < METALA_COLUMNS; i++)
+        printf(" %s %s%s", metala_columns()[i].name, metala_columns()[i].values[*metala_row_column(&row, i)],
+               i + 1 < METALA_COLUMNS ? "," : "\n");
     printf("GLU width    %d%s\n", c->glu_dim, c->glu_bias ? ", with biases" : "");
     printf("embedding    %s, %s\n", c->tie_word_embeddings ? "also the output layer" : "apart from the output layer",
            c->scale_embedding ? "times the root of the width" : "not scaled");
     printf("numerics     decay temperature %g, epsilon %g, of the head norm %g\n", c->tau, c->norm_eps,
            c->head_norm_eps);
-    printf("ablations   %s%s%s%s%s\n", c->no_conv ? " no convolution" : "", c->no_augment ? " no augmentation" : "",
-           c->key_linear ? " linear keys" : "", c->fixed_decay ? " fixed decay" : "",
-           c->no_conv || c->no_augment || c->key_linear || c->fixed_decay ? "" : " none, this is MetaLA");
 }
 
 static void print_parameters(const metala_model *model) {
@@ -887,19 +869,43 @@ static void print_parameters(const metala_model *model) {
     printf(", as float32 %s\n", size_text(text, 4.0 * (double)metala_model_size(model)));
 }
 
-// Softmax attention of the same width keeps a key and a value of D numbers for every token and layer; the state keeps
-// K·V = D²/(2H²) numbers for each head and the convolution's inputs, however much it has read.
+// Softmax attention of the same width keeps a key and a value of D numbers for every token and layer; a state is as large
+// as it is, however much it has read.
 static void print_state_size(const metala_config *c) {
     static const double lengths[] = {1 << 10, 32 << 10, 1 << 20};
     static const char *const names[] = {"1k", "32k", "1M"};
     char text[24];
-    double state = (double)metala_state_bytes(c), token = 2.0 * c->width * c->layers * sizeof(metala_real);
-    printf("state of a sequence, whatever its length: %s\nkeys and values that softmax attention would keep:\n",
-           size_text(text, state));
-    printf("  %8.0f tokens %12s, as much as the state\n", ceil(state / token), size_text(text, state));
-    for (int i = 0; i < 3; i++)
-        printf("  %8s tokens %12s, %.0f times the state\n", names[i], size_text(text, token * lengths[i]),
-               token * lengths[i] / state);
+    double state = (double)metala_state_bytes(c, 0), token = 2.0 * c->width * c->layers * sizeof(metala_real);
+    if (c->row.decay == METALA_DECAY_SOFTMAX) puts("keys and values of a sequence, which grow with it:");
+    else
+        printf("state of a sequence, whatever its length: %s\nkeys and values that softmax attention would keep:\n"
+               "  %8.0f tokens %12s, as much as the state\n", size_text(text, state), ceil(state / token), size_text(text, state));
+    for (int i = 0; i < 3; i++) {
+        printf("  %8s tokens %12s", names[i], size_text(text, token * lengths[i]));
+        if (c->row.decay != METALA_DECAY_SOFTMAX) printf(", %.0f times the state", token * lengths[i] / state);
+        putchar('\n');
+    }
+}
+
+// --models: every row of the general form, at one width.
+static void print_models(void) {
+    const metala_column *columns = metala_columns();
+    puts("The general form  S_t = diag(a_t) S_{t-1} + k_t v_t'   o_t = s S_t' q_t   y_t = W_o (gate * norm(o_t + self))\n"
+         "and its rows, at D256 L6 H4 F704, 256 tokens of vocabulary:\n");
+    for (const metala_named_row *r = metala_rows(); r->name; r++) {
+        metala_config c = metala_config_default();
+        metala_row row = r->row;
+        char text[24];
+        c.row = r->row, c.expand = r->expand;
+        size_t parameters = metala_trainer_memory(&c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real);
+        printf("%-14s %s\n%15s", r->name, r->equation, "");
+        for (int i = 0; i < METALA_COLUMNS; i++)
+            printf("%s %s%s", columns[i].name, columns[i].values[*metala_row_column(&row, i)], i + 1 < METALA_COLUMNS ? ", " : "\n");
+        printf("%15s%.2f M parameters, state %s%s\n%15s%s\n\n", "", (double)parameters / 1e6,
+               size_text(text, (double)(metala_state_bytes(&c, 1) - metala_state_bytes(&c, 0) ? metala_state_bytes(&c, 1)
+                                                                                              : metala_state_bytes(&c, 0))),
+               metala_state_bytes(&c, 1) - metala_state_bytes(&c, 0) ? " for each token" : "", "", r->source);
+    }
 }
 
 static int inform(const program *p) {
@@ -919,6 +925,262 @@ static int write_quantized(const program *p) {
         fprintf(stderr, "%s: %s weights, %s\n", p->s->quantize, p->s->weights,
                 size_text(text, (double)metala_model_bytes(p->model)));
     return 0;
+}
+
+// ------------------------------------------------------------------------------------------------ the three conditions
+
+// --conditions: the paper's three conditions of an optimal linear approximation to softmax attention, computed for every row.
+//
+//   dynamic memory   what a layer's state keeps of a sequence's first token, S(a,…,x) - S(b,…,x), depends on a later x when the
+//                    decay does. Shown: the largest change between two x's, relative to what is kept.
+//   static           maps of softmax attention, of random logits, are fitted by the maps of the row,
+//   approximation        A_tj = l_t r_j Σ_i q_ti k_ji Π_{j<r<=t} α_ri Re( c_i e^{iθ_i(t-j)} ),   j <= t,
+//                    by gradient descent: what a row makes of its input is free for each token, what it has learned once for
+//                    each channel. Shown: what remains, |A - P|² / |P|², over the number of channels.
+//   parameters       of a layer's mixer, in units of D².
+enum { MAP = 16, MAPS = 4, FIT_STEPS = 600, MOST_CHANNELS = 16, MOST_FREE = MAP * (3 * MOST_CHANNELS + 2) + 5 * MOST_CHANNELS + 1 };
+
+typedef struct {                         // where the free numbers of a fit stand, SIZE_MAX for what the row has not
+    const metala_row *row;
+    size_t K, q, k, z, left, right, A, c, s, theta, u, count;
+    int per_token;                       // z is free for each token, not once for each channel
+} fit;
+
+static fit fit_of(const metala_row *row, size_t K) {
+    fit f = {row, K, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX, 0, 0};
+    int q = row->query, k = row->key, a = row->decay, waves = q == METALA_QUERY_ONE || q == METALA_QUERY_CONSTANT;
+    size_t *at = &f.count;
+#define TAKE(member, n) (f.member = *at, *at += (n))
+    if (q <= METALA_QUERY_TAYLOR || q == METALA_QUERY_SHARED) TAKE(q, MAP * K);
+    if ((k >= METALA_KEY_LINEAR && k <= METALA_KEY_TAYLOR) || k == METALA_KEY_SHARED) TAKE(k, MAP * K);
+    if (k == METALA_KEY_EXP) TAKE(k, MAP * K);
+    if (row->self == METALA_SELF_BONUS) TAKE(u, 1);
+    if (row->value == METALA_VALUE_PRODUCT) TAKE(left, MAP), TAKE(right, MAP);
+    if (waves) TAKE(c, K), TAKE(s, K);
+    if (waves && row->phase) TAKE(theta, K);
+    f.per_token = a == METALA_DECAY_DYNAMIC || a == METALA_DECAY_LOWRANK || a == METALA_DECAY_BOUNDED;
+    if (f.per_token) TAKE(z, MAP * K);
+    else if (a == METALA_DECAY_SELECTIVE) TAKE(z, MAP), TAKE(A, K);
+    else if (a == METALA_DECAY_FIXED || (a >= METALA_DECAY_EXP && a <= METALA_DECAY_DSS)) TAKE(z, K);
+#undef TAKE
+    return f;
+}
+
+static double logistic(double x) { return 1 / (1 + exp(-x)); }
+static double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+
+// f(x) of a query or key, and its slope; maps are those of the first values of both columns.
+static double feature(int query, double x, double *slope) {
+    double s = logistic(x);
+    if (query == METALA_QUERY_SILU) return *slope = s * (1 + x * (1 - s)), x * s;
+    if (query == METALA_QUERY_ELU1) return *slope = x > 0 ? 1 : exp(x), x > 0 ? x + 1 : exp(x);
+    return *slope = 1, x;
+}
+
+// The log decay of channel i between tokens t - 1 and t, and its slopes in z and A.
+static double log_decay(const fit *f, const double *x, size_t t, size_t i, double *dz, double *dA) {
+    double z, a;
+    *dz = *dA = 0;
+    if (f->row->decay == METALA_DECAY_HEADS) return log(1 - 0.03125);                      // of the first head
+    if (f->row->decay == METALA_DECAY_DEPTH) return -0.5;
+    if (f->z == SIZE_MAX) return 0;
+    if (f->A != SIZE_MAX) {
+        z = softplus(x[f->z + t]), a = -exp(x[f->A + i]);
+        *dz = a * logistic(x[f->z + t]), *dA = z * a;
+        return z * a;
+    }
+    z = x[f->z + (f->per_token ? t * f->K : 0) + i];
+    *dz = logistic(-z);
+    return -softplus(-z);
+}
+
+// |A - P|² of the map that x stands for, and its gradient in d.
+static double fit_loss(const fit *f, const double *x, const double *P, double *d) {
+    static const double none[MAP * MOST_CHANNELS];
+    const metala_row *r = f->row;
+    size_t K = f->K;
+    double q[MAP * MOST_CHANNELS], k[MAP * MOST_CHANNELS], dq[MAP * MOST_CHANNELS], dk[MAP * MOST_CHANNELS];
+    double sq[MAP * MOST_CHANNELS], sk[MAP * MOST_CHANNELS], b[MAP * MOST_CHANNELS], db[MAP * MOST_CHANNELS], loss = 0;
+    int taylor = r->query == METALA_QUERY_TAYLOR, exponential = r->key == METALA_KEY_EXP, tied = r->key == METALA_KEY_TIED;
+    memset(d, 0, f->count * sizeof *d);
+    memcpy(dq, none, sizeof dq), memcpy(dk, none, sizeof dk), memcpy(db, none, sizeof db);
+    for (size_t t = 0; t < MAP; t++)
+        for (size_t i = 0; i < K; i++) {
+            size_t at = t * K + i;
+            double dz, dA, a = log_decay(f, x, t, i, &dz, &dA);
+            q[at] = k[at] = 1, sq[at] = sk[at] = 0;
+            if (f->q != SIZE_MAX) q[at] = feature(r->query, x[f->q + at], &sq[at]);
+            if (tied) k[at] = -expm1(a), sk[at] = -exp(a);
+            else if (exponential) k[at] = sk[at] = exp(x[f->k + at]);
+            else if (f->k != SIZE_MAX) k[at] = feature(r->key - METALA_KEY_LINEAR, x[f->k + at], &sk[at]);
+            b[at] = a + (t ? b[at - K] : 0);
+        }
+    for (size_t t = 0; t < MAP; t++) {
+        double U[MAP], dU[MAP], sum = 0, along = 0, s[MAP] = {0};
+        for (size_t j = 0; j <= t; j++) {                             // the row of the map before it is normalised
+            U[j] = 0;
+            for (size_t i = 0; i < K; i++) {
+                double wave = 1, lag = (double)(t - j);
+                if (f->c != SIZE_MAX) {
+                    double angle = f->theta != SIZE_MAX ? x[f->theta + i] * lag : 0;
+                    wave = x[f->c + i] * cos(angle) - x[f->s + i] * sin(angle);
+                }
+                U[j] += q[t * K + i] * k[j * K + i] * exp(b[t * K + i] - b[j * K + i]) * wave;
+            }
+            if (taylor) s[j] = U[j] / sqrt((double)K), U[j] = 1 + s[j] + s[j] * s[j] / 2;
+            if (f->left != SIZE_MAX) U[j] *= x[f->left + t] * x[f->right + j];
+            if (f->u != SIZE_MAX && j == t) U[j] *= exp(x[f->u]);
+            sum += U[j];
+        }
+        if (!r->normaliser) sum = 1;
+        for (size_t j = 0; j <= t; j++) {
+            double error = U[j] / sum - P[t * MAP + j];
+            loss += error * error;
+            dU[j] = 2 * error / sum;
+            along += dU[j] * U[j] / sum;
+        }
+        for (size_t j = 0; j <= t; j++) {
+            double g = dU[j] - (r->normaliser ? along : 0), lag = (double)(t - j);
+            if (f->u != SIZE_MAX && j == t) d[f->u] += g * U[j], g *= exp(x[f->u]);
+            if (f->left != SIZE_MAX) {
+                double inner = U[j] / (x[f->left + t] * x[f->right + j]);
+                d[f->left + t] += g * inner * x[f->right + j], d[f->right + j] += g * inner * x[f->left + t];
+                g *= x[f->left + t] * x[f->right + j];
+            }
+            if (taylor) g *= (1 + s[j]) / sqrt((double)K);
+            for (size_t i = 0; i < K; i++) {
+                size_t ti = t * K + i, ji = j * K + i;
+                double e = exp(b[ti] - b[ji]), qk = q[ti] * k[ji] * e, wave = 1;
+                if (f->c != SIZE_MAX) {
+                    double angle = f->theta != SIZE_MAX ? x[f->theta + i] * lag : 0, cosine = cos(angle), sine = sin(angle);
+                    wave = x[f->c + i] * cosine - x[f->s + i] * sine;
+                    d[f->c + i] += g * qk * cosine, d[f->s + i] -= g * qk * sine;
+                    if (f->theta != SIZE_MAX) d[f->theta + i] -= g * qk * lag * (x[f->c + i] * sine + x[f->s + i] * cosine);
+                }
+                dq[ti] += g * k[ji] * e * wave, dk[ji] += g * q[ti] * e * wave;
+                db[ti] += g * qk * wave, db[ji] -= g * qk * wave;
+            }
+        }
+    }
+    for (size_t i = 0; i < K; i++) {
+        double suffix = 0;
+        for (size_t t = MAP; t-- > 0;) {
+            size_t at = t * K + i;
+            double dz, dA, a;
+            log_decay(f, x, t, i, &dz, &dA);
+            suffix += db[at];
+            a = suffix + (tied ? dk[at] * sk[at] : 0);
+            if (f->q != SIZE_MAX) d[f->q + at] += dq[at] * sq[at];
+            if (f->k != SIZE_MAX) d[f->k + at] += dk[at] * sk[at];
+            if (f->A != SIZE_MAX) d[f->A + i] += a * dA;
+            if (f->z != SIZE_MAX) d[f->z + (f->A != SIZE_MAX ? t : (f->per_token ? t * K : 0) + i)] += a * dz;
+        }
+    }
+    return loss;
+}
+
+// What remains of a softmax map after Adam has fitted a row with K channels to it.
+static double fit_map(const metala_row *row, size_t K, const double *P, uint64_t *random) {
+    double x[MOST_FREE], d[MOST_FREE], m[MOST_FREE] = {0}, v[MOST_FREE] = {0}, size = 0, best = DBL_MAX;
+    fit f = fit_of(row, K);
+    for (size_t i = 0; i < f.count; i++) x[i] = metala_uniform(random) - 0.5;
+    for (size_t i = 0; i < K && f.theta != SIZE_MAX; i++) x[f.theta + i] = 3.14159 * (double)i / (double)K;
+    for (size_t i = 0; i < MAP && f.left != SIZE_MAX; i++) x[f.left + i] += 1, x[f.right + i] += 1;
+    for (size_t i = 0; i < MAP * MAP; i++) size += P[i] * P[i];
+    for (int step = 1; step <= FIT_STEPS; step++) {
+        double loss = fit_loss(&f, x, P, d), rate = 0.05 * 0.5 * (1 + cos(3.14159 * step / FIT_STEPS));
+        if (loss < best) best = loss;
+        for (size_t i = 0; i < f.count; i++) {
+            m[i] = 0.9 * m[i] + 0.1 * d[i], v[i] = 0.99 * v[i] + 0.01 * d[i] * d[i];
+            x[i] -= rate * m[i] / (1 - pow(0.9, step)) / (sqrt(v[i] / (1 - pow(0.99, step))) + 1e-12);
+        }
+    }
+    return best / size;
+}
+
+// Causal softmax maps of independent logits from N(0, 2²), each row a distribution that no structure of positions explains.
+static void random_map(double *P, uint64_t *random) {
+    memset(P, 0, MAP * MAP * sizeof *P);
+    for (size_t t = 0; t < MAP; t++) {
+        double sum = 0;
+        for (size_t j = 0; j <= t; j++) {
+            double radius = sqrt(-2 * log(1 - metala_uniform(random)));
+            sum += P[t * MAP + j] = exp(2 * radius * cos(6.283185307179586 * metala_uniform(random)));
+        }
+        for (size_t j = 0; j <= t; j++) P[t * MAP + j] /= sum;
+    }
+}
+
+// S(first, 4 tokens, x) of a small model with random parameters. The scan of RWKV keeps S e^{-M}, to stay in range.
+static int probe_state(program *p, metala_state *state, int first, int x, double *S, size_t count) {
+    const metala_config *c = metala_model_config(p->model);
+    const int tokens[6] = {first, 2, 3, 4, 5, x};
+    metala_real numbers[4096];
+    if (metala_state_reset(p->ctx, state) || metala_forward(p->ctx, state, METALA_RECURRENT, tokens, NULL, 6, NULL) ||
+        metala_state_get(p->ctx, state, "state.0", numbers))
+        return library_failed(p);
+    for (size_t i = 0; i < count; i++) S[i] = (double)numbers[i];
+    if (c->row.decay != METALA_DECAY_EXP) return 0;
+    if (metala_state_get(p->ctx, state, "shift_state.0", numbers)) return library_failed(p);
+    for (size_t i = 0; i < count; i++) S[i] *= exp((double)numbers[2 * (size_t)c->width + i / (count / (size_t)c->width)]);
+    return 0;
+}
+
+// How much of what the state keeps of the first token depends on a later one; -1 for a failure.
+static double probe(program *p, const metala_named_row *row) {
+    enum { MOST = 4096 };
+    static const metala_init init = {0.5, 1, 4, 0};
+    metala_config c = metala_config_default();
+    double S[4][MOST], most = 0, change = 0;
+    c.width = 16, c.layers = 1, c.heads = 8, c.vocab_size = 16, c.glu_dim = 8, c.feature_dim = 4, c.low_rank = 4, c.state_size = 4;
+    c.row = row->row, c.expand = row->expand;
+    size_t count = metala_state_bytes(&c, 0) / sizeof(metala_real), tail = 4 * 16 * (size_t)c.expand;
+    if (row->row.conv != METALA_CONV_OFF) count -= row->row.conv == METALA_CONV_VALUE ? tail : 64;
+    p->model = metala_model_create(p->ctx, &c);
+    metala_state *state = p->model && count <= MOST ? metala_state_create(p->ctx, p->model, 1) : NULL;
+    int status = !state || metala_model_init(p->ctx, p->model, 7, &init) ? library_failed(p) : 0;
+    for (int i = 0; i < 4 && !status; i++) status = probe_state(p, state, i / 2, 6 + i % 2, S[i], count);
+    for (size_t i = 0; i < count && !status; i++) {
+        double one = S[0][i] - S[2][i], other = S[1][i] - S[3][i];
+        most = fmax(most, fabs(one)), change = fmax(change, fabs(one - other));
+    }
+    metala_state_free(state);
+    metala_model_free(p->model);
+    p->model = NULL;
+    return status ? -1 : change / most;
+}
+
+static int print_conditions(program *p) {
+    static const size_t sizes[] = {1, 2, 4, 8, 16};
+    enum { SIZES = sizeof sizes / sizeof *sizes };
+    double P[MAPS][MAP * MAP];
+    uint64_t random = 1;
+    for (int i = 0; i < MAPS; i++) random_map(P[i], &random);
+    printf("%-15s %-16s %-47s %s\n%-15s %-16s", "", "dynamic memory", "static approximation, what remains at", "parameters", "", "change");
+    for (int k = 0; k < SIZES; k++) printf(k ? " K %-6zu" : "K %-6zu", sizes[k]);
+    printf("of D²\n");
+    for (const metala_named_row *r = metala_rows(); r->name; r++) {
+        metala_config c = metala_config_default();
+        c.row = r->row, c.expand = r->expand, c.width = 512, c.layers = 1;
+        double all = (double)(metala_trainer_memory(&c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real)), D = c.width;
+        double mixer = all - 2.0 * c.vocab_size * D - 3.0 * c.glu_dim * D;
+        int softmax = r->row.decay == METALA_DECAY_SOFTMAX, one = r->row.query == METALA_QUERY_EXP;
+        double change = softmax ? 0 : probe(p, r);
+        if (change < 0) return -1;
+        if (softmax) printf("%-15s %-16s", r->name, "keeps all");
+        else printf("%-15s %-4s %-11.1e", r->name, change > 1e-3 ? "yes" : "no", change);
+        for (int k = 0; k < SIZES; k++) {
+            double error = 0;
+            uint64_t start = 2;
+            if (one && k > 0) printf(" %-8s", "-");                    // its channels have one each
+            if (one && k > 0) continue;
+            for (int i = 0; i < MAPS && !softmax; i++) error += fit_map(&r->row, one ? 1 : sizes[k], P[i], &start) / MAPS;
+            printf("%s%-8.4f", k ? " " : "", error);
+        }
+        printf("%8.2f\n", mixer / D / D);
+        fflush(stdout);
+    }
+    return flush_output();
 }
 
 // ------------------------------------------------------------------------------------------------ main
@@ -980,11 +1242,12 @@ int main(int argc, char **argv) {
     if (parse_options(&s, argc, argv)) return 2;
     if (s.help) print_help();
     if (s.version && !s.help) printf("metala %s, float%d\n", METALA_VERSION, 8 * (int)sizeof(metala_real));
-    if (s.help || s.version) return flush_output() ? 1 : 0;
+    if (s.models && !s.help && !s.version) print_models();
+    if (s.help || s.version || s.models) return flush_output() ? 1 : 0;
     p.s = &s;
     p.last_written = -1;
     p.ctx = metala_open(backend_of(&p), (int)s.threads);
-    int status = p.ctx ? run(&p) : complain("%s", metala_error(NULL));
+    int status = !p.ctx ? complain("%s", metala_error(NULL)) : s.conditions ? print_conditions(&p) : run(&p);
     free(p.logits);
     free(p.candidates);
     free(p.stop);

@@ -13,7 +13,7 @@
 // five-point differences. An error is max |got - expected| / max |expected| over a tensor. Tolerances are a small
 // multiple of what was measured with gcc and clang, with and without vector instructions: TOLERANCE(float32, float64).
 //
-// Contents: checks - numbers - scalar functions - kernels - matrix products - the scan - AdamW - the model - states -
+// Contents: checks - numbers - scalar functions - kernels - kernels of the other rows - matrix products - the scan - AdamW - the model - states -
 // training - files - data - memory that runs out - twins - golden files - main.
 
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
@@ -706,6 +706,724 @@ static void check_kernels(void) {
     }
 }
 
+// ------------------------------------------------------------------------------------------------ kernels of the other rows
+
+// ---- The convolution alone.
+
+static void conv_alone_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = rows_of(s) * s->D, in[1] = s->D * 4, in[2] = s->B * 4 * s->D;
+}
+static void conv_alone_reference(const shape *s, double *const *in, double *const *out) {
+    double *both[] = {doubles(rows_of(s) * s->D), out[0]};
+    conv_reference(s, in, both);
+}
+static void conv_alone_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(conv_forward)(ctx, NULL, out[0], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+}
+static void conv_alone_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(conv_backward)(ctx, din[0], din[1], dout[0], NULL, in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+}
+
+// ---- Token shift; variant 1 continues after a token that came before.
+
+static void shift_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = rows_of(s) * s->D, in[1] = s->D, in[2] = s->B * s->D;
+}
+static void shift_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t row = 0; row < rows_of(s); row++)
+        for (size_t d = 0; d < s->D; d++) {
+            double before = row % s->T ? in[0][(row - 1) * s->D + d] : s->variant ? in[2][row / s->T * s->D + d] : 0;
+            out[0][row * s->D + d] = in[1][d] * in[0][row * s->D + d] + (1 - in[1][d]) * before;
+        }
+}
+static void shift_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(shift_forward)(ctx, out[0], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+}
+static void shift_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(shift_backward)(ctx, din[0], din[1], dout[0], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+}
+
+static void last_token_sizes(const shape *s, size_t *in, size_t *out) { in[0] = rows_of(s) * s->D, out[0] = s->B * s->D; }
+static void last_token_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < s->B * s->D; i++) out[0][i] = in[0][((i / s->D + 1) * s->T - 1) * s->D + i % s->D];
+}
+static void last_token_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(last_token)(ctx, out[0], in[0], s->B, s->T, s->D);
+}
+
+// ---- Element by element: the variant is the function. Backward in place.
+
+static void map_sizes(const shape *s, size_t *in, size_t *out) { in[0] = out[0] = rows_of(s) * s->D; }
+static void map_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) in[0][i] *= 4;
+}
+static void map_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        double x = in[0][i];
+        out[0][i] = s->variant == METALA_MAP_NONE ? x : s->variant == METALA_MAP_SILU ? swish(x) : x > 0 ? x + 1 : exp(x);
+    }
+}
+static void map_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(map_forward)(ctx, out[0], in[0], rows_of(s) * s->D, (metala_map)s->variant);
+}
+static void map_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    memcpy(din[0], dout[0], rows_of(s) * s->D * sizeof(real));
+    CALL(map_backward)(ctx, din[0], din[0], in[0], rows_of(s) * s->D, (metala_map)s->variant);
+}
+
+// ---- Taylor feature map of d = K channels.
+
+static void taylor_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = rows_of(s) * s->H * s->K, out[0] = rows_of(s) * s->H * (1 + s->K + s->K * s->K);
+}
+static void taylor_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t row = 0; row < rows_of(s) * s->H; row++) {
+        const double *x = in[0] + row * s->K;
+        double *y = out[0] + row * (1 + s->K + s->K * s->K), root = sqrt((double)s->K);
+        *y++ = 1;
+        for (size_t i = 0; i < s->K; i++) *y++ = x[i] / sqrt(root);
+        for (size_t i = 0; i < s->K; i++)
+            for (size_t j = 0; j < s->K; j++) *y++ = x[i] * x[j] / (sqrt(2.0) * root);
+    }
+}
+static void taylor_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(taylor_forward)(ctx, out[0], in[0], rows_of(s), s->H, s->K);
+}
+static void taylor_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(taylor_backward)(ctx, din[0], dout[0], in[0], rows_of(s), s->H, s->K);
+}
+
+// ---- Phase of K complex numbers: variant 1 one θ for all heads, 2 negative, 4 in place, 8 far from the start.
+
+enum { FAR = 1000003 };
+static uint64_t rotate_position(const shape *s) { return s->variant & 8 ? FAR : 0; }
+static void rotate_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = rows_of(s) * s->H * 2 * s->K, in[1] = (s->variant & 1 ? 1 : s->H) * s->K;
+}
+static void rotate_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < (s->variant & 1 ? 1 : s->H) * s->K; i++) in[1][i] *= 3;       // some beyond ±2π
+}
+static void rotate_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->H * s->K; i++) {
+        size_t row = i / s->K / s->H, place = i % (s->variant & 1 ? s->K : s->H * s->K);
+        double angle = in[1][place] * (double)(rotate_position(s) + row % s->T), c, d;
+        c = cos(angle), d = s->variant & 2 ? -sin(angle) : sin(angle);
+        out[0][2 * i] = in[0][2 * i] * c - in[0][2 * i + 1] * d;
+        out[0][2 * i + 1] = in[0][2 * i] * d + in[0][2 * i + 1] * c;
+    }
+}
+static void rotate_forward(const shape *s, real *const *in, real *const *out) {
+    const real *x = in[0];
+    if (s->variant & 4) x = memcpy(out[0], in[0], rows_of(s) * s->H * 2 * s->K * sizeof(real));
+    CALL(rotate_forward)(ctx, out[0], x, in[1], s->B, s->T, s->H, 2 * s->K, s->variant & 1, rotate_position(s), s->variant & 2);
+}
+static void rotate_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t n = rows_of(s) * s->H * 2 * s->K, angles = (s->variant & 1 ? 1 : s->H) * s->K;
+    const real *dy = s->variant & 4 ? memcpy(din[0], dout[0], n * sizeof(real)) : dout[0];
+    real *dx = reals(n), *kept = memcpy(reals(angles), din[1], angles * sizeof(real));
+    CALL(rotate_backward)(ctx, dx, NULL, dout[0], out[0], in[1], s->B, s->T, s->H, 2 * s->K, s->variant & 1,
+                          rotate_position(s), s->variant & 2);
+    same_bits("dθ left alone", kept, din[1], angles);
+    CALL(rotate_backward)(ctx, din[0], din[1], dy, out[0], in[1], s->B, s->T, s->H, 2 * s->K, s->variant & 1,
+                          rotate_position(s), s->variant & 2);
+    same_bits("dx with and without dθ", dx, din[0], n);
+}
+
+// ---- Decay with a lower bound; variant 1: the key is not tied. As for the gate, the kernel takes the gradient in log α.
+
+static void bounded_gate_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = out[1] = rows_of(s) * s->D, in[1] = s->D;
+}
+static void bounded_gate_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) in[0][i] *= 4;
+    for (size_t d = 0; d < s->D; d++) in[1][d] = logistic(2 * in[1][d]);
+}
+static void bounded_gate_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        double gamma = in[1][i % s->D];
+        out[0][i] = gamma + (1 - gamma) * logistic(in[0][i]);
+        out[1][i] = s->variant ? 0 : 1 - out[0][i];
+    }
+}
+static void bounded_gate_forward(const shape *s, real *const *in, real *const *out) {
+    if (s->variant) memset(out[1], 0, rows_of(s) * s->D * sizeof(real));
+    CALL(bounded_gate_forward)(ctx, out[0], s->variant ? NULL : out[1], in[0], in[1], rows_of(s), s->D);
+}
+static void bounded_gate_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t n = rows_of(s) * s->D;
+    real *da = reals(n), *again = reals(n);
+    for (size_t i = 0; i < n; i++) da[i] = out[0][i] * dout[0][i];
+    CALL(bounded_gate_backward)(ctx, din[0], din[1], da, s->variant ? NULL : dout[1], in[0], in[1], rows_of(s), s->D);
+    CALL(bounded_gate_backward)(ctx, again, NULL, da, s->variant ? NULL : dout[1], in[0], in[1], rows_of(s), s->D);
+    same_bits("dz with and without dγ", din[0], again, n);
+}
+
+// ---- Lower bounds of T layers.
+
+static void bounds_sizes(const shape *s, size_t *in, size_t *out) { in[0] = out[0] = s->T * s->D; }
+static void bounds_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t d = 0; d < s->D; d++) {
+        double sum = 0, gamma = 0;
+        for (size_t l = 0; l < s->T; l++) sum += exp(in[0][l * s->D + d]);
+        for (size_t l = 0; l < s->T; l++) {
+            if (l) gamma += exp(in[0][l * s->D + d]) / sum;
+            out[0][l * s->D + d] = gamma;
+        }
+    }
+}
+static void bounds_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(bounds_forward)(ctx, out[0], in[0], s->T, s->D);
+}
+static void bounds_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(bounds_backward)(ctx, din[0], dout[0], in[0], s->T, s->D);
+}
+
+// ---- Constants of a state-space model of H channels with K states (1 of the LRU): the variant is its kind, plus 3 for
+// short steps, where e^z - 1 cancels. Inputs decay, phase, step; the softmax of DSS is summed term by term.
+
+static metala_ssm ssm_kind(const shape *s) { return (metala_ssm)(s->variant % 3); }
+static size_t ssm_states(const shape *s) { return ssm_kind(s) == METALA_SSM_LRU ? 1 : s->K; }
+static size_t ssm_length(const shape *s) { return 3 * s->T; }
+static void ssm_sizes(const shape *s, size_t *in, size_t *out) {
+    size_t n = s->H * ssm_states(s);
+    in[0] = in[1] = out[0] = out[1] = n, in[2] = s->H, out[2] = 2 * n;
+}
+static void ssm_fill(const shape *s, double *const *in) {
+    for (size_t h = 0; h < s->H; h++) in[2][h] = 0.7 * in[2][h] - (s->variant > 2 ? 9 : 1);
+    for (size_t i = 0; i < s->H * ssm_states(s) && s->variant > 2; i++) in[0][i] = fabs(in[0][i]);
+}
+static void ssm_reference(const shape *s, double *const *in, double *const *out) {
+    size_t N = ssm_states(s);
+    for (size_t i = 0; i < s->H * N; i++) {
+        double step = exp(in[2][i / N]), re = -exp(in[0][i]), im = in[1][i], b_re = step, b_im = 0;
+        if (ssm_kind(s) == METALA_SSM_LRU) out[0][i] = exp(re), out[1][i] = exp(im);
+        else {
+            double sum_re = 1, sum_im = 0;                           // b = (e^{λΔ} - 1)/λ, or 1/(λ Σ_l e^{λΔl})
+            out[0][i] = exp(step * re), out[1][i] = step * im;
+            b_re = expm1(step * re) * cos(step * im) - 2 * pow(sin(step * im / 2), 2), b_im = out[0][i] * sin(step * im);
+            if (ssm_kind(s) == METALA_SSM_DSS) {
+                for (size_t l = 1; l < ssm_length(s); l++) {
+                    sum_re += exp(step * re * (double)l) * cos(step * im * (double)l);
+                    sum_im += exp(step * re * (double)l) * sin(step * im * (double)l);
+                }
+                double size = sum_re * sum_re + sum_im * sum_im;
+                b_re = sum_re / size, b_im = -sum_im / size;
+            }
+            double size = re * re + im * im, top = b_re * re + b_im * im;
+            b_im = (b_im * re - b_re * im) / size, b_re = top / size;
+        }
+        out[2][2 * i] = b_re, out[2][2 * i + 1] = b_im;
+    }
+}
+static void ssm_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(ssm_forward)(ctx, ssm_kind(s), out[0], out[1], out[2], in[0], in[1], in[2], s->H, ssm_states(s), ssm_length(s));
+}
+static void ssm_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t n = s->H * ssm_states(s);
+    real *da = reals(n);
+    for (size_t i = 0; i < n; i++) da[i] = out[0][i] * dout[0][i];
+    CALL(ssm_backward)(ctx, ssm_kind(s), din[0], din[1], din[2], da, dout[1], dout[2], in[0], in[1], in[2], s->H,
+                       ssm_states(s), ssm_length(s));
+}
+
+static void ssm_backward_from_zero(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    for (int i = 0; i < 3; i++) memset(din[i], 0, s->H * (i < 2 ? ssm_states(s) : 1) * sizeof(real));
+    ssm_backward(s, in, out, dout, din);                             // small slopes would drown in what was there before
+}
+
+// ---- A complex factor for each of D channels.
+
+static void scale_pairs_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = out[0] = rows_of(s) * 2 * s->D, in[1] = 2 * s->D;
+}
+static void scale_pairs_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        const double *x = in[0] + 2 * i, *b = in[1] + i % s->D * 2;
+        out[0][2 * i] = b[0] * x[0] - b[1] * x[1], out[0][2 * i + 1] = b[0] * x[1] + b[1] * x[0];
+    }
+}
+static void scale_pairs_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(scale_pairs_forward)(ctx, out[0], in[0], in[1], rows_of(s), s->D);
+}
+static void scale_pairs_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(scale_pairs_backward)(ctx, din[0], din[1], dout[0], in[0], in[1], rows_of(s), s->D);
+}
+
+// ---- Selective state space of D channels with K states: inputs z, x, A.
+
+static void selective_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = in[1] = out[1] = rows_of(s) * s->D, in[2] = s->D * s->K, out[0] = rows_of(s) * s->D * s->K;
+}
+static void selective_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        double delta = log1p(exp(in[0][i]));
+        if (in[0][i] > 30) delta = in[0][i];
+        out[1][i] = delta * in[1][i];
+        for (size_t n = 0; n < s->K; n++) out[0][i * s->K + n] = exp(-delta * exp(in[2][i % s->D * s->K + n]));
+    }
+}
+static void selective_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(selective_forward)(ctx, out[0], out[1], in[0], in[1], in[2], rows_of(s), s->D, s->K);
+}
+static void selective_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t n = rows_of(s) * s->D * s->K;
+    real *da = reals(n);
+    for (size_t i = 0; i < n; i++) da[i] = out[0][i] * dout[0][i];
+    CALL(selective_backward)(ctx, din[0], din[1], din[2], da, dout[1], in[0], in[1], in[2], rows_of(s), s->D, s->K);
+}
+
+// ---- The same for every head.
+
+static void copy_heads_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = rows_of(s) * s->K, out[0] = rows_of(s) * s->H * s->K;
+}
+static void copy_heads_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->H * s->K; i++) out[0][i] = in[0][i / (s->H * s->K) * s->K + i % s->K];
+}
+static void copy_heads_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(copy_heads_forward)(ctx, out[0], in[0], rows_of(s), s->H, s->K);
+}
+static void copy_heads_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)in, (void)out;
+    CALL(copy_heads_backward)(ctx, din[0], dout[0], rows_of(s), s->H, s->K);
+}
+
+// ---- RWKV-4: inputs k, v, w, u. Only the mean that comes out of four kernels and the scan has an equation of its own.
+// Variant 1: masked tokens, whose v is 0.
+
+typedef struct { real *q, *key, *alpha, *bonus, *values, *states, *sums; } wkv_parts;
+static wkv_parts wkv_run(const shape *s, real *const *in, real *y, real *previous, const real *last_v, real *S,
+                         uint64_t position) {
+    size_t rows = rows_of(s), n = rows * s->D, chunks = (s->T + METALA_CHUNK - 1) / METALA_CHUNK;
+    wkv_parts p = {reals(n), reals(n), reals(n), reals(n), reals(2 * n), reals(s->B * s->D * chunks * 2), reals(2 * n)};
+    const uint8_t *mask = s->variant & 1 ? mask_list(s) : NULL;
+    CALL(wkv_forward)(ctx, p.q, p.key, p.alpha, p.bonus, in[0], in[2], in[3], mask, previous, s->B, s->T, s->D, position);
+    CALL(extend_forward)(ctx, p.values, in[1], mask, last_v, 1, s->B, s->T, s->D, 1);
+    CALL(scan_forward)(ctx, METALA_RECURRENT, p.sums, S, p.states, p.q, p.key, p.values, p.alpha, s->B, s->T, s->D, 1, 2, 1);
+    CALL(normalise_forward)(ctx, y, p.sums, p.bonus, in[1], rows, s->D, 1, 0);
+    return p;
+}
+static void wkv_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = in[1] = out[0] = rows_of(s) * s->D, in[2] = in[3] = s->D;
+}
+static void wkv_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        in[0][i] *= 2;
+        if (s->variant & 1) in[1][i] *= mask_at(i / s->D);
+    }
+    for (size_t d = 0; d < s->D; d++) in[2][d] -= 1;
+}
+static void wkv_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) {
+        size_t d = i % s->D, b = i / s->D / s->T, now_t = i / s->D % s->T;
+        double top = 0, bottom = 0, most = -INFINITY;
+        for (int sums = 0; sums < 2; sums++)                         // first the largest exponent
+            for (size_t t = 0; t <= now_t; t++) {
+                size_t at = (b * s->T + t) * s->D + d;
+                double exponent = in[0][at] + (t < now_t ? -exp(in[2][d]) * (double)(now_t - 1 - t) : in[3][d]);
+                if (s->variant & 1 && !mask_at(at / s->D)) continue;
+                if (!sums) most = fmax(most, exponent);
+                else bottom += exp(exponent - most), top += exp(exponent - most) * in[1][at];
+            }
+        out[0][i] = bottom > 0 ? top / bottom : 0;
+    }
+}
+static void wkv_forward(const shape *s, real *const *in, real *const *out) {
+    wkv_parts p = wkv_run(s, in, out[0], NULL, NULL, NULL, 0);
+    for (size_t i = 0; i < rows_of(s) * s->D; i++)
+        expect(p.q[i] >= 0 && p.q[i] <= 1 && p.key[i] >= 0 && p.key[i] <= 1 && p.alpha[i] >= 0 && p.alpha[i] <= 1 &&
+               p.bonus[i] >= 0 && p.bonus[i] <= 1, "q, key, α and bonus from 0 to 1 at %zu", i);
+}
+static void wkv_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t rows = rows_of(s), n = rows * s->D;
+    real *again = reals(n), *dsums = reals(2 * n), *dbonus = reals(n), *dq = reals(n), *dkey = reals(n), *da = reals(n);
+    real *dvalues = reals(2 * n), *own = reals(n);
+    const uint8_t *mask = s->variant & 1 ? mask_list(s) : NULL;
+    wkv_parts p = wkv_run(s, in, again, NULL, NULL, NULL, 0);
+    CALL(normalise_backward)(ctx, dsums, dbonus, own, dout[0], out[0], p.sums, p.bonus, in[1], rows, s->D, 1, 0);
+    CALL(scan_backward)(ctx, METALA_RECURRENT, dq, dkey, dvalues, da, NULL, dsums, p.states, p.q, p.key, p.values, p.alpha,
+                        s->B, s->T, s->D, 1, 2, 1);
+    CALL(extend_backward)(ctx, din[1], dvalues, mask, 1, s->B, s->T, s->D, 1);
+    CALL(wkv_backward)(ctx, din[0], din[2], din[3], dkey, da, dbonus, p.key, p.bonus, in[2], mask, s->B, s->T, s->D);
+    for (size_t i = 0; i < n; i++) din[1][i] += own[i];
+}
+
+// ---- The channel of ones: variant 1 with a mask, 2 delayed, 3 delayed after a value that came before.
+
+static void extend_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = rows_of(s) * s->H * s->V, out[0] = rows_of(s) * s->H * (s->V + 1), in[1] = s->B * s->H * s->V;
+}
+static void extend_reference(const shape *s, double *const *in, double *const *out) {
+    size_t V = s->V, HV = s->H * V;
+    for (size_t i = 0; i < rows_of(s) * s->H * (V + 1); i++) {
+        size_t row = i / (V + 1) / s->H, h = i / (V + 1) % s->H, j = i % (V + 1);
+        double now = in[0][j < V ? row * HV + h * V + j : 0], m = s->variant == 1 ? mask_at(row) : 1;
+        if (s->variant & 2)
+            now = j == V ? 0 : row % s->T ? in[0][(row - 1) * HV + h * V + j]
+                             : s->variant == 3 ? in[1][row / s->T * HV + h * V + j] : 0;
+        out[0][i] = j < V ? m * now : m;
+    }
+}
+static void extend_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(extend_forward)(ctx, out[0], in[0], s->variant == 1 ? mask_list(s) : NULL, s->variant == 3 ? in[1] : NULL,
+                         s->variant & 2, s->B, s->T, s->H, s->V);
+}
+static void extend_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)in, (void)out;
+    CALL(extend_backward)(ctx, din[0], dout[0], s->variant == 1 ? mask_list(s) : NULL, s->variant & 2, s->B, s->T, s->H, s->V);
+}
+
+// ---- The mean: inputs o, bonus, v; variant 1: no bonus.
+
+static void normalise_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = rows_of(s) * s->H * (s->V + 1), in[1] = rows_of(s) * s->H, in[2] = out[0] = rows_of(s) * s->H * s->V;
+}
+static void normalise_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < rows_of(s) * s->H; i++) {
+        in[0][i * (s->V + 1) + s->V] = 0.5 + fabs(in[0][i * (s->V + 1) + s->V]);
+        in[1][i] = s->variant & 1 ? 0 : fabs(in[1][i]);
+    }
+}
+static void normalise_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->H * s->V; i++) {
+        size_t head = i / s->V;
+        const double *o = in[0] + head * (s->V + 1);
+        double b = s->variant & 1 ? 0 : in[1][head];
+        out[0][i] = (o[i % s->V] + b * in[2][i]) / (o[s->V] + b + 0.125);
+    }
+}
+static void normalise_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(normalise_forward)(ctx, out[0], in[0], s->variant & 1 ? NULL : in[1], s->variant & 1 ? NULL : in[2], rows_of(s), s->H,
+                            s->V, 0.125);
+}
+static void normalise_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    int none = s->variant & 1;
+    CALL(normalise_backward)(ctx, din[0], none ? NULL : din[1], none ? NULL : din[2], dout[0], out[0], in[0],
+                             none ? NULL : in[1], none ? NULL : in[2], rows_of(s), s->H, s->V, 0.125);
+    if (none) memset(din[1], 0, rows_of(s) * s->H * sizeof(real)), memset(din[2], 0, rows_of(s) * s->H * s->V * sizeof(real));
+}
+
+// ---- Skip, in place, and products of two.
+
+static void skip_sizes(const shape *s, size_t *in, size_t *out) { in[0] = in[2] = out[0] = rows_of(s) * s->D, in[1] = s->D; }
+static void skip_reference(const shape *s, double *const *in, double *const *out) {          // x, d, o
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) out[0][i] = in[2][i] + in[1][i % s->D] * in[0][i];
+}
+static void skip_forward(const shape *s, real *const *in, real *const *out) {
+    memcpy(out[0], in[2], rows_of(s) * s->D * sizeof(real));
+    CALL(skip_forward)(ctx, out[0], out[0], in[0], in[1], rows_of(s), s->D);
+}
+static void skip_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(skip_backward)(ctx, din[0], din[1], dout[0], in[0], in[1], rows_of(s), s->D);
+}
+static void multiply_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) out[0][i] = in[0][i] * in[1][i];
+}
+static void multiply_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(multiply_forward)(ctx, out[0], in[0], in[1], rows_of(s) * s->D);
+}
+static void multiply_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    memcpy(din[1], dout[0], rows_of(s) * s->D * sizeof(real));
+    CALL(multiply_backward)(ctx, din[0], din[1], din[1], in[0], in[1], rows_of(s) * s->D);
+}
+static void sigmoid_gate_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) out[0][i] = logistic(in[0][i]) * in[1][i];
+}
+static void sigmoid_gate_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(sigmoid_gate_forward)(ctx, out[0], in[0], in[1], rows_of(s) * s->D);
+}
+static void sigmoid_gate_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    (void)out;
+    CALL(sigmoid_gate_backward)(ctx, din[0], din[1], dout[0], in[0], in[1], rows_of(s) * s->D);
+}
+
+// ---- Softmax attention; variant 1 with a mask, 2 with large scores.
+
+static void attention_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = in[1] = rows_of(s) * s->H * s->K, in[2] = out[0] = rows_of(s) * s->H * s->V, out[1] = rows_of(s) * s->H;
+}
+static int attention_mask(const shape *s, size_t row) {              // the first sequence starts with tokens to be skipped
+    return !(s->variant & 1) || (mask_at(row) && row > 1);
+}
+static uint8_t *attention_mask_list(const shape *s) {
+    uint8_t *list = s->variant & 1 ? take(rows_of(s), 1) : NULL;
+    for (size_t row = 0; list && row < rows_of(s); row++) list[row] = (uint8_t)attention_mask(s, row);
+    return list;
+}
+static double attention_scale(const shape *s) { return (s->variant & 2 ? 30 : 1) / sqrt((double)s->K); }
+static void attention_reference(const shape *s, double *const *in, double *const *out) {
+    size_t H = s->H, K = s->K, V = s->V;
+    double *score = doubles(s->T);
+    for (size_t row = 0; row < rows_of(s); row++)
+        for (size_t h = 0; h < H; h++) {
+            double most = -INFINITY, sum = 0, *o = out[0] + (row * H + h) * V;
+            size_t first = row / s->T * s->T;
+            for (size_t r = first; r <= row; r++) {
+                score[r - first] = 0;
+                for (size_t i = 0; i < K; i++)
+                    score[r - first] += attention_scale(s) * in[0][(row * H + h) * K + i] * in[1][(r * H + h) * K + i];
+                if (attention_mask(s, r)) most = fmax(most, score[r - first]);
+            }
+            for (size_t j = 0; j < V; j++) o[j] = 0;
+            for (size_t r = first; r <= row; r++) {
+                if (!attention_mask(s, r)) continue;
+                double p = exp(score[r - first] - most);
+                sum += p;
+                for (size_t j = 0; j < V; j++) o[j] += p * in[2][(r * H + h) * V + j];
+            }
+            for (size_t j = 0; j < V && sum > 0; j++) o[j] /= sum;
+            out[1][row * H + h] = sum > 0 ? most + log(sum) : 0;
+        }
+}
+static void attention_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(attention_forward)(ctx, out[0], out[1], in[0], in[1], in[2], attention_mask_list(s), s->B, s->T, 0, s->T, s->H, s->K,
+                            s->V, attention_scale(s));
+}
+static void attention_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    CALL(attention_backward)(ctx, din[0], din[1], din[2], dout[0], out[0], out[1], in[0], in[1], in[2], attention_mask_list(s),
+                             s->B, s->T, s->H, s->K, s->V, attention_scale(s));
+}
+
+// Every kernel on every shape in every variant; then where numbers are extreme, where threads share the work, and where a
+// sequence comes in two pieces.
+typedef struct {
+    operation op;
+    int first_variant, variants;
+} row_operation;
+
+// ±1e4 and much smaller numbers everywhere: all that comes out is a number.
+static void check_extremes(const operation *op, const shape *s) {
+    static const double palette[] = {1e4, -1e4, 0, 1e-30, -88, 30, -1e-4, 1e4};
+    if (!begin(0, "%s is finite for extreme inputs %d", op->name, s->variant)) return;
+    size_t in_size[MOST] = {0}, out_size[MOST] = {0};
+    double *numbers[MOST] = {0};
+    real *in[MOST] = {0}, *out[MOST] = {0}, *dout[MOST] = {0}, *din[MOST] = {0};
+    random_state = 11;
+    op->sizes(s, in_size, out_size);
+    for (int i = 0; i < op->inputs; i++) {
+        numbers[i] = doubles(in_size[i]), in[i] = reals(in_size[i]), din[i] = reals(in_size[i]);
+        for (size_t j = 0; j < in_size[i]; j++) numbers[i][j] = palette[below(COUNT(palette))];
+    }
+    if (op->fill) op->fill(s, numbers);
+    for (int i = 0; i < op->inputs; i++) round_to_real(in[i], numbers[i], in_size[i]);
+    for (int o = 0; o < op->outputs; o++) {
+        out[o] = reals(out_size[o]), dout[o] = reals(out_size[o]);
+        for (size_t j = 0; j < out_size[o]; j++) dout[o][j] = (real)normal();
+    }
+    op->forward(s, in, out);
+    if (op->backward) op->backward(s, in, out, dout, din);
+    for (int o = 0; o < op->outputs; o++)
+        for (size_t j = 0; j < out_size[o]; j++)
+            expect(isfinite(out[o][j]), "%s[%zu] is %g", op->out_names[o], j, (double)out[o][j]);
+    for (int i = 0; i < op->differentiable && op->backward; i++)
+        for (size_t j = 0; j < in_size[i]; j++)
+            expect(isfinite(din[i][j]), "d%s[%zu] is %g", op->in_names[i], j, (double)din[i][j]);
+    end_check();
+}
+
+// One thread, two and three: the same bits forward and backward.
+static void check_operation_threads(const operation *op, const shape *s) {
+    if (!begin(0, "%s with 1, 2, 3 threads, the same bits", op->name)) return;
+    metala_context *alone = ctx;
+    size_t in_size[MOST] = {0}, out_size[MOST] = {0};
+    double *numbers[MOST] = {0};
+    real *in[MOST] = {0}, *dout[MOST] = {0}, *first_out[MOST] = {0}, *first_din[MOST] = {0};
+    random_state = 13;
+    op->sizes(s, in_size, out_size);
+    for (int i = 0; i < op->inputs; i++) {
+        numbers[i] = doubles(in_size[i]), in[i] = reals(in_size[i]);
+        fill_normal(numbers[i], in_size[i]);
+    }
+    if (op->fill) op->fill(s, numbers);
+    for (int i = 0; i < op->inputs; i++) round_to_real(in[i], numbers[i], in_size[i]);
+    for (int o = 0; o < op->outputs; o++) {
+        dout[o] = reals(out_size[o]);
+        for (size_t j = 0; j < out_size[o]; j++) dout[o][j] = (real)normal();
+    }
+    for (int threads = 1; threads <= 3; threads++) {
+        real *out[MOST] = {0}, *din[MOST] = {0};
+        for (int o = 0; o < op->outputs; o++) out[o] = reals(out_size[o]);
+        for (int i = 0; i < op->inputs; i++) din[i] = reals(in_size[i]);
+        ctx = threads > 1 ? other_context(threads) : alone;
+        op->forward(s, in, out);
+        if (op->backward) op->backward(s, in, out, dout, din);
+        if (threads > 1) metala_close(ctx);
+        ctx = alone;
+        for (int o = 0; o < op->outputs; o++) {
+            if (threads > 1) same_bits(op->out_names[o], first_out[o], out[o], out_size[o]);
+            else first_out[o] = out[o];
+        }
+        for (int i = 0; i < op->differentiable; i++) {
+            if (threads > 1) same_bits(op->in_names[i], first_din[i], din[i], in_size[i]);
+            else first_din[i] = din[i];
+        }
+    }
+    end_check();
+}
+
+// Reads rows first to first + T of each of B sequences of `all` rows of n numbers, and writes them back.
+static real *piece_of(const real *x, size_t B, size_t all, size_t first, size_t T, size_t n) {
+    real *piece = reals(B * T * n);
+    for (size_t b = 0; b < B; b++) memcpy(piece + b * T * n, x + (b * all + first) * n, T * n * sizeof(real));
+    return piece;
+}
+static void put_piece(real *x, const real *piece, size_t B, size_t all, size_t first, size_t T, size_t n) {
+    for (size_t b = 0; b < B; b++) memcpy(x + (b * all + first) * n, piece + b * T * n, T * n * sizeof(real));
+}
+
+// Tokens in two calls are those of one call, in every bit; softmax attention, whose sums are taken in other blocks, nearly.
+static void check_pieces(size_t B, size_t T, size_t cut, size_t D) {
+    if (!begin(TOLERANCE(2e-6, 2e-15), "kernels of the other rows, tokens in two calls B%zu T%zu cut %zu D%zu", B, T, cut, D))
+        return;
+    size_t n = B * T * D, part[] = {cut, T - cut};
+    real *x = reals(n), *mu = reals(D), *theta = reals(D), *k = reals(n), *w = reals(D), *u = reals(D);
+    real *whole[3] = {reals(n), reals(2 * n), reals(n)}, *pieces[3] = {reals(n), reals(2 * n), reals(n)};
+    random_state = 5 + cut;
+    for (size_t i = 0; i < n; i++) x[i] = (real)normal(), k[i] = (real)(2 * normal());
+    for (size_t d = 0; d < D; d++)
+        mu[d] = (real)normal(), theta[d] = (real)normal(), w[d] = (real)(normal() - 1), u[d] = (real)normal();
+
+    CALL(shift_forward)(ctx, whole[0], x, mu, NULL, B, T, D);
+    CALL(rotate_forward)(ctx, whole[2], x, theta, B, T, 1, D, 0, 77, 0);
+    real *previous = reals(B * D);
+    for (int i = 0; i < 2; i++) {
+        size_t first = i ? cut : 0;
+        real *in = piece_of(x, B, T, first, part[i], D), *out = reals(B * part[i] * D);
+        CALL(shift_forward)(ctx, out, in, mu, i ? previous : NULL, B, part[i], D);
+        CALL(last_token)(ctx, previous, in, B, part[i], D);
+        put_piece(pieces[0], out, B, T, first, part[i], D);
+        CALL(rotate_forward)(ctx, out, in, theta, B, part[i], 1, D, 0, 77 + first, 0);
+        put_piece(pieces[2], out, B, T, first, part[i], D);
+    }
+    same_bits("token shift", whole[0], pieces[0], n);
+    same_bits("phase", whole[2], pieces[2], n);
+
+    shape s = {B, T, D, 1, 1, 1, 1, 0};                              // RWKV-4, with the state of the scan
+    real *in[] = {k, x, w, u}, *S = reals(B * D * 2), *S_pieces = reals(B * D * 2);
+    real *past = reals(B * 2 * D), *past_pieces = reals(B * 2 * D), *last_v = reals(B * D);
+    wkv_run(&s, in, whole[0], past, NULL, S, 0);
+    for (int i = 0; i < 2; i++) {
+        size_t first = i ? cut : 0;
+        real *own[] = {piece_of(k, B, T, first, part[i], D), piece_of(x, B, T, first, part[i], D), w, u};
+        real *out = reals(B * part[i] * D);
+        s.T = part[i];
+        wkv_run(&s, own, out, past_pieces, i ? last_v : NULL, S_pieces, first);
+        CALL(last_token)(ctx, last_v, own[1], B, part[i], D);
+        put_piece(pieces[0], out, B, T, first, part[i], D);
+    }
+    same_bits("wkv", whole[0], pieces[0], n);
+    same_bits("wkv's state", S, S_pieces, B * D * 2);
+    same_bits("wkv's last key and exponent", past, past_pieces, B * 2 * D);
+
+    size_t H = 2, room = T + 3;                                      // attention, from a cache with room behind the tokens
+    uint8_t *mask = take(B * T, 1), *cache_mask = take(B * room, 1);
+    double *expected = doubles(n);
+    real *keys = reals(B * room * D), *values = reals(B * room * D), *lse = reals(B * T * H);
+    for (size_t row = 0; row < B * T; row++) mask[row] = (uint8_t)(row % T > 1 && mask_at(row));
+    for (size_t i = 0; i < B * room * D; i++) keys[i] = values[i] = (real)NAN;
+    memset(cache_mask, 1, B * room);
+    CALL(attention_forward)(ctx, whole[0], lse, k, x, x, mask, B, T, 0, T, H, D / H, D / H, 0.5);
+    for (size_t i = 0; i < n; i++) expected[i] = whole[0][i];
+    for (int masked = 1; masked >= 0; masked--) {
+        for (int i = 0; i < 2; i++) {
+            size_t first = i ? cut : 0;
+            real *q = piece_of(k, B, T, first, part[i], D), *out = reals(B * part[i] * D);
+            for (size_t b = 0; b < B; b++) {
+                memcpy(cache_mask + b * room + first, mask + b * T + first, part[i]);
+                memcpy(keys + (b * room + first) * D, x + (b * T + first) * D, part[i] * D * sizeof(real));
+                memcpy(values + (b * room + first) * D, x + (b * T + first) * D, part[i] * D * sizeof(real));
+            }
+            CALL(attention_forward)(ctx, out, reals(B * part[i] * H), q, keys, values, masked ? cache_mask : NULL, B, part[i],
+                                    first, room, H, D / H, D / H, 0.5);
+            put_piece(pieces[0], out, B, T, first, part[i], D);
+        }
+        compare(masked ? "attention, masked" : "attention", pieces[0], expected, DIMS(B, T, D));
+        CALL(attention_forward)(ctx, whole[0], lse, k, x, x, NULL, B, T, 0, T, H, D / H, D / H, 0.5);
+        for (size_t i = 0; i < n; i++) expected[i] = whole[0][i];
+    }
+    end_check();
+}
+
+static void check_row_kernels(void) {
+    const row_operation operations[] = {
+        {{"conv alone", {"n", "w", "tail"}, {"c"}, 3, 2, 1, 1, 2, 0, 1e-3, TOLERANCE(5e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
+          conv_alone_sizes, NULL, conv_alone_reference, conv_alone_forward, conv_alone_backward}, 0, 2},
+        {{"shift", {"n", "mu", "previous"}, {"y"}, 3, 2, 1, 1, 3, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
+          shift_sizes, NULL, shift_reference, shift_forward, shift_backward}, 0, 2},
+        {{"last token", {"x"}, {"to"}, 1, 0, 1, 1, 0, 0, 0, 1e-30, 0,
+          last_token_sizes, NULL, last_token_reference, last_token_forward, NULL}, 0, 1},
+        {{"map", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(5e-7, 4e-12),
+          map_sizes, map_fill, map_reference, map_forward, map_backward}, 0, 3},
+        {{"taylor", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 1e-15), TOLERANCE(5e-7, 4e-12),
+          taylor_sizes, NULL, taylor_reference, taylor_forward, taylor_backward}, 0, 1},
+        {{"rotate", {"x", "theta"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-5, TOLERANCE(5e-7, 1e-12), TOLERANCE(2e-6, 1e-9),
+          rotate_sizes, rotate_fill, rotate_reference, rotate_forward, rotate_backward}, 0, 8},
+        {{"rotate far", {"x", "theta"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-8, TOLERANCE(5e-7, 1e-8), 5e-6,
+          rotate_sizes, rotate_fill, rotate_reference, rotate_forward, rotate_backward}, 8, 2},
+        {{"bounded gate", {"z", "gamma"}, {"alpha", "k"}, 2, 2, 2, 2, 2, 0, 1e-3, TOLERANCE(4e-7, 5e-16),
+          TOLERANCE(2e-6, 4e-12), bounded_gate_sizes, bounded_gate_fill, bounded_gate_reference, bounded_gate_forward,
+          bounded_gate_backward}, 0, 2},
+        {{"bounds", {"G"}, {"gamma"}, 1, 1, 1, 1, 1, 0, 1e-3, TOLERANCE(3e-7, 4e-15), TOLERANCE(2e-6, 2e-10),
+          bounds_sizes, NULL, bounds_reference, bounds_forward, bounds_backward}, 0, 1},
+        {{"ssm", {"decay", "phase", "step"}, {"alpha", "theta", "b"}, 3, 3, 3, 3, 7, 0, 3e-5, TOLERANCE(3e-7, 1e-14),
+          TOLERANCE(2e-6, 1e-9), ssm_sizes, ssm_fill, ssm_reference, ssm_forward, ssm_backward}, 0, 3},
+        {{"ssm, short steps", {"decay", "phase", "step"}, {"alpha", "theta", "b"}, 3, 3, 3, 3, 0, 0, 1e-3,
+          TOLERANCE(3e-7, 1e-14), TOLERANCE(2e-6, 1e-9), ssm_sizes, ssm_fill, ssm_reference, ssm_forward,
+          ssm_backward_from_zero}, 3, 3},
+        {{"scale pairs", {"x", "b"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
+          scale_pairs_sizes, NULL, scale_pairs_reference, scale_pairs_forward, scale_pairs_backward}, 0, 1},
+        {{"selective", {"z", "x", "A"}, {"alpha", "v"}, 3, 3, 2, 2, 4, 0, 1e-3, TOLERANCE(2e-6, 2e-15), TOLERANCE(9e-6, 4e-11),
+          selective_sizes, NULL, selective_reference, selective_forward, selective_backward}, 0, 1},
+        {{"copy heads", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, 1e-30, TOLERANCE(9e-7, 4e-12),
+          copy_heads_sizes, NULL, copy_heads_reference, copy_heads_forward, copy_heads_backward}, 0, 1},
+        {{"wkv", {"k", "v", "w", "u"}, {"y"}, 4, 4, 1, 1, 12, 0, 1e-3, TOLERANCE(2e-6, 2e-15), TOLERANCE(9e-6, 4e-11),
+          wkv_sizes, wkv_fill, wkv_reference, wkv_forward, wkv_backward}, 0, 2},
+        {{"extend", {"v", "previous"}, {"y"}, 2, 1, 1, 1, 0, 0, 1e-3, 1e-30, TOLERANCE(1e-9, 4e-12),
+          extend_sizes, NULL, extend_reference, extend_forward, extend_backward}, 0, 4},
+        {{"normalise", {"o", "bonus", "v"}, {"y"}, 3, 3, 1, 1, 0, 0, 1e-3, TOLERANCE(5e-7, 5e-16), TOLERANCE(2e-6, 4e-11),
+          normalise_sizes, normalise_fill, normalise_reference, normalise_forward, normalise_backward}, 0, 2},
+        {{"skip", {"x", "d", "o"}, {"y"}, 3, 2, 1, 1, 3, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
+          skip_sizes, NULL, skip_reference, skip_forward, skip_backward}, 0, 1},
+        {{"multiply", {"a", "b"}, {"y"}, 2, 2, 1, 1, 0, 0, 1e-3, TOLERANCE(1e-7, 5e-16), TOLERANCE(2e-7, 4e-12),
+          two_sizes, NULL, multiply_reference, multiply_forward, multiply_backward}, 0, 1},
+        {{"sigmoid gate", {"a", "b"}, {"y"}, 2, 2, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(5e-7, 4e-12),
+          two_sizes, NULL, sigmoid_gate_reference, sigmoid_gate_forward, sigmoid_gate_backward}, 0, 1},
+        {{"attention", {"q", "k", "v"}, {"o", "lse"}, 3, 3, 2, 1, 0, 0, 1e-3, TOLERANCE(2e-6, 4e-15), TOLERANCE(9e-6, 4e-10),
+          attention_sizes, NULL, attention_reference, attention_forward, attention_backward}, 0, 2},
+    };
+    static const shape shapes[] = {      // B T D H K V N
+        {1, 1, 2, 1, 1, 2, 1, 0}, {2, 5, 6, 3, 2, 2, 1, 0}, {3, 19, 40, 4, 5, 10, 1, 0}, {2, 70, 33, 3, 8, 16, 1, 0},
+        {1, 3, 130, 1, 65, 130, 1, 0}, {1, 131, 5, 1, 16, 7, 1, 0}};
+    for (size_t o = 0; o < COUNT(operations); o++) {
+        const operation *op = &operations[o].op;
+        for (size_t i = 0; i < COUNT(shapes); i++)
+            for (int variant = 0; variant < operations[o].variants; variant++) {
+                shape s = shapes[i];
+                s.variant = operations[o].first_variant + variant;
+                check_operation(op, &s);
+            }
+        for (int variant = 0; variant < operations[o].variants; variant++) {
+            shape s = {2, 37, 6, 3, 4, 3, 1, 0};
+            s.variant = operations[o].first_variant + variant;
+            check_extremes(op, &s);
+        }
+        static const shape large = {3, 61, 130, 6, 18, 16, 1, 1};
+        check_operation_threads(op, &large);
+    }
+    check_pieces(2, 11, 4, 6);
+    check_pieces(1, 150, 70, 34);
+    check_pieces(3, 40, 1, 4);
+    check_pieces(2, 40, 39, 4);
+}
+
 // ------------------------------------------------------------------------------------------------ matrix products
 
 // All elements of y = x Wᵀ + bias, dx = dy W, dW += dyᵀ x and dbias += Σ dy, over sizes below, at and above the tiles'
@@ -1063,7 +1781,9 @@ static void check_scans(void) {
     }
     static const scan_shape shapes[] = {{1, 1, 1, 1, 1}, {2, 3, 2, 1, 2}, {1, 15, 3, 5, 7}, {1, 16, 1, 4, 8},
         {2, 17, 2, 3, 16}, {1, 63, 1, 8, 16}, {1, 64, 2, 2, 33}, {1, 65, 1, 9, 5}, {2, 130, 3, 8, 16},
-        {1, 200, 1, 17, 31}, {1, 70, 2, 32, 64}};
+        {1, 200, 1, 17, 31}, {1, 70, 2, 32, 64},
+        {2, 130, 5, 1, 2}, {1, 70, 700, 1, 1}, {2, 67, 3, 16, 1}, {1, 129, 40, 32, 1}, {1, 66, 3, 2, 1}, {1, 66, 3, 7, 1}, {1, 65, 2, 1, 40},
+        {1, 65, 2, 600, 1}, {1, 70, 2, 273, 33}, {1, 66, 2, 8, 65}, {1, 66, 1, 8, 49}};
     static const metala_form forms[] = {METALA_RECURRENT, METALA_PARALLEL, METALA_CHUNKWISE};
     for (size_t i = 0; i < COUNT(shapes); i++)
         for (int gates = SOFT; gates <= HARD; gates++)
@@ -1137,7 +1857,9 @@ static void check_backend_memory(void) {
 
 // ------------------------------------------------------------------------------------------------ the model
 
-// The whole model in double, token by token, from the equations on top of metala.h.
+// The whole model in double, token by token: what is common to all rows is here, their mixers follow.
+enum { STATE_ROOM = 1024, TAIL_ROOM = 256 };
+struct mixing;
 typedef struct {
     const metala_model *model;
     double *theta;                       // the parameters, laid out as the model's
@@ -1145,7 +1867,9 @@ typedef struct {
     const uint8_t *mask;                 // (B,T) or NULL
     size_t B, T;
     double *logits;                      // (B,T,N)
-    double *S, *tails;                   // (L,B,H,K,V), (L,B,4,D) oldest first, after T tokens
+    double *S, *tails;                   // (L,B,STATE_ROOM), (L,B,TAIL_ROOM) after T tokens
+    size_t (*mixer)(const struct mixing *);
+    size_t *state_numbers;               // of a layer and sequence, what the mixer returned
 } reference;
 
 static const double *theta_of(const reference *r, int layer, const char *name) {
@@ -1172,73 +1896,490 @@ static void normalise(double *n, const double *x, size_t D, double eps) {
     for (size_t d = 0; d < D; d++) n[d] = x[d] / sqrt(sum / (double)D + eps);
 }
 
-// x += mixer(rms(x));  x += GLU(rms(x)).  S (H,K,V), tail (4,D), work: some vectors.
-static void reference_layer(const reference *r, int l, double *x, double *S, double *tail, double m, double *work) {
-    const metala_config *c = metala_model_config(r->model);
-    size_t D = (size_t)c->width, H = (size_t)c->heads, K = D / 2 / H, V = D / H, F = (size_t)c->glu_dim;
-    double *n = work, *u = n + D, *q = u + D, *z = q + D, *k = z + D, *v = k + D, *g = v + D, *y = g + D, *a = y + D;
-    double *prod = a + F;
-    const double *w = theta_of(r, l, "token_mixer.conv1d.weight"), *balance = theta_of(r, l, "token_mixer.aug_balance");
-    normalise(n, x, D, c->norm_eps);
-    memmove(tail, tail + D, 3 * D * sizeof *tail);
-    for (size_t d = 0; d < D; d++) tail[3 * D + d] = n[d] *= m;
-    for (size_t d = 0; d < D; d++) {
-        u[d] = c->no_conv ? n[d] : 0;
-        for (size_t j = 0; j < 4 && !c->no_conv; j++) u[d] += w[d * 4 + j] * tail[j * D + d];
-        if (!c->no_conv) u[d] = swish(u[d]);
-    }
-    linear(q, u, theta_of(r, l, "token_mixer.q_proj.weight"), NULL, D / 2, D);
-    if (c->fixed_decay) memcpy(z, theta_of(r, l, "token_mixer.decay_logit"), D / 2 * sizeof *z);
-    else linear(z, u, theta_of(r, l, "token_mixer.k_gate.weight"), NULL, D / 2, D);
-    if (c->key_linear) linear(k, u, theta_of(r, l, "token_mixer.k_proj.weight"), NULL, D / 2, D);
-    linear(v, u, theta_of(r, l, "token_mixer.v_proj.weight"), NULL, D, D);
-    linear(g, u, theta_of(r, l, "token_mixer.g_proj.weight"), theta_of(r, l, "token_mixer.g_proj.bias"), D, D);
-    for (size_t h = 0; h < H; h++) {
-        double along = 0, mean = 0, variance = 0, *out = y + h * V;
-        memset(out, 0, V * sizeof *out);
-        for (size_t i = 0; i < K; i++) {
-            size_t at = h * K + i;
-            double alpha = exp(log_logistic(z[at]) / c->tau);
-            if (!c->key_linear) k[at] = 1 - alpha;
-            if (!c->no_augment) along += q[at] * k[at] * balance[at];
-            for (size_t j = 0; j < V; j++) {
-                double *s = &S[at * V + j];
-                *s = alpha * *s + k[at] * m * v[h * V + j];
-                out[j] += q[at] * *s / sqrt((double)K);
-            }
+// ---- The mixers of all rows, each from its own paper: token by token, in complex numbers where the paper has them.
+
+typedef struct mixing {                  // one layer's mixer on one sequence
+    const reference *r;
+    const metala_config *c;
+    int layer;
+    size_t T, D, H, E;                   // E: channels of all values
+    const double *n;                     // (T,D) normalised, 0 where masked
+    const uint8_t *mask;                 // (T) or NULL
+    double *y;                           // (T,D) what it adds to the residual stream
+    double *S, *tail;                    // the state after T tokens as metala_state_get has it, zero before; (4,U) oldest first
+} mixing;
+
+enum { WIDE = 128 };                     // of any vector here
+
+static const double *weight(const mixing *m, const char *name) {
+    char full[100];
+    snprintf(full, sizeof full, "token_mixer.%s", name);
+    return theta_of(m->r, m->layer, full);
+}
+static double unmasked(const mixing *m, size_t t) { return m->mask ? m->mask[t] : 1; }
+
+typedef struct { double re, im; } complex_number;
+static complex_number polar(double r, double angle) { return (complex_number){r * cos(angle), r * sin(angle)}; }
+static complex_number times(complex_number a, complex_number b) {
+    return (complex_number){a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+static complex_number over(complex_number a, complex_number b) {
+    double size = b.re * b.re + b.im * b.im;
+    return (complex_number){(a.re * b.re + a.im * b.im) / size, (a.im * b.re - a.re * b.im) / size};
+}
+
+// u = Σ_j w_j ⊙ x_{t-3+j} of x (T,U); and the last four x after token t.
+static void four_taps(double *u, const double *w, const double *x, size_t t, size_t U, double *tail) {
+    for (size_t d = 0; d < U; d++) {
+        u[d] = 0;
+        for (size_t j = 0; j < 4; j++) {
+            double at = t + j >= 3 ? x[(t + j - 3) * U + d] : 0;
+            u[d] += w[d * 4 + j] * at;
+            tail[j * U + d] = at;
         }
-        for (size_t j = 0; j < V && !c->no_augment; j++) out[j] += logistic(along * m * v[h * V + j]);
-        for (size_t j = 0; j < V; j++) mean += out[j] / (double)V;
-        for (size_t j = 0; j < V; j++) variance += (out[j] - mean) * (out[j] - mean) / (double)V;
-        for (size_t j = 0; j < V; j++) out[j] = swish(g[h * V + j]) * (out[j] - mean) / sqrt(variance + c->head_norm_eps);
     }
-    linear(u, y, theta_of(r, l, "token_mixer.out_proj.weight"), NULL, D, D);
-    for (size_t d = 0; d < D; d++) x[d] += u[d];
-    normalise(n, x, D, c->norm_eps);
-    linear(a, n, theta_of(r, l, "channel_mixer.l1.weight"), theta_of(r, l, "channel_mixer.l1.bias"), F, D);
-    linear(prod, n, theta_of(r, l, "channel_mixer.l2.weight"), theta_of(r, l, "channel_mixer.l2.bias"), F, D);
-    for (size_t f = 0; f < F; f++) prod[f] *= swish(a[f]);
-    linear(u, prod, theta_of(r, l, "channel_mixer.l3.weight"), theta_of(r, l, "channel_mixer.l3.bias"), D, F);
-    for (size_t d = 0; d < D; d++) x[d] += u[d];
+}
+
+// MetaLA (section 4) and its ablations.
+static size_t mixer_metala(const mixing *m) {
+    const metala_config *c = m->c;
+    size_t D = m->D, H = m->H, K = D / 2 / H, V = D / H;
+    double u[WIDE], q[WIDE], z[WIDE], k[WIDE], v[WIDE], g[WIDE], y[WIDE];
+    int linear_key = c->row.key == METALA_KEY_LINEAR, augmented = c->row.self == METALA_SELF_AUGMENT;
+    const double *conv = weight(m, "conv1d.weight"), *balance = weight(m, "aug_balance"), *W_q = weight(m, "q_proj.weight");
+    const double *fixed = weight(m, "decay_logit"), *W_z = weight(m, "k_gate.weight"), *W_k = weight(m, "k_proj.weight");
+    const double *W_v = weight(m, "v_proj.weight"), *W_g = weight(m, "g_proj.weight"), *beta = weight(m, "g_proj.bias");
+    const double *W_o = weight(m, "out_proj.weight");
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        if (c->row.conv) four_taps(u, conv, m->n, t, D, m->tail);
+        for (size_t d = 0; d < D; d++) u[d] = c->row.conv ? swish(u[d]) : n[d];
+        linear(q, u, W_q, NULL, D / 2, D);
+        if (fixed) memcpy(z, fixed, D / 2 * sizeof *z);
+        else linear(z, u, W_z, NULL, D / 2, D);
+        if (linear_key) linear(k, u, W_k, NULL, D / 2, D);
+        linear(v, u, W_v, NULL, D, D);
+        linear(g, u, W_g, beta, D, D);
+        for (size_t d = 0; d < D; d++) v[d] *= unmasked(m, t);
+        for (size_t h = 0; h < H; h++) {
+            double along = 0, mean = 0, variance = 0, *out = y + h * V;
+            memset(out, 0, V * sizeof *out);
+            for (size_t i = 0; i < K; i++) {
+                size_t at = h * K + i;
+                double alpha = exp(log_logistic(z[at]) / c->tau);
+                if (!linear_key) k[at] = 1 - alpha;
+                if (augmented) along += q[at] * k[at] * balance[at];
+                for (size_t j = 0; j < V; j++) {
+                    double *s = &m->S[at * V + j];
+                    *s = alpha * *s + k[at] * v[h * V + j];
+                    out[j] += q[at] * *s / sqrt((double)K);
+                }
+            }
+            for (size_t j = 0; j < V && augmented; j++) out[j] += logistic(along * v[h * V + j]);
+            for (size_t j = 0; j < V; j++) mean += out[j] / (double)V;
+            for (size_t j = 0; j < V; j++) variance += (out[j] - mean) * (out[j] - mean) / (double)V;
+            for (size_t j = 0; j < V; j++) out[j] = swish(g[h * V + j]) * (out[j] - mean) / sqrt(variance + c->head_norm_eps);
+        }
+        linear(m->y + t * D, y, W_o, NULL, D, D);
+    }
+    return H * K * V;
+}
+
+// "Transformers are RNNs", Katharopoulos et al. 2020, equations 16 to 20: φ(x) = elu(x) + 1, s = Σ φ(k) vᵀ, z = Σ φ(k).
+// Based, Arora et al. 2024: φ(x) = [1, x/d^(1/4), x⊗x/√(2d)], of u = silu(conv(n)).
+static size_t mixer_linear(const mixing *m) {
+    size_t D = m->D, H = m->H, d = D / H, V = D / H, f, F;
+    int taylor = m->c->row.query == METALA_QUERY_TAYLOR;
+    double u[WIDE], q[WIDE], k[WIDE], v[WIDE], of_q[WIDE], of_k[WIDE], y[WIDE];
+    const double *W_q = weight(m, "q_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight"), *conv = weight(m, "conv1d.weight");
+    if (taylor) d = (size_t)m->c->feature_dim;
+    F = taylor ? 1 + d + d * d : d;
+    for (size_t t = 0; t < m->T; t++) {
+        memcpy(u, m->n + t * D, D * sizeof *u);
+        if (conv) four_taps(u, conv, m->n, t, D, m->tail);
+        for (size_t i = 0; i < D && conv; i++) u[i] = swish(u[i]);
+        linear(q, u, W_q, NULL, H * d, D);
+        linear(k, u, W_k, NULL, H * d, D);
+        linear(v, u, W_v, NULL, D, D);
+        for (size_t h = 0; h < H; h++) {
+            double weights = 1e-6, *S = m->S + h * F * (V + 1);
+            const double *qh = q + h * d, *kh = k + h * d;
+            for (f = 0; f < F; f++)
+                if (!taylor) of_q[f] = qh[f] > 0 ? qh[f] + 1 : exp(qh[f]), of_k[f] = kh[f] > 0 ? kh[f] + 1 : exp(kh[f]);
+                else if (f == 0) of_q[f] = of_k[f] = 1;
+                else if (f <= d) of_q[f] = qh[f - 1] / pow((double)d, 0.25), of_k[f] = kh[f - 1] / pow((double)d, 0.25);
+                else {
+                    size_t i = (f - 1 - d) / d, j = (f - 1 - d) % d;
+                    of_q[f] = qh[i] * qh[j] / sqrt(2.0 * (double)d), of_k[f] = kh[i] * kh[j] / sqrt(2.0 * (double)d);
+                }
+            memset(y + h * V, 0, V * sizeof *y);
+            for (f = 0; f < F; f++) {
+                for (size_t j = 0; j < V; j++) {
+                    S[f * (V + 1) + j] += unmasked(m, t) * of_k[f] * v[h * V + j];
+                    y[h * V + j] += of_q[f] * S[f * (V + 1) + j];
+                }
+                S[f * (V + 1) + V] += unmasked(m, t) * of_k[f];
+                weights += of_q[f] * S[f * (V + 1) + V];
+            }
+            for (size_t j = 0; j < V; j++) y[h * V + j] /= weights;
+        }
+        linear(m->y + t * D, y, W_o, NULL, D, D);
+    }
+    return H * F * (V + 1);
+}
+
+// What RetNet, TransNormerLLM and GLA share: S = diag(α) S + k vᵀ and o = K^(-1/2) Sᵀ q, with q and k (H,K) rotated by
+// e^{iθt}, K/2 angles for each head or NULL.
+static void read_and_write(const mixing *m, size_t t, double *o, double *q, double *k, const double *v, const double *alpha,
+                           const double *theta, size_t K, size_t V) {
+    memset(o, 0, m->H * V * sizeof *o);
+    for (size_t i = 0; i + 1 < m->H * K && theta; i += 2) {
+        complex_number turn = polar(1, fmod((double)t * theta[i % K / 2], 2 * acos(-1)));
+        complex_number of_q = times(turn, (complex_number){q[i], q[i + 1]}), of_k = times(turn, (complex_number){k[i], k[i + 1]});
+        q[i] = of_q.re, q[i + 1] = of_q.im, k[i] = of_k.re, k[i + 1] = of_k.im;
+    }
+    for (size_t i = 0; i < m->H * K; i++)
+        for (size_t j = 0, h = i / K; j < V; j++) {
+            double *s = &m->S[i * V + j];
+            *s = alpha[i] * *s + unmasked(m, t) * k[i] * v[h * V + j];
+            o[h * V + j] += q[i] * *s / sqrt((double)K);
+        }
+}
+
+// RetNet, Sun et al. 2023, section 2: xPos without its own decay, γ_h = 1 - 2^(-5-h), Y = (silu(n W_G + β) ⊙ norm(o)) W_O, the
+// norm over each head. θ_i = 10000^(-2i/K).
+static size_t mixer_retnet(const mixing *m) {
+    size_t D = m->D, H = m->H, E = m->E, K = D / H, V = E / H;
+    double q[WIDE], k[WIDE], v[WIDE], g[WIDE], o[WIDE], alpha[WIDE], theta[WIDE];
+    const double *W_q = weight(m, "q_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight"), *W_g = weight(m, "g_proj.weight"), *beta = weight(m, "g_proj.bias");
+    for (size_t i = 0; i < D; i++) alpha[i] = 1 - 1 / (32 * pow(2, (double)(i / K)));
+    for (size_t i = 0; i < K / 2; i++) theta[i] = (real)pow(10000, -2.0 * (double)i / (double)K);    // constants are reals, too
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        linear(q, n, W_q, NULL, D, D), linear(k, n, W_k, NULL, D, D), linear(v, n, W_v, NULL, E, D), linear(g, n, W_g, beta, E, D);
+        read_and_write(m, t, o, q, k, v, alpha, theta, K, V);
+        for (size_t h = 0; h < H; h++) normalise(v + h * V, o + h * V, V, m->c->head_norm_eps);
+        for (size_t j = 0; j < E; j++) v[j] *= swish(g[j]);
+        linear(m->y + t * D, v, W_o, NULL, D, E);
+    }
+    return H * K * V;
+}
+
+// TransNormerLLM, Qin et al. 2023, section 3: silu of q and k, λ = exp(-8h/H (1 - l/L)) with heads counted from 1, rotation by
+// learned angles in layer 0, O = norm(o) ⊙ U, U = W_u n.
+static size_t mixer_transnormer(const mixing *m) {
+    size_t D = m->D, H = m->H, K = D / H;
+    double q[WIDE], k[WIDE], v[WIDE], g[WIDE], o[WIDE], alpha[WIDE];
+    const double *W_q = weight(m, "q_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight"), *W_g = weight(m, "g_proj.weight"), *theta = weight(m, "theta");
+    if ((theta != NULL) != (m->layer == 0)) problem("angles belong to layer 0 alone");
+    for (size_t i = 0; i < D; i++)
+        alpha[i] = (real)exp(-8 * (double)(i / K + 1) / (double)H * (1 - m->layer / (double)m->c->layers));
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        linear(q, n, W_q, NULL, D, D), linear(k, n, W_k, NULL, D, D), linear(v, n, W_v, NULL, D, D), linear(g, n, W_g, NULL, D, D);
+        for (size_t i = 0; i < D; i++) q[i] = swish(q[i]), k[i] = swish(k[i]);
+        read_and_write(m, t, o, q, k, v, alpha, theta, K, K);
+        normalise(v, o, D, m->c->head_norm_eps);
+        for (size_t j = 0; j < D; j++) v[j] *= g[j];
+        linear(m->y + t * D, v, W_o, NULL, D, D);
+    }
+    return D * K;
+}
+
+// Gated Linear Attention, Yang et al. 2023, section 4.4: α = σ(n W_1 W_2 + b)^(1/τ), τ = 16, y = (silu(n W_r + β) ⊙ norm(o)) W_O.
+static size_t mixer_gla(const mixing *m) {
+    size_t D = m->D, H = m->H, E = m->E, K = D / 2 / H, V = E / H, R = (size_t)m->c->low_rank;
+    double q[WIDE], k[WIDE], v[WIDE], g[WIDE], o[WIDE], alpha[WIDE], low[WIDE];
+    const double *W_q = weight(m, "q_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight"), *W_g = weight(m, "g_proj.weight"), *beta = weight(m, "g_proj.bias");
+    const double *W_1 = weight(m, "k_gate.0.weight"), *W_2 = weight(m, "k_gate.1.weight"), *b = weight(m, "k_gate.1.bias");
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        linear(q, n, W_q, NULL, D / 2, D), linear(k, n, W_k, NULL, D / 2, D), linear(v, n, W_v, NULL, E, D);
+        linear(g, n, W_g, beta, E, D), linear(low, n, W_1, NULL, R, D), linear(alpha, low, W_2, b, D / 2, R);
+        for (size_t i = 0; i < D / 2; i++) alpha[i] = pow(logistic(alpha[i]), 1 / m->c->tau);
+        read_and_write(m, t, o, q, k, v, alpha, NULL, K, V);
+        for (size_t h = 0; h < H; h++) normalise(v + h * V, o + h * V, V, m->c->head_norm_eps);
+        for (size_t j = 0; j < E; j++) v[j] *= swish(g[j]);
+        linear(m->y + t * D, v, W_o, NULL, D, E);
+    }
+    return H * K * V;
+}
+
+// RWKV-4, Peng et al. 2023, equations 11 to 16: the exponentials as they stand, in double.
+static size_t mixer_rwkv4(const mixing *m) {
+    size_t D = m->D;
+    double in[3][WIDE], g[WIDE], k[WIDE], v[WIDE], y[WIDE], a[WIDE] = {0}, b[WIDE] = {0}, most[WIDE], last_k[WIDE], last_v[WIDE];
+    const double *mu[3] = {weight(m, "shift_g"), weight(m, "shift_k"), weight(m, "shift_v")};
+    const double *W_r = weight(m, "g_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight"), *decay = weight(m, "time_decay"), *u = weight(m, "time_first");
+    for (size_t t = 0; t < m->T; t++) {
+        for (int i = 0; i < 3; i++)
+            for (size_t d = 0; d < D; d++)
+                in[i][d] = mu[i][d] * m->n[t * D + d] + (1 - mu[i][d]) * (t ? m->n[(t - 1) * D + d] : 0);
+        linear(g, in[0], W_r, NULL, D, D), linear(k, in[1], W_k, NULL, D, D), linear(v, in[2], W_v, NULL, D, D);
+        for (size_t d = 0; d < D; d++) {
+            double w = exp(decay[d]), here = unmasked(m, t) * exp(u[d] + k[d]);
+            if (t == 0) most[d] = -1e30;
+            else {                                               // what came before token t, and the exponent it is kept at
+                most[d] = fmax(most[d] - w, last_k[d]);
+                a[d] = exp(-w) * a[d] + exp(last_k[d]) * last_v[d];
+                b[d] = exp(-w) * b[d] + exp(last_k[d]);
+            }
+            m->S[2 * d] = t ? a[d] * exp(-most[d]) : 0, m->S[2 * d + 1] = t ? b[d] * exp(-most[d]) : 0;
+            y[d] = b[d] + here > 0 ? logistic(g[d]) * (a[d] + here * v[d]) / (b[d] + here) : 0;
+            last_k[d] = unmasked(m, t) > 0 ? k[d] : -1e30, last_v[d] = v[d];
+        }
+        linear(m->y + t * D, y, W_o, NULL, D, D);
+    }
+    return 2 * D;
+}
+
+// A complex state as the scan keeps it: without the phase that e^{iθt} brings.
+static void put_state(double *S, complex_number x, double theta, size_t t) {
+    complex_number still = times(x, polar(1, -fmod(theta * (double)t, 2 * acos(-1))));
+    S[0] = still.re, S[1] = still.im;
+}
+
+// HGRN, Qin et al. 2023, equations 4 to 8: λ = γ + (1-γ) σ(W_λ n), h = λ e^{iθ} h + (1-λ) c, real and imaginary part of c each
+// silu of a linear map; γ of layer l is the sum of softmax(Γ)'s rows 1 to l.
+static size_t mixer_glru(const mixing *m) {
+    size_t D = m->D, E = m->E, L = (size_t)m->c->layers;
+    double z[WIDE], v[2 * WIDE], g[2 * WIDE], y[2 * WIDE], gamma[WIDE];
+    complex_number h[WIDE] = {{0, 0}};
+    const double *W_z = weight(m, "k_gate.weight"), *W_v = weight(m, "v_proj.weight"), *W_o = weight(m, "out_proj.weight");
+    const double *W_g = weight(m, "g_proj.weight"), *beta = weight(m, "g_proj.bias"), *theta = weight(m, "theta");
+    const double *G = theta_of(m->r, -1, "model.lower_bounds");
+    for (size_t i = 0; i < E; i++) {
+        double sum = 0, below_it = 0;
+        for (size_t l = 0; l < L; l++) {
+            sum += exp(G[l * E + i]);
+            if (l > 0 && l <= (size_t)m->layer) below_it += exp(G[l * E + i]);
+        }
+        gamma[i] = below_it / sum;
+    }
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        linear(z, n, W_z, NULL, E, D), linear(v, n, W_v, NULL, 2 * E, D), linear(g, n, W_g, beta, 2 * E, D);
+        for (size_t i = 0; i < E; i++) {
+            double lambda = gamma[i] + (1 - gamma[i]) * logistic(z[i]), write = (1 - lambda) * unmasked(m, t);
+            h[i] = times(polar(lambda, theta[i]), h[i]);
+            h[i].re += write * swish(v[2 * i]), h[i].im += write * swish(v[2 * i + 1]);
+            y[2 * i] = h[i].re, y[2 * i + 1] = h[i].im;
+            put_state(m->S + 2 * i, h[i], theta[i], t);
+        }
+        normalise(v, y, 2 * E, m->c->head_norm_eps);
+        for (size_t j = 0; j < 2 * E; j++) v[j] *= swish(g[j]);
+        linear(m->y + t * D, v, W_o, NULL, D, 2 * E);
+    }
+    return 2 * E;
+}
+
+// λ̄ and the input's factor of state number i of a diagonal state-space model, whose λ = -e^decay + i phase is discretised with
+// Δ = e^step by zero-order hold (S4D, Gu et al. 2022, table 1; S5, Smith et al. 2023, equation 6):
+// λ̄ = e^{λΔ}, b = (λ̄ - 1)/λ; in DSS (Gupta et al. 2022, proposition 1b) b = 1/λ · 1/Σ_{j<length} e^{λΔj}; in LRU (Orvieto et
+// al. 2023, section 3) λ̄ = exp(-e^decay + i e^phase), b = e^step.
+static void discretise(const mixing *m, size_t i, size_t head, complex_number *lambda_bar, complex_number *b) {
+    double decay = weight(m, "ssm_decay")[i], phase = weight(m, "ssm_phase")[i], step = exp(weight(m, "ssm_step")[head]);
+    complex_number lambda = {-exp(decay), phase}, sum = {0, 0}, one = {1, 0};
+    if (m->c->row.decay == METALA_DECAY_LRU) {
+        *lambda_bar = polar(exp(-exp(decay)), exp(phase));
+        *b = (complex_number){step, 0};
+        return;
+    }
+    *lambda_bar = polar(exp(lambda.re * step), lambda.im * step);
+    *b = over((complex_number){lambda_bar->re - 1, lambda_bar->im}, lambda);
+    if (m->c->row.decay != METALA_DECAY_DSS) return;
+    for (int j = 0; j < m->c->length; j++) {
+        complex_number power = polar(exp(lambda.re * step * j), lambda.im * step * j);
+        sum.re += power.re, sum.im += power.im;
+    }
+    *b = over(over(one, sum), lambda);
+}
+// The angle by which a state turns in a token, as large as the parameters say.
+static double turn_of(const mixing *m, size_t i, size_t head) {
+    double phase = weight(m, "ssm_phase")[i];
+    return (real)(m->c->row.decay == METALA_DECAY_LRU ? exp(phase) : phase * exp(weight(m, "ssm_step")[head]));
+}
+
+// S4D, DSS and H3 (Fu et al. 2023, section 3.1: y = q ⊙ SSM_diagonal(SSM_shift(k) ⊙ v), the shift with 4 taps): for each channel
+// x = λ̄ x + b in, y = 2 Re(C̄ᵀ x) + d in. (C is as free as C̄, which is what the parameter holds.)
+static size_t mixer_s4d(const mixing *m) {
+    size_t D = m->D, N = (size_t)m->c->state_size;
+    double in[WIDE], v[WIDE], g[WIDE], out[WIDE];
+    double *keys = malloc(m->T * D * sizeof *keys);
+    complex_number *x = calloc(D * N, sizeof *x), *lambda_bar = calloc(D * N, sizeof *x), *b = calloc(D * N, sizeof *x);
+    const double *C = weight(m, "C"), *d = weight(m, "D"), *W_o = weight(m, "out_proj.weight"), *W_k = weight(m, "k_proj.weight");
+    const double *W_v = weight(m, "v_proj.weight"), *W_g = weight(m, "g_proj.weight"), *taps = weight(m, "conv1d.weight");
+    for (size_t i = 0; i < D * N; i++) discretise(m, i, i / N, &lambda_bar[i], &b[i]);
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        memcpy(in, n, D * sizeof *in);
+        if (taps) {
+            linear(keys + t * D, n, W_k, NULL, D, D), linear(v, n, W_v, NULL, D, D), linear(g, n, W_g, NULL, D, D);
+            four_taps(in, taps, keys, t, D, m->tail);
+            for (size_t i = 0; i < D; i++) in[i] *= unmasked(m, t) * v[i];
+        }
+        for (size_t c = 0; c < D; c++) {
+            out[c] = d[c] * in[c];
+            for (size_t i = c * N; i < (c + 1) * N; i++) {
+                x[i] = times(lambda_bar[i], x[i]);
+                x[i].re += b[i].re * in[c], x[i].im += b[i].im * in[c];
+                out[c] += 2 * (C[2 * i] * x[i].re + C[2 * i + 1] * x[i].im);
+                if (t + 1 == m->T) put_state(m->S + 2 * i, x[i], turn_of(m, i, c), t);
+            }
+            if (taps) out[c] *= g[c];
+        }
+        linear(m->y + t * D, out, W_o, NULL, D, D);
+    }
+    free(keys), free(x), free(lambda_bar), free(b);
+    return 2 * D * N;
+}
+
+// LRU and S5: x = λ̄ x + b ⊙ B n with complex B (D states), y = Re(C x) + d ⊙ n with complex C: out_proj holds Re C and -Im C,
+// column beside column.
+static size_t mixer_lru(const mixing *m) {
+    size_t D = m->D, E = m->E;
+    double v[2 * WIDE], state[2 * WIDE];
+    complex_number x[WIDE] = {{0, 0}}, lambda_bar[WIDE], b[WIDE];
+    const double *W_v = weight(m, "v_proj.weight"), *W_o = weight(m, "out_proj.weight"), *d = weight(m, "D");
+    for (size_t i = 0; i < E; i++) discretise(m, i, i, &lambda_bar[i], &b[i]);
+    for (size_t t = 0; t < m->T; t++) {
+        linear(v, m->n + t * D, W_v, NULL, 2 * E, D);
+        for (size_t i = 0; i < E; i++) {
+            complex_number in = times(b[i], (complex_number){v[2 * i] * unmasked(m, t), v[2 * i + 1] * unmasked(m, t)});
+            x[i] = times(lambda_bar[i], x[i]);
+            x[i].re += in.re, x[i].im += in.im;
+            state[2 * i] = x[i].re, state[2 * i + 1] = x[i].im;
+            if (t + 1 == m->T) put_state(m->S + 2 * i, x[i], turn_of(m, i, i), t);
+        }
+        linear(m->y + t * D, state, W_o, NULL, D, 2 * E);
+        for (size_t i = 0; i < D; i++) m->y[t * D + i] += d[i] * m->n[t * D + i];
+    }
+    return 2 * E;
+}
+
+// Mamba, Gu and Dao 2023, algorithm 2 and section 3.4: x = silu(conv(W_x n)), Δ = softplus(W_2 W_1 x + b), Ā = exp(ΔA), A = -e^A_log,
+// h = Ā h + Δ B(x) x, y = C(x)·h + D x, out = W_o (y ⊙ silu(W_z n)).
+static size_t mixer_mamba(const mixing *m) {
+    size_t D = m->D, E = m->E, N = (size_t)m->c->state_size, R = (size_t)m->c->low_rank;
+    double x[WIDE], B[WIDE], C[WIDE], low[WIDE], z[WIDE], g[WIDE], y[WIDE], *in = malloc(m->T * E * sizeof *in);
+    const double *W_x = weight(m, "v_proj.weight"), *W_B = weight(m, "k_proj.weight"), *W_C = weight(m, "q_proj.weight");
+    const double *W_1 = weight(m, "k_gate.0.weight"), *W_2 = weight(m, "k_gate.1.weight"), *b = weight(m, "k_gate.1.bias");
+    const double *A_log = weight(m, "A_log"), *d = weight(m, "D"), *conv = weight(m, "conv1d.weight");
+    const double *W_z = weight(m, "g_proj.weight"), *beta = weight(m, "g_proj.bias"), *W_o = weight(m, "out_proj.weight");
+    for (size_t t = 0; t < m->T; t++) {
+        const double *n = m->n + t * D;
+        linear(in + t * E, n, W_x, NULL, E, D), linear(g, n, W_z, beta, E, D);
+        four_taps(x, conv, in, t, E, m->tail);
+        for (size_t c = 0; c < E; c++) x[c] = unmasked(m, t) * swish(x[c]);
+        linear(B, x, W_B, NULL, N, E), linear(C, x, W_C, NULL, N, E);
+        linear(low, x, W_1, NULL, R, E), linear(z, low, W_2, b, E, R);
+        for (size_t c = 0; c < E; c++) {
+            double delta = -log_logistic(-z[c]);                 // log(1 + e^z)
+            y[c] = d[c] * x[c];
+            for (size_t i = 0; i < N; i++) {
+                double *h = &m->S[c * N + i];
+                *h = exp(-delta * exp(A_log[c * N + i])) * *h + delta * B[i] * x[c];
+                y[c] += C[i] * *h;
+            }
+            y[c] *= swish(g[c]);
+        }
+        linear(m->y + t * D, y, W_o, NULL, D, E);
+    }
+    free(in);
+    return E * N;
+}
+
+// Attention is all you need, section 3.2, with RoFormer's rotation (Su et al. 2021, equation 15).
+static size_t mixer_transformer(const mixing *m) {
+    size_t D = m->D, H = m->H, K = D / H, T = m->T;
+    double q[WIDE], y[WIDE], *k = malloc(T * D * sizeof *k), *v = malloc(T * D * sizeof *v), *p = malloc(T * sizeof *p);
+    const double *W_q = weight(m, "q_proj.weight"), *W_k = weight(m, "k_proj.weight"), *W_v = weight(m, "v_proj.weight");
+    const double *W_o = weight(m, "out_proj.weight");
+    for (size_t t = 0; t < T; t++) {
+        const double *n = m->n + t * D;
+        double *kt = k + t * D;
+        linear(q, n, W_q, NULL, D, D), linear(kt, n, W_k, NULL, D, D), linear(v + t * D, n, W_v, NULL, D, D);
+        for (size_t i = 0; i < D; i += 2) {
+            complex_number turn = polar(1, (double)t * (real)pow(10000, -(double)(i % K) / (double)K));
+            complex_number of_q = times(turn, (complex_number){q[i], q[i + 1]});
+            complex_number of_k = times(turn, (complex_number){kt[i], kt[i + 1]});
+            q[i] = of_q.re, q[i + 1] = of_q.im, kt[i] = of_k.re, kt[i + 1] = of_k.im;
+        }
+        for (size_t h = 0; h < H; h++) {
+            double most = -HUGE_VAL, sum = 0;
+            for (size_t s = 0; s <= t; s++) {
+                p[s] = 0;
+                for (size_t i = h * K; i < (h + 1) * K; i++) p[s] += q[i] * k[s * D + i] / sqrt((double)K);
+                if (!(unmasked(m, s) > 0)) p[s] = -HUGE_VAL;
+                most = fmax(most, p[s]);
+            }
+            memset(y + h * K, 0, K * sizeof *y);
+            for (size_t s = 0; s <= t && most > -HUGE_VAL; s++) sum += p[s] = exp(p[s] - most);
+            for (size_t s = 0; s <= t && most > -HUGE_VAL; s++)
+                for (size_t j = h * K; j < (h + 1) * K; j++) y[j] += p[s] / sum * v[s * D + j];
+        }
+        linear(m->y + t * D, y, W_o, NULL, D, D);
+    }
+    free(k), free(v), free(p);
+    return 0;
+}
+
+// One for every row of metala_rows.
+static const struct { const char *row; size_t (*mixer)(const mixing *); } mixers[] = {
+    {"metala", mixer_metala}, {"metala-noconv", mixer_metala}, {"metala-noaug", mixer_metala}, {"metala-key", mixer_metala},
+    {"metala-fixed", mixer_metala}, {"metala-none", mixer_metala}, {"linear", mixer_linear}, {"transnormer", mixer_transnormer},
+    {"retnet", mixer_retnet}, {"gla", mixer_gla}, {"based", mixer_linear}, {"rwkv4", mixer_rwkv4}, {"glru", mixer_glru},
+    {"lru", mixer_lru}, {"s4d", mixer_s4d}, {"dss", mixer_s4d}, {"s5", mixer_lru}, {"h3", mixer_s4d}, {"mamba", mixer_mamba},
+    {"transformer", mixer_transformer}};
+
+// ---- The model around them.
+
+// x += mixer(rms(x));  x += GLU(rms(x)) for the T tokens of one sequence, x (T,D).
+static void reference_layer(const reference *r, int l, size_t b, double *x, double *work) {
+    const metala_config *c = metala_model_config(r->model);
+    size_t T = r->T, D = (size_t)c->width, F = (size_t)c->glu_dim, at = (size_t)l * r->B + b;
+    double *n = work, *y = n + T * D, *a = y + T * D, *prod = a + F, *u = prod + F;
+    const double *W_1 = theta_of(r, l, "channel_mixer.l1.weight"), *b_1 = theta_of(r, l, "channel_mixer.l1.bias");
+    const double *W_2 = theta_of(r, l, "channel_mixer.l2.weight"), *b_2 = theta_of(r, l, "channel_mixer.l2.bias");
+    const double *W_3 = theta_of(r, l, "channel_mixer.l3.weight"), *b_3 = theta_of(r, l, "channel_mixer.l3.bias");
+    mixing m = {r, c, l, T, D, (size_t)c->heads, (size_t)c->expand * D, n, r->mask ? r->mask + b * T : NULL, y,
+                r->S + at * STATE_ROOM, r->tails + at * TAIL_ROOM};
+    for (size_t t = 0; t < T; t++) {
+        normalise(n + t * D, x + t * D, D, c->norm_eps);
+        for (size_t d = 0; d < D; d++) n[t * D + d] *= unmasked(&m, t);
+    }
+    *r->state_numbers = r->mixer(&m);
+    for (size_t t = 0; t < T; t++) {
+        for (size_t d = 0; d < D; d++) x[t * D + d] += y[t * D + d];
+        normalise(n, x + t * D, D, c->norm_eps);
+        linear(a, n, W_1, b_1, F, D);
+        linear(prod, n, W_2, b_2, F, D);
+        for (size_t f = 0; f < F; f++) prod[f] *= swish(a[f]);
+        linear(u, prod, W_3, b_3, D, F);
+        for (size_t d = 0; d < D; d++) x[t * D + d] += u[d];
+    }
 }
 
 static void reference_forward(const reference *r) {
     const metala_config *c = metala_model_config(r->model);
-    size_t D = (size_t)c->width, N = (size_t)c->vocab_size, S_size = D / 2 * (D / (size_t)c->heads);
-    double *x = malloc((10 * D + 2 * (size_t)c->glu_dim) * sizeof *x), *work = x + D;
+    size_t D = (size_t)c->width, N = (size_t)c->vocab_size, T = r->T, layers = (size_t)c->layers * r->B;
+    double *x = malloc((3 * T * D + 2 * (size_t)c->glu_dim + D) * sizeof *x), *work = x + T * D;
     const double *E = theta_of(r, -1, "model.embed_tokens.weight"), *head = theta_of(r, -1, "lm_head.weight");
-    memset(r->S, 0, (size_t)c->layers * r->B * S_size * sizeof *r->S);
-    memset(r->tails, 0, (size_t)c->layers * r->B * 4 * D * sizeof *r->tails);
-    for (size_t row = 0; row < r->B * r->T; row++) {
-        size_t b = row / r->T;
-        for (size_t d = 0; d < D; d++)
-            x[d] = E[(size_t)r->tokens[row] * D + d] * (c->scale_embedding ? sqrt((double)D) : 1);
-        for (int l = 0; l < c->layers; l++) {
-            size_t at = (size_t)l * r->B + b;
-            reference_layer(r, l, x, r->S + at * S_size, r->tails + at * 4 * D, r->mask ? r->mask[row] : 1, work);
+    memset(r->S, 0, layers * STATE_ROOM * sizeof *r->S);
+    memset(r->tails, 0, layers * TAIL_ROOM * sizeof *r->tails);
+    for (size_t b = 0; b < r->B; b++) {
+        for (size_t i = 0; i < T * D; i++)
+            x[i] = E[(size_t)r->tokens[b * T + i / D] * D + i % D] * (c->scale_embedding ? sqrt((double)D) : 1);
+        for (int l = 0; l < c->layers; l++) reference_layer(r, l, b, x, work);
+        for (size_t t = 0; t < T; t++) {
+            normalise(work, x + t * D, D, c->norm_eps);
+            linear(r->logits + (b * T + t) * N, work, head ? head : E, NULL, N, D);
         }
-        normalise(work, x, D, c->norm_eps);
-        linear(r->logits + row * N, work, head ? head : E, NULL, N, D);
     }
     free(x);
 }
@@ -1284,21 +2425,34 @@ static metala_model *random_model(const metala_config *c, uint64_t seed) {
     return m;
 }
 
-// The reference of a model on random tokens; sequence b starts with b masked tokens when `masked`.
-static reference make_reference(const metala_model *m, size_t B, size_t T, int masked) {
+// Random tokens for a model, with room for what a reference makes of them; sequence b starts with b masked tokens when `masked`.
+static reference make_tokens(const metala_model *m, size_t B, size_t T, int masked) {
     const metala_config *c = metala_model_config(m);
-    size_t D = (size_t)c->width, rows = B * T, L = (size_t)c->layers;
+    size_t rows = B * T, L = (size_t)c->layers;
     int *tokens = take(rows, sizeof *tokens), *targets = take(rows, sizeof *targets);
     uint8_t *mask = take(rows, 1);
-    reference r = {m, doubles(metala_model_size(m)), tokens, targets, masked ? mask : NULL, B, T,
-                   doubles(rows * (size_t)c->vocab_size), doubles(L * B * D / 2 * (D / (size_t)c->heads)),
-                   doubles(L * B * 4 * D)};
     for (size_t row = 0; row < rows; row++) {
         tokens[row] = below(c->vocab_size);
         targets[row] = below(6) ? below(c->vocab_size) : METALA_IGNORE;
         mask[row] = row % T >= row / T && row % T != T - 2;
     }
     targets[0] = 0;
+    reference r = {m, doubles(metala_model_size(m)), tokens, targets, masked ? mask : NULL, B, T,
+                   doubles(rows * (size_t)c->vocab_size), doubles(L * B * STATE_ROOM), doubles(L * B * TAIL_ROOM), NULL,
+                   take(1, sizeof(size_t))};
+    return r;
+}
+
+// The reference of a model's row.
+static reference make_reference(const metala_model *m, size_t B, size_t T, int masked) {
+    const metala_config *c = metala_model_config(m);
+    reference r = make_tokens(m, B, T, masked);
+    for (size_t i = 0; i < COUNT(mixers); i++)
+        if (!strcmp(mixers[i].row, metala_config_row_name(c))) r.mixer = mixers[i].mixer;
+    if (!r.mixer || c->width * c->expand > WIDE) {
+        fprintf(stderr, "test: no reference for %s, %d wide\n", metala_config_row_name(c), c->width);
+        exit(1);
+    }
     for (int i = 0; i < metala_model_tensors(m); i++) {
         const metala_tensor *t = metala_model_tensor(m, i);
         real *x = reals(t->count);
@@ -1319,34 +2473,46 @@ static const char *form_name(metala_form form) {
     return form == METALA_RECURRENT ? "recurrent" : form == METALA_PARALLEL ? "parallel" : "chunkwise";
 }
 
+// max |state - reference's|, of the scan and of the convolution, for all layers.
+static double compare_states(const reference *r, const metala_state *s) {
+    const metala_config *c = metala_model_config(r->model);
+    size_t n = *r->state_numbers, B = r->B, L = (size_t)c->layers;
+    size_t U = (size_t)(c->row.conv == METALA_CONV_OFF ? 0 : c->row.conv == METALA_CONV_VALUE ? c->expand * c->width : c->width);
+    real *S = reals(B * n), *tail = reals(B * U * 4);
+    double worst = 0;
+    if (n) expect(metala_state_bytes(c, 0) == L * (n + 4 * U) * sizeof(real), "a state of %zu bytes, not %zu",
+                  L * (n + 4 * U) * sizeof(real), metala_state_bytes(c, 0));
+    for (size_t l = 0; l < L; l++) {
+        char name[32];
+        snprintf(name, sizeof name, "state.%zu", l);
+        if (n && metala_state_get(ctx, s, name, S)) problem("%s", metala_error(ctx));
+        for (size_t i = 0; i < B * n; i++)
+            worst = fmax(worst, fabs((double)S[i] - r->S[(l * B + i / n) * STATE_ROOM + i % n]));
+        snprintf(name, sizeof name, "conv_state.%zu", l);
+        if (!U || c->row.conv == METALA_CONV_SHIFT) continue;
+        if (metala_state_get(ctx, s, name, tail)) problem("%s", metala_error(ctx));
+        for (size_t i = 0; i < B * U * 4; i++) {
+            size_t b = i / (4 * U), d = i / 4 % U, j = i % 4;
+            worst = fmax(worst, fabs((double)tail[i] - r->tails[(l * B + b) * TAIL_ROOM + j * U + d]));
+        }
+    }
+    return worst;
+}
+
 // Logits and state of a forward pass, loss and gradients of a training pass, against the reference and its slopes.
 static void check_model(const char *what, const metala_config *c, metala_form form, size_t B, size_t T, int masked) {
     if (!begin(TOLERANCE(1e-4, 6e-13), "model %s %s B%zu T%zu%s", what, form_name(form), B, T, masked ? " masked" : ""))
         return;
     metala_model *m = random_model(c, 5);
     reference r = make_reference(m, B, T, masked);
-    size_t N = (size_t)c->vocab_size, H = (size_t)c->heads, D = (size_t)c->width, K = D / 2 / H, V = D / H;
+    size_t N = (size_t)c->vocab_size;
     double loss, expected_loss = reference_loss(&r);
     real *logits = reals(B * T * N);
     metala_state *s = metala_state_create(ctx, m, (int)B);
     metala_trainer *t = metala_trainer_create(ctx, m, (int)B, T, METALA_KEEP_ALL);
     if (metala_forward(ctx, s, form, r.tokens, r.mask, T, logits)) problem("%s", metala_error(ctx));
     compare("logits", logits, r.logits, DIMS(B, T, N));
-    double worst_state = 0;
-    for (int l = 0; l < c->layers; l++) {
-        char name[32];
-        real *S = reals(B * H * K * V), *tail = reals(B * D * 4);
-        snprintf(name, sizeof name, "state.%d", l);
-        if (metala_state_get(ctx, s, name, S)) problem("%s", metala_error(ctx));
-        snprintf(name, sizeof name, "conv_state.%d", l);
-        if (metala_state_get(ctx, s, name, tail)) problem("%s", metala_error(ctx));
-        for (size_t i = 0; i < B * H * K * V; i++)
-            worst_state = fmax(worst_state, fabs((double)S[i] - r.S[(size_t)l * B * H * K * V + i]));
-        for (size_t i = 0; i < B * D * 4 && !c->no_conv; i++) {
-            size_t b = i / (4 * D), d = i / 4 % D, j = i % 4;
-            worst_state = fmax(worst_state, fabs((double)tail[i] - r.tails[(((size_t)l * B + b) * 4 + j) * D + d]));
-        }
-    }
+    double worst_state = compare_states(&r, s);
     note(" states %.1e", worst_state);
     expect(worst_state <= now.tolerance, "states within tolerance");
     if (metala_gradient(ctx, t, form, r.tokens, r.targets, r.mask, (int)B, T, 1, &loss))
@@ -1377,6 +2543,16 @@ static void check_model(const char *what, const metala_config *c, metala_form fo
     end_check();
 }
 
+// MetaLA with some of its parts taken out.
+static metala_row ablated(int conv, int augment, int key, int fixed) {
+    metala_row row = metala_config_default().row;
+    if (conv) row.conv = METALA_CONV_OFF;
+    if (augment) row.self = METALA_SELF_OFF;
+    if (key) row.key = METALA_KEY_LINEAR;
+    if (fixed) row.decay = METALA_DECAY_FIXED;
+    return row;
+}
+
 static void check_models(void) {
     struct { const char *name; int conv, augment, key, fixed, tie, bias, scale, glu; } variants[] = {
         {"metala", 0, 0, 0, 0, 0, 0, 0, 20}, {"tied, scaled, biases", 0, 0, 0, 0, 1, 1, 1, 20},
@@ -1386,8 +2562,8 @@ static void check_models(void) {
     for (size_t i = 0; i < COUNT(variants); i++)
         for (size_t f = 0; f < COUNT(all_forms); f++) {
             metala_config c = small_config();
-            c.no_conv = variants[i].conv, c.no_augment = variants[i].augment, c.key_linear = variants[i].key;
-            c.fixed_decay = variants[i].fixed, c.tie_word_embeddings = variants[i].tie, c.glu_bias = variants[i].bias;
+            c.row = ablated(variants[i].conv, variants[i].augment, variants[i].key, variants[i].fixed);
+            c.tie_word_embeddings = variants[i].tie, c.glu_bias = variants[i].bias;
             c.scale_embedding = variants[i].scale, c.glu_dim = variants[i].glu;
             check_model(variants[i].name, &c, all_forms[f], 2, 19, i == 1 || i == 2);
         }
@@ -1415,7 +2591,7 @@ static void check_models(void) {
 
     if (begin(0, "initial parameters have the stated distribution")) {
         metala_config of = metala_config_default();
-        of.width = 64, of.layers = 2, of.glu_dim = 96, of.pad_token_id = 2, of.fixed_decay = 0;
+        of.width = 64, of.layers = 2, of.glu_dim = 96, of.pad_token_id = 2;
         metala_model *a = metala_model_create(ctx, &of), *b = metala_model_create(ctx, &of);
         metala_init init = {.std = 0.05, .residual_scale = 0.5, .gate_scale = 2, .gate_mean = 20};
         expect(!metala_model_init(ctx, a, 42, &init) && !metala_model_init(ctx, b, 42, &init), "initialises");
@@ -1558,7 +2734,7 @@ static void check_states(void) {
             for (size_t b = 0; b < 2; b++)
                 memcpy(expected + ((t - 70) * 2 + b) * N, r.logits + (b * 90 + t - 1) * N, N * sizeof *expected);
             if (t == 75) {                                           // a fork, and a state from a file, are the same state
-                if (metala_state_copy(ctx, fork, s) || metala_state_save(ctx, s, scratch_path("state.tmp")) ||
+                if (metala_state_copy(ctx, fork, s) || metala_state_save(ctx, s, scratch_path("state.tmp"), NULL, 0) ||
                     metala_state_load(ctx, loaded, scratch_path("state.tmp")))
                     problem("%s", metala_error(ctx));
                 expect(metala_state_position(loaded) == 75 && metala_state_position(fork) == 75, "position 75");
@@ -1674,18 +2850,18 @@ static void check_states(void) {
         expect(metala_state_copy(ctx, s, foreign) && strstr(metala_error(ctx), "model"), "a copy to another model");
         expect(metala_state_get(ctx, s, "state.2", logits) && metala_state_get(ctx, s, "state.-1", logits) &&
                metala_state_get(ctx, s, "state.0x", logits) && metala_state_get(ctx, s, "S", logits), "unknown names");
-        expect(metala_state_save(ctx, s, "no/such/folder/state") && strstr(metala_error(ctx), "no/such/folder"),
+        expect(metala_state_save(ctx, s, "no/such/folder/state", NULL, 0) && strstr(metala_error(ctx), "no/such/folder"),
                "a folder that is not there");
         metala_step(ctx, s, good, logits);
         real *kept = reals(2 * 2 * 3 * 6), *after = reals(2 * 2 * 3 * 6);
         metala_state_get(ctx, s, "state.1", kept);
-        expect(!metala_state_save(ctx, one, scratch_path("state.tmp")), "saves");
+        expect(!metala_state_save(ctx, one, scratch_path("state.tmp"), NULL, 0), "saves");
         expect(metala_state_load(ctx, s, scratch_path("state.tmp")) && strstr(metala_error(ctx), "[2,2,3,6]"),
                "a file of another batch size, not '%s'", metala_error(ctx));
         metala_state_get(ctx, s, "state.1", after);
         expect(metala_state_position(s) == 1, "a failed load leaves the position");
         same_bits("state after a failed load", kept, after, 2 * 2 * 3 * 6);
-        expect(metala_state_bytes(&c) == 2 * (2 * 3 * 6 + 4 * 12) * sizeof(real), "bytes of a state");
+        expect(metala_state_bytes(&c, 0) == 2 * (2 * 3 * 6 + 4 * 12) * sizeof(real), "bytes of a state");
         remove(scratch_path("state.tmp"));
         metala_state_free(s), metala_state_free(one), metala_state_free(foreign);
         metala_model_free(m), metala_model_free(other);
@@ -1835,7 +3011,7 @@ static void check_training(void) {
             {"metala", 0, 0, 0}, {"no-conv", 1, 0, 0}, {"no-augment", 0, 1, 0}, {"key-linear", 0, 0, 1}};
         for (size_t i = 0; i < COUNT(variants); i++) {
             metala_config c = small_config();
-            c.layers = 3, c.no_conv = variants[i].conv, c.no_augment = variants[i].augment, c.key_linear = variants[i].key;
+            c.layers = 3, c.row = ablated(variants[i].conv, variants[i].augment, variants[i].key, 0);
             metala_model *m = random_model(&c, 30);
             reference r = make_reference(m, 2, 70, 1);
             size_t n = metala_model_size(m), numbers[3];
@@ -1956,6 +3132,473 @@ static void check_training(void) {
         metala_model_free(m);
         end_check();
     }
+}
+
+// ------------------------------------------------------------------------------------------------ the rows of the general form
+
+// Every row of metala_rows in small: sizes that differ from each other where they can.
+static metala_config row_config(const metala_named_row *row) {
+    metala_config c = metala_config_default();
+    c.vocab_size = 11, c.width = 8, c.layers = 2, c.heads = 2, c.glu_dim = 10;
+    c.row = row->row, c.expand = row->expand;
+    c.state_size = 3, c.low_rank = 5, c.feature_dim = 3, c.length = 7;
+    return c;
+}
+
+static real *all_gradients(const metala_trainer *t, const metala_model *m) {
+    real *all = reals(metala_model_size(m));
+    for (int i = 0; i < metala_model_tensors(m); i++) {
+        const metala_tensor *p = metala_model_tensor(m, i);
+        if (metala_trainer_gradient(ctx, t, p->name, all + p->offset)) problem("%s", metala_error(ctx));
+    }
+    return all;
+}
+
+// Reads r's tokens in pieces of `piece` (0: of random lengths) into logits (B,T,N).
+static void read_in_pieces(const reference *r, metala_state *s, metala_form form, size_t piece, real *logits) {
+    size_t N = (size_t)metala_model_config(r->model)->vocab_size, B = r->B, T = r->T;
+    int *tokens = take(B * T, sizeof *tokens);
+    uint8_t *mask = take(B * T, 1);
+    real *some = reals(B * T * N);
+    for (size_t t = 0, n; t < T; t += n) {
+        n = piece ? piece : 1 + (size_t)below(23);
+        if (n > T - t) n = T - t;
+        for (size_t i = 0; i < B * n; i++) {
+            size_t from = i / n * T + t + i % n;
+            tokens[i] = r->tokens[from], mask[i] = r->mask ? r->mask[from] : 1;
+        }
+        if (n == 1 && !r->mask ? metala_step(ctx, s, tokens, some)
+                               : metala_forward(ctx, s, form, tokens, r->mask ? mask : NULL, n, some))
+            problem("%s", metala_error(ctx));
+        for (size_t b = 0; b < B; b++) memcpy(logits + (b * T + t) * N, some + b * n * N, n * N * sizeof *some);
+    }
+}
+
+// The three forms give the same logits and gradients; so do all choices of what is kept and one thread or two, to the bit.
+// T is longer than METALA_CHUNK.
+static void check_row_forms(const metala_named_row *row, int masked) {
+    enum { B = 2, T = 70 };
+    if (!begin(TOLERANCE(2e-4, 4e-12), "row %s: forms%s", row->name, masked ? " masked" : "")) return;
+    metala_config c = row_config(row);
+    metala_model *m = random_model(&c, 51);
+    reference r = make_reference(m, B, T, masked);
+    size_t n = metala_model_size(m);
+    double loss[3], worst = 0;
+    real *first = NULL;
+    for (size_t f = 0; f < COUNT(all_forms); f++) {
+        metala_trainer *t = metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL);
+        if (metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, &loss[f])) problem("%s", metala_error(ctx));
+        real *gradient = all_gradients(t, m);
+        if (f == 0) first = gradient;
+        for (int i = 0; i < metala_model_tensors(m); i++) {          // each tensor by its own size
+            const metala_tensor *p = metala_model_tensor(m, i);
+            double most = 0;
+            for (size_t j = p->offset; j < p->offset + p->count; j++) most = fmax(most, fabs((double)first[j]));
+            for (size_t j = p->offset; j < p->offset + p->count; j++) {
+                double error = fabs((double)gradient[j] - (double)first[j]) / most;
+                if (!(error <= worst)) worst = error;
+                if (!(error <= now.tolerance))
+                    problem("%s: gradient of %s[%zu]: got %.9g, recurrent %.9g", form_name(all_forms[f]), p->name, j - p->offset,
+                            (double)gradient[j], (double)first[j]);
+            }
+        }
+        expect(fabs(loss[f] - loss[0]) <= now.tolerance * loss[0], "the same loss");
+        if (f + 1 == COUNT(all_forms))
+            for (int other = 0; other < 4; other++) {                // chunkwise: keeps less twice, two threads twice
+                metala_context *two = other_context(2);
+                metala_keep keep = other == 0 ? METALA_KEEP_COSTLY : other == 1 ? METALA_KEEP_INPUTS : METALA_KEEP_ALL;
+                metala_trainer *twin = metala_trainer_create(ctx, m, B, T, keep);
+                metala_context *in = other < 2 ? ctx : two;
+                for (int twice = 0; twice < 2; twice++) {            // what the first left behind is of no consequence
+                    metala_trainer_zero(in, twin);
+                    if (metala_gradient(in, twin, other == 3 ? METALA_RECURRENT : METALA_CHUNKWISE, r.tokens, r.targets, r.mask, B,
+                                        T, 1, NULL))
+                        problem("%s", metala_error(in));
+                }
+                same_bits(other == 0 ? "keep costly" : other == 1 ? "keep inputs" : "two threads", other == 3 ? first : gradient,
+                          all_gradients(twin, m), n);
+                metala_trainer_free(twin);
+                metala_close(two);
+            }
+        metala_trainer_free(t);
+    }
+    note_error("gradients", worst, now.tolerance);
+    metala_model_free(m);
+    end_check();
+}
+
+// What has been read in pieces, saved, loaded and copied is what has been read at once.
+static void check_row_states(const metala_named_row *row) {
+    enum { B = 2, T = 60, LEFT = 9 };
+    if (!begin(TOLERANCE(1e-4, 1e-12), "row %s: states", row->name)) return;
+    metala_config c = row_config(row);
+    metala_model *m = random_model(&c, 52);
+    size_t N = (size_t)c.vocab_size;
+    real *logits = reals(B * T * N);
+    for (int masked = 0; masked < 2; masked++) {
+        reference r = make_reference(m, B, T, masked);
+        static const size_t pieces[] = {1, 0, 3};
+        reference_forward(&r);
+        for (size_t i = 0; i < COUNT(pieces); i++)
+            for (size_t f = 0; f < COUNT(all_forms); f++) {
+                metala_state *s = metala_state_create(ctx, m, B);
+                read_in_pieces(&r, s, all_forms[f], pieces[i], logits);
+                if (f == 0) compare(i == 0 ? "steps" : i == 1 ? "pieces" : "threes", logits, r.logits, DIMS(B, T, N));
+                else
+                    for (size_t j = 0; j < B * T * N; j++)
+                        expect(fabs((double)logits[j] - r.logits[j]) <= 4 * now.tolerance, "%s: logits", form_name(all_forms[f]));
+                double error = compare_states(&r, s);
+                expect(error <= now.tolerance * 10, "the reference's states, not off by %.1e", error);
+                metala_state_free(s);
+            }
+    }
+    metala_state *a = metala_state_create(ctx, m, B), *b = metala_state_create(ctx, m, B), *from_file = metala_state_create(ctx, m, B);
+    reference r = make_reference(m, B, T, 0);
+    int prompt[B * (T - 1)], last[B];
+    for (int i = 0; i < B * (T - 1); i++) prompt[i] = r.tokens[i / (T - 1) * T + i % (T - 1)];
+    for (int i = 0; i < B; i++) last[i] = r.tokens[i * T + T - 1];
+    real *of_a = reals(B * N), *of_b = reals(B * N), *of_file = reals(B * N);
+    metala_prefill(ctx, b, prompt, NULL, 5, of_b);                   // the copy and the loaded state take the place of another
+    metala_prefill(ctx, from_file, prompt, NULL, 5, of_b);
+    if (metala_prefill(ctx, a, prompt, NULL, T - 1, of_a) || metala_state_copy(ctx, b, a) ||
+        metala_state_save(ctx, a, scratch_path("row.tmp"), NULL, 0) || metala_state_load(ctx, from_file, scratch_path("row.tmp")))
+        problem("%s", metala_error(ctx));
+    for (int i = 0; i < 3; i++)
+        if (metala_step(ctx, a, last, of_a) || metala_step(ctx, b, last, of_b) || metala_step(ctx, from_file, last, of_file))
+            problem("%s", metala_error(ctx));
+    same_bits("a copy", of_a, of_b, B * N);
+    same_bits("a loaded state", of_a, of_file, B * N);
+    remove(scratch_path("row.tmp"));
+    metala_state_reset(ctx, a);
+    metala_state_free(b);
+    b = metala_state_create(ctx, m, B);
+    metala_prefill(ctx, a, prompt, NULL, 7, of_a), metala_prefill(ctx, b, prompt, NULL, 7, of_b);
+    same_bits("after a reset", of_a, of_b, B * N);
+    metala_state_free(a), metala_state_free(b), metala_state_free(from_file);
+
+    int tokens[LEFT + T];                                            // left padding changes nothing
+    uint8_t mask[LEFT + T];
+    real *plain = reals(T * N), *padded = reals((LEFT + T) * N);
+    double *expected = doubles(T * N);
+    for (int t = 0; t < LEFT + T; t++) tokens[t] = below(c.vocab_size), mask[t] = t >= LEFT;
+    for (size_t f = 0; f < COUNT(all_forms); f += 2) {
+        a = metala_state_create(ctx, m, 1), b = metala_state_create(ctx, m, 1);
+        metala_forward(ctx, a, all_forms[f], tokens + LEFT, NULL, T, plain);
+        metala_forward(ctx, b, all_forms[f], tokens, mask, LEFT, padded);
+        metala_forward(ctx, b, all_forms[f], tokens + LEFT, mask + LEFT, T, padded + LEFT * N);
+        for (size_t i = 0; i < T * N; i++) expected[i] = (double)plain[i];
+        compare("padding", padded + LEFT * N, expected, DIMS(T, N));
+        metala_state_free(a), metala_state_free(b);
+    }
+    metala_model_free(m);
+    end_check();
+}
+
+// 100 000 tokens, at whose end the phases are as they were: the last logits against the reference. Softmax attention would look
+// at all of them again for each.
+static void check_row_length(const metala_named_row *row) {
+    enum { LAST = 20 };
+    size_t T = row->row.decay == METALA_DECAY_SOFTMAX ? 2000 : 100000;
+    if (!begin(TOLERANCE(1e-3, 1e-9), "row %s: %zu tokens", row->name, T)) return;
+    metala_config c = row_config(row);
+    c.layers = 1, c.vocab_size = 5;
+    metala_model *m = random_model(&c, 53);
+    reference r = make_reference(m, 1, T, 0);
+    real last[LAST * 5];
+    metala_state *s = metala_state_create(ctx, m, 1);
+    if (metala_forward(ctx, s, METALA_CHUNKWISE, r.tokens, NULL, T - LAST, NULL) ||
+        metala_forward(ctx, s, METALA_CHUNKWISE, r.tokens + T - LAST, NULL, LAST / 2, last))
+        problem("%s", metala_error(ctx));
+    for (size_t t = T - LAST / 2; t < T; t++)
+        if (metala_step(ctx, s, r.tokens + t, last + (t - (T - LAST)) * 5)) problem("%s", metala_error(ctx));
+    reference_forward(&r);
+    compare("logits", last, r.logits + (T - LAST) * 5, DIMS(LAST, 5));
+    metala_state_free(s);
+    metala_model_free(m);
+    end_check();
+}
+
+// Steps first + 1 to last of learning to copy: one of tokens 8 to 15 comes somewhere in the first half among tokens 0 to 7, and is to
+// be said from then on.
+static double copy_steps(metala_trainer *t, int first, int last) {
+    enum { B = 8, T = 16 };
+    static const metala_adamw adamw = {1e-2, 0.9, 0.98, 1e-8, 0, 1};
+    int inputs[B * T], targets[B * T];
+    double loss = 0, norm;
+    for (int step = first; step < last; step++) {
+        random_state = (uint64_t)step * 77 + 5;
+        for (int b = 0; b < B; b++) {
+            int place = below(T / 2), token = 8 + below(8);
+            for (int i = 0; i < T; i++) {
+                inputs[b * T + i] = i == place ? token : below(8);
+                targets[b * T + i] = i < place ? METALA_IGNORE : token;
+            }
+        }
+        if (metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, B, T, 1, &loss) || metala_update(ctx, t, &adamw, &norm))
+            problem("%s", metala_error(ctx));
+    }
+    return loss;
+}
+
+static void check_row_training(const metala_named_row *row) {
+    enum { STEPS = 250, HALF = 100 };
+    if (!begin(0, "row %s: learns to copy", row->name)) return;
+    metala_config c = row_config(row);
+    c.vocab_size = 16, c.width = 16, c.glu_dim = 24, c.state_size = 8, c.feature_dim = 4, c.length = 16;
+    metala_model *m = metala_model_create(ctx, &c);
+    metala_model_init(ctx, m, 3, &(metala_init){0.25, 0.5, 4, 0});
+    metala_trainer *t = metala_trainer_create(ctx, m, 8, 16, METALA_KEEP_ALL);
+    double first = copy_steps(t, 0, 1), loss;
+    copy_steps(t, 1, HALF);
+    if (metala_checkpoint_save(ctx, t, scratch_path("row.tmp"), NULL, 0)) problem("%s", metala_error(ctx));
+    loss = copy_steps(t, HALF, STEPS);
+    note(" %.2f -> %.3f", first, loss);
+    expect(loss < 0.5, "a loss below 0.5 after %d steps; a guess has %.2f", STEPS, log(8));
+    metala_model *other = metala_model_load(ctx, scratch_path("row.tmp"));
+    metala_trainer *resumed = other ? metala_trainer_create(ctx, other, 8, 16, METALA_KEEP_INPUTS) : NULL;
+    if (!resumed || metala_checkpoint_load(ctx, resumed, scratch_path("row.tmp"))) problem("%s", metala_error(ctx));
+    else {
+        copy_steps(resumed, HALF, STEPS);
+        same_bits("resumed", all_parameters(m), all_parameters(other), metala_model_size(m));
+        expect(!strcmp(metala_config_row_name(metala_model_config(other)), row->name), "the file says which row it is");
+        expect(!memcmp(&metala_model_config(other)->row, &c.row, sizeof c.row) && metala_model_config(other)->expand == c.expand &&
+               metala_model_config(other)->state_size == c.state_size && metala_model_config(other)->low_rank == c.low_rank &&
+               metala_model_config(other)->feature_dim == c.feature_dim && metala_model_config(other)->length == c.length,
+               "and its sizes");
+    }
+    metala_trainer_free(resumed), metala_model_free(other);
+
+    enum { READ = 40 };                                              // quantized weights are near, in memory and in a file
+    int tokens[READ];
+    real *exact = reals(READ * 16), *near = reals(READ * 16), *loaded = reals(READ * 16);
+    random_state = 9;
+    for (int i = 0; i < READ; i++) tokens[i] = below(16);
+    metala_state *s = metala_state_create(ctx, m, 1);
+    metala_forward(ctx, s, METALA_CHUNKWISE, tokens, NULL, READ, exact);
+    metala_state_free(s);
+    static const metala_dtype types[] = {METALA_BF16, METALA_I8};
+    for (size_t i = 0; i < COUNT(types); i++) {
+        double most = 0, error = 0, within = i == 0 ? 0.05 : 0.1;
+        metala_model *small = metala_model_create(ctx, &c);
+        for (int p = 0; p < metala_model_tensors(m); p++) {
+            real *x = reals(metala_model_tensor(m, p)->count);
+            metala_model_get(ctx, m, metala_model_tensor(m, p)->name, x);
+            metala_model_set(ctx, small, metala_model_tensor(m, p)->name, x);
+        }
+        if (metala_model_quantize(ctx, small, types[i]) || metala_model_save(ctx, small, scratch_path("row.tmp")))
+            problem("%s", metala_error(ctx));
+        metala_model *again = metala_model_load(ctx, scratch_path("row.tmp"));
+        if (!again) problem("%s", metala_error(ctx));
+        else {
+            metala_state *a = metala_state_create(ctx, small, 1), *b = metala_state_create(ctx, again, 1);
+            metala_forward(ctx, a, METALA_RECURRENT, tokens, NULL, READ, near);
+            metala_forward(ctx, b, METALA_RECURRENT, tokens, NULL, READ, loaded);
+            same_bits("a quantized model from its file", near, loaded, READ * 16);
+            metala_state_free(a), metala_state_free(b);
+        }
+        for (int j = 0; j < READ * 16; j++) {
+            most = fmax(most, fabs((double)exact[j])), error = fmax(error, fabs((double)exact[j] - (double)near[j]));
+            expect(isfinite(near[j]), "finite logits");
+        }
+        note_error(i == 0 ? "bf16" : "int8", error / most, within);
+        expect(error <= within * most && error > 0, "near, but not the same");
+        metala_model_free(again), metala_model_free(small);
+    }
+    remove(scratch_path("row.tmp"));
+    metala_trainer_free(t), metala_model_free(m);
+    end_check();
+}
+
+// ---- Columns that a user may override: all that metala_config_check lets pass must work.
+
+static void describe(const metala_config *c, char text[200]) {
+    size_t used = 0;
+    metala_row row = c->row;
+    for (int i = 0; i < METALA_COLUMNS; i++)
+        used += (size_t)snprintf(text + used, 200 - used, "%s%s", i ? " " : "", metala_columns()[i].values[*metala_row_column(&row, i)]);
+}
+
+typedef struct { metala_trainer *t; metala_model *m; const reference *r; real *at, *direction; double loss; } along;
+
+// The library's loss, and into `gradient` if wanted its gradient, at parameters + step · direction.
+static double loss_along(const along *a, double step, real *gradient) {
+    double loss = NAN;
+    size_t n = metala_model_size(a->m);
+    real *x = reals(n);
+    for (size_t i = 0; i < n; i++) x[i] = (real)((double)a->at[i] + step * (double)a->direction[i]);
+    for (int i = 0; i < metala_model_tensors(a->m); i++)
+        metala_model_set(ctx, a->m, metala_model_tensor(a->m, i)->name, x + metala_model_tensor(a->m, i)->offset);
+    metala_trainer_zero(ctx, a->t);
+    if (metala_gradient(ctx, a->t, METALA_CHUNKWISE, a->r->tokens, a->r->targets, a->r->mask, (int)a->r->B, a->r->T, 1, &loss))
+        problem("%s", metala_error(ctx));
+    if (gradient) memcpy(gradient, all_gradients(a->t, a->m), n * sizeof *gradient);
+    return loss;
+}
+
+// One configuration: finite loss, forms that agree, reading in pieces as at once, all choices of what is kept the same bits, and in
+// double precision the slope along a random direction. Returns the worst error.
+static double check_own_row(const metala_config *c, uint64_t seed) {
+    enum { B = 2 };
+    char text[200];
+    metala_model *m = random_model(c, seed);
+    if (!m) return 0;
+    size_t T = seed % 4 ? 5 + (size_t)below(20) : 66, n = metala_model_size(m), N = (size_t)c->vocab_size;
+    int masked = below(2);
+    double loss[3], worst = 0, most = 0;
+    real *logits[4], *gradient = NULL;
+    reference r = make_tokens(m, B, T, masked);
+    describe(c, text);
+    for (size_t f = 0; f < COUNT(all_forms); f++) {
+        metala_trainer *t = metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL);
+        metala_state *s = metala_state_create(ctx, m, B);
+        logits[f] = reals(B * T * N);
+        if (!t || !s || metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, &loss[f]) ||
+            metala_forward(ctx, s, all_forms[f], r.tokens, r.mask, T, logits[f]))
+            problem("%s: %s", text, metala_error(ctx));
+        real *of_form = all_gradients(t, m);
+        for (size_t i = 0; i < n; i++) {
+            if (f == 0) most = fmax(most, fabs((double)of_form[i]));
+            if (!isfinite(of_form[i])) problem("%s: %s: a gradient that is not finite", text, form_name(all_forms[f]));
+        }
+        for (size_t i = 0; i < n && f > 0; i++) {
+            double error = fabs((double)of_form[i] - (double)gradient[i]) / most;
+            if (error > worst) worst = error;
+            if (!(error <= now.tolerance))
+                problem("%s: %s: gradient %zu is %.9g, recurrent %.9g", text, form_name(all_forms[f]), i, (double)of_form[i],
+                        (double)gradient[i]);
+        }
+        if (f == 0) gradient = of_form;
+        if (!isfinite(loss[f])) problem("%s: %s: the loss is %g", text, form_name(all_forms[f]), loss[f]);
+        metala_trainer_free(t);
+        metala_state_free(s);
+        for (int keep = METALA_KEEP_COSTLY; keep <= METALA_KEEP_INPUTS && f == 0; keep++) {
+            t = metala_trainer_create(ctx, m, B, T, (metala_keep)keep);
+            metala_gradient(ctx, t, all_forms[f], r.tokens, r.targets, r.mask, B, T, 1, NULL);
+            of_form = all_gradients(t, m);
+            for (size_t i = 0; i < n; i++)
+                if (memcmp(&of_form[i], &gradient[i], sizeof *gradient))
+                    problem("%s: keep %d: gradient %zu has other bits", text, keep, i);
+            metala_trainer_free(t);
+        }
+    }
+    logits[3] = reals(B * T * N);
+    metala_state *s = metala_state_create(ctx, m, B);
+    read_in_pieces(&r, s, METALA_CHUNKWISE, below(2), logits[3]);
+    metala_state_free(s);
+    most = 0;
+    for (size_t i = 0; i < B * T * N; i++) most = fmax(most, fabs((double)logits[0][i]));
+    for (int f = 1; f < 4; f++)
+        for (size_t i = 0; i < B * T * N; i++) {
+            double error = fabs((double)logits[f][i] - (double)logits[0][i]) / most;
+            if (error > worst) worst = error;
+            if (!(error <= now.tolerance))
+                problem("%s: %s: logit %zu is %.9g, recurrent %.9g", text, f == 3 ? "pieces" : form_name(all_forms[f]), i,
+                        (double)logits[f][i], (double)logits[0][i]);
+        }
+    if (IS_DOUBLE) {
+        along a = {metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL), m, &r, all_parameters(m), reals(n), 0};
+        double expected = 0, h = 2e-7, size = 0;
+        for (size_t i = 0; i < n; i++) {
+            a.direction[i] = (real)normal();
+            expected += (double)a.direction[i] * (double)gradient[i];
+            size += (double)gradient[i] * (double)gradient[i];
+        }
+        double got = (8 * (loss_along(&a, h, NULL) - loss_along(&a, -h, NULL)) - loss_along(&a, 2 * h, NULL) +
+                      loss_along(&a, -2 * h, NULL)) / (12 * h);
+#ifdef ALL_PROBLEMS
+        if (!(fabs(got - expected) <= 1e-5 * sqrt(size)))
+            for (h = 1e-3; h > 1e-9; h /= 10)
+                fprintf(stderr, "   h %.0e %.9g of %.9g size %g\n", h, (8 * (loss_along(&a, h, NULL) - loss_along(&a, -h, NULL)) - loss_along(&a, 2 * h, NULL) +
+                      loss_along(&a, -2 * h, NULL)) / (12 * h), expected, sqrt(size));
+#endif
+        if (!(fabs(got - expected) <= 1e-5 * sqrt(size)))
+            problem("%s: along a direction the gradient is %.9g, differences %.9g", text, expected, got);
+        metala_trainer_free(a.t);
+    }
+    metala_model_free(m);
+    return worst;
+}
+
+static void check_own_rows(void) {
+    enum { STRATA = 13 * 8, EACH = 4 };                              // so many of every decay and query
+    static metala_config sample[STRATA][EACH];
+    size_t accepted = 0, refused = 0, seen[STRATA] = {0}, tried = 0;
+    double worst = 0;
+    if (!begin(TOLERANCE(1e-3, 1e-10), "rows of one's own: every column")) return;
+    metala_config c = row_config(metala_rows());
+    int sizes[METALA_COLUMNS], value[METALA_COLUMNS] = {0}, column = 0;
+    for (int i = 0; i < METALA_COLUMNS; i++)
+        for (sizes[i] = 0; metala_columns()[i].values[sizes[i]]; sizes[i]++) {}
+    sizes[8] = sizes[9] = sizes[10] = 1;                             // norm, gate and channels go with all others: drawn
+    random_state = 61;
+    while (column < METALA_COLUMNS) {
+        for (int i = 0; i < METALA_COLUMNS; i++) *metala_row_column(&c.row, i) = value[i];
+        c.expand = 1;
+        if (!metala_config_check(ctx, &c)) {
+            size_t stratum = (size_t)(c.row.decay * 8 + c.row.query), place = seen[stratum]++;
+            accepted++;
+            if (place >= EACH) place = (size_t)(metala_uniform(&random_state) * (double)seen[stratum]);
+            if (place < EACH) sample[stratum][place] = c;
+        } else {
+            const char *line = metala_error(ctx);
+            refused++;
+            expect(!strncmp(line, "configuration: ", 15) && strlen(line) > 25 && strlen(line) < 160 && !strchr(line, '\n'),
+                   "one clear line, not '%s'", line);
+        }
+        for (column = 0; column < METALA_COLUMNS && ++value[column] == sizes[column]; column++) value[column] = 0;
+    }
+    for (size_t i = 0; i < STRATA * EACH; i++) {
+        if (seen[i / EACH] <= i % EACH) continue;
+        size_t mark = now.memories;
+        c = sample[i / EACH][i % EACH];
+        random_state = 1000 + i;
+        c.row.norm = below(4), c.row.gate = below(4), c.row.channels = below(2);
+        c.expand = 2;
+        if (below(2) || metala_config_check(ctx, &c)) c.expand = 1;
+#ifdef ALL_PROBLEMS
+        { char text[200]; describe(&c, text); fprintf(stderr, "%zu E%d %s\n", i, c.expand, text); double e = check_own_row(&c, 1000 + i); if (*now.problem) fprintf(stderr, "   PROBLEM %s (%g)\n", now.problem, e); *now.problem = 0; worst = fmax(worst, e); }
+#else
+        worst = fmax(worst, check_own_row(&c, 1000 + i));
+#endif
+        while (now.memories > mark) free(now.memory[--now.memories]);
+        tried++;
+    }
+    note(" %zu of %zu tried, %zu refused;", tried, accepted, refused);
+    note_error("forms", worst, now.tolerance);
+    end_check();
+}
+
+static void check_rows(void) {
+    if (begin(0, "rows: each has a reference of its own")) {
+        size_t count = 0;
+        for (const metala_named_row *row = metala_rows(); row->name; row++, count++) {
+            metala_config c = metala_config_default();
+            size_t i = 0;
+            while (i < COUNT(mixers) && strcmp(mixers[i].row, row->name)) i++;
+            expect(i < COUNT(mixers), "a reference for %s", row->name);
+            expect(!metala_config_row(ctx, &c, row->name) && !metala_config_check(ctx, &c) && c.expand == row->expand &&
+                   !strcmp(metala_config_row_name(&c), row->name), "%s by its name", row->name);
+        }
+        metala_config c = metala_config_default();
+        expect(count == COUNT(mixers), "%zu rows", COUNT(mixers));
+        expect(metala_config_row(ctx, &c, "metal") && strstr(metala_error(ctx), "metala-noconv, "), "no row called metal, not '%s'",
+               metala_error(ctx));
+        expect(!metala_row_column(&c.row, -1) && !metala_row_column(&c.row, METALA_COLUMNS), "no columns out of range");
+        end_check();
+    }
+    for (const metala_named_row *row = metala_rows(); row->name; row++) {
+        metala_config c = row_config(row);
+        char name[60];
+        snprintf(name, sizeof name, "row %s:", row->name);
+        check_model(name, &c, METALA_RECURRENT, 2, 19, 0);
+        check_model(name, &c, METALA_CHUNKWISE, 2, 19, 1);
+        check_row_forms(row, 0);
+        check_row_forms(row, 1);
+        check_row_states(row);
+        check_row_length(row);
+        check_row_training(row);
+    }
+    check_own_rows();
 }
 
 // ------------------------------------------------------------------------------------------------ files
@@ -2168,7 +3811,7 @@ static void check_headers(void) {
 static void check_model_files(void) {
     metala_config c = small_config();
     c.width = 4, c.layers = 1, c.heads = 1, c.glu_dim = 3, c.vocab_size = 5, c.glu_bias = 1, c.pad_token_id = 1;
-    c.tau = 8, c.norm_eps = 1e-5, c.scale_embedding = 1, c.key_linear = 1;
+    c.tau = 8, c.norm_eps = 1e-5, c.scale_embedding = 1, c.row.key = METALA_KEY_LINEAR;
     if (begin(0, "file: a model is saved and loaded as it was")) {
         const char *path = scratch_path("model.tmp");
         metala_model *m = random_model(&c, 41), *back = NULL;
@@ -2179,8 +3822,8 @@ static void check_model_files(void) {
             expect(d->vocab_size == c.vocab_size && d->width == c.width && d->layers == c.layers && d->heads == c.heads &&
                    d->glu_dim == c.glu_dim && d->glu_bias == c.glu_bias && d->pad_token_id == 1 &&
                    d->bos_token_id == -1 && d->eos_token_id == -1 && d->tau == 8 && d->norm_eps == c.norm_eps &&
-                   d->head_norm_eps == c.head_norm_eps && d->scale_embedding && d->key_linear && !d->no_conv &&
-                   !d->no_augment && !d->fixed_decay && !d->tie_word_embeddings, "every member of the configuration");
+                   d->head_norm_eps == c.head_norm_eps && d->scale_embedding && !d->tie_word_embeddings &&
+                   !memcmp(&d->row, &c.row, sizeof c.row), "every member of the configuration");
         }
         metala_trainer *t = metala_trainer_create(ctx, m, 1, 2, METALA_KEEP_ALL);
         refused("a model as a checkpoint", metala_checkpoint_load(ctx, t, path), path, "not a checkpoint");
@@ -2199,7 +3842,7 @@ static void check_model_files(void) {
         real *before = all_parameters(m);
         size_t n, cut_at = 0;
         for (int kind = 0; kind < 2; kind++) {
-            if (kind == 0 ? metala_checkpoint_save(ctx, t, path, NULL, 0) : metala_state_save(ctx, s, path))
+            if (kind == 0 ? metala_checkpoint_save(ctx, t, path, NULL, 0) : metala_state_save(ctx, s, path, NULL, 0))
                 problem("%s", metala_error(ctx));
             unsigned char *bytes = read_bytes(path, &n);
             for (size_t length = 0; length < n && !*now.problem; length++, cut_at++) {
@@ -2298,7 +3941,7 @@ static void check_model_files(void) {
             problem("%s is in the way", config);
         } else {
             metala_config tied = c;
-            tied.glu_dim = 4, tied.tie_word_embeddings = 1, tied.pad_token_id = 2, tied.glu_bias = 0, tied.key_linear = 0;
+            tied.glu_dim = 4, tied.tie_word_embeddings = 1, tied.pad_token_id = 2, tied.glu_bias = 0, tied.row.key = METALA_KEY_TIED;
             metala_model *m = random_model(&tied, 45), *back;
             size_t n = (size_t)metala_model_tensors(m);
             metala_tensor *tensors = take(n, sizeof *tensors);
@@ -2339,7 +3982,7 @@ static void check_quantized_model(metala_dtype type, int tied) {
     if (!begin(TOLERANCE(5e-6, 1e-14), "quantized model %s%s", metala_dtype_name(type), tied ? " tied" : "")) return;
     enum { T = 9 };
     metala_config c = small_config(), plain;
-    c.width = 132, c.heads = 2, c.glu_dim = 70, c.glu_bias = 1, c.key_linear = 1, c.tie_word_embeddings = tied;
+    c.width = 132, c.heads = 2, c.glu_dim = 70, c.glu_bias = 1, c.row.key = METALA_KEY_LINEAR, c.tie_word_embeddings = tied;
     const char *path = scratch_path("quantized.tmp");
     metala_model *m = random_model(&c, 51), *back = NULL, *reference_model;
     plain = c, plain.tie_word_embeddings = 0;                        // the head of the reference is a tensor of its own
@@ -3072,6 +4715,303 @@ static void twin_adamw(const shape *s) {
     ALL(adamw, REAL(p), REAL(m), REAL(v), REAL(g), n, &a, 3, 0.5, s->variant ? 0.1 : 0);
 }
 
+// ---- Kernels of the other rows. What is D in one is channels, heads of one or layers in another; variants are bits.
+
+// u or c as NULL: the convolution alone.
+static void twin_plain_conv_forward(const shape *s) {
+    const tensor *c = OUT("c", "btd", s->B, s->T, s->D), *n = IN("n", "btd", s->B, s->T, s->D), *w = IN("w", "dj", s->D, 4);
+    ALL(conv_forward, NULL, REAL(c), REAL(n), REAL(w), NULL, s->B, s->T, s->D);
+}
+static void twin_plain_conv_backward(const shape *s) {
+    const tensor *dn = OUT("dn", "btd", s->B, s->T, s->D), *dw = ADDED("dw", "dj", s->D * 4, s->D, 4);
+    const tensor *du = IN("du", "btd", s->B, s->T, s->D), *n = IN("n", "btd", s->B, s->T, s->D);
+    const tensor *w = IN("w", "dj", s->D, 4);
+    ALL(conv_backward, REAL(dn), REAL(dw), REAL(du), NULL, REAL(n), REAL(w), NULL, s->B, s->T, s->D);
+}
+static void twin_shift_forward(const shape *s) {                     // variant 1: after a token
+    const tensor *y = OUT("y", "btd", s->B, s->T, s->D), *n = IN("n", "btd", s->B, s->T, s->D), *mu = IN("mu", "d", s->D);
+    const tensor *previous = s->variant & 1 ? IN("previous", "bd", s->B, s->D) : NULL;
+    ALL(shift_forward, REAL(y), REAL(n), REAL(mu), REAL(previous), s->B, s->T, s->D);
+}
+static void twin_shift_backward(const shape *s) {
+    const tensor *dn = ADDED("dn", "btd", rows_of(s) * s->D, s->B, s->T, s->D), *dmu = ADDED("dmu", "d", s->D, s->D);
+    const tensor *dy = IN("dy", "btd", s->B, s->T, s->D), *n = IN("n", "btd", s->B, s->T, s->D), *mu = IN("mu", "d", s->D);
+    const tensor *previous = s->variant & 1 ? IN("previous", "bd", s->B, s->D) : NULL;
+    ALL(shift_backward, REAL(dn), REAL(dmu), REAL(dy), REAL(n), REAL(mu), REAL(previous), s->B, s->T, s->D);
+}
+static void twin_last_token(const shape *s) {
+    const tensor *to = OUT("to", "bd", s->B, s->D), *x = IN("x", "btd", s->B, s->T, s->D);
+    ALL(last_token, REAL(to), REAL(x), s->B, s->T, s->D);
+}
+static void twin_map_forward(const shape *s) {                       // variant: which map; large numbers too
+    size_t n = rows_of(s) * s->D;
+    const tensor *x = FILLED("x", "btd", 0, uniforms(n, -110, s->T % 2 ? 110 : 3), s->B, s->T, s->D);
+    const tensor *y = OUT("y", "btd", s->B, s->T, s->D);
+    ALL(map_forward, REAL(y), REAL(x), n, (metala_map)(s->variant % 3));
+}
+static void twin_map_backward(const shape *s) {                      // variant 4: in place
+    size_t n = rows_of(s) * s->D;
+    const tensor *x = FILLED("x", "btd", 0, uniforms(n, -110, s->T % 2 ? 110 : 3), s->B, s->T, s->D);
+    const tensor *dy = s->variant & 4 ? ADDED("dy", "btd", n, s->B, s->T, s->D) : IN("dy", "btd", s->B, s->T, s->D);
+    const tensor *dx = s->variant & 4 ? dy : OUT("dx", "btd", s->B, s->T, s->D);
+    ALL(map_backward, REAL(dx), REAL(dy), REAL(x), n, (metala_map)(s->variant % 3));
+}
+static void twin_taylor_forward(const shape *s) {
+    const tensor *y = OUT("y", "bthf", s->B, s->T, s->H, 1 + s->K + s->K * s->K), *x = IN("x", "bthk", s->B, s->T, s->H, s->K);
+    ALL(taylor_forward, REAL(y), REAL(x), rows_of(s), s->H, s->K);
+}
+static void twin_taylor_backward(const shape *s) {
+    const tensor *dx = OUT("dx", "bthk", s->B, s->T, s->H, s->K), *x = IN("x", "bthk", s->B, s->T, s->H, s->K);
+    const tensor *dy = IN("dy", "bthf", s->B, s->T, s->H, 1 + s->K + s->K * s->K);
+    ALL(taylor_backward, REAL(dx), REAL(dy), REAL(x), rows_of(s), s->H, s->K);
+}
+// Variant 1: angles for all heads, 2: negative, 4: in place, and far from the start.
+static uint64_t twin_position(const shape *s) { return s->variant & 4 ? 3000017 : 5; }
+static const tensor *angle_tensor(const shape *s) {
+    return s->variant & 1 ? FILLED("theta", "k", 0, uniforms(s->K, -8, 8), s->K)
+                          : FILLED("theta", "hk", 0, uniforms(s->H * s->K, 0, 3), s->H, s->K);
+}
+static void twin_rotate_forward(const shape *s) {
+    size_t K = 2 * s->K;
+    const tensor *x = s->variant & 4 ? ADDED("x", "bthk", rows_of(s) * s->H * K, s->B, s->T, s->H, K)
+                                     : IN("x", "bthk", s->B, s->T, s->H, K);
+    const tensor *y = s->variant & 4 ? x : OUT("y", "bthk", s->B, s->T, s->H, K), *theta = angle_tensor(s);
+    ALL(rotate_forward, REAL(y), REAL(x), REAL(theta), s->B, s->T, s->H, K, s->variant & 1, twin_position(s), s->variant & 2);
+}
+static void twin_rotate_backward(const shape *s) {                   // T divides by 3: the angles are not learned
+    size_t K = 2 * s->K, angles = s->variant & 1 ? s->K : s->H * s->K;
+    const tensor *dy = s->variant & 4 ? ADDED("dy", "bthk", rows_of(s) * s->H * K, s->B, s->T, s->H, K)
+                                      : IN("dy", "bthk", s->B, s->T, s->H, K);
+    const tensor *dx = s->variant & 4 ? dy : OUT("dx", "bthk", s->B, s->T, s->H, K), *y = IN("y", "bthk", s->B, s->T, s->H, K);
+    const tensor *dtheta = s->T % 3 ? ADDED("dtheta", "i", angles, angles) : NULL, *theta = angle_tensor(s);
+    ALL(rotate_backward, REAL(dx), REAL(dtheta), REAL(dy), REAL(y), REAL(theta), s->B, s->T, s->H, K, s->variant & 1,
+        twin_position(s), s->variant & 2);
+}
+static const tensor *gamma_tensor(const shape *s) {                  // every third number is 0
+    real *gamma = uniforms(s->D, 0, 0.99);
+    for (size_t d = 0; d < s->D; d += 3) gamma[d] = 0;
+    return FILLED("gamma", "d", 0, gamma, s->D);
+}
+static void twin_bounded_gate_forward(const shape *s) {              // variant 1: k is NULL
+    const tensor *alpha = OUT("alpha", "btd", s->B, s->T, s->D), *gamma = gamma_tensor(s);
+    const tensor *k = s->variant & 1 ? NULL : OUT("k", "btd", s->B, s->T, s->D);
+    const tensor *z = FILLED("z", "btd", 0, uniforms(rows_of(s) * s->D, -120, 110), s->B, s->T, s->D);
+    ALL(bounded_gate_forward, REAL(alpha), REAL(k), REAL(z), REAL(gamma), rows_of(s), s->D);
+}
+// Variant 1: dk is NULL; 2: gates closed as far as they go, where γ has no gradient; 4: dγ is NULL. da has the factor α.
+static void twin_bounded_gate_backward(const shape *s) {
+    size_t n = rows_of(s) * s->D;
+    real *z = s->variant & 2 ? uniforms(n, -120, 110) : normals(n), *da = normals(n);
+    for (size_t i = 0; i < n; i++) da[i] *= (real)exp(fmin(0, (double)z[i]));
+    const tensor *dz = OUT("dz", "btd", s->B, s->T, s->D), *dgamma = s->variant & 4 ? NULL : ADDED("dgamma", "d", s->D, s->D);
+    const tensor *of_a = FILLED("da", "btd", 0, da, s->B, s->T, s->D), *of_z = FILLED("z", "btd", 0, z, s->B, s->T, s->D);
+    const tensor *dk = s->variant & 1 ? NULL : IN("dk", "btd", s->B, s->T, s->D), *gamma = gamma_tensor(s);
+    ALL(bounded_gate_backward, REAL(dz), REAL(dgamma), REAL(of_a), REAL(dk), REAL(of_z), REAL(gamma), rows_of(s), s->D);
+}
+static void twin_bounds_forward(const shape *s) {                    // T layers
+    const tensor *gamma = OUT("gamma", "ld", s->T, s->D), *G = IN("G", "ld", s->T, s->D);
+    ALL(bounds_forward, REAL(gamma), REAL(G), s->T, s->D);
+}
+static void twin_bounds_backward(const shape *s) {
+    const tensor *dG = ADDED("dG", "ld", s->T * s->D, s->T, s->D), *dgamma = IN("dgamma", "ld", s->T, s->D);
+    const tensor *G = IN("G", "ld", s->T, s->D);
+    ALL(bounds_backward, REAL(dG), REAL(dgamma), REAL(G), s->T, s->D);
+}
+// D systems of K channels; variant: LRU, ZOH or DSS, over T tokens. Some steps are so short that the series are needed.
+static void ssm_parameters(const shape *s, const tensor *parameter[3]) {
+    size_t n = s->D * s->K;
+    parameter[0] = FILLED("decay", "hn", 0, uniforms(n, -6, 2), s->D, s->K);
+    parameter[1] = FILLED("phase", "hn", 0, uniforms(n, -3, 3), s->D, s->K);
+    parameter[2] = FILLED("step", "h", 0, uniforms(s->D, -9, 0), s->D);
+}
+static void twin_ssm_forward(const shape *s) {
+    const tensor *alpha = OUT("alpha", "hn", s->D, s->K), *theta = OUT("theta", "hn", s->D, s->K);
+    const tensor *b = OUT("b", "hnc", s->D, s->K, 2), *p[3];
+    ssm_parameters(s, p);
+    ALL(ssm_forward, (metala_ssm)(s->variant % 3), REAL(alpha), REAL(theta), REAL(b), REAL(p[0]), REAL(p[1]), REAL(p[2]), s->D,
+        s->K, s->T);
+}
+static void twin_ssm_backward(const shape *s) {
+    size_t n = s->D * s->K;
+    const tensor *ddecay = ADDED("ddecay", "hn", n, s->D, s->K), *dphase = ADDED("dphase", "hn", n, s->D, s->K);
+    const tensor *dstep = ADDED("dstep", "h", s->D, s->D), *da = IN("da", "hn", s->D, s->K);
+    const tensor *dtheta = IN("dtheta", "hn", s->D, s->K), *db = IN("db", "hnc", s->D, s->K, 2), *p[3];
+    ssm_parameters(s, p);
+    ALL(ssm_backward, (metala_ssm)(s->variant % 3), REAL(ddecay), REAL(dphase), REAL(dstep), REAL(da), REAL(dtheta), REAL(db),
+        REAL(p[0]), REAL(p[1]), REAL(p[2]), s->D, s->K, s->T);
+}
+static void twin_scale_pairs_forward(const shape *s) {
+    const tensor *y = OUT("y", "btdc", s->B, s->T, s->D, 2), *x = IN("x", "btdc", s->B, s->T, s->D, 2);
+    const tensor *b = IN("b", "dc", s->D, 2);
+    ALL(scale_pairs_forward, REAL(y), REAL(x), REAL(b), rows_of(s), s->D);
+}
+static void twin_scale_pairs_backward(const shape *s) {
+    const tensor *dx = OUT("dx", "btdc", s->B, s->T, s->D, 2), *db = ADDED("db", "dc", 2 * s->D, s->D, 2);
+    const tensor *dy = IN("dy", "btdc", s->B, s->T, s->D, 2), *x = IN("x", "btdc", s->B, s->T, s->D, 2);
+    const tensor *b = IN("b", "dc", s->D, 2);
+    ALL(scale_pairs_backward, REAL(dx), REAL(db), REAL(dy), REAL(x), REAL(b), rows_of(s), s->D);
+}
+// D channels with states of K; variant 1: extreme steps and rates.
+static const tensor *step_tensor(const shape *s) {
+    return FILLED("z", "btd", 0, uniforms(rows_of(s) * s->D, s->variant & 1 ? -120 : -4, s->variant & 1 ? 110 : 3), s->B, s->T,
+                  s->D);
+}
+static const tensor *rate_tensor(const shape *s) {
+    return FILLED("A", "dk", 0, uniforms(s->D * s->K, -1, s->variant & 1 ? 120 : 2), s->D, s->K);
+}
+static void twin_selective_forward(const shape *s) {
+    const tensor *alpha = OUT("alpha", "btdk", s->B, s->T, s->D, s->K), *v = OUT("v", "btd", s->B, s->T, s->D);
+    const tensor *z = step_tensor(s), *x = IN("x", "btd", s->B, s->T, s->D), *A = rate_tensor(s);
+    ALL(selective_forward, REAL(alpha), REAL(v), REAL(z), REAL(x), REAL(A), rows_of(s), s->D, s->K);
+}
+static void twin_selective_backward(const shape *s) {
+    const tensor *dz = OUT("dz", "btd", s->B, s->T, s->D), *dx = OUT("dx", "btd", s->B, s->T, s->D);
+    const tensor *dA = ADDED("dA", "dk", s->D * s->K, s->D, s->K), *da = IN("da", "btdk", s->B, s->T, s->D, s->K);
+    const tensor *dv = IN("dv", "btd", s->B, s->T, s->D), *z = step_tensor(s), *x = IN("x", "btd", s->B, s->T, s->D);
+    const tensor *A = rate_tensor(s);
+    ALL(selective_backward, REAL(dz), REAL(dx), REAL(dA), REAL(da), REAL(dv), REAL(z), REAL(x), REAL(A), rows_of(s), s->D,
+        s->K);
+}
+static void twin_copy_heads_forward(const shape *s) {
+    const tensor *y = OUT("y", "bthk", s->B, s->T, s->H, s->K), *x = IN("x", "btk", s->B, s->T, s->K);
+    ALL(copy_heads_forward, REAL(y), REAL(x), rows_of(s), s->H, s->K);
+}
+static void twin_copy_heads_backward(const shape *s) {               // D heads, so that there are many
+    const tensor *dx = OUT("dx", "btk", s->B, s->T, s->K), *dy = IN("dy", "bthk", s->B, s->T, s->D, s->K);
+    ALL(copy_heads_backward, REAL(dx), REAL(dy), rows_of(s), s->D, s->K);
+}
+// Variant 1: a mask; 2: after other tokens; 4: exponents that would overflow.
+static void twin_wkv_forward(const shape *s) {
+    size_t n = rows_of(s) * s->D, kept = s->B * 2 * s->D;
+    double most = s->variant & 4 ? 300 : 3;
+    const tensor *q = OUT("q", "btd", s->B, s->T, s->D), *key = OUT("key", "btd", s->B, s->T, s->D);
+    const tensor *alpha = OUT("alpha", "btd", s->B, s->T, s->D), *bonus = OUT("bonus", "btd", s->B, s->T, s->D);
+    const tensor *k = FILLED("k", "btd", 0, uniforms(n, -most, most), s->B, s->T, s->D);
+    const tensor *w = FILLED("w", "d", 0, uniforms(s->D, -6, s->variant & 4 ? 100 : 1), s->D), *u = IN("u", "d", s->D);
+    const tensor *mask = mask_tensor(s);
+    const tensor *previous = s->T % 2 || s->variant & 2 ? FILLED("previous", "bid", 1, uniforms(kept, -3, 3), s->B, 2, s->D)
+                                                        : NULL;
+    ALL(wkv_forward, REAL(q), REAL(key), REAL(alpha), REAL(bonus), REAL(k), REAL(w), REAL(u), BYTES(mask), REAL(previous), s->B,
+        s->T, s->D, s->variant & 2 ? 1000 : 0);
+}
+static void twin_wkv_backward(const shape *s) {
+    size_t n = rows_of(s) * s->D;
+    const tensor *dk = OUT("dk", "btd", s->B, s->T, s->D), *dw = ADDED("dw", "d", s->D, s->D), *du = ADDED("du", "d", s->D, s->D);
+    const tensor *dkey = IN("dkey", "btd", s->B, s->T, s->D), *da = IN("da", "btd", s->B, s->T, s->D);
+    const tensor *dbonus = IN("dbonus", "btd", s->B, s->T, s->D), *mask = mask_tensor(s);
+    const tensor *key = FILLED("key", "btd", 0, uniforms(n, 0, 1), s->B, s->T, s->D);
+    const tensor *bonus = FILLED("bonus", "btd", 0, uniforms(n, 0, 1), s->B, s->T, s->D);
+    const tensor *w = FILLED("w", "d", 0, uniforms(s->D, -6, 1), s->D);
+    ALL(wkv_backward, REAL(dk), REAL(dw), REAL(du), REAL(dkey), REAL(da), REAL(dbonus), REAL(key), REAL(bonus), REAL(w),
+        BYTES(mask), s->B, s->T, s->D);
+}
+// Variant 1: a mask; 2: delayed; 4: after a token.
+static void twin_extend_forward(const shape *s) {
+    const tensor *y = OUT("y", "bthv", s->B, s->T, s->H, s->V + 1), *v = IN("v", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *mask = mask_tensor(s), *previous = s->variant & 4 ? IN("previous", "bhv", s->B, s->H, s->V) : NULL;
+    ALL(extend_forward, REAL(y), REAL(v), BYTES(mask), REAL(previous), s->variant & 2, s->B, s->T, s->H, s->V);
+}
+static void twin_extend_backward(const shape *s) {
+    const tensor *dv = OUT("dv", "bthv", s->B, s->T, s->H, s->V), *dy = IN("dy", "bthv", s->B, s->T, s->H, s->V + 1);
+    const tensor *mask = mask_tensor(s);
+    ALL(extend_backward, REAL(dv), REAL(dy), BYTES(mask), s->variant & 2, s->B, s->T, s->H, s->V);
+}
+static const tensor *sum_tensor(const shape *s) {                    // o, whose last channel is a sum of weights
+    size_t n = rows_of(s) * s->H * (s->V + 1);
+    real *o = normals(n);
+    for (size_t i = s->V; i < n; i += s->V + 1) o[i] = (real)uniform(0.2, 3);
+    return FILLED("o", "bthv", 0, o, s->B, s->T, s->H, s->V + 1);
+}
+static const tensor *bonus_tensor(const shape *s) {                  // variant 1: none
+    return s->variant & 1 ? NULL : FILLED("bonus", "bth", 0, uniforms(rows_of(s) * s->H, 0, 1), s->B, s->T, s->H);
+}
+static void twin_normalise_forward(const shape *s) {
+    const tensor *y = OUT("y", "bthv", s->B, s->T, s->H, s->V), *o = sum_tensor(s), *bonus = bonus_tensor(s);
+    const tensor *v = bonus ? IN("v", "bthv", s->B, s->T, s->H, s->V) : NULL;
+    ALL(normalise_forward, REAL(y), REAL(o), REAL(bonus), REAL(v), rows_of(s), s->H, s->V, 1e-2);
+}
+static void twin_normalise_backward(const shape *s) {
+    const tensor *dO = OUT("do", "bthv", s->B, s->T, s->H, s->V + 1), *dy = IN("dy", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *y = IN("y", "bthv", s->B, s->T, s->H, s->V), *o = sum_tensor(s), *bonus = bonus_tensor(s);
+    const tensor *dbonus = bonus ? OUT("dbonus", "bth", s->B, s->T, s->H) : NULL;
+    const tensor *dv = bonus ? OUT("dv", "bthv", s->B, s->T, s->H, s->V) : NULL;
+    const tensor *v = bonus ? IN("v", "bthv", s->B, s->T, s->H, s->V) : NULL;
+    ALL(normalise_backward, REAL(dO), REAL(dbonus), REAL(dv), REAL(dy), REAL(y), REAL(o), REAL(bonus), REAL(v), rows_of(s), s->H,
+        s->V, 1e-2);
+}
+static void twin_skip_forward(const shape *s) {                      // variant 1: in place
+    const tensor *x = IN("x", "btd", s->B, s->T, s->D), *d = IN("d", "d", s->D);
+    const tensor *o = s->variant & 1 ? ADDED("o", "btd", rows_of(s) * s->D, s->B, s->T, s->D) : IN("o", "btd", s->B, s->T, s->D);
+    const tensor *y = s->variant & 1 ? o : OUT("y", "btd", s->B, s->T, s->D);
+    ALL(skip_forward, REAL(y), REAL(o), REAL(x), REAL(d), rows_of(s), s->D);
+}
+static void twin_skip_backward(const shape *s) {
+    const tensor *dx = ADDED("dx", "btd", rows_of(s) * s->D, s->B, s->T, s->D), *dd = ADDED("dd", "d", s->D, s->D);
+    const tensor *dy = IN("dy", "btd", s->B, s->T, s->D), *x = IN("x", "btd", s->B, s->T, s->D), *d = IN("d", "d", s->D);
+    ALL(skip_backward, REAL(dx), REAL(dd), REAL(dy), REAL(x), REAL(d), rows_of(s), s->D);
+}
+static void twin_multiply_forward(const shape *s) {
+    const tensor *y = OUT("y", "btd", s->B, s->T, s->D), *a = IN("a", "btd", s->B, s->T, s->D);
+    const tensor *b = IN("b", "btd", s->B, s->T, s->D);
+    ALL(multiply_forward, REAL(y), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+static void twin_multiply_backward(const shape *s) {                 // variant 1: in place
+    const tensor *dy = s->variant & 1 ? ADDED("dy", "btd", rows_of(s) * s->D, s->B, s->T, s->D) : IN("dy", "btd", s->B, s->T, s->D);
+    const tensor *da = OUT("da", "btd", s->B, s->T, s->D), *db = s->variant & 1 ? dy : OUT("db", "btd", s->B, s->T, s->D);
+    const tensor *a = IN("a", "btd", s->B, s->T, s->D), *b = IN("b", "btd", s->B, s->T, s->D);
+    ALL(multiply_backward, REAL(da), REAL(db), REAL(dy), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+static void twin_sigmoid_gate_forward(const shape *s) {
+    const tensor *y = OUT("y", "btd", s->B, s->T, s->D), *a = IN("a", "btd", s->B, s->T, s->D);
+    const tensor *b = IN("b", "btd", s->B, s->T, s->D);
+    ALL(sigmoid_gate_forward, REAL(y), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+static void twin_sigmoid_gate_backward(const shape *s) {
+    const tensor *da = OUT("da", "btd", s->B, s->T, s->D), *db = OUT("db", "btd", s->B, s->T, s->D);
+    const tensor *dy = IN("dy", "btd", s->B, s->T, s->D), *a = IN("a", "btd", s->B, s->T, s->D);
+    const tensor *b = IN("b", "btd", s->B, s->T, s->D);
+    ALL(sigmoid_gate_backward, REAL(da), REAL(db), REAL(dy), REAL(a), REAL(b), rows_of(s) * s->D);
+}
+// N tokens in the cache before the first query. Variant 1: a mask, of which the first keys are 0, so that there are queries
+// with nothing to look at; 2: room for 3 more tokens; 4: large logits, of whole numbers, so that they are the same exactly.
+static uint8_t *key_mask(const shape *s, size_t stride) {
+    uint8_t *mask = take(s->B * stride, 1);
+    for (size_t i = 0; i < s->B * stride; i++) mask[i] = i % stride > 1 && below(4) > 0;
+    return mask;
+}
+static real *logit_numbers(const shape *s, size_t n, int size) {
+    real *x = normals(n);
+    for (size_t i = 0; i < n && s->variant & 4; i++) x[i] = (real)(size * (below(3) - 1));
+    return x;
+}
+static double logit_scale(const shape *s) { return s->variant & 4 ? 0.5 : 1 / sqrt((double)s->K); }
+static void twin_attention_forward(const shape *s) {
+    size_t past = s->N, stride = past + s->T + (s->variant & 2 ? 3 : 0);
+    const tensor *o = OUT("o", "bthv", s->B, s->T, s->H, s->V), *lse = OUT("lse", "bth", s->B, s->T, s->H);
+    const tensor *q = FILLED("q", "bthk", 0, logit_numbers(s, rows_of(s) * s->H * s->K, 24), s->B, s->T, s->H, s->K);
+    const tensor *k = FILLED("k", "bshk", 0, logit_numbers(s, s->B * stride * s->H * s->K, 1), s->B, stride, s->H, s->K);
+    const tensor *v = IN("v", "bshv", s->B, stride, s->H, s->V);
+    const tensor *mask = s->variant & 1 ? FILLED("mask", "bs", 0, key_mask(s, stride), s->B, stride) : NULL;
+    ALL(attention_forward, REAL(o), REAL(lse), REAL(q), REAL(k), REAL(v), BYTES(mask), s->B, s->T, past, stride, s->H, s->K,
+        s->V, logit_scale(s));
+}
+static void twin_attention_backward(const shape *s) {
+    size_t nk = rows_of(s) * s->H * s->K, nv = rows_of(s) * s->H * s->V;
+    double scale = logit_scale(s);
+    real *q = logit_numbers(s, nk, 24), *k = logit_numbers(s, nk, 1), *v = normals(nv), *o = reals(nv), *lse = reals(rows_of(s) * s->H);
+    uint8_t *mask = s->variant & 1 ? key_mask(s, s->T) : NULL;
+    metala_cpu()->attention_forward(on[CPU].ctx, o, lse, q, k, v, mask, s->B, s->T, 0, s->T, s->H, s->K, s->V, scale);
+    const tensor *dq = OUT("dq", "bthk", s->B, s->T, s->H, s->K), *dk = OUT("dk", "bthk", s->B, s->T, s->H, s->K);
+    const tensor *dv = OUT("dv", "bthv", s->B, s->T, s->H, s->V), *dO = IN("do", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *of_o = FILLED("o", "bthv", 0, o, s->B, s->T, s->H, s->V);
+    const tensor *of_lse = FILLED("lse", "bth", 0, lse, s->B, s->T, s->H);
+    const tensor *of_q = FILLED("q", "bthk", 0, q, s->B, s->T, s->H, s->K), *of_k = FILLED("k", "bthk", 0, k, s->B, s->T, s->H, s->K);
+    const tensor *of_v = FILLED("v", "bthv", 0, v, s->B, s->T, s->H, s->V);
+    const tensor *of_mask = mask ? FILLED("mask", "bt", 0, mask, s->B, s->T) : NULL;
+    ALL(attention_backward, REAL(dq), REAL(dk), REAL(dv), REAL(dO), REAL(of_o), REAL(of_lse), REAL(of_q), REAL(of_k),
+        REAL(of_v), BYTES(of_mask), s->B, s->T, s->H, s->K, s->V, scale);
+}
+
 // With operands rounded to 11 or 8 bits.
 static double product_tolerance;
 
@@ -3091,6 +5031,14 @@ static void check_twins(void) {
         {1, 64, 0, 2, 2, 33, 0, SOFT}, {1, 65, 0, 1, 9, 5, 0, HARD + 4}, {2, 130, 0, 3, 8, 16, 0, MIXED + 4},
         {1, 1, 0, 2, 64, 128, 0, SOFT + 4}, {1, 70, 0, 1, 64, 128, 0, MIXED}, {1, 40, 0, 1, 128, 256, 0, SOFT + 4},
         {1, 20, 0, 1, 130, 65, 0, MIXED + 4}, {1, 18, 0, 1, 256, 40, 0, HARD + 4}, {1, 17, 0, 1, 300, 33, 0, SOFT + 4}};
+    // B T D H K V N variant of the other rows' kernels: variants 0 to 7, T of one and beyond strips of 64 rows
+    static const shape others[] = {{1, 1, 2, 1, 1, 1, 0, 0}, {2, 3, 3, 2, 2, 1, 0, 1}, {3, 5, 40, 3, 4, 5, 0, 2},
+        {1, 64, 33, 1, 16, 33, 0, 3}, {2, 33, 9, 5, 5, 3, 0, 4}, {1, 65, 130, 2, 3, 64, 0, 5}, {3, 44, 24, 4, 8, 7, 0, 6},
+        {5, 14, 7, 3, 33, 65, 0, 7}, {1, 1, 300, 1, 9, 40, 0, 6}};
+    // B T . H K V past variant
+    static const shape attentions[] = {{1, 1, 0, 1, 1, 1, 0, 0}, {2, 3, 0, 2, 4, 3, 0, 1}, {1, 16, 0, 1, 33, 64, 5, 2},
+        {2, 1, 0, 3, 16, 65, 130, 3}, {1, 64, 0, 1, 64, 64, 0, 0}, {1, 65, 0, 2, 40, 70, 0, 5}, {2, 17, 0, 1, 66, 130, 63, 7},
+        {1, 130, 0, 1, 130, 5, 0, 4}, {3, 70, 0, 2, 8, 16, 1, 3}};
 #define ENTRY(name, tolerance, list) {#name, #name, twin_##name, tolerance, list, COUNT(list)}
     const struct {
         const char *name, *form;
@@ -3111,6 +5059,23 @@ static void check_twins(void) {
         ENTRY(augment_forward, 5e-7, common), ENTRY(augment_backward, 2e-6, common),
         ENTRY(head_norm_forward, 1e-6, common), ENTRY(head_norm_backward, 1e-6, common),
         ENTRY(silu_gate_forward, 3e-7, common), ENTRY(silu_gate_backward, 3e-7, common), ENTRY(add, 1e-7, common),
+        {"conv_forward", "plain ", twin_plain_conv_forward, 3e-7, others, COUNT(others)},
+        {"conv_backward", "plain ", twin_plain_conv_backward, 1e-6, others, COUNT(others)},
+        ENTRY(shift_forward, 5e-7, others), ENTRY(shift_backward, 5e-7, others), ENTRY(last_token, 1e-30, others),
+        ENTRY(map_forward, 5e-7, others), ENTRY(map_backward, 5e-7, others), ENTRY(taylor_forward, 5e-7, others),
+        ENTRY(taylor_backward, 5e-7, others), ENTRY(rotate_forward, 5e-7, others),
+        ENTRY(rotate_backward, 5e-7, others), ENTRY(bounded_gate_forward, 5e-7, others),
+        ENTRY(bounded_gate_backward, 5e-7, others), ENTRY(bounds_forward, 5e-7, others),
+        ENTRY(bounds_backward, 5e-7, others), ENTRY(ssm_forward, 5e-7, others), ENTRY(ssm_backward, 5e-7, others),
+        ENTRY(scale_pairs_forward, 5e-7, others), ENTRY(scale_pairs_backward, 5e-7, others),
+        ENTRY(selective_forward, 5e-7, others), ENTRY(selective_backward, 5e-7, others),
+        ENTRY(copy_heads_forward, 1e-30, others), ENTRY(copy_heads_backward, 1e-6, others),
+        ENTRY(wkv_forward, 5e-7, others), ENTRY(wkv_backward, 5e-7, others), ENTRY(extend_forward, 1e-30, others),
+        ENTRY(extend_backward, 1e-30, others), ENTRY(normalise_forward, 5e-7, others),
+        ENTRY(normalise_backward, 1e-6, others), ENTRY(skip_forward, 5e-7, others), ENTRY(skip_backward, 5e-7, others),
+        ENTRY(multiply_forward, 5e-7, others), ENTRY(multiply_backward, 5e-7, others),
+        ENTRY(sigmoid_gate_forward, 5e-7, others), ENTRY(sigmoid_gate_backward, 5e-7, others),
+        ENTRY(attention_forward, 1e-6, attentions), ENTRY(attention_backward, 3e-6, attentions),
         ENTRY(cross_entropy_forward, 5e-7, common), ENTRY(cross_entropy_backward, 5e-7, common),
         ENTRY(sum_squares, 5e-7, common), ENTRY(adamw, 5e-7, common)};
     for (size_t e = 0; e < COUNT(entries); e++)
@@ -3235,6 +5200,101 @@ STAGED(silu_gate_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W
 STAGED(silu_gate_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
        (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
 STAGED(add, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
+STAGED(shift_forward, (ctx_t *c, real *y, in_t *n, in_t *mu, in_t *p, size_t B, size_t T, size_t D),
+       (c, W(y, B * T * D), R(n, B * T * D), R(mu, D), R(p, B * D), B, T, D))
+STAGED(shift_backward,
+       (ctx_t *c, real *dn, real *dmu, in_t *dy, in_t *n, in_t *mu, in_t *p, size_t B, size_t T, size_t D),
+       (c, W(dn, B * T * D), W(dmu, D), R(dy, B * T * D), R(n, B * T * D), R(mu, D), R(p, B * D), B, T, D))
+STAGED(last_token, (ctx_t *c, real *to, in_t *x, size_t B, size_t T, size_t D), (c, W(to, B * D), R(x, B * T * D), B, T, D))
+STAGED(map_forward, (ctx_t *c, real *y, in_t *x, size_t n, metala_map map), (c, W(y, n), R(x, n), n, map))
+STAGED(map_backward, (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t n, metala_map map),
+       (c, W(dx, n), R(dy, n), R(x, n), n, map))
+STAGED(taylor_forward, (ctx_t *c, real *y, in_t *x, size_t r, size_t H, size_t d),
+       (c, W(y, r * H * (1 + d + d * d)), R(x, r * H * d), r, H, d))
+STAGED(taylor_backward, (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t r, size_t H, size_t d),
+       (c, W(dx, r * H * d), R(dy, r * H * (1 + d + d * d)), R(x, r * H * d), r, H, d))
+STAGED(rotate_forward,
+       (ctx_t *c, real *y, in_t *x, in_t *angles, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t p, int minus),
+       (c, W(y, B * T * H * K), R(x, B * T * H * K), R(angles, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, p, minus))
+STAGED(rotate_backward,
+       (ctx_t *c, real *dx, real *dangles, in_t *dy, in_t *y, in_t *angles, size_t B, size_t T, size_t H, size_t K, int shared,
+        uint64_t p, int minus),
+       (c, W(dx, B * T * H * K), W(dangles, (shared ? 1 : H) * (K / 2)), R(dy, B * T * H * K), R(y, B * T * H * K),
+        R(angles, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, p, minus))
+STAGED(bounded_gate_forward, (ctx_t *c, real *a, real *k, in_t *z, in_t *g, size_t r, size_t n),
+       (c, W(a, r * n), W(k, r * n), R(z, r * n), R(g, n), r, n))
+STAGED(bounded_gate_backward,
+       (ctx_t *c, real *dz, real *dg, in_t *da, in_t *dk, in_t *z, in_t *g, size_t r, size_t n),
+       (c, W(dz, r * n), W(dg, n), R(da, r * n), R(dk, r * n), R(z, r * n), R(g, n), r, n))
+STAGED(bounds_forward, (ctx_t *c, real *g, in_t *G, size_t L, size_t n), (c, W(g, L * n), R(G, L * n), L, n))
+STAGED(bounds_backward, (ctx_t *c, real *dG, in_t *dg, in_t *G, size_t L, size_t n),
+       (c, W(dG, L * n), R(dg, L * n), R(G, L * n), L, n))
+STAGED(ssm_forward,
+       (ctx_t *c, metala_ssm kind, real *a, real *o, real *b, in_t *decay, in_t *phase, in_t *step, size_t H, size_t N,
+        size_t length),
+       (c, kind, W(a, H * N), W(o, H * N), W(b, 2 * H * N), R(decay, H * N), R(phase, H * N), R(step, H), H, N, length))
+STAGED(ssm_backward,
+       (ctx_t *c, metala_ssm kind, real *dd, real *dp, real *ds, in_t *da, in_t *dangles, in_t *db, in_t *decay, in_t *phase,
+        in_t *step, size_t H, size_t N, size_t length),
+       (c, kind, W(dd, H * N), W(dp, H * N), W(ds, H), R(da, H * N), R(dangles, H * N), R(db, 2 * H * N), R(decay, H * N),
+        R(phase, H * N), R(step, H), H, N, length))
+STAGED(scale_pairs_forward, (ctx_t *c, real *y, in_t *x, in_t *b, size_t r, size_t n),
+       (c, W(y, 2 * r * n), R(x, 2 * r * n), R(b, 2 * n), r, n))
+STAGED(scale_pairs_backward, (ctx_t *c, real *dx, real *db, in_t *dy, in_t *x, in_t *b, size_t r, size_t n),
+       (c, W(dx, 2 * r * n), W(db, 2 * n), R(dy, 2 * r * n), R(x, 2 * r * n), R(b, 2 * n), r, n))
+STAGED(selective_forward, (ctx_t *c, real *a, real *v, in_t *z, in_t *x, in_t *A, size_t r, size_t C, size_t N),
+       (c, W(a, r * C * N), W(v, r * C), R(z, r * C), R(x, r * C), R(A, C * N), r, C, N))
+STAGED(selective_backward,
+       (ctx_t *c, real *dz, real *dx, real *dA, in_t *da, in_t *dv, in_t *z, in_t *x, in_t *A, size_t r, size_t C, size_t N),
+       (c, W(dz, r * C), W(dx, r * C), W(dA, C * N), R(da, r * C * N), R(dv, r * C), R(z, r * C), R(x, r * C), R(A, C * N), r,
+        C, N))
+STAGED(copy_heads_forward, (ctx_t *c, real *y, in_t *x, size_t r, size_t H, size_t K),
+       (c, W(y, r * H * K), R(x, r * K), r, H, K))
+STAGED(copy_heads_backward, (ctx_t *c, real *dx, in_t *dy, size_t r, size_t H, size_t K),
+       (c, W(dx, r * K), R(dy, r * H * K), r, H, K))
+STAGED(wkv_forward,
+       (ctx_t *c, real *q, real *key, real *a, real *bonus, in_t *k, in_t *w, in_t *u, const uint8_t *m, real *previous,
+        size_t B, size_t T, size_t D, uint64_t position),
+       (c, W(q, B * T * D), W(key, B * T * D), W(a, B * T * D), W(bonus, B * T * D), R(k, B * T * D), R(w, D), R(u, D),
+        R(m, B * T), W(previous, B * 2 * D), B, T, D, position))
+STAGED(wkv_backward,
+       (ctx_t *c, real *dk, real *dw, real *du, in_t *dkey, in_t *da, in_t *dbonus, in_t *key, in_t *bonus, in_t *w,
+        const uint8_t *m, size_t B, size_t T, size_t D),
+       (c, W(dk, B * T * D), W(dw, D), W(du, D), R(dkey, B * T * D), R(da, B * T * D), R(dbonus, B * T * D), R(key, B * T * D),
+        R(bonus, B * T * D), R(w, D), R(m, B * T), B, T, D))
+STAGED(extend_forward,
+       (ctx_t *c, real *y, in_t *v, const uint8_t *m, in_t *previous, int delayed, size_t B, size_t T, size_t H, size_t V),
+       (c, W(y, B * T * H * (V + 1)), R(v, B * T * H * V), R(m, B * T), R(previous, B * H * V), delayed, B, T, H, V))
+STAGED(extend_backward,
+       (ctx_t *c, real *dv, in_t *dy, const uint8_t *m, int delayed, size_t B, size_t T, size_t H, size_t V),
+       (c, W(dv, B * T * H * V), R(dy, B * T * H * (V + 1)), R(m, B * T), delayed, B, T, H, V))
+STAGED(normalise_forward, (ctx_t *c, real *y, in_t *o, in_t *b, in_t *v, size_t r, size_t H, size_t V, double eps),
+       (c, W(y, r * H * V), R(o, r * H * (V + 1)), R(b, r * H), R(v, r * H * V), r, H, V, eps))
+STAGED(normalise_backward,
+       (ctx_t *c, real *dO, real *db, real *dv, in_t *dy, in_t *y, in_t *o, in_t *b, in_t *v, size_t r, size_t H, size_t V,
+        double eps),
+       (c, W(dO, r * H * (V + 1)), W(db, r * H), W(dv, r * H * V), R(dy, r * H * V), R(y, r * H * V), R(o, r * H * (V + 1)),
+        R(b, r * H), R(v, r * H * V), r, H, V, eps))
+STAGED(skip_forward, (ctx_t *c, real *y, in_t *o, in_t *x, in_t *d, size_t r, size_t n),
+       (c, W(y, r * n), R(o, r * n), R(x, r * n), R(d, n), r, n))
+STAGED(skip_backward, (ctx_t *c, real *dx, real *dd, in_t *dy, in_t *x, in_t *d, size_t r, size_t n),
+       (c, W(dx, r * n), W(dd, n), R(dy, r * n), R(x, r * n), R(d, n), r, n))
+STAGED(multiply_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
+STAGED(multiply_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
+       (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
+STAGED(sigmoid_gate_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
+STAGED(sigmoid_gate_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
+       (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
+STAGED(attention_forward,
+       (ctx_t *c, real *o, real *lse, in_t *q, in_t *k, in_t *v, const uint8_t *m, size_t B, size_t T, size_t past, size_t room,
+        size_t H, size_t K, size_t V, double s),
+       (c, W(o, B * T * H * V), W(lse, B * T * H), R(q, B * T * H * K), R(k, ((B - 1) * room + past + T) * H * K),
+        R(v, ((B - 1) * room + past + T) * H * V), R(m, (B - 1) * room + past + T), B, T, past, room, H, K, V, s))
+STAGED(attention_backward,
+       (ctx_t *c, real *dq, real *dk, real *dv, in_t *dO, in_t *o, in_t *lse, in_t *q, in_t *k, in_t *v, const uint8_t *m,
+        size_t B, size_t T, size_t H, size_t K, size_t V, double s),
+       (c, W(dq, B * T * H * K), W(dk, B * T * H * K), W(dv, B * T * H * V), R(dO, B * T * H * V), R(o, B * T * H * V),
+        R(lse, B * T * H), R(q, B * T * H * K), R(k, B * T * H * K), R(v, B * T * H * V), R(m, B * T), B, T, H, K, V, s))
 STAGED(cross_entropy_forward, (ctx_t *c, real *loss, real *lse, in_t *l, const int *t, size_t r, size_t N),
        (c, W(loss, r), W(lse, r), R(l, r * N), R(t, r), r, N))
 STAGED(cross_entropy_backward,
@@ -3260,6 +5320,14 @@ static metala_backend staged_backend(const metala_backend *device) {
     USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(augment_forward);
     USE(augment_backward), USE(head_norm_forward), USE(head_norm_backward), USE(silu_gate_forward);
     USE(silu_gate_backward), USE(add), USE(cross_entropy_forward), USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
+    USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward);
+    USE(taylor_forward), USE(taylor_backward), USE(rotate_forward), USE(rotate_backward), USE(bounded_gate_forward);
+    USE(bounded_gate_backward), USE(bounds_forward), USE(bounds_backward), USE(ssm_forward), USE(ssm_backward);
+    USE(scale_pairs_forward), USE(scale_pairs_backward), USE(selective_forward), USE(selective_backward);
+    USE(copy_heads_forward), USE(copy_heads_backward), USE(wkv_forward), USE(wkv_backward), USE(extend_forward);
+    USE(extend_backward), USE(normalise_forward), USE(normalise_backward), USE(skip_forward), USE(skip_backward);
+    USE(multiply_forward), USE(multiply_backward), USE(sigmoid_gate_forward), USE(sigmoid_gate_backward);
+    USE(attention_forward), USE(attention_backward);
 #undef USE
     return b;
 }
@@ -3683,6 +5751,7 @@ static int open_device(metala_math math) {
 static void check_entries(void) {
     check_scalars();
     check_kernels();
+    check_row_kernels();
     check_matmuls();
     check_quantized();
     check_scans();
@@ -3695,6 +5764,7 @@ static void check_cpu(void) {
     check_models();
     check_states();
     check_training();
+    check_rows();
     check_conversions();
     check_headers();
     check_model_files();

@@ -46,12 +46,13 @@ static int complain(const char *format, ...) {
 
 // ------------------------------------------------------------------------------------------------ options
 
-enum { MOST_OPTIONS = 80, MOST_SIZE = 1 << 24 };          // metala_config_check has the same limit
+enum { MOST_OPTIONS = 120, MOST_SIZE = 1 << 24 };          // metala_config_check has the same limit
 enum { COSINE, CONSTANT, LINEAR };        // --schedule
 enum { ON_CPU, ON_CUDA };                 // --device
 
 typedef struct {
-    const char *data, *val, *init, *out, *keep_best, *prompt, *log;
+    const char *data, *val, *init, *out, *keep_best, *prompt, *log, *model;
+    int match_params;
     int context, batch, accumulate, warmup, schedule, max_steps, stop_at, seed, form;
     int resume, save_every, eval_every, eval_batches, sample_every, sample_tokens, log_every;
     int quiet, threads, device, math, checkpoint_layers, profile, bench, help, version;
@@ -66,8 +67,9 @@ typedef struct {
 } settings;
 
 // Everything about an option: parsing, --help, the checkpoint's metadata and --resume follow from this table.
-// FLAG, WHOLE and CHOICE are an int in settings, NUMBER a double, TEXT a const char *.
-typedef enum { HEADING, FLAG, WHOLE, CHOICE, NUMBER, TEXT } option_kind;
+// FLAG, WHOLE, CHOICE and COLUMN are an int in settings, NUMBER a double, TEXT a const char *. The choices of a COLUMN are
+// in metala_columns, and the row of --model says which it is unless chosen.
+typedef enum { HEADING, FLAG, WHOLE, CHOICE, COLUMN, NUMBER, TEXT } option_kind;
 
 typedef struct {
     option_kind kind;
@@ -84,6 +86,7 @@ typedef struct {
 #define IS_NUMBER(name, alias, initial, least, most, member, help) \
     {NUMBER, name, alias, "X", initial, help, least, most, AT(member)}
 #define IS_CHOICE(name, choices, initial, member, help) {CHOICE, name, 0, choices, initial, help, 0, 0, AT(member)}
+#define IS_COLUMN(name, member, help) {COLUMN, name, 0, 0, 0, help, 0, 0, AT(config.member)}
 #define IS_TEXT(name, alias, argument, initial, member, help) \
     {TEXT, name, alias, argument, initial, help, 0, 0, AT(member)}
 
@@ -114,10 +117,6 @@ static const option options[] = {
     IS_WHOLE("bos-token", 0, "N", "-1", -1, MOST_SIZE - 1, config.bos_token_id,
              "what run begins with when it has no prompt; -1 = none"),
     IS_WHOLE("eos-token", 0, "N", "-1", -1, MOST_SIZE - 1, config.eos_token_id, "where run stops; -1 = none"),
-    IS_FLAG("no-conv", 0, config.no_conv, "without the short convolution"),
-    IS_FLAG("no-augment", 0, config.no_augment, "without self-augmentation"),
-    IS_FLAG("key-linear", 0, config.key_linear, "keys of their own, in place of 1 - decay"),
-    IS_FLAG("fixed-decay", 0, config.fixed_decay, "a learned decay per channel, the same for every token"),
     IS_NUMBER("init-std", 0, "0", 0, 10, initial.std,
               "deviation of the initial weights; 0 = 1/sqrt(D); the authors' is 0.02"),
     IS_NUMBER("residual-scale", 0, "0", 0, 10, initial.residual_scale,
@@ -125,6 +124,26 @@ static const option options[] = {
     IS_NUMBER("gate-scale", 0, "8", 0, 1000, initial.gate_scale, "factor on those that make the decay; the authors' is 1"),
     IS_NUMBER("gate-mean", 0, "0", 0, 1e6, initial.gate_mean,
               "and their means rise over the channels of a head up to X/D; 200 for a long memory"),
+
+    IS_GROUP("Row of the general form (run --models shows them)"),
+    IS_TEXT("model", 0, "NAME", "metala", model, "a model of the literature; what follows changes its choices"),
+    IS_COLUMN("conv", row.conv, "how a token sees its neighbours"),
+    IS_COLUMN("query", row.query, "what q is made of"),
+    IS_COLUMN("key", row.key, "what k is made of"),
+    IS_COLUMN("value", row.value, "what v is made of"),
+    IS_COLUMN("decay", row.decay, "what the decay is made of"),
+    IS_COLUMN("self", row.self, "what the current token adds by itself"),
+    IS_COLUMN("normaliser", row.normaliser, "divide by the sum of the weights"),
+    IS_COLUMN("phase", row.phase, "rotation with time"),
+    IS_COLUMN("norm", row.norm, "of what was read from the state"),
+    IS_COLUMN("gate", row.gate, "of the output"),
+    IS_COLUMN("channels", row.channels, "q, k and the decay have half of D channels, or all"),
+    IS_WHOLE("expand", 0, "E", "0", 0, 64, config.expand, "values have E D channels; 0 = as usual for the model"),
+    IS_WHOLE("state-size", 0, "N", "16", 1, 1 << 16, config.state_size, "states of a channel in a state-space model"),
+    IS_WHOLE("low-rank", 0, "R", "16", 1, 1 << 24, config.low_rank, "channels between the two matrices of a decay"),
+    IS_WHOLE("feature-dim", 0, "d", "16", 1, 1024, config.feature_dim, "channels of a head before the Taylor features"),
+    IS_WHOLE("length", 0, "T", "0", 0, INT_MAX, config.length, "tokens that decay dss normalises over; 0 = --context"),
+    IS_FLAG("match-params", 0, match_params, "choose the GLU's width so that there are as many parameters as metala has"),
 
     IS_GROUP("Optimisation"),
     IS_NUMBER("learning-rate", "--lr", "0.006", 0, 1e30, learning_rate, "highest learning rate"),
@@ -182,14 +201,26 @@ static const option *option_named(const char *name) {
     return o;
 }
 
+// Part of the model's configuration, which is in its file.
 static int is_config(const option *o) {
-    return o->kind != HEADING && o->offset >= AT(config) && o->offset < AT(config) + sizeof(metala_config);
+    return (o->kind != HEADING && o->offset >= AT(config) && o->offset < AT(config) + sizeof(metala_config)) ||
+           (o->kind == TEXT && o->offset == AT(model)) || (o->kind == FLAG && o->offset == AT(match_params));
 }
 
 // Goes into the checkpoint's metadata and comes back with --resume.
 static int is_kept(const option *o) { return o->kind != HEADING && o < option_named("out") && !is_config(o); }
 
 static int is_given(const settings *s, const char *name) { return s->given[option_named(name) - options] != NULL; }
+
+// The choices a|b|c of an option.
+static const char *choices_of(const option *o, char room[160]) {
+    const metala_column *c = metala_columns();
+    if (o->kind != COLUMN) return o->argument;
+    while (strcmp(c->name, o->name)) c++;
+    *room = 0;
+    for (int i = 0; c->values[i]; i++) strcat(strcat(room, i ? "|" : ""), c->values[i]);
+    return room;
+}
 
 static void print_help(void) {
     puts("usage: train FILE [options]\n\n"
@@ -200,14 +231,15 @@ static void print_help(void) {
          "  train --resume --out large.safetensors          go on after Ctrl-C\n"
          "  train --bench --width 512");
     for (const option *o = options; o < options + OPTIONS; o++) {
-        char left[80];
+        char left[200], room[160];
+        const char *argument = choices_of(o, room);
         if (o->kind != HEADING && !o->help) continue;
         if (o->kind == HEADING) {
             printf("\n%s\n", o->name);
             continue;
         }
         snprintf(left, sizeof left, "--%s%s%s %s", o->name, o->alias ? ", " : "", o->alias ? o->alias : "",
-                 o->argument ? o->argument : "");
+                 argument ? argument : "");
         printf(strlen(left) > 25 ? "  %s\n%28s" : "  %-25s %s", left, "");
         for (const char *c = o->help; *c; c++) *c == '\n' ? printf("\n%28s", "") : putchar(*c);
         if (o->kind != FLAG && o->initial) printf(*o->initial == '\n' ? " [a newline]" : " [%s]", o->initial);
@@ -279,9 +311,12 @@ static int set_option(settings *s, const option *o, const char *value) {
         *(const char **)member = value;
         return value && !*value ? complain("--%s: got nothing, expected %s", o->name, o->argument) : 0;
     }
-    if (o->kind == CHOICE) {
-        *(int *)member = find_choice(o->argument, value);
-        return *(int *)member < 0 ? complain("--%s: got '%s', expected %s", o->name, value, o->argument) : 0;
+    if (o->kind == CHOICE || o->kind == COLUMN) {
+        char room[160];
+        int choice = find_choice(choices_of(o, room), value);
+        if (choice < 0) return complain("--%s: got '%s', expected %s", o->name, value, choices_of(o, room));
+        *(int *)member = choice;
+        return 0;
     }
     if (parse_number(value, &number) || number < o->least || number > o->most ||
         (o->kind != NUMBER && value[(o->least < 0 && *value == '-') + strspn(value + (*value == '-'), "0123456789")]))
@@ -302,9 +337,10 @@ static const char *value_text(const settings *s, const option *o, char room[ROOM
             snprintf(room, ROOM, "%.*g", digits, *(const double *)member);
             if (!(strtod(room, NULL) < *(const double *)member) && !(strtod(room, NULL) > *(const double *)member)) break;
         }
-    } else if (o->kind != CHOICE) snprintf(room, ROOM, "%d", *(const int *)member);
+    } else if (o->kind != CHOICE && o->kind != COLUMN) snprintf(room, ROOM, "%d", *(const int *)member);
     else {
-        const char *name = o->argument;
+        char choices[160];
+        const char *name = choices_of(o, choices);
         for (int i = *(const int *)member; i > 0; i--) name += strcspn(name, "|") + 1;
         snprintf(room, ROOM, "%.*s", (int)strcspn(name, "|"), name);
     }
@@ -328,18 +364,26 @@ static int has_own_length(const settings *s, const char *path) {
 
 // Sizes that no model can have, when it is the command line that says them all.
 static int check_sizes(const settings *s) {
-    int D = s->config.width, H = s->config.heads, fewer = H;
-    if (D % 2) return complain("--width: got %d, expected an even number; try --width %d", D, D + 1);
-    while (D / 2 % fewer) fewer--;
+    int D = s->config.width, H = s->config.heads, fewer = H, parts = s->config.row.channels == METALA_CHANNELS_HALF ? 2 : 1;
+    if (s->config.row.query > METALA_QUERY_TAYLOR) parts = 0;         // without heads of a chosen number
+    if (parts && D % parts) return complain("--width: got %d, expected an even number; try --width %d", D, D + 1);
+    while (parts && D / parts % fewer) fewer--;
     if (fewer < H)
-        return complain("--width %d and --heads %d: the number of heads must divide width/2 = %d; try --heads %d or"
-                        " --width %.0f", D, H, D / 2, fewer, 2.0 * H * ceil(D / (2.0 * H)));
+        return complain("--width %d and --heads %d: the number of heads must divide width%s = %d; try --heads %d or"
+                        " --width %.0f", D, H, parts > 1 ? "/2" : "", D / parts, fewer, parts * H * ceil(D / (1.0 * parts * H)));
     if (!s->config.glu_dim && D > MOST_SIZE / 8 * 3)
         return complain("--width: got %d, expected at most %d without --glu-dim", D, MOST_SIZE / 8 * 3);
     if ((s->bench || !has_own_length(s, s->data)) && (double)s->batch * s->context > INT_MAX)
         return complain("--batch %d of --context %d: expected at most %d tokens; try a smaller --batch and --accumulate",
                         s->batch, s->context, INT_MAX);
-    return 0;
+    metala_context *ctx = metala_open(NULL, 1);
+    metala_config c = s->config;                                      // 0 is what the data will say
+    if (!c.vocab_size) c.vocab_size = 1;
+    if (!c.glu_dim) c.glu_dim = 1;
+    if (!c.length) c.length = 1;
+    int status = ctx && !metala_config_check(ctx, &c) ? 0 : complain("%s", metala_error(ctx));
+    metala_close(ctx);
+    return status;
 }
 
 // What no single option can see.
@@ -360,12 +404,26 @@ static int check_settings(settings *s) {
     return s->resume || s->init ? 0 : check_sizes(s);
 }
 
+// The row that --model names, with the choices made on the command line in place of its own.
+static int choose_row(settings *s) {
+    const metala_named_row *r = metala_rows();
+    char known[400] = "";
+    for (; r->name && strcmp(r->name, s->model); r++)
+        snprintf(known + strlen(known), sizeof known - strlen(known), "%s%s", *known ? ", " : "", r->name);
+    if (!r->name) return complain("--model: got '%s', expected one of %s", s->model, known);
+    s->config.row = r->row;
+    if (!s->config.expand) s->config.expand = r->expand;
+    for (int i = 0; i < OPTIONS; i++)
+        if (options[i].kind == COLUMN && s->given[i] && set_option(s, &options[i], s->given[i])) return -1;
+    return 0;
+}
+
 static int parse_options(settings *s, int argc, char **argv) {
     int only_arguments = 0;
     memset(s, 0, sizeof *s);
     s->config = metala_config_default();
     for (const option *o = options; o < options + OPTIONS; o++)
-        if (o->kind != HEADING && set_option(s, o, o->initial)) return -1;
+        if (o->kind != HEADING && o->kind != COLUMN && set_option(s, o, o->initial)) return -1;
     for (int i = 1; i < argc; i++) {
         const option *o = option_named("data");
         const char *value = argv[i];
@@ -383,7 +441,7 @@ static int parse_options(settings *s, int argc, char **argv) {
         if (set_option(s, o, value)) return -1;
         s->given[o - options] = value;
     }
-    return check_settings(s);
+    return choose_row(s) ? -1 : check_settings(s);
 }
 
 // ------------------------------------------------------------------------------------------------ stopping and time
@@ -496,23 +554,46 @@ static void describe_data(const program *p) {
 // The configuration of a file holds; what the command line says about it must agree.
 static int adopt_config(program *p, const char *path, const metala_config *config) {
     settings *s = p->s, wanted = *s;
+    const char *have = metala_config_row_name(config), *want = metala_config_row_name(&wanted.config);
     s->config = *config;
+    if (is_given(s, "model") && strcmp(want, have))
+        return complain("--model: got %s, but %s has %s; leave it out or train anew", want, path, have);
     for (const option *o = options; o < options + OPTIONS; o++) {
-        char want[ROOM], have[ROOM];
-        if (!s->given[o - options] || !is_config(o)) continue;
-        if (strcmp(value_text(&wanted, o, want), value_text(s, o, have)))
-            return complain("--%s: got %s, but %s has %s; leave it out or train anew", o->name, want, path, have);
+        char asked[ROOM], there[ROOM];
+        if (!s->given[o - options] || !is_config(o) || o->kind == TEXT || o->offset == AT(match_params)) continue;
+        if (strcmp(value_text(&wanted, o, asked), value_text(s, o, there)))
+            return complain("--%s: got %s, but %s has %s; leave it out or train anew", o->name, asked, path, there);
     }
     return 0;
 }
 
 static void complete_config(program *p) {
     metala_config *c = &p->s->config;
+    if (c->length == 0) c->length = p->s->context;
     if (c->glu_dim == 0) c->glu_dim = (int)((8.0 / 3 * c->width + 31) / 32) * 32;
     if (c->vocab_size == 0 && p->train) c->vocab_size = metala_dataset_vocab(p->train);
     if (c->vocab_size == 0) c->vocab_size = 256;
     if (p->val && !is_given(p->s, "vocab") && metala_dataset_vocab(p->val) > c->vocab_size)
         c->vocab_size = metala_dataset_vocab(p->val);
+}
+
+static size_t parameters_of(const metala_config *c) {
+    return metala_trainer_memory(c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real);
+}
+
+// --match-params: three more parameters for every layer, channel and channel of the GLU.
+static int match_parameters(program *p) {
+    metala_config *c = &p->s->config, metala = *c, one = *c;
+    metala.row = metala_rows()->row, metala.expand = metala_rows()->expand;
+    one.glu_dim = 1;
+    double wanted = (double)parameters_of(&metala), least = (double)parameters_of(&one);
+    double each = 3.0 * c->layers * c->width + (c->glu_bias ? 2.0 * c->layers : 0), F = (wanted - least) / each + 1;
+    c->glu_dim = F < 8 ? 8 : (int)(F / 8 + 0.5) * 8;
+    double got = (double)parameters_of(c);
+    if (least > 0 && wanted > 0 && fabs(got - wanted) > 0.05 * wanted)
+        return complain("--match-params: metala has %.0f parameters, this model %.0f even with a GLU of %d channels; give it"
+                        " fewer of its own, by --expand or --state-size", wanted, got, c->glu_dim);
+    return 0;
 }
 
 static int new_model(program *p) {
@@ -621,10 +702,10 @@ static void describe_model(const program *p) {
     const metala_config *c = &p->s->config;
     metala_memory m = memory_of(p, longest_sequence(p));
     char count[ROOM];
-    say(p, "model    D%d L%d H%d F%d N%d", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size);
-    say(p, "%s%s%s%s%s%s: %s parameters\n", c->tie_word_embeddings ? " tied" : "", c->glu_bias ? " glu-bias" : "",
-        c->no_conv ? " no-conv" : "", c->no_augment ? " no-augment" : "", c->key_linear ? " key-linear" : "",
-        c->fixed_decay ? " fixed-decay" : "", count_text(count, (double)(m.parameters / sizeof(metala_real))));
+    say(p, "model    %s D%d L%d H%d F%d N%d", metala_config_row_name(c), c->width, c->layers, c->heads, c->glu_dim,
+        c->vocab_size);
+    say(p, "%s%s: %s parameters\n", c->tie_word_embeddings ? " tied" : "", c->glu_bias ? " glu-bias" : "",
+        count_text(count, (double)(m.parameters / sizeof(metala_real))));
     say(p, "memory   %.1f MB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch %.1f\n",
         (double)m.total / 1e6, (double)m.parameters / 1e6, (double)m.gradients / 1e6, (double)m.moments / 1e6,
         (double)m.activations / 1e6, (double)m.scratch / 1e6);
@@ -1133,10 +1214,11 @@ static void report(const program *p, const char *command) {
 
 // --profile: the device's backend table with a clock around every kernel. Each wrapper has its kernel's arguments.
 // A download of nothing waits until a GPU has done what it was asked for.
-enum kernel { EMBEDDING, RMS, CONV, MATMUL, MASK, GATE, SCAN, AUGMENT, HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM,
-              ADAMW, KERNELS };
-static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "matrix products",
-    "mask", "gate", "decay scan", "self-augmentation", "head norm", "gated products", "residual add", "cross-entropy",
+enum kernel { EMBEDDING, RMS, CONV, SHIFT, MATMUL, MASK, FEATURES, PHASE, GATE, SCAN, ATTENTION, NORMALISER, AUGMENT, SKIP,
+              HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM, ADAMW, KERNELS };
+static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "token shift",
+    "matrix products", "mask", "feature maps", "phase", "decay", "decay scan", "softmax attention", "normaliser",
+    "self-augmentation", "skip", "head norm", "gated products", "residual add", "cross-entropy",
     "gradient norm", "AdamW"};
 static struct { double seconds[2], operations[2]; long calls[2]; } spent[KERNELS];     // forward, backward
 static const metala_backend *profiled;
@@ -1201,6 +1283,102 @@ CLOCKED(silu_gate_forward, SILU_GATE, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b
 CLOCKED(silu_gate_backward, SILU_GATE, 1, 0, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
         (c, da, db, dy, a, b, n))
 CLOCKED(add, ADD, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(shift_forward, SHIFT, 0, 0,
+        (ctx_t *c, real *y, in_t *n, in_t *mu, in_t *previous, size_t B, size_t T, size_t D), (c, y, n, mu, previous,
+         B, T, D))
+CLOCKED(shift_backward, SHIFT, 1, 0,
+        (ctx_t *c, real *dn, real *dmu, in_t *dy, in_t *n, in_t *mu, in_t *previous, size_t B, size_t T, size_t D),
+         (c, dn, dmu, dy, n, mu, previous, B, T, D))
+CLOCKED(last_token, SHIFT, 0, 0,
+        (ctx_t *c, real *to, in_t *x, size_t B, size_t T, size_t D), (c, to, x, B, T, D))
+CLOCKED(map_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, size_t n, metala_map map), (c, y, x, n, map))
+CLOCKED(map_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t n, metala_map map), (c, dx, dy, x, n, map))
+CLOCKED(taylor_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, size_t rows, size_t H, size_t d), (c, y, x, rows, H, d))
+CLOCKED(taylor_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t rows, size_t H, size_t d), (c, dx, dy, x, rows, H, d))
+CLOCKED(rotate_forward, PHASE, 0, 0,
+        (ctx_t *c, real *y, in_t *x, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t
+         position, int negative), (c, y, x, theta, B, T, H, K, shared, position, negative))
+CLOCKED(rotate_backward, PHASE, 1, 0,
+        (ctx_t *c, real *dx, real *dtheta, in_t *dy, in_t *y, in_t *theta, size_t B, size_t T, size_t H, size_t K, int
+         shared, uint64_t position, int negative), (c, dx, dtheta, dy, y, theta, B, T, H, K, shared, position,
+         negative))
+CLOCKED(bounded_gate_forward, GATE, 0, 0,
+        (ctx_t *c, real *alpha, real *k, in_t *z, in_t *gamma, size_t rows, size_t n), (c, alpha, k, z, gamma, rows,
+         n))
+CLOCKED(bounded_gate_backward, GATE, 1, 0,
+        (ctx_t *c, real *dz, real *dgamma, in_t *da, in_t *dk, in_t *z, in_t *gamma, size_t rows, size_t n), (c, dz,
+         dgamma, da, dk, z, gamma, rows, n))
+CLOCKED(bounds_forward, GATE, 0, 0,
+        (ctx_t *c, real *gamma, in_t *G, size_t L, size_t n), (c, gamma, G, L, n))
+CLOCKED(bounds_backward, GATE, 1, 0,
+        (ctx_t *c, real *dG, in_t *dgamma, in_t *G, size_t L, size_t n), (c, dG, dgamma, G, L, n))
+CLOCKED(ssm_forward, GATE, 0, 0,
+        (ctx_t *c, metala_ssm kind, real *alpha, real *theta, real *b, in_t *decay, in_t *phase, in_t *step, size_t H,
+         size_t N, size_t length), (c, kind, alpha, theta, b, decay, phase, step, H, N, length))
+CLOCKED(ssm_backward, GATE, 1, 0,
+        (ctx_t *c, metala_ssm kind, real *ddecay, real *dphase, real *dstep, in_t *da, in_t *dtheta, in_t *db, in_t
+         *decay, in_t *phase, in_t *step, size_t H, size_t N, size_t length), (c, kind, ddecay, dphase, dstep, da,
+         dtheta, db, decay, phase, step, H, N, length))
+CLOCKED(scale_pairs_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, in_t *b, size_t rows, size_t n), (c, y, x, b, rows, n))
+CLOCKED(scale_pairs_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, real *db, in_t *dy, in_t *x, in_t *b, size_t rows, size_t n), (c, dx, db, dy, x, b, rows,
+         n))
+CLOCKED(selective_forward, GATE, 0, 0,
+        (ctx_t *c, real *alpha, real *v, in_t *z, in_t *x, in_t *A, size_t rows, size_t C, size_t N), (c, alpha, v, z,
+         x, A, rows, C, N))
+CLOCKED(selective_backward, GATE, 1, 0,
+        (ctx_t *c, real *dz, real *dx, real *dA, in_t *da, in_t *dv, in_t *z, in_t *x, in_t *A, size_t rows, size_t C,
+         size_t N), (c, dz, dx, dA, da, dv, z, x, A, rows, C, N))
+CLOCKED(copy_heads_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *x, size_t rows, size_t H, size_t K), (c, y, x, rows, H, K))
+CLOCKED(copy_heads_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dx, in_t *dy, size_t rows, size_t H, size_t K), (c, dx, dy, rows, H, K))
+CLOCKED(wkv_forward, GATE, 0, 0,
+        (ctx_t *c, real *q, real *key, real *alpha, real *bonus, in_t *k, in_t *w, in_t *u, const uint8_t *mask, real
+         *previous, size_t B, size_t T, size_t D, uint64_t position), (c, q, key, alpha, bonus, k, w, u, mask,
+         previous, B, T, D, position))
+CLOCKED(wkv_backward, GATE, 1, 0,
+        (ctx_t *c, real *dk, real *dw, real *du, in_t *dkey, in_t *da, in_t *dbonus, in_t *key, in_t *bonus, in_t *w,
+         const uint8_t *mask, size_t B, size_t T, size_t D), (c, dk, dw, du, dkey, da, dbonus, key, bonus, w, mask, B,
+         T, D))
+CLOCKED(extend_forward, FEATURES, 0, 0,
+        (ctx_t *c, real *y, in_t *v, const uint8_t *mask, in_t *previous, int delayed, size_t B, size_t T, size_t H,
+         size_t V), (c, y, v, mask, previous, delayed, B, T, H, V))
+CLOCKED(extend_backward, FEATURES, 1, 0,
+        (ctx_t *c, real *dv, in_t *dy, const uint8_t *mask, int delayed, size_t B, size_t T, size_t H, size_t V), (c,
+         dv, dy, mask, delayed, B, T, H, V))
+CLOCKED(normalise_forward, NORMALISER, 0, 0,
+        (ctx_t *c, real *y, in_t *o, in_t *bonus, in_t *v, size_t rows, size_t H, size_t V, double eps), (c, y, o,
+         bonus, v, rows, H, V, eps))
+CLOCKED(normalise_backward, NORMALISER, 1, 0,
+        (ctx_t *c, real *dO, real *dbonus, real *dv, in_t *dy, in_t *y, in_t *o, in_t *bonus, in_t *v, size_t rows,
+         size_t H, size_t V, double eps), (c, dO, dbonus, dv, dy, y, o, bonus, v, rows, H, V, eps))
+CLOCKED(skip_forward, SKIP, 0, 0,
+        (ctx_t *c, real *y, in_t *o, in_t *x, in_t *d, size_t rows, size_t n), (c, y, o, x, d, rows, n))
+CLOCKED(skip_backward, SKIP, 1, 0,
+        (ctx_t *c, real *dx, real *dd, in_t *dy, in_t *x, in_t *d, size_t rows, size_t n), (c, dx, dd, dy, x, d, rows,
+         n))
+CLOCKED(multiply_forward, SILU_GATE, 0, 0,
+        (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(multiply_backward, SILU_GATE, 1, 0,
+        (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n), (c, da, db, dy, a, b, n))
+CLOCKED(sigmoid_gate_forward, SILU_GATE, 0, 0,
+        (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
+CLOCKED(sigmoid_gate_backward, SILU_GATE, 1, 0,
+        (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n), (c, da, db, dy, a, b, n))
+CLOCKED(attention_forward, ATTENTION, 0, 2.0 * (double)(B * T * H) * ((double)past + 0.5 * (double)T) * (double)(K + V),
+        (ctx_t *c, real *o, real *lse, in_t *q, in_t *k, in_t *v, const uint8_t *mask, size_t B, size_t T, size_t
+         past, size_t stride, size_t H, size_t K, size_t V, double scale), (c, o, lse, q, k, v, mask, B, T, past,
+         stride, H, K, V, scale))
+CLOCKED(attention_backward, ATTENTION, 1, 2.5 * (double)(B * T * H) * (double)T * (double)(K + V),
+        (ctx_t *c, real *dq, real *dk, real *dv, in_t *dO, in_t *o, in_t *lse, in_t *q, in_t *k, in_t *v, const
+         uint8_t *mask, size_t B, size_t T, size_t H, size_t K, size_t V, double scale), (c, dq, dk, dv, dO, o, lse, q,
+         k, v, mask, B, T, H, K, V, scale))
 CLOCKED(cross_entropy_forward, CROSS_ENTROPY, 0, 0,
         (ctx_t *c, real *loss, real *lse, in_t *l, const int *t, size_t r, size_t N), (c, loss, lse, l, t, r, N))
 CLOCKED(cross_entropy_backward, CROSS_ENTROPY, 1, 0,
@@ -1223,6 +1401,14 @@ static metala_backend clocked_backend(const metala_backend *device) {
     USE(scan_forward), USE(scan_backward), USE(augment_forward), USE(augment_backward), USE(head_norm_forward);
     USE(head_norm_backward), USE(silu_gate_forward), USE(silu_gate_backward), USE(add), USE(cross_entropy_forward);
     USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
+    USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward);
+    USE(taylor_forward), USE(taylor_backward), USE(rotate_forward), USE(rotate_backward), USE(bounded_gate_forward);
+    USE(bounded_gate_backward), USE(bounds_forward), USE(bounds_backward), USE(ssm_forward), USE(ssm_backward);
+    USE(scale_pairs_forward), USE(scale_pairs_backward), USE(selective_forward), USE(selective_backward);
+    USE(copy_heads_forward), USE(copy_heads_backward), USE(wkv_forward), USE(wkv_backward), USE(extend_forward);
+    USE(extend_backward), USE(normalise_forward), USE(normalise_backward), USE(skip_forward), USE(skip_backward);
+    USE(multiply_forward), USE(multiply_backward), USE(sigmoid_gate_forward), USE(sigmoid_gate_backward);
+    USE(attention_forward), USE(attention_backward);
 #undef USE
     return b;
 }
@@ -1267,6 +1453,7 @@ static int bench(program *p) {
     double times[TIMED], loss, norm;
     char count[ROOM], form[ROOM], device[ROOM];
     complete_config(p);
+    if (s->match_params && match_parameters(p)) return -1;
     if (s->init ? old_model(p, s->init) : check_memory(p, (size_t)s->context) || new_model(p)) return -1;
     if (allocate_batch(p, (size_t)s->context) || allocate(p, (size_t)s->context)) return -1;
     say_notices(p);
@@ -1287,8 +1474,8 @@ static int bench(program *p) {
     if (s->profile) print_profile(WARM + TIMED);
     double step = times[TIMED / 2], parameters = (double)metala_model_size(p->model);
     double speed = step > 0 ? (double)s->batch * s->context / step : 0;
-    printf("bench D%d L%d H%d F%d N%d B%d T%d P %s: ", c->width, c->layers, c->heads, c->glu_dim, c->vocab_size,
-           s->batch, s->context, count_text(count, parameters));
+    printf("bench %s D%d L%d H%d F%d N%d B%d T%d P %s: ", metala_config_row_name(c), c->width, c->layers, c->heads,
+           c->glu_dim, c->vocab_size, s->batch, s->context, count_text(count, parameters));
     printf("%.1f ms/step, %.0f tokens/s, %.1f GFLOP/s, %s, %s, %.1f MB\n", 1e3 * step, speed,
            6e-9 * parameters * speed, value_text(s, option_named("form"), form), device_text(p, device),
            (double)memory_of(p, (size_t)s->context).total / 1e6);
@@ -1306,6 +1493,7 @@ static int prepare(program *p) {
     if (check_outputs(s) || load_data(p)) return -1;
     if ((s->resume || s->init) && old_model(p, s->resume ? s->out : s->init)) return -1;
     if (!p->model) complete_config(p);
+    if (!p->model && s->match_params && match_parameters(p)) return -1;
     if (metala_config_check(p->ctx, &s->config)) return library_failed(p);
     if (check_vocabulary(p) || check_memory(p, longest_sequence(p)) || allocate_batch(p, longest_sequence(p)) ||
         check_targets(p))

@@ -359,7 +359,54 @@ effect --weight-decay 0.1 10
 effect --clip 1 0.01
 effect --val-fraction 0.1 0.5
 effect --eval-batches 64 1
-for flag in tie glu-bias no-conv no-augment key-linear fixed-decay scale-embedding; do
+for choice in "--model metala gla" "--conv on off" "--self augment off" "--key tied linear" "--decay dynamic fixed" \
+    "--query linear silu" "--phase off rope" "--norm layer rms" "--gate silu sigmoid" "--channels half full" \
+    "--expand 0 2"; do
+    effect $choice
+done
+shaped() {                               # FLAG DEFAULT OTHER MODEL that it matters to
+    train text.txt $six --model "$4" --out own.st --log own.csv 2> err
+    train text.txt $six --model "$4" "$1" "$2" --out same.st 2> err
+    same_bytes "train --model $4 $1 $2 is the default" own.st same.st
+    train text.txt $six --model "$4" "$1" "$3" --out effect.st --log effect.csv 2> err
+    differ "train --model $4 $1 $3 has an effect" "$(numbers own.csv)" "$(numbers effect.csv)"
+    rm -f own.st own.csv same.st effect.st
+}
+shaped --state-size 16 4 s4d
+shaped --low-rank 16 4 gla
+shaped --feature-dim 16 4 based
+shaped --length 0 64 dss
+shaped --normaliser on off linear
+for model in $(run --models | sed -n 's/^\([a-z][a-z0-9-]*\)  .*/\1/p'); do
+    train text.txt $six --model "$model" --match-params --out row.st --log row.csv > out 2> err
+    equal "train --model $model: the loss is a number" yes "$(awk -F, 'END { print ($4 > 0 && $4 < 20 ? "yes" : "no") }' row.csv)"
+    works "run --info of $model" run row.st --info
+    has "run --info of $model: its row" out "model        $model: conv " "total"
+    equal "train --model $model --match-params: within 5 % of metala" yes \
+        "$(awk -v m="$(run base.st --info | awk '$1 == "total" { print $NF }')" \
+            '$1 == "total" { print ($NF > 0.95 * m && $NF < 1.05 * m ? "yes" : "no") }' out)"
+    works "run of $model" run row.st "a" -n 40 --temperature 0 --quiet
+    cp out whole.txt
+    works "run of $model, half" run row.st "a" -n 20 --temperature 0 --quiet --save-state row.state
+    cp out half.txt
+    works "run of $model, the other half" run row.st -n 20 --temperature 0 --quiet --load-state row.state
+    cat half.txt out > both.txt
+    same_bytes "run of $model: a saved state goes on" whole.txt both.txt
+    train text.txt $six --model "$model" --match-params --stop-at 3 --out half.st 2> err
+    train --resume --out half.st --quiet 2> err
+    same_bytes "train --model $model: a resumed run is the same" row.st half.st
+done
+fails 2 "metala, metala-noconv" "train --model: a row that is not" train text.txt --model nosuch
+fails 2 "dynamic|lowrank|fixed" "train --decay: a value that is not" train text.txt --decay nosuch
+fails 2 "query taylor and key taylor belong together" "train: choices that do not fit" train text.txt $six --query taylor
+train text.txt $six --model gla --out gla.st 2> err
+fails 1 "--model: got retnet, but gla.st has gla" "train --resume --model another" train --resume --out gla.st --model retnet
+fails 1 "--match-params: metala has " "train --match-params: a mixer that is too large" train text.txt $six --model retnet --expand 16 --match-params
+works "run --models" run --models
+has "run --models: rows, equations, choices, sizes, papers" out "mamba " "decay selective" "M parameters, state " "RWKV, Peng 2023"
+works "run --conditions" run --conditions
+has "run --conditions: a line for each row" out "dynamic memory" "metala  " "no " "keeps all"
+for flag in tie glu-bias scale-embedding; do
     train text.txt $six --$flag --out $flag.st --log effect.csv
     differ "train --$flag has an effect" "$(numbers base.csv)" "$(numbers effect.csv)"
     train text.txt $six --$flag=0 --out again.st 2> err
@@ -456,7 +503,7 @@ works "train --resume --max-seconds that have passed" train --resume --out timed
 has "train --resume: nothing left to do" out "nothing left to do"
 
 works "train --bench" train --bench $tiny
-has "train --bench: sizes, time, speed" out "bench D16 L1 H2 F64 N256 B2 T16 P 12.4k: " "ms/step" "tokens/s" \
+has "train --bench: sizes, time, speed" out "bench metala D16 L1 H2 F64 N256 B2 T16 P 12.4k: " "ms/step" "tokens/s" \
     "GFLOP/s" "1 thread"
 equal "train --bench: one line" 1 "$(lines out)"
 works "train --bench: 6 layers unless given" train --bench --width 16 --heads 2 --context 8 --batch 1 --threads 1
@@ -506,7 +553,7 @@ same_bytes "train --profile: the same checkpoint" all.st kept.st
 has "train --profile: the time of each kernel" out "kernel, ms of a step" "matrix products" "decay scan" AdamW
 equal "train --profile: says no more than that with --quiet" "" "$(grep -v -e '^[a-zA-Z]' -e '^$' out)"
 works "train --bench --profile" train --bench $tiny --profile
-has "train --bench --profile: the table, and the line" out "kernel, ms of a step" "bench D16"
+has "train --bench --profile: the table, and the line" out "kernel, ms of a step" "bench metala D16"
 
 # ============================================================== train: stopping, going on, starting from a model
 
@@ -572,7 +619,7 @@ cp base.st own.st
 works "train --init FILE --out FILE" train text.txt --init own.st $six --out own.st
 other_bytes "train --init FILE --out FILE: the same file may be both" base.st own.st
 works "train --bench --init of a plain model" train --bench --init zero.safetensors --batch 1 --context 4 --threads 1
-has "train --bench --init: its sizes" out "bench D2 L1 H1 F1 N2 B1 T4"
+has "train --bench --init: its sizes" out "bench metala D2 L1 H1 F1 N2 B1 T4"
 
 # Ctrl-C: the step is finished, the checkpoint is that of this step, and the printed command goes on.
 # Long enough to be interrupted, but nothing that is not noticed goes on for ever.
@@ -1050,12 +1097,11 @@ works "run --eval of labels with a mask" run recall.st --eval left.safetensors -
 
 works "run --info" run base.st --info
 has "run --info: sizes" out "vocabulary   256 bytes" "width        16" "layers       1" \
-    "heads        2, each with 4 key and 8 value" "GLU width    64"
-has "run --info: state and softmax cache" out "state of a sequence" "1M tokens" "none, this is MetaLA"
+    "heads        2" "GLU width    64"
+has "run --info: state and softmax cache" out "state of a sequence" "1M tokens" "model        metala: conv on, query linear, key tied,"
 equal "run --info: the parameters add up" yes \
     "$(awk '$1 ~ /^model|^lm_head/ { sum += $NF } $1 == "total" { print (sum == $NF && sum > 0 ? "yes" : "no") }' out)"
-for pair in "tie:also the output layer" "glu-bias:with biases" "no-conv:no convolution" "no-augment:no augmentation" \
-    "key-linear:linear keys" "fixed-decay:fixed decay"; do
+for pair in "tie:also the output layer" "glu-bias:with biases"; do
     run "${pair%%:*}.st" --info > out
     has "run --info of train --${pair%%:*}" out "${pair#*:}"
 done
