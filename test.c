@@ -2488,6 +2488,9 @@ static double compare_states(const reference *r, const metala_state *s) {
     size_t U = (size_t)(expand * c->width);
     real *S = reals(B * n), *tail = reals(B * U * 4);
     double worst = 0;
+    size_t read = (size_t)metala_state_position(s), cached = L * 2 * (size_t)c->width * sizeof(real) + 1;
+    if (!n) expect(metala_state_bytes(c, read) == read * cached, "%zu bytes of keys, values and masks, not %zu", read * cached,
+                   metala_state_bytes(c, read));
     if (n) expect(metala_state_bytes(c, 0) == L * (n + 4 * U) * sizeof(real), "a state of %zu bytes, not %zu",
                   L * (n + 4 * U) * sizeof(real), metala_state_bytes(c, 0));
     for (size_t l = 0; l < L; l++) {
@@ -3328,6 +3331,36 @@ static void check_row_states(const metala_named_row *row) {
     same_bits("after a reset", of_a, of_b, B * N);
     metala_state_free(a), metala_state_free(b), metala_state_free(from_file);
 
+    a = metala_state_create(ctx, m, B);                              // a state follows its model's parameters
+    metala_trainer *t = metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL);
+    metala_prefill(ctx, a, prompt, NULL, 7, of_file);
+    for (int how = 0; how < 3; how++) {
+        if (how == 0) {                                              // set, trained, quantized
+            for (int i = 0; i < metala_model_tensors(m); i++) {
+                const metala_tensor *p = metala_model_tensor(m, i);
+                real *x = reals(p->count);
+                metala_model_get(ctx, m, p->name, x);
+                for (size_t j = 0; j < p->count; j++) x[j] += (real)0.1;
+                metala_model_set(ctx, m, p->name, x);
+            }
+        } else if (how == 1) {
+            static const metala_adamw adamw = {0.1, 0.9, 0.95, 1e-8, 0, 0};
+            metala_gradient(ctx, t, METALA_CHUNKWISE, r.tokens, r.targets, NULL, B, T, 1, NULL);
+            metala_update(ctx, t, &adamw, NULL);
+        } else metala_model_quantize(ctx, m, METALA_BF16);
+        b = metala_state_create(ctx, m, B);
+        metala_state_reset(ctx, a);
+        metala_prefill(ctx, a, prompt, NULL, 7, of_a), metala_prefill(ctx, b, prompt, NULL, 7, of_b);
+        same_bits(how == 0 ? "after a change" : how == 1 ? "after training" : "quantized", of_a, of_b, B * N);
+        expect(memcmp(of_a, of_file, B * N * sizeof *of_a) != 0, "other parameters, other logits");
+        memcpy(of_file, of_a, B * N * sizeof *of_a);
+        metala_state_free(b);
+    }
+    metala_state_free(a);
+    metala_trainer_free(t);
+    metala_model_free(m);
+
+    m = random_model(&c, 52);
     int tokens[LEFT + T];                                            // left padding changes nothing
     uint8_t mask[LEFT + T];
     real *plain = reals(T * N), *padded = reals((LEFT + T) * N);
@@ -3469,7 +3502,7 @@ static void check_row_training(const metala_named_row *row) {
             }
             compare(i == 0 ? "bf16" : "int8", near, expected, DIMS(READ, 16));
             note(" off %.1e", sqrt(off / most));
-            expect(off > 0 && sqrt(off / most) < 0.1, "near, but not the same");
+            expect(off > 0 && sqrt(off / most) < 0.2, "near, but not the same");
         }
         metala_model_free(again), metala_model_free(small), metala_model_free(stand_in);
     }
