@@ -3,7 +3,7 @@
 #   make                the programs: ./train ./run ./test data/stories
 #   make demo           a corpus of stories, two minutes of training, a story told
 #   make test           all checks             make test64   the same in double precision, with tighter tolerances
-#   make asan           all checks under the address and undefined-behaviour sanitizers, and every allocation refused once
+#   make asan           all checks under the address and undefined-behaviour sanitizers; then each allocation is refused once
 #   make test-programs  tries every flag and every error of the programs
 #   make mutants        plants faults in metala.c and requires that the checks notice each (COUNT=6 for a sample)
 #   make bench          speed of every kernel, as a share of what this machine can do, and of training steps

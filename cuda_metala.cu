@@ -1784,12 +1784,14 @@ void sigmoid_gate_backward(metala_context *ctx, float *da, float *db, const floa
 // Tiles of SIDE keys for 16·R queries: a block makes the map of one tile and adds tile times v to its rows of o, COLUMNS
 // of them, so that the T×T map is never stored. A row's sum of exponentials is relative to the largest logit so far, and
 // is scaled whenever a larger one comes. Thread (row group, lane) of 16×16 has R rows, R·group + i. Of the map, it has
-// columns lane + 16j, which 16 threads side by side read from different banks; of o, columns 4·lane + 64c + 0 … 3.
+// columns lane + 16j, which 16 threads side by side read from different banks; of o, columns 4·lane + 64c + 0 … 3. Registers and shared memory
+// let two blocks run at a time on each multiprocessor.
 enum { SIDE = 64, LANES = 16, ACROSS = SIDE / LANES, CHANNELS = 32, CHANNELS_PITCH = CHANNELS + 4, MAP_PITCH = SIDE + 4 };
 
 // `all` rows of x from global to shared memory, zeros beyond the last row and column.
 template <int WIDTH, int TO_PITCH>
 __device__ void load_vectors(float *to, const float *x, size_t step, size_t rows, size_t columns, unsigned all) {
+#pragma unroll 4
     for (unsigned n = threadIdx.x; n < all * WIDTH; n += THREADS) {
         unsigned i = n / WIDTH, j = n % WIDTH;
         to[i * TO_PITCH + j] = i < rows && j < columns ? x[i * step + j] : 0;
@@ -1810,7 +1812,7 @@ __device__ void tile_map(float map[R][ACROSS], float *strips, const float *x, si
         load_vectors<CHANNELS, CHANNELS_PITCH>(of_x, x + c0, x_step, x_rows, length - c0, LANES * R);
         load_vectors<CHANNELS, CHANNELS_PITCH>(of_y, y + c0, y_step, y_rows, length - c0, SIDE);
         __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
         for (unsigned c = 0; c < CHANNELS; c += 4) {
             float4 a[R], b[ACROSS];
 #pragma unroll
@@ -1870,7 +1872,7 @@ __device__ float sum_of_lanes(float x) {
 
 // Blocks: tiles of queries, those with most keys first; heads of sequences; tiles of columns, which repeat the map.
 template <int R, int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
 attention_forward_kernel(float *o, float *lse, const float *q, const float *k, const float *v, const uint8_t *mask,
                          size_t T, size_t past, size_t stride, size_t H, size_t K, size_t V, float scale) {
     DYNAMIC_SHARED(float, memory);
@@ -1891,11 +1893,12 @@ attention_forward_kernel(float *o, float *lse, const float *q, const float *k, c
 #pragma unroll
         for (int i = 0; i < R; i++) {
             bool seen[ACROSS];
+            const size_t visible = least(keys, past + t0 + row + i + 1);
             float larger = most[i];
 #pragma unroll
             for (int j = 0; j < ACROSS; j++) {
                 const size_t key = s0 + lane + LANES * j;
-                seen[j] = key < keys && key <= past + t0 + row + i && (!mask || mask[b * stride + key]);
+                seen[j] = key < visible && (!mask || mask[b * stride + key]);
                 own[i][j] *= scale;
                 if (seen[j]) larger = fmaxf(larger, own[i][j]);
             }
@@ -1957,7 +1960,7 @@ __global__ void attention_delta_kernel(float *delta, const float *dO, const floa
 }
 
 template <gradient OF, int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
 attention_backward_kernel(float *to, const float *dO, const float *lse, const float *delta, const float *q,
                           const float *k, const float *v, const uint8_t *mask, size_t T, size_t H, size_t K, size_t V,
                           float scale) {

@@ -665,6 +665,11 @@ static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t 
 enum { FEW_ROWS = 4 };
 static void matmul_forward(metala_context *ctx, real *y, const real *x, const real *w, const real *bias, size_t rows,
                            size_t out, size_t in) {
+    if (in == 0 && bias) {
+        PARALLEL_FOR(rows * out)
+        for (size_t row = 0; row < rows; row++) memcpy(y + row * out, bias, out * sizeof(real));
+        return;
+    }
     if (rows > FEW_ROWS) {
         matrix_multiply(ctx, y, x, in, 1, w, 1, in, NULL, bias, rows, out, in, 0);
         return;
@@ -4687,7 +4692,9 @@ int metala_score(metala_context *ctx, metala_state *s, metala_form form, const i
 }
 
 int metala_step(metala_context *ctx, metala_state *s, const int *tokens, real *logits) {
-    return read_tokens(ctx, s, METALA_RECURRENT, tokens, NULL, 1, NULL, logits, NULL, NULL, NULL);
+    sizes z = sizes_of(&s->model->config);                    // of narrow heads, the chunkwise form takes many at a time
+    metala_form form = is_narrow(z.K, z.V + z.ones) ? METALA_CHUNKWISE : METALA_RECURRENT;
+    return read_tokens(ctx, s, form, tokens, NULL, 1, NULL, logits, NULL, NULL, NULL);
 }
 
 // ============================================================== 11. Files: safetensors, configuration, models, states

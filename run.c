@@ -94,7 +94,8 @@ static const option options[] = {        // letter, name, argument, help, kind, 
     {0, "eval", "FILE", "score a text, or a .safetensors dataset", TEXT, AT(eval), 0, 0, 0},
     {0, "context", "T", "forget everything after T tokens of a text; 0 = never", COUNT, AT(context), 0, 0, 1 << 24},
     {0, "info", 0, "configuration, parameters, size of the state", FLAG, AT(info), 0, 0, 0},
-    {0, "models", 0, "every model of the general form: equation, choices, size; needs no MODEL", FLAG, AT(models), 0, 0, 0},
+    {0, "models", 0, "every row of the general form: equation, choices, sizes as in MODEL, or without one\n"
+     "as by default", FLAG, AT(models), 0, 0, 0},
     {0, "conditions", 0, "the paper's three conditions for each of them, computed; takes a minute", FLAG, AT(conditions), 0, 0, 0},
     {0, "quantize", "FILE", "write the model to FILE with smaller weights; --weights says which [int8]", TEXT,
      AT(quantize), 0, 0, 0},
@@ -887,13 +888,13 @@ static void print_state_size(const metala_config *c) {
     }
 }
 
-// --models: every row of the general form, at one width.
-static void print_models(void) {
+// --models: every row of the general form, in the sizes of a model, or of the default.
+static void print_models(const metala_config *of) {
     const metala_column *columns = metala_columns();
-    puts("The general form  S_t = diag(a_t) S_{t-1} + k_t v_t'   o_t = s S_t' q_t   y_t = W_o (gate * norm(o_t + self))\n"
-         "and its rows, at D256 L6 H4 F704, 256 tokens of vocabulary:\n");
+    printf("The general form  S_t = diag(α_t) S_{t-1} + k_t v_tᵀ   o_t = s S_tᵀ q_t   y_t = W_o ( gate ⊙ norm(o_t + self) )\n"
+           "and its rows, at D%d L%d H%d F%d N%d:\n\n", of->width, of->layers, of->heads, of->glu_dim, of->vocab_size);
     for (const metala_named_row *r = metala_rows(); r->name; r++) {
-        metala_config c = metala_config_default();
+        metala_config c = *of;
         metala_row row = r->row;
         char text[24];
         c.row = r->row, c.expand = r->expand;
@@ -906,6 +907,13 @@ static void print_models(void) {
                                                                                               : metala_state_bytes(&c, 0))),
                metala_state_bytes(&c, 1) - metala_state_bytes(&c, 0) ? " for each token" : "", "", r->source);
     }
+}
+
+static int models(program *p) {
+    metala_config c = metala_config_default();
+    if (p->s->model && !(p->model = metala_model_load(p->ctx, p->s->model))) return library_failed(p);
+    print_models(p->model ? metala_model_config(p->model) : &c);
+    return flush_output();
 }
 
 static int inform(const program *p) {
@@ -1174,7 +1182,11 @@ static int print_conditions(program *p) {
             uint64_t start = 2;
             if (one && k > 0) printf(" %-8s", "-");                    // its channels have one each
             if (one && k > 0) continue;
-            for (int i = 0; i < MAPS && !softmax; i++) error += fit_map(&r->row, one ? 1 : sizes[k], P[i], &start) / MAPS;
+            for (int i = 0; i < MAPS && !softmax; i++) {              // the better of two starts
+                double fits[2];
+                for (int j = 0; j < 2; j++) fits[j] = fit_map(&r->row, one ? 1 : sizes[k], P[i], &start);
+                error += fmin(fits[0], fits[1]) / MAPS;
+            }
             printf("%s%-8.4f", k ? " " : "", error);
         }
         printf("%8.2f\n", mixer / D / D);
@@ -1242,12 +1254,12 @@ int main(int argc, char **argv) {
     if (parse_options(&s, argc, argv)) return 2;
     if (s.help) print_help();
     if (s.version && !s.help) printf("metala %s, float%d\n", METALA_VERSION, 8 * (int)sizeof(metala_real));
-    if (s.models && !s.help && !s.version) print_models();
-    if (s.help || s.version || s.models) return flush_output() ? 1 : 0;
+    if (s.help || s.version) return flush_output() ? 1 : 0;
     p.s = &s;
     p.last_written = -1;
     p.ctx = metala_open(backend_of(&p), (int)s.threads);
-    int status = !p.ctx ? complain("%s", metala_error(NULL)) : s.conditions ? print_conditions(&p) : run(&p);
+    int status = !p.ctx ? complain("%s", metala_error(NULL)) : s.models ? models(&p)
+               : s.conditions ? print_conditions(&p) : run(&p);
     free(p.logits);
     free(p.candidates);
     free(p.stop);

@@ -17,7 +17,7 @@ echo "| row | parameters | bits per byte | training, tokens/s | generation, toke
 echo "|---|---|---|---|---|---|"
 for row in $rows; do
     rm -f "$out/$row.csv"
-    ./train "$text" --model "$row" --match-params --width 192 --max-steps 1000 --eval-every 0 --eval-batches 0 --save-every 0 \
+    ./train "$text" --model "$row" --match-params --width 192 --max-steps 600 --eval-every 0 --eval-batches 0 --save-every 0 \
         --sample-every 0 --quiet --out "$out/$row.safetensors" --log "$out/$row.csv" "$@" 2>"$out/$row.err" ||
         { echo "$row: $(cat "$out/$row.err")" >&2; continue; }
     ./run "$out/$row.safetensors" A -n 2000 --temperature 1 --seed 1 >"$out/$row.txt" 2>"$out/$row.speed"

@@ -3,7 +3,7 @@
 //
 //   build/memory-asan           a line for each way to fail, "N passed, N failed" last (make asan builds and runs it)
 //
-// The tour below uses everything that the library has. It is made once for each of its allocations, which fails: the call
+// The tour below uses everything that the library has, with the models of every row. It is made once for each of its allocations, which fails: the call
 // that needed it must return failure, say that it was memory, and leave no half-written file. Then
 //   once       there is memory again, and the same call is repeated: it must succeed, and at the end of the tour all
 //              numbers must have the bits of an undisturbed tour
@@ -77,9 +77,12 @@ static void results_of(const real *x, size_t n) {
     result(sum);
 }
 
+static const metala_named_row *row;      // of the models of this tour
+
 static metala_config small_sizes(void) {
     metala_config c = metala_config_default();
     c.vocab_size = N, c.width = D, c.layers = 2, c.heads = 2, c.glu_dim = 5, c.glu_bias = 1;
+    c.row = row->row, c.expand = row->expand, c.state_size = c.low_rank = c.feature_dim = 2, c.length = T;
     return c;
 }
 
@@ -169,16 +172,16 @@ static int read_and_set(void) {
     results_of(w.numbers, N * D);
     return metala_model_set(w.ctx, w.plain, "model.embed_tokens.weight", w.numbers);
 }
-static int create_state(void) { return !(w.state = metala_state_create(w.ctx, w.loaded, B)); }
+static int create_state(void) { return !(w.state = metala_state_create(w.ctx, w.loaded ? w.loaded : w.model, B)); }
 static int prefill(void) {
     metala_state_reset(w.ctx, w.state);
     if (metala_prefill(w.ctx, w.state, w.inputs, w.mask, T, w.logits)) return -1;
     results_of(w.logits, B * N);
     return 0;
 }
-static int create_fork(void) { return !(w.fork = metala_state_create(w.ctx, w.loaded, B)); }
+static int create_fork(void) { return !(w.fork = metala_state_create(w.ctx, w.loaded ? w.loaded : w.model, B)); }
 static int copy_state(void) { return metala_state_copy(w.ctx, w.fork, w.state); }
-static int save_state(void) { return metala_state_save(w.ctx, w.state, state_path); }
+static int save_state(void) { return metala_state_save(w.ctx, w.state, state_path, NULL, 0); }
 static int read_state(void) {
     if (metala_state_get(w.ctx, w.state, "state.1", w.numbers)) return -1;
     results_of(w.numbers, B * (D / 4) * (D / 2));
@@ -221,16 +224,17 @@ static int quick_step(void) {
     return 0;
 }
 
-#define STOP(function) {#function, function}
-static const struct stop { const char *name; int (*go)(void); } stops[] = {
-    STOP(open_context), STOP(open_text), STOP(split_text), STOP(write_images), STOP(open_images), STOP(make_model),
+#define STOP(function) {#function, function, 1}
+#define FIRST(function) {#function, function, 0}                      // only with the models of the first row, MetaLA
+static const struct stop { const char *name; int (*go)(void), every_row; } stops[] = {
+    STOP(open_context), STOP(open_text), FIRST(split_text), FIRST(write_images), FIRST(open_images), STOP(make_model),
     STOP(init_model), STOP(create_trainer), STOP(gradient_recurrent), STOP(gradient_parallel), STOP(gradient_chunkwise),
-    STOP(read_gradient), STOP(read_activation), STOP(update), STOP(save_checkpoint), STOP(create_other), STOP(create_next),
-    STOP(load_checkpoint), STOP(go_on), STOP(save_model), STOP(load_model), STOP(open_file), STOP(read_file),
-    STOP(load_plain), STOP(read_and_set), STOP(create_state), STOP(prefill), STOP(create_fork), STOP(copy_state),
-    STOP(save_state), STOP(read_state), STOP(load_state), STOP(step), STOP(forward_recurrent), STOP(forward_parallel),
-    STOP(forward_chunkwise), STOP(score), STOP(load_small), STOP(quantize), STOP(save_small), STOP(load_again),
-    STOP(create_quick), STOP(quick_step)};
+    FIRST(read_gradient), FIRST(read_activation), STOP(update), FIRST(save_checkpoint), FIRST(create_other),
+    FIRST(create_next), FIRST(load_checkpoint), FIRST(go_on), FIRST(save_model), FIRST(load_model), FIRST(open_file),
+    FIRST(read_file), FIRST(load_plain), FIRST(read_and_set), STOP(create_state), STOP(prefill), STOP(create_fork),
+    STOP(copy_state), STOP(save_state), FIRST(read_state), STOP(load_state), STOP(step), STOP(forward_recurrent),
+    STOP(forward_parallel), STOP(forward_chunkwise), STOP(score), FIRST(load_small), FIRST(quantize), FIRST(save_small),
+    FIRST(load_again), FIRST(create_quick), FIRST(quick_step)};
 enum { STOPS = sizeof stops / sizeof *stops };
 
 static void home(void) {
@@ -275,6 +279,7 @@ static int tour(const char *mode, long n, int for_good) {
     memset(&w, 0, sizeof w);
     calls = 0, refused_from = n, refused_to = for_good ? LONG_MAX : n;
     for (int i = 0; i < STOPS && !lost; i++) {
+        if (row != metala_rows() && !stops[i].every_row) continue;
         int results = w.result_count, wrong = stops[i].go(), was_refused = n > 0 && calls >= n && !hurt;
         check(!wrong == !was_refused, mode, n, stops[i].name, wrong ? "failed, although there was memory" : "did not notice");
         if (!was_refused && !wrong) continue;
@@ -322,25 +327,28 @@ static int prepare(void) {
     return 0;
 }
 
-int main(void) {
-    static double undisturbed[64];
-    static const char *const modes[] = {"once", "for good"};
-    if (prepare()) return 1;
+static void check_row(int for_good) {
+    double undisturbed[64];
+    int before = failed;
+    long n = 1;
     check(!tour("undisturbed", -1, 0), "undisturbed", 0, "all", "a tour with all the memory failed");
     int results = w.result_count;
     long all = calls;
     memcpy(undisturbed, w.results, sizeof undisturbed);
-    for (int for_good = 0; for_good < 2; for_good++) {
-        int before = failed;
-        long n = 1;
-        for (; tour(modes[for_good], n, for_good); n++)
-            check(for_good || (w.result_count == results && !memcmp(w.results, undisturbed, sizeof undisturbed)),
-                  modes[for_good], n, "all", "other numbers than undisturbed");
-        check(n == all + 1, modes[for_good], n, "all", "the tour has another number of allocations");
-        printf("every allocation refused %-10s %ld allocations, %d results   %s\n", modes[for_good], n - 1, results,
-               failed > before ? "FAILED" : "ok");
-        passed += failed == before;
-    }
+    for (; tour(for_good ? "for good" : "once", n, for_good); n++)
+        check(for_good || (w.result_count == results && !memcmp(w.results, undisturbed, sizeof undisturbed)), "once", n, "all",
+              "other numbers than undisturbed");
+    check(n == all + 1, "all", n, "all", "the tour has another number of allocations");
+    printf("every allocation refused %-8s %-12s %5ld allocations, %d results   %s\n", for_good ? "for good" : "once", row->name,
+           n - 1, results, failed > before ? "FAILED" : "ok");
+    fflush(stdout);
+    passed += failed == before;
+}
+
+int main(void) {
+    row = metala_rows();
+    if (prepare()) return 1;
+    for (; row->name; row++) check_row(0), check_row(1);
     for (size_t i = 0; i < sizeof all_paths / sizeof *all_paths; i++) remove(all_paths[i]);
     printf("%d passed, %d failed\n", passed, failed);
     return failed || !passed;

@@ -366,7 +366,7 @@ for choice in "--model metala gla" "--conv on off" "--self augment off" "--key t
 done
 shaped() {                               # FLAG DEFAULT OTHER MODEL that it matters to
     train text.txt $six --model "$4" --out own.st --log own.csv 2> err
-    train text.txt $six --model "$4" "$1" "$2" --out same.st 2> err
+    train text.txt $six --model "$4" "$1" "$2" --out same.st --log own.csv 2> err
     same_bytes "train --model $4 $1 $2 is the default" own.st same.st
     train text.txt $six --model "$4" "$1" "$3" --out effect.st --log effect.csv 2> err
     differ "train --model $4 $1 $3 has an effect" "$(numbers own.csv)" "$(numbers effect.csv)"
@@ -392,7 +392,7 @@ for model in $(run --models | sed -n 's/^\([a-z][a-z0-9-]*\)  .*/\1/p'); do
     works "run of $model, the other half" run row.st -n 20 --temperature 0 --quiet --load-state row.state
     cat half.txt out > both.txt
     same_bytes "run of $model: a saved state goes on" whole.txt both.txt
-    train text.txt $six --model "$model" --match-params --stop-at 3 --out half.st 2> err
+    train text.txt $six --model "$model" --match-params --stop-at 3 --out half.st --log row.csv 2> err
     train --resume --out half.st --quiet 2> err
     same_bytes "train --model $model: a resumed run is the same" row.st half.st
 done
@@ -451,7 +451,7 @@ has "train --val-fraction 0: trains on all, validates nothing" out "$(size text.
 works "train --val-fraction 0.5" train text.txt $tiny --max-steps 1 --val-fraction 0.5 --out again.st
 has "train --val-fraction 0.5: holds out half" out "for validation" "$((($(size text.txt) + 1) / 2)) for"
 has "train prints the memory that it takes" out "memory   " "parameters" "gradients" "moments" "activations"
-has "train prints the size of the model" out "model    D16 L1 H2 F64 N256: 12.4k parameters"
+has "train prints the size of the model" out "model    metala D16 L1 H2 F64 N256: 12.4k parameters"
 works "train on a text of two bytes" train two.txt $tiny --max-steps 1 --out again.st
 has "train on a text of two bytes: too few to hold some out" out "data     two.txt: 2 bytes, no validation: too few"
 works "train on bytes of every kind" train odd.txt $tiny --max-steps 1 --out again.st
@@ -611,7 +611,7 @@ holds "train writes model.safetensors unless told" "$(size model.safetensors) > 
 works "train --init FILE" \
     train text.txt --init base.st --context 16 --batch 2 --threads 1 --sample-every 0 --max-steps 6 --log-every 1 \
         --out init.st --log init.csv
-has "train --init: the configuration of the file holds" out "model    D16 L1 H2 F64 N256"
+has "train --init: the configuration of the file holds" out "model    metala D16 L1 H2 F64 N256"
 holds "train --init: starts where the model was" \
     "$(column init.csv loss | awk '{ print $1 }') < $(column base.csv loss | awk '{ print $1 }') - 0.01"
 equal "train --init: counts steps from 1" "1 2 3 4 5 6 " "$(column init.csv step)"
