@@ -1422,8 +1422,8 @@ static void scale_pairs_backward(metala_context *ctx, real *dx, real *db, const 
 // Selective state space:  Δ = softplus(z),  α = exp(-Δ e^A),  v = Δ x
 //   z, x, v (rows,C)   alpha (rows,C,N)   A [C,N]          Mamba (Gu and Dao 2023, section 3.2) with A = -e^A
 static inline real softplus(real z) { return -log_sigmoid(-z); }
-static real *selective_rates(metala_context *ctx, const real *A, size_t count, size_t more) {     // e^A, and `more` numbers
-    real *rates = scratch(ctx, (count + more) * sizeof(real));
+static const real *selective_rates(metala_context *ctx, const real *A, size_t count) {            // e^A
+    real *rates = scratch(ctx, count * sizeof(real));
     if (rates)
         for (size_t i = 0; i < count; i++) rates[i] = real_exp(A[i] < 80 ? A[i] : 80);
     return rates;
@@ -1431,36 +1431,43 @@ static real *selective_rates(metala_context *ctx, const real *A, size_t count, s
 
 static void selective_forward(metala_context *ctx, real *alpha, real *v, const real *z, const real *x, const real *A,
                               size_t rows, size_t C, size_t N) {
-    const real *rates = selective_rates(ctx, A, C * N, 0);
+    const real *rates = selective_rates(ctx, A, C * N);
     if (!rates) return;
     PARALLEL_FOR(15 * rows * C * N)
-    for (size_t row = 0; row < rows; row++)
-        for (size_t c = 0; c < C; c++) {
-            real delta = softplus(z[row * C + c]), *to = alpha + (row * C + c) * N;
-            v[row * C + c] = delta * x[row * C + c];
-            for (size_t n = 0; n < N; n++) to[n] = real_exp(-delta * rates[c * N + n]);
-        }
+    for (size_t row = 0; row < rows; row++) {
+        real *a = alpha + row * C * N, *delta = v + row * C;
+        for (size_t c = 0; c < C; c++) delta[c] = softplus(z[row * C + c]);
+        for (size_t c = 0; c < C; c++)
+            for (size_t n = 0; n < N; n++) a[c * N + n] = -delta[c] * rates[c * N + n];
+        for (size_t i = 0; i < C * N; i++) a[i] = real_exp(a[i]);
+        for (size_t c = 0; c < C; c++) delta[c] *= x[row * C + c];
+    }
 }
 
 // da (rows,C,N) is the gradient in log α:   dΔ = x dv - Σ_n e^A da      dz = σ(z) dΔ      dx = Δ dv
 //                                           dA += Σ_rows -Δ e^A da
 static void selective_backward(metala_context *ctx, real *dz, real *dx, real *dA, const real *da, const real *dv,
                                const real *z, const real *x, const real *A, size_t rows, size_t C, size_t N) {
-    real *rates = selective_rates(ctx, A, C * N, rows * C), *delta = rates + C * N;
+    enum { STRIP = 16 };
+    const real *rates = selective_rates(ctx, A, C * N);
     if (!rates) return;
-    PARALLEL_FOR(rows * C * (2 * N + 30))
-    for (size_t row = 0; row < rows; row++)
-        for (size_t c = 0; c < C; c++) {
-            size_t at = row * C + c;
-            delta[at] = softplus(z[at]);
-            dz[at] = sigmoid(z[at]) * (x[at] * dv[at] - dot(rates + c * N, da + at * N, N));
-            dx[at] = delta[at] * dv[at];
+    PARALLEL_FOR(rows * C * (4 * N + 30))
+    for (size_t c0 = 0; c0 < C; c0 += STRIP) {
+        size_t count = C - c0 < STRIP ? C - c0 : STRIP;
+        for (size_t row = 0; row < rows; row++) {
+            size_t at = row * C + c0;
+            real delta[STRIP], along[STRIP];
+            for (size_t c = 0; c < count; c++) delta[c] = softplus(z[at + c]);
+            for (size_t c = 0; c < count; c++) {
+                const real *rate = rates + (c0 + c) * N, *gradient = da + (at + c) * N;
+                real *to = dA + (c0 + c) * N;
+                along[c] = dot(rate, gradient, N);
+                for (size_t n = 0; n < N; n++) to[n] -= delta[c] * (rate[n] * gradient[n]);
+            }
+            for (size_t c = 0; c < count; c++) dz[at + c] = sigmoid(z[at + c]) * (x[at + c] * dv[at + c] - along[c]);
+            for (size_t c = 0; c < count; c++) dx[at + c] = delta[c] * dv[at + c];
         }
-    PARALLEL_FOR(2 * rows * C * N)
-    for (size_t c = 0; c < C; c++)
-        for (size_t row = 0; row < rows; row++)
-            for (size_t n = 0; n < N; n++)
-                dA[c * N + n] -= delta[row * C + c] * (rates[c * N + n] * da[(row * C + c) * N + n]);
+    }
 }
 
 // The same for every head:  y_h = x          y (rows,H,K)   x (rows,K). Mamba's B and C serve all channels.
@@ -1500,37 +1507,45 @@ static inline real wkv_bounded(real x) { return x < (real)-1e28 ? (real)-1e28 : 
 static void wkv_forward(metala_context *ctx, real *q, real *key, real *alpha, real *bonus, const real *k, const real *w,
                         const real *u, const uint8_t *mask, real *previous, size_t B, size_t T, size_t D, uint64_t position) {
     enum { STRIP = 32 };
-    size_t strips = (D + STRIP - 1) / STRIP;
+    size_t parts = (D + STRIP - 1) / STRIP;
     PARALLEL_FOR(60 * B * T * D)
-    for (size_t task = 0; task < B * strips; task++) {
-        size_t b = task / strips, d0 = task % strips * STRIP, n = D - d0 < STRIP ? D - d0 : STRIP;
-        real last[STRIP], most[STRIP], decay[STRIP], first[STRIP];
+    for (size_t task = 0; task < B * parts; task++) {
+        size_t b = task / parts, d0 = task % parts * STRIP, n = D - d0 < STRIP ? D - d0 : STRIP;
+        real last[STRIP], M[STRIP], decay[STRIP], first[STRIP];
         real *past = previous ? previous + b * 2 * D + d0 : NULL;
         for (size_t d = 0; d < n; d++) {
             last[d] = past && position ? past[d] : WKV_NOTHING;
-            most[d] = past && position ? past[D + d] : WKV_NOTHING;
+            M[d] = past && position ? past[D + d] : WKV_NOTHING;
             decay[d] = real_exp(w[d0 + d] < 60 ? w[d0 + d] : 60);
             first[d] = wkv_bounded(u[d0 + d]);
         }
         for (size_t t = 0; t < T; t++) {
             size_t at = (b * T + t) * D + d0;
-            int none = position + t == 0, masked = mask && !mask[b * T + t];
+            real now[STRIP], down[STRIP], own[STRIP], p[STRIP];
+            if (mask && !mask[b * T + t])
+                for (size_t d = 0; d < n; d++) now[d] = WKV_NOTHING;
+            else
+                for (size_t d = 0; d < n; d++) now[d] = wkv_bounded(k[at + d]);
             for (size_t d = 0; d < n; d++) {
-                real down = most[d] - decay[d], now = masked ? WKV_NOTHING : wkv_bounded(k[at + d]), own = first[d] + now;
-                real M = none ? WKV_NOTHING : down > last[d] ? down : last[d], p = M > own ? M : own;
-                alpha[at + d] = none ? 0 : real_exp(down - M);
-                key[at + d] = none ? 0 : real_exp(last[d] - M);
-                q[at + d] = none ? 0 : real_exp(M - p);
-                bonus[at + d] = none ? 1 : real_exp(own - p);
-                most[d] = M;
-                last[d] = now;
+                down[d] = M[d] - decay[d];
+                own[d] = first[d] + now[d];
+                M[d] = down[d] > last[d] ? down[d] : last[d];
+                p[d] = M[d] > own[d] ? M[d] : own[d];
             }
+            for (size_t d = 0; d < n; d++) alpha[at + d] = real_exp(down[d] - M[d]);
+            for (size_t d = 0; d < n; d++) key[at + d] = real_exp(last[d] - M[d]);
+            for (size_t d = 0; d < n; d++) q[at + d] = real_exp(M[d] - p[d]);
+            for (size_t d = 0; d < n; d++) bonus[at + d] = real_exp(own[d] - p[d]);
+            for (size_t d = 0; d < n && position + t == 0; d++) {
+                alpha[at + d] = key[at + d] = q[at + d] = 0;
+                bonus[at + d] = 1;
+            }
+            memcpy(last, now, n * sizeof(real));
         }
-        if (past)
-            for (size_t d = 0; d < n; d++) {
-                past[d] = last[d];
-                past[D + d] = most[d];
-            }
+        for (size_t d = 0; past && d < n; d++) {
+            past[d] = last[d];
+            past[D + d] = M[d];
+        }
     }
 }
 
@@ -1595,7 +1610,7 @@ static void extend_backward(metala_context *ctx, real *dv, const real *dy, const
 //   bonus b (rows,H), the weight of the token's own value, or NULL for 0. Linear Transformer, equation 9; RWKV-4.
 static void normalise_forward(metala_context *ctx, real *y, const real *o, const real *bonus, const real *v, size_t rows,
                               size_t H, size_t V, double eps) {
-    PARALLEL_FOR(4 * rows * H * V)
+    PARALLEL_FOR(10 * rows * H + 4 * rows * H * V)
     for (size_t row = 0; row < rows * H; row++) {
         const real *in = o + row * (V + 1);
         real b = bonus ? bonus[row] : 0, scale = 1 / (in[V] + b + (real)eps);
@@ -1606,14 +1621,15 @@ static void normalise_forward(metala_context *ctx, real *y, const real *o, const
 // With c = o_V + b + eps:   do_j = dy_j/c      do_V = -Σ_j dy_j y_j/c      db = Σ_j do_j v_j + do_V      dv_j = b do_j
 static void normalise_backward(metala_context *ctx, real *dO, real *dbonus, real *dv, const real *dy, const real *y,
                                const real *o, const real *bonus, const real *v, size_t rows, size_t H, size_t V, double eps) {
-    PARALLEL_FOR(8 * rows * H * V)
+    PARALLEL_FOR(20 * rows * H + 8 * rows * H * V)
     for (size_t row = 0; row < rows * H; row++) {
-        const real *gradient = dy + row * V;
+        const real *gradient = dy + row * V, *mean = y + row * V, *own = v + row * V;
         real *to = dO + row * (V + 1), b = bonus ? bonus[row] : 0, scale = 1 / (o[row * (V + 1) + V] + b + (real)eps);
-        to[V] = -scale * dot(gradient, y + row * V, V);
+        real along = V > 1 ? dot(gradient, mean, V) : gradient[0] * mean[0];
         for (size_t j = 0; j < V; j++) to[j] = scale * gradient[j];
+        to[V] = -scale * along;
         if (!bonus) continue;
-        dbonus[row] = dot(to, v + row * V, V) + to[V];
+        dbonus[row] = (V > 1 ? dot(to, own, V) : to[0] * own[0]) + to[V];
         for (size_t j = 0; j < V; j++) dv[row * V + j] = b * to[j];
     }
 }
