@@ -2488,6 +2488,9 @@ static double compare_states(const reference *r, const metala_state *s) {
     size_t U = (size_t)(expand * c->width);
     real *S = reals(B * n), *tail = reals(B * U * 4);
     double worst = 0;
+    size_t read = (size_t)metala_state_position(s), cached = L * 2 * (size_t)c->width * sizeof(real) + 1;
+    if (!n) expect(metala_state_bytes(c, read) == read * cached, "%zu bytes of keys, values and masks, not %zu", read * cached,
+                   metala_state_bytes(c, read));
     if (n) expect(metala_state_bytes(c, 0) == L * (n + 4 * U) * sizeof(real), "a state of %zu bytes, not %zu",
                   L * (n + 4 * U) * sizeof(real), metala_state_bytes(c, 0));
     for (size_t l = 0; l < L; l++) {
@@ -3328,6 +3331,36 @@ static void check_row_states(const metala_named_row *row) {
     same_bits("after a reset", of_a, of_b, B * N);
     metala_state_free(a), metala_state_free(b), metala_state_free(from_file);
 
+    a = metala_state_create(ctx, m, B);                              // a state follows its model's parameters
+    metala_trainer *t = metala_trainer_create(ctx, m, B, T, METALA_KEEP_ALL);
+    metala_prefill(ctx, a, prompt, NULL, 7, of_file);
+    for (int how = 0; how < 3; how++) {
+        if (how == 0) {                                              // set, trained, quantized
+            for (int i = 0; i < metala_model_tensors(m); i++) {
+                const metala_tensor *p = metala_model_tensor(m, i);
+                real *x = reals(p->count);
+                metala_model_get(ctx, m, p->name, x);
+                for (size_t j = 0; j < p->count; j++) x[j] += (real)0.1;
+                metala_model_set(ctx, m, p->name, x);
+            }
+        } else if (how == 1) {
+            static const metala_adamw adamw = {0.1, 0.9, 0.95, 1e-8, 0, 0};
+            metala_gradient(ctx, t, METALA_CHUNKWISE, r.tokens, r.targets, NULL, B, T, 1, NULL);
+            metala_update(ctx, t, &adamw, NULL);
+        } else metala_model_quantize(ctx, m, METALA_BF16);
+        b = metala_state_create(ctx, m, B);
+        metala_state_reset(ctx, a);
+        metala_prefill(ctx, a, prompt, NULL, 7, of_a), metala_prefill(ctx, b, prompt, NULL, 7, of_b);
+        same_bits(how == 0 ? "after a change" : how == 1 ? "after training" : "quantized", of_a, of_b, B * N);
+        expect(memcmp(of_a, of_file, B * N * sizeof *of_a) != 0, "other parameters, other logits");
+        memcpy(of_file, of_a, B * N * sizeof *of_a);
+        metala_state_free(b);
+    }
+    metala_state_free(a);
+    metala_trainer_free(t);
+    metala_model_free(m);
+
+    m = random_model(&c, 52);
     int tokens[LEFT + T];                                            // left padding changes nothing
     uint8_t mask[LEFT + T];
     real *plain = reals(T * N), *padded = reals((LEFT + T) * N);
@@ -3373,13 +3406,14 @@ static void check_row_length(const metala_named_row *row) {
 }
 
 // Steps first + 1 to last of learning to copy: one of tokens 8 to 15 comes somewhere in the first half among tokens 0 to 7,
-// and is to be said from then on.
+// and is to be said from then on. Returns the mean of the losses.
+enum { COPY_STEPS = 280, COPY_B = 8, COPY_T = 16 };
 static double copy_steps(metala_trainer *t, int first, int last) {
-    enum { B = 8, T = 16 };
-    static const metala_adamw adamw = {1e-2, 0.9, 0.98, 1e-8, 0, 1};
+    enum { B = COPY_B, T = COPY_T };
     int inputs[B * T], targets[B * T];
-    double loss = 0, norm;
+    double loss = 0, sum = 0, norm;
     for (int step = first; step < last; step++) {
+        const metala_adamw adamw = {0.012 * (1 - 0.95 * step / COPY_STEPS), 0.9, 0.98, 1e-8, 0, 1};
         random_state = (uint64_t)step * 77 + 5;
         for (int b = 0; b < B; b++) {
             int place = below(T / 2), token = 8 + below(8);
@@ -3391,8 +3425,9 @@ static double copy_steps(metala_trainer *t, int first, int last) {
         if (metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, B, T, 1, &loss) ||
             metala_update(ctx, t, &adamw, &norm))
             problem("%s", metala_error(ctx));
+        sum += loss / (last - first);
     }
-    return loss;
+    return sum;
 }
 
 // A model with the parameters of another; those of quantized ones as the reals that they stand for.
@@ -3414,25 +3449,25 @@ static void read_once(const metala_model *m, const int *tokens, size_t T, real *
 }
 
 static void check_row_training(const metala_named_row *row) {
-    enum { STEPS = 300, HALF = 150 };
+    enum { HALF = COPY_STEPS - 30 };
     if (!begin(TOLERANCE(2e-5, 2e-14), "row %s: learns to copy", row->name)) return;
     metala_config c = row_config(row);
     c.vocab_size = 16, c.width = 16, c.glu_dim = 24, c.state_size = 8, c.feature_dim = 4, c.length = 16;
     if (c.row.decay == METALA_DECAY_DEPTH) c.heads = 8;               // of two heads none would remember two tokens
     metala_model *m = metala_model_create(ctx, &c);
     metala_model_init(ctx, m, 3, &(metala_init){0.25, 0.5, 4, 0});
-    metala_trainer *t = metala_trainer_create(ctx, m, 8, 16, METALA_KEEP_ALL);
+    metala_trainer *t = metala_trainer_create(ctx, m, COPY_B, COPY_T, METALA_KEEP_ALL);
     double first = copy_steps(t, 0, 1), loss;
     copy_steps(t, 1, HALF);
     if (metala_checkpoint_save(ctx, t, scratch_path("row.tmp"), NULL, 0)) problem("%s", metala_error(ctx));
-    loss = copy_steps(t, HALF, STEPS);
+    loss = copy_steps(t, HALF, COPY_STEPS);
     note(" %.2f -> %.3f", first, loss);
-    expect(loss < 0.5, "a loss below 0.5 after %d steps; a guess has %.2f", STEPS, log(8));
+    expect(loss < 0.7, "a loss below 0.7 in the last of %d steps; a guess has %.2f", COPY_STEPS, log(8));
     metala_model *other = metala_model_load(ctx, scratch_path("row.tmp"));
-    metala_trainer *resumed = other ? metala_trainer_create(ctx, other, 8, 16, METALA_KEEP_INPUTS) : NULL;
+    metala_trainer *resumed = other ? metala_trainer_create(ctx, other, COPY_B, COPY_T, METALA_KEEP_INPUTS) : NULL;
     if (!resumed || metala_checkpoint_load(ctx, resumed, scratch_path("row.tmp"))) problem("%s", metala_error(ctx));
     else {
-        copy_steps(resumed, HALF, STEPS);
+        copy_steps(resumed, HALF, COPY_STEPS);
         same_bits("resumed", all_parameters(m), all_parameters(other), metala_model_size(m));
         expect(!strcmp(metala_config_row_name(metala_model_config(other)), row->name), "the file says which row it is");
         const metala_config *as = metala_model_config(other);
@@ -3450,7 +3485,7 @@ static void check_row_training(const metala_named_row *row) {
     static const metala_dtype types[] = {METALA_BF16, METALA_I8};
     for (size_t i = 0; i < COUNT(types); i++) {
         metala_model *small = copy_of(m, &c), *stand_in;
-        double *expected = doubles(READ * 16), most = 0, off = 0;
+        double *expected = doubles(READ * 16), most = 0, off = 0;        // squares
         if (metala_model_quantize(ctx, small, types[i]) || metala_model_save(ctx, small, scratch_path("row.tmp")))
             problem("%s", metala_error(ctx));
         stand_in = copy_of(small, &c);                               // has as reals what the quantized weights stand for
@@ -3462,11 +3497,12 @@ static void check_row_training(const metala_named_row *row) {
             same_bits("a quantized model from its file", near, loaded, READ * 16);
             for (int j = 0; j < READ * 16; j++) {
                 expected[j] = (double)numbers[j];
-                most = fmax(most, fabs((double)exact[j])), off = fmax(off, fabs((double)exact[j] - (double)near[j]));
+                most += (double)exact[j] * (double)exact[j];
+                off += ((double)exact[j] - (double)near[j]) * ((double)exact[j] - (double)near[j]);
             }
             compare(i == 0 ? "bf16" : "int8", near, expected, DIMS(READ, 16));
-            note(" off %.1e", off / most);
-            expect(off > 0 && off < 0.3 * most, "near, but not the same");
+            note(" off %.1e", sqrt(off / most));
+            expect(off > 0 && sqrt(off / most) < 0.2, "near, but not the same");
         }
         metala_model_free(again), metala_model_free(small), metala_model_free(stand_in);
     }
