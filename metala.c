@@ -400,17 +400,23 @@ static tile_function *const tile[TILE_ROWS + 1] = {NULL, tile_1, tile_2, tile_3,
 static size_t strips(size_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }       // of at most 6 rows each
 static size_t round_up(size_t n, size_t unit) { return n > SIZE_MAX - unit ? SIZE_MAX : (n + unit - 1) / unit * unit; }
 
-// C[M×N] = start + Σ_k a[k][M] b[k][N] for small matrices that are stored this way already (rows of k, as the scan
-// has them); N must be a multiple of TILE_COLUMNS.
-static void block_multiply(real *c, size_t c_stride, const real *start, size_t start_stride, const real *a,
-                           size_t a_stride, const real *b, size_t b_stride, size_t M, size_t N, size_t depth) {
+// C[M×N] = start + Σ_k A(i,k) b[k][N] for small matrices, of which b is stored this way already (rows of k); N must be a
+// multiple of TILE_COLUMNS. A(i,k) as above.
+static void block_product(real *c, size_t c_stride, const real *start, size_t start_stride, const real *a, size_t a_row,
+                          size_t a_k, const real *b, size_t b_stride, size_t M, size_t N, size_t depth) {
     size_t count = strips(M);
     for (size_t j = 0; j < N; j += TILE_COLUMNS)
         for (size_t s = 0; s < count; s++) {
             size_t i = share(M, count, s), rows = share(M, count, s + 1) - i;
-            tile[rows](c + i * c_stride + j, c_stride, start + i * start_stride + j, start_stride, a + i, 1, a_stride,
-                       b + j, b_stride, depth);
+            tile[rows](c + i * c_stride + j, c_stride, start + i * start_stride + j, start_stride, a + i * a_row, a_row,
+                       a_k, b + j, b_stride, depth);
         }
+}
+
+// The same of a[k][M], rows of k as well, as the scan has them.
+static void block_multiply(real *c, size_t c_stride, const real *start, size_t start_stride, const real *a,
+                           size_t a_stride, const real *b, size_t b_stride, size_t M, size_t N, size_t depth) {
+    block_product(c, c_stride, start, start_stride, a, 1, a_stride, b, b_stride, M, N, depth);
 }
 
 // One tile at the right edge, where only `columns` columns exist: through a buffer of full width.
@@ -1399,8 +1405,8 @@ static void scale_pairs_backward(metala_context *ctx, real *dx, real *db, const 
 // Selective state space:  Δ = softplus(z),  α = exp(-Δ e^A),  v = Δ x
 //   z, x, v (rows,C)   alpha (rows,C,N)   A [C,N]          Mamba (Gu and Dao 2023, section 3.2) with A = -e^A
 static inline real softplus(real z) { return -log_sigmoid(-z); }
-static real *selective_rates(metala_context *ctx, const real *A, size_t count, size_t more) {     // e^A, and `more` numbers
-    real *rates = scratch(ctx, (count + more) * sizeof(real));
+static const real *selective_rates(metala_context *ctx, const real *A, size_t count) {            // e^A
+    real *rates = scratch(ctx, count * sizeof(real));
     if (rates)
         for (size_t i = 0; i < count; i++) rates[i] = real_exp(A[i] < 80 ? A[i] : 80);
     return rates;
@@ -1408,36 +1414,43 @@ static real *selective_rates(metala_context *ctx, const real *A, size_t count, s
 
 static void selective_forward(metala_context *ctx, real *alpha, real *v, const real *z, const real *x, const real *A,
                               size_t rows, size_t C, size_t N) {
-    const real *rates = selective_rates(ctx, A, C * N, 0);
+    const real *rates = selective_rates(ctx, A, C * N);
     if (!rates) return;
     PARALLEL_FOR(15 * rows * C * N)
-    for (size_t row = 0; row < rows; row++)
-        for (size_t c = 0; c < C; c++) {
-            real delta = softplus(z[row * C + c]), *to = alpha + (row * C + c) * N;
-            v[row * C + c] = delta * x[row * C + c];
-            for (size_t n = 0; n < N; n++) to[n] = real_exp(-delta * rates[c * N + n]);
-        }
+    for (size_t row = 0; row < rows; row++) {
+        real *a = alpha + row * C * N, *delta = v + row * C;
+        for (size_t c = 0; c < C; c++) delta[c] = softplus(z[row * C + c]);
+        for (size_t c = 0; c < C; c++)
+            for (size_t n = 0; n < N; n++) a[c * N + n] = -delta[c] * rates[c * N + n];
+        for (size_t i = 0; i < C * N; i++) a[i] = real_exp(a[i]);
+        for (size_t c = 0; c < C; c++) delta[c] *= x[row * C + c];
+    }
 }
 
 // da (rows,C,N) is the gradient in log α:   dΔ = x dv - Σ_n e^A da      dz = σ(z) dΔ      dx = Δ dv
 //                                           dA += Σ_rows -Δ e^A da
 static void selective_backward(metala_context *ctx, real *dz, real *dx, real *dA, const real *da, const real *dv,
                                const real *z, const real *x, const real *A, size_t rows, size_t C, size_t N) {
-    real *rates = selective_rates(ctx, A, C * N, rows * C), *delta = rates + C * N;
+    enum { STRIP = 16 };
+    const real *rates = selective_rates(ctx, A, C * N);
     if (!rates) return;
-    PARALLEL_FOR(rows * C * (2 * N + 30))
-    for (size_t row = 0; row < rows; row++)
-        for (size_t c = 0; c < C; c++) {
-            size_t at = row * C + c;
-            delta[at] = softplus(z[at]);
-            dz[at] = sigmoid(z[at]) * (x[at] * dv[at] - dot(rates + c * N, da + at * N, N));
-            dx[at] = delta[at] * dv[at];
+    PARALLEL_FOR(rows * C * (4 * N + 30))
+    for (size_t c0 = 0; c0 < C; c0 += STRIP) {
+        size_t count = C - c0 < STRIP ? C - c0 : STRIP;
+        for (size_t row = 0; row < rows; row++) {
+            size_t at = row * C + c0;
+            real delta[STRIP], along[STRIP];
+            for (size_t c = 0; c < count; c++) delta[c] = softplus(z[at + c]);
+            for (size_t c = 0; c < count; c++) {
+                const real *rate = rates + (c0 + c) * N, *gradient = da + (at + c) * N;
+                real *to = dA + (c0 + c) * N;
+                along[c] = dot(rate, gradient, N);
+                for (size_t n = 0; n < N; n++) to[n] -= delta[c] * (rate[n] * gradient[n]);
+            }
+            for (size_t c = 0; c < count; c++) dz[at + c] = sigmoid(z[at + c]) * (x[at + c] * dv[at + c] - along[c]);
+            for (size_t c = 0; c < count; c++) dx[at + c] = delta[c] * dv[at + c];
         }
-    PARALLEL_FOR(2 * rows * C * N)
-    for (size_t c = 0; c < C; c++)
-        for (size_t row = 0; row < rows; row++)
-            for (size_t n = 0; n < N; n++)
-                dA[c * N + n] -= delta[row * C + c] * (rates[c * N + n] * da[(row * C + c) * N + n]);
+    }
 }
 
 // The same for every head:  y_h = x          y (rows,H,K)   x (rows,K). Mamba's B and C serve all channels.
@@ -1477,37 +1490,45 @@ static inline real wkv_bounded(real x) { return x < (real)-1e28 ? (real)-1e28 : 
 static void wkv_forward(metala_context *ctx, real *q, real *key, real *alpha, real *bonus, const real *k, const real *w,
                         const real *u, const uint8_t *mask, real *previous, size_t B, size_t T, size_t D, uint64_t position) {
     enum { STRIP = 32 };
-    size_t strips = (D + STRIP - 1) / STRIP;
+    size_t parts = (D + STRIP - 1) / STRIP;
     PARALLEL_FOR(60 * B * T * D)
-    for (size_t task = 0; task < B * strips; task++) {
-        size_t b = task / strips, d0 = task % strips * STRIP, n = D - d0 < STRIP ? D - d0 : STRIP;
-        real last[STRIP], most[STRIP], decay[STRIP], first[STRIP];
+    for (size_t task = 0; task < B * parts; task++) {
+        size_t b = task / parts, d0 = task % parts * STRIP, n = D - d0 < STRIP ? D - d0 : STRIP;
+        real last[STRIP], M[STRIP], decay[STRIP], first[STRIP];
         real *past = previous ? previous + b * 2 * D + d0 : NULL;
         for (size_t d = 0; d < n; d++) {
             last[d] = past && position ? past[d] : WKV_NOTHING;
-            most[d] = past && position ? past[D + d] : WKV_NOTHING;
+            M[d] = past && position ? past[D + d] : WKV_NOTHING;
             decay[d] = real_exp(w[d0 + d] < 60 ? w[d0 + d] : 60);
             first[d] = wkv_bounded(u[d0 + d]);
         }
         for (size_t t = 0; t < T; t++) {
             size_t at = (b * T + t) * D + d0;
-            int none = position + t == 0, masked = mask && !mask[b * T + t];
+            real now[STRIP], down[STRIP], own[STRIP], p[STRIP];
+            if (mask && !mask[b * T + t])
+                for (size_t d = 0; d < n; d++) now[d] = WKV_NOTHING;
+            else
+                for (size_t d = 0; d < n; d++) now[d] = wkv_bounded(k[at + d]);
             for (size_t d = 0; d < n; d++) {
-                real down = most[d] - decay[d], now = masked ? WKV_NOTHING : wkv_bounded(k[at + d]), own = first[d] + now;
-                real M = none ? WKV_NOTHING : down > last[d] ? down : last[d], p = M > own ? M : own;
-                alpha[at + d] = none ? 0 : real_exp(down - M);
-                key[at + d] = none ? 0 : real_exp(last[d] - M);
-                q[at + d] = none ? 0 : real_exp(M - p);
-                bonus[at + d] = none ? 1 : real_exp(own - p);
-                most[d] = M;
-                last[d] = now;
+                down[d] = M[d] - decay[d];
+                own[d] = first[d] + now[d];
+                M[d] = down[d] > last[d] ? down[d] : last[d];
+                p[d] = M[d] > own[d] ? M[d] : own[d];
             }
+            for (size_t d = 0; d < n; d++) alpha[at + d] = real_exp(down[d] - M[d]);
+            for (size_t d = 0; d < n; d++) key[at + d] = real_exp(last[d] - M[d]);
+            for (size_t d = 0; d < n; d++) q[at + d] = real_exp(M[d] - p[d]);
+            for (size_t d = 0; d < n; d++) bonus[at + d] = real_exp(own[d] - p[d]);
+            for (size_t d = 0; d < n && position + t == 0; d++) {
+                alpha[at + d] = key[at + d] = q[at + d] = 0;
+                bonus[at + d] = 1;
+            }
+            memcpy(last, now, n * sizeof(real));
         }
-        if (past)
-            for (size_t d = 0; d < n; d++) {
-                past[d] = last[d];
-                past[D + d] = most[d];
-            }
+        for (size_t d = 0; past && d < n; d++) {
+            past[d] = last[d];
+            past[D + d] = M[d];
+        }
     }
 }
 
@@ -1572,7 +1593,7 @@ static void extend_backward(metala_context *ctx, real *dv, const real *dy, const
 //   bonus b (rows,H), the weight of the token's own value, or NULL for 0. Linear Transformer, equation 9; RWKV-4.
 static void normalise_forward(metala_context *ctx, real *y, const real *o, const real *bonus, const real *v, size_t rows,
                               size_t H, size_t V, double eps) {
-    PARALLEL_FOR(4 * rows * H * V)
+    PARALLEL_FOR(10 * rows * H + 4 * rows * H * V)
     for (size_t row = 0; row < rows * H; row++) {
         const real *in = o + row * (V + 1);
         real b = bonus ? bonus[row] : 0, scale = 1 / (in[V] + b + (real)eps);
@@ -1583,14 +1604,15 @@ static void normalise_forward(metala_context *ctx, real *y, const real *o, const
 // With c = o_V + b + eps:   do_j = dy_j/c      do_V = -Σ_j dy_j y_j/c      db = Σ_j do_j v_j + do_V      dv_j = b do_j
 static void normalise_backward(metala_context *ctx, real *dO, real *dbonus, real *dv, const real *dy, const real *y,
                                const real *o, const real *bonus, const real *v, size_t rows, size_t H, size_t V, double eps) {
-    PARALLEL_FOR(8 * rows * H * V)
+    PARALLEL_FOR(20 * rows * H + 8 * rows * H * V)
     for (size_t row = 0; row < rows * H; row++) {
-        const real *gradient = dy + row * V;
+        const real *gradient = dy + row * V, *mean = y + row * V, *own = v + row * V;
         real *to = dO + row * (V + 1), b = bonus ? bonus[row] : 0, scale = 1 / (o[row * (V + 1) + V] + b + (real)eps);
-        to[V] = -scale * dot(gradient, y + row * V, V);
+        real along = V > 1 ? dot(gradient, mean, V) : gradient[0] * mean[0];
         for (size_t j = 0; j < V; j++) to[j] = scale * gradient[j];
+        to[V] = -scale * along;
         if (!bonus) continue;
-        dbonus[row] = dot(to, v + row * V, V) + to[V];
+        dbonus[row] = (V > 1 ? dot(to, own, V) : to[0] * own[0]) + to[V];
         for (size_t j = 0; j < V; j++) dv[row * V + j] = b * to[j];
     }
 }
@@ -1660,65 +1682,208 @@ static void sigmoid_gate_backward(metala_context *ctx, real *da, real *db, const
 //   q, o (B,T,H,K), (B,T,H,V)   k, v (B,past+T,H,K), (B,past+T,H,V), of which sequence b starts at row b·stride, since a
 //   cache has room for more   mask (B,past+T), with the same stride: masked j are skipped; or NULL
 //   lse (B,T,H) = log Σ_j e^{s q_t·k_j}, for the backward. A token with nothing to look at gets o = 0 and lse = 0.
-static void attention_forward(metala_context *ctx, real *o, real *lse, const real *q, const real *k, const real *v,
-                              const uint8_t *mask, size_t B, size_t T, size_t past, size_t stride, size_t H, size_t K,
-                              size_t V, double scale) {
-    PARALLEL_FOR(B * H * T * (past + T) * (K + V))
-    for (size_t task = 0; task < B * H * T; task++) {
-        size_t h = task % H, t = task / H % T, b = task / H / T;
-        const real *query = q + task * K;
-        real *to = o + task * V, most = 0, sum = 0;
-        for (size_t j = 0; j < V; j++) to[j] = 0;
-        for (size_t s = 0; s <= past + t; s++) {
-            size_t row = b * stride + s;
-            if (mask && !mask[row]) continue;
-            real score = (real)scale * dot(query, k + (row * H + h) * K, K);
-            if (!(sum > 0) || score > most) {
-                real shrink = sum > 0 ? real_exp(most - score) : 0;
-                for (size_t j = 0; j < V; j++) to[j] *= shrink;
-                sum *= shrink;
-                most = score;
-            }
-            real p = real_exp(score - most);
-            sum += p;
-            for (size_t j = 0; j < V; j++) to[j] += p * v[(row * H + h) * V + j];
+//
+// The T×T map is never stored: a block of KEYS keys after the other, with the largest score so far taken out of the
+// exponentials, and sums made smaller when a larger one comes (online softmax; Milakov and Gimelshein 2018, FlashAttention by
+// Dao et al. 2022). Many queries go in tiles, as products of matrices. Scores are stored a row for each key, so that the
+// maxima and sums of QUERIES queries are taken side by side, without a sum across a vector register.
+enum { QUERIES = 64, KEYS = 48, FEW_QUERIES = 4 };
+static const real NO_SCORE = -(real)FLT_MAX;
+
+typedef struct {                // one head of one sequence: pointers to its first token and distances between tokens
+    const real *q, *k, *v, *dO, *o, *lse;
+    const uint8_t *mask;
+    size_t K, V, H, q_step, v_step, past;
+    real scale;
+} attention_head;
+
+static attention_head attention_head_of(const real *q, const real *k, const real *v, const uint8_t *mask, size_t b, size_t h,
+                                        size_t T, size_t past, size_t stride, size_t H, size_t K, size_t V, double scale) {
+    attention_head a = {q + (b * T * H + h) * K, k + (b * stride * H + h) * K, v + (b * stride * H + h) * V, NULL, NULL, NULL,
+                        mask ? mask + b * stride : NULL, K, V, H, H * K, H * V, past, (real)scale};
+    return a;
+}
+
+// One query, which sees `count` keys.
+static void attention_of_query(const attention_head *a, real *o, real *lse, const real *q, size_t count) {
+    real score[KEYS], most = NO_SCORE, sum = 0;
+    for (size_t j = 0; j < a->V; j++) o[j] = 0;
+    for (size_t j0 = 0; j0 < count; j0 += KEYS) {
+        size_t n = count - j0 < KEYS ? count - j0 : KEYS;
+        real before = most;
+        for (size_t j = 0; j < n; j++) {
+            int seen = !a->mask || a->mask[j0 + j];
+            score[j] = seen ? a->scale * dot(q, a->k + (j0 + j) * a->q_step, a->K) : NO_SCORE;
+            most = score[j] > most ? score[j] : most;
         }
-        if (sum > 0)
-            for (size_t j = 0; j < V; j++) to[j] /= sum;
-        lse[task] = sum > 0 ? most + (real)log(sum) : 0;
+        real shrink = real_exp(before - most);
+        for (size_t j = 0; j < n; j++) score[j] = score[j] <= NO_SCORE ? 0 : real_exp(score[j] - most);
+        sum = sum * shrink + total(score, n);
+        for (size_t l = 0; l < a->V && shrink < 1; l++) o[l] *= shrink;
+        for (size_t j = 0; j < n; j++) {
+            const real *v = a->v + (j0 + j) * a->v_step;
+            for (size_t l = 0; l < a->V; l++) o[l] += score[j] * v[l];
+        }
+    }
+    for (size_t l = 0; l < a->V && sum > 0; l++) o[l] /= sum;
+    *lse = sum > 0 ? most + (real)log(sum) : 0;
+}
+
+// to (columns, QUERIES) = scale · fromᵀ and rows (QUERIES, width) = from, of n rows; zeros beyond. rows may be NULL.
+static void pack_queries(real *to, real *rows, size_t width, const real *from, size_t step, size_t n, size_t columns,
+                         real scale) {
+    memset(to, 0, columns * QUERIES * sizeof(real));
+    for (size_t t = 0; t < n; t++)
+        for (size_t i = 0; i < columns; i++) to[i * QUERIES + t] = scale * from[t * step + i];
+    if (!rows) return;
+    memset(rows, 0, QUERIES * width * sizeof(real));
+    for (size_t t = 0; t < n; t++) memcpy(rows + t * width, from + t * step, columns * sizeof(real));
+}
+
+// S (n,QUERIES): the scores of keys j0 to j0 + n for queries from t0 on; NO_SCORE where a query must not look.
+static void attention_scores(const attention_head *a, real *S, const real *q, const real *zeros, size_t t0, size_t j0,
+                             size_t n) {
+    block_product(S, QUERIES, zeros, 0, a->k + j0 * a->q_step, a->q_step, 1, q, QUERIES, n, QUERIES, a->K);
+    for (size_t j = 0; j < n; j++) {
+        size_t blind = j0 + j > a->past + t0 ? j0 + j - a->past - t0 : 0;          // queries before the key
+        if (blind > QUERIES || (a->mask && !a->mask[j0 + j])) blind = QUERIES;
+        for (size_t t = 0; t < blind; t++) S[j * QUERIES + t] = NO_SCORE;
     }
 }
 
-// With p_tj = e^{s q_t·k_j - lse_t} and g_tj = p_tj (do_t·v_j - do_t·o_t), for past 0 and stride T:
-//     dv_j = Σ_t p_tj do_t      dq_t = s Σ_j g_tj k_j      dk_j = s Σ_t g_tj q_t
+static size_t attention_scratch(size_t K, size_t V) {
+    size_t Vp = round_up(V, TILE_COLUMNS);
+    return QUERIES + K * QUERIES + KEYS * QUERIES + KEYS * Vp + QUERIES * Vp;
+}
+
+// Queries t0 to t0 + n.
+static void attention_of_tile(const attention_head *a, real *o, real *lse, size_t t0, size_t n, real *work) {
+    size_t K = a->K, V = a->V, Vp = round_up(V, TILE_COLUMNS), end = a->past + t0 + n;
+    real *zeros = work, *q = zeros + QUERIES, *S = q + K * QUERIES;                // (K,QUERIES), (KEYS,QUERIES)
+    real *v = S + KEYS * QUERIES, *out = v + KEYS * Vp;                            // (KEYS,Vp), (QUERIES,Vp)
+    real most[QUERIES], sum[QUERIES] = {0};
+    memset(zeros, 0, QUERIES * sizeof(real));
+    memset(v, 0, (KEYS + QUERIES) * Vp * sizeof(real));
+    pack_queries(q, NULL, 0, a->q + t0 * a->q_step, a->q_step, n, K, a->scale);
+    for (size_t t = 0; t < QUERIES; t++) most[t] = NO_SCORE;
+    for (size_t j0 = 0; j0 < end; j0 += KEYS) {
+        size_t keys = end - j0 < KEYS ? end - j0 : KEYS;
+        real before[QUERIES], shrink[QUERIES];
+        attention_scores(a, S, q, zeros, t0, j0, keys);
+        for (size_t j = 0; j < keys; j++) memcpy(v + j * Vp, a->v + (j0 + j) * a->v_step, V * sizeof(real));
+        memcpy(before, most, sizeof before);
+        for (size_t j = 0; j < keys; j++)
+            for (size_t t = 0; t < QUERIES; t++) most[t] = S[j * QUERIES + t] > most[t] ? S[j * QUERIES + t] : most[t];
+        for (size_t t = 0; t < QUERIES; t++) shrink[t] = real_exp(before[t] - most[t]);
+        for (size_t t = 0; t < QUERIES; t++) sum[t] *= shrink[t];
+        for (size_t j = 0; j < keys; j++) {
+            real *p = S + j * QUERIES;
+            for (size_t t = 0; t < QUERIES; t++) {
+                real e = real_exp(p[t] - most[t]);
+                p[t] = p[t] <= NO_SCORE ? 0 : e;
+            }
+            for (size_t t = 0; t < QUERIES; t++) sum[t] += p[t];
+        }
+        for (size_t t = 0; t < n; t++)
+            for (size_t l = 0; l < Vp; l++) out[t * Vp + l] *= shrink[t];
+        block_product(out, Vp, out, Vp, S, 1, QUERIES, v, Vp, n, Vp, keys);
+    }
+    for (size_t t = 0; t < n; t++) {
+        real inverse = sum[t] > 0 ? 1 / sum[t] : 0;
+        for (size_t l = 0; l < V; l++) o[t * a->v_step + l] = out[t * Vp + l] * inverse;
+        lse[t * a->H] = sum[t] > 0 ? most[t] + (real)log(sum[t]) : 0;
+    }
+}
+
+static void attention_forward(metala_context *ctx, real *o, real *lse, const real *q, const real *k, const real *v,
+                              const uint8_t *mask, size_t B, size_t T, size_t past, size_t stride, size_t H, size_t K,
+                              size_t V, double scale) {
+    if (T <= FEW_QUERIES) {
+        PARALLEL_FOR(B * T * H * (past + T) * (K + V))
+        for (size_t task = 0; task < B * T * H; task++) {
+            size_t h = task % H, t = task / H % T, b = task / H / T;
+            attention_head a = attention_head_of(q, k, v, mask, b, h, T, past, stride, H, K, V, scale);
+            attention_of_query(&a, o + task * V, lse + task, q + task * K, past + t + 1);
+        }
+        return;
+    }
+    size_t each = round_up(attention_scratch(K, V), 16), tiles = (T + QUERIES - 1) / QUERIES;
+    real *work = scratch(ctx, (size_t)ctx->threads * each * sizeof(real));
+    if (!work) return;
+    PARALLEL
+    SHARED_FOR
+    for (size_t task = 0; task < B * H * tiles; task++) {                          // the longest first
+        size_t h = task % H, b = task / H % B, t0 = (tiles - 1 - task / H / B) * QUERIES, at = (b * T + t0) * H + h;
+        attention_head a = attention_head_of(q, k, v, mask, b, h, T, past, stride, H, K, V, scale);
+        attention_of_tile(&a, o + at * V, lse + at, t0, T - t0 < QUERIES ? T - t0 : QUERIES, work + thread_number() * each);
+    }
+}
+
+static size_t attention_backward_scratch(size_t T, size_t K, size_t V) {
+    size_t Kp = round_up(K, TILE_COLUMNS), Vp = round_up(V, TILE_COLUMNS);
+    return plus(times(T, 2 * Kp + Vp), QUERIES * (1 + K + V + 2 * Kp + Vp + 2 * KEYS));
+}
+
+// All of one head, tile by tile. With P and G stored like the scores,
+//     S_jt = k_j·q_t    dP_jt = v_j·do_t    dv = P do    dk = G q    dq = Gᵀ k
+static void attention_head_backward(const attention_head *a, real *dq, real *dk, real *dv, size_t T, real *work) {
+    size_t K = a->K, V = a->V, Kp = round_up(K, TILE_COLUMNS), Vp = round_up(V, TILE_COLUMNS);
+    real *k = work, *dk_all = k + T * Kp, *dv_all = dk_all + T * Kp;               // (T,Kp), (T,Kp), (T,Vp)
+    real *zeros = dv_all + T * Vp, *qt = zeros + QUERIES, *dOt = qt + K * QUERIES; // (K,QUERIES), (V,QUERIES)
+    real *q = dOt + V * QUERIES, *dO = q + QUERIES * Kp, *dq_tile = dO + QUERIES * Vp;
+    real *P = dq_tile + QUERIES * Kp, *G = P + KEYS * QUERIES;
+    memset(work, 0, (T * (2 * Kp + Vp) + QUERIES) * sizeof(real));
+    for (size_t j = 0; j < T; j++) memcpy(k + j * Kp, a->k + j * a->q_step, K * sizeof(real));
+    for (size_t t0 = 0; t0 < T; t0 += QUERIES) {
+        size_t n = T - t0 < QUERIES ? T - t0 : QUERIES, end = t0 + n;
+        real lse[QUERIES], own[QUERIES];
+        pack_queries(qt, q, Kp, a->q + t0 * a->q_step, a->q_step, n, K, a->scale);
+        pack_queries(dOt, dO, Vp, a->dO + t0 * a->v_step, a->v_step, n, V, 1);
+        memset(dq_tile, 0, QUERIES * Kp * sizeof(real));
+        for (size_t t = 0; t < QUERIES; t++) {                                     // beyond the end p becomes e^-∞
+            lse[t] = t < n ? a->lse[(t0 + t) * a->H] : -NO_SCORE;
+            own[t] = t < n ? dot(dO + t * Vp, a->o + (t0 + t) * a->v_step, V) : 0;
+        }
+        for (size_t j0 = 0; j0 < end; j0 += KEYS) {
+            size_t keys = end - j0 < KEYS ? end - j0 : KEYS;
+            attention_scores(a, P, qt, zeros, t0, j0, keys);
+            block_product(G, QUERIES, zeros, 0, a->v + j0 * a->v_step, a->v_step, 1, dOt, QUERIES, keys, QUERIES, V);
+            for (size_t j = 0; j < keys; j++) {
+                real *p = P + j * QUERIES, *g = G + j * QUERIES;
+                for (size_t t = 0; t < QUERIES; t++) {
+                    real exponent = p[t] - lse[t];                                 // above 0 by rounding alone
+                    real e = real_exp(exponent > 0 ? 0 : exponent);
+                    p[t] = p[t] <= NO_SCORE ? 0 : e;
+                    g[t] = a->scale * p[t] * (g[t] - own[t]);
+                }
+            }
+            block_product(dv_all + j0 * Vp, Vp, dv_all + j0 * Vp, Vp, P, QUERIES, 1, dO, Vp, keys, Vp, n);
+            block_product(dk_all + j0 * Kp, Kp, dk_all + j0 * Kp, Kp, G, QUERIES, 1, q, Kp, keys, Kp, n);
+            block_product(dq_tile, Kp, dq_tile, Kp, G, 1, QUERIES, k + j0 * Kp, Kp, n, Kp, keys);
+        }
+        for (size_t t = 0; t < n; t++) memcpy(dq + (t0 + t) * a->q_step, dq_tile + t * Kp, K * sizeof(real));
+    }
+    for (size_t j = 0; j < T; j++) {
+        memcpy(dk + j * a->q_step, dk_all + j * Kp, K * sizeof(real));
+        memcpy(dv + j * a->v_step, dv_all + j * Vp, V * sizeof(real));
+    }
+}
+
+// With p_tj = e^{s q_t·k_j - lse_t} and g_tj = s p_tj (do_t·v_j - do_t·o_t), for past 0 and stride T:
+//     dv_j = Σ_t p_tj do_t      dq_t = Σ_j g_tj k_j      dk_j = Σ_t g_tj q_t
 static void attention_backward(metala_context *ctx, real *dq, real *dk, real *dv, const real *dO, const real *o,
                                const real *lse, const real *q, const real *k, const real *v, const uint8_t *mask, size_t B,
                                size_t T, size_t H, size_t K, size_t V, double scale) {
-    PARALLEL_FOR(2 * B * H * T * T * (K + V))
+    size_t each = round_up(attention_backward_scratch(T, K, V), 16);
+    real *work = scratch(ctx, times(times((size_t)ctx->threads, each), sizeof(real)));
+    if (!work) return;
+    PARALLEL
+    SHARED_FOR
     for (size_t task = 0; task < B * H; task++) {
-        size_t h = task % H, b = task / H;
-        for (size_t t = 0; t < T; t++) {
-            size_t row = (b * T + t) * H + h;
-            for (size_t i = 0; i < K; i++) dq[row * K + i] = dk[row * K + i] = 0;
-            for (size_t j = 0; j < V; j++) dv[row * V + j] = 0;
-        }
-        for (size_t t = 0; t < T; t++) {
-            size_t row = (b * T + t) * H + h;
-            const real *gradient = dO + row * V, *query = q + row * K;
-            real own = dot(gradient, o + row * V, V);
-            for (size_t s = 0; s <= t; s++) {
-                size_t other = (b * T + s) * H + h;
-                if (mask && !mask[b * T + s]) continue;
-                real exponent = (real)scale * dot(query, k + other * K, K) - lse[row];
-                real p = real_exp(exponent < 0 ? exponent : 0);
-                real g = (real)scale * p * (dot(gradient, v + other * V, V) - own);
-                for (size_t i = 0; i < K; i++) {
-                    dq[row * K + i] += g * k[other * K + i];
-                    dk[other * K + i] += g * query[i];
-                }
-                for (size_t j = 0; j < V; j++) dv[other * V + j] += p * gradient[j];
-            }
-        }
+        size_t h = task % H, b = task / H, at = b * T * H + h;
+        attention_head a = attention_head_of(q, k, v, mask, b, h, T, 0, T, H, K, V, scale);
+        a.dO = dO + at * V, a.o = o + at * V, a.lse = lse + at;
+        attention_head_backward(&a, dq + at * K, dk + at * K, dv + at * V, T, work + thread_number() * each);
     }
 }
 
