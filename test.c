@@ -4900,7 +4900,7 @@ static void twin_taylor_backward(const shape *s) {
     ALL(taylor_backward, REAL(dx), REAL(dy), REAL(x), rows_of(s), s->H, s->K);
 }
 // Variant 1: angles for all heads, 2: negative, 4: in place, and far from the start.
-static uint64_t twin_position(const shape *s) { return s->variant & 4 ? 3000017 : 5; }
+static uint64_t twin_position(const shape *s) { return s->variant & 4 ? 30000017 : 5; }
 static const tensor *angle_tensor(const shape *s) {
     return s->variant & 1 ? FILLED("theta", "k", 0, uniforms(s->K, -8, 8), s->K)
                           : FILLED("theta", "hk", 0, uniforms(s->H * s->K, 0, 3), s->H, s->K);
