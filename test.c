@@ -1782,13 +1782,36 @@ static void check_scans(void) {
     static const scan_shape shapes[] = {{1, 1, 1, 1, 1}, {2, 3, 2, 1, 2}, {1, 15, 3, 5, 7}, {1, 16, 1, 4, 8},
         {2, 17, 2, 3, 16}, {1, 63, 1, 8, 16}, {1, 64, 2, 2, 33}, {1, 65, 1, 9, 5}, {2, 130, 3, 8, 16},
         {1, 200, 1, 17, 31}, {1, 70, 2, 32, 64},
-        {2, 130, 5, 1, 2}, {1, 70, 700, 1, 1}, {2, 67, 3, 16, 1}, {1, 129, 40, 32, 1}, {1, 66, 3, 2, 1}, {1, 66, 3, 7, 1}, {1, 65, 2, 1, 40},
-        {1, 65, 2, 512, 1}, {1, 70, 2, 273, 33}, {1, 66, 2, 8, 65}, {1, 66, 1, 8, 49}};
+        {2, 130, 5, 1, 2}, {1, 70, 700, 1, 1}, {2, 67, 3, 16, 1}, {1, 129, 40, 32, 1}, {1, 66, 3, 2, 1}, {1, 66, 3, 14, 1},
+        {1, 65, 2, 1, 40}, {1, 65, 2, 512, 1}, {2, 66, 300, 16, 1}, {1, 70, 2, 273, 33}, {1, 66, 2, 8, 65}};
     static const metala_form forms[] = {METALA_RECURRENT, METALA_PARALLEL, METALA_CHUNKWISE};
     for (size_t i = 0; i < COUNT(shapes); i++)
         for (int gates = SOFT; gates <= HARD; gates++)
             for (size_t f = 0; f < COUNT(forms); f++)
                 check_scan(forms[f], &shapes[i], gates, (i + (size_t)gates) % 3 == 0);
+    if (begin(0, "scan: narrow heads, 1 to 5 threads give the same bits")) {
+        static const scan_shape narrow[] = {{2, 66, 300, 16, 1}, {3, 66, 301, 1, 2}};
+        for (size_t i = 0; i < COUNT(narrow); i++) {
+            const scan_shape *s = &narrow[i];
+            size_t nk = s->B * s->T * s->H * s->K, nv = s->B * s->T * s->H * s->V, nS = s->B * s->H * s->K * s->V;
+            real *in[2] = {reals(4 * nk), reals(2 * nv)}, *out[2] = {reals(3 * nk + 2 * nv), reals(3 * nk + 2 * nv)};
+            real *states = reals(2 * nS);
+            random_state = i + 1;
+            for (size_t n = 0; n < 4 * nk; n++) in[0][n] = (real)uniform(0, 1);
+            for (size_t n = 0; n < 2 * nv; n++) in[1][n] = (real)uniform(-1, 1);
+            for (int threads = 1; threads <= 5; threads++) {
+                metala_context *c = other_context(threads);
+                real *x = out[threads > 1], *y = x + 3 * nk;
+                CALL(scan_forward)(c, METALA_CHUNKWISE, y, NULL, states, in[0], in[0] + nk, in[1], in[0] + 2 * nk, s->B, s->T,
+                                   s->H, s->K, s->V, SCALE);
+                CALL(scan_backward)(c, METALA_CHUNKWISE, x, x + nk, y + nv, x + 2 * nk, NULL, in[1] + nv, states, in[0],
+                                    in[0] + nk, in[1], in[0] + 2 * nk, s->B, s->T, s->H, s->K, s->V, SCALE);
+                same_bits("o, dq, dk, dv, da of more threads", out[0], x, threads > 1 ? 3 * nk + 2 * nv : 0);
+                metala_close(c);
+            }
+        }
+        end_check();
+    }
 }
 
 // ------------------------------------------------------------------------------------------------ AdamW, memory
