@@ -1122,8 +1122,8 @@ static real *rotation_table(metala_context *ctx, const real *theta, size_t T, si
 }
 
 // y (B,T,heads,n) = x times the table's numbers, or their conjugates where sign is -1.
-static void rotate(metala_context *ctx, real *y, const real *x, const real *table, size_t B, size_t T, size_t heads, size_t n,
-                   real sign) {
+static void rotate(metala_context *ctx, real *y, const real *x, const real *table, size_t B, size_t T, size_t heads,
+                   size_t n, real sign) {
     PARALLEL_FOR(6 * B * T * heads * n)
     for (size_t row = 0; row < B * T * heads; row++) {
         const real *in = x + row * n * 2, *turn = table + row / heads % T * n * 2;
@@ -1494,7 +1494,8 @@ static void copy_heads_backward(metala_context *ctx, real *dx, const real *dy, s
 static const real WKV_NOTHING = (real)-1e30;
 static inline real wkv_bounded(real x) { return x < (real)-1e28 ? (real)-1e28 : x > (real)1e28 ? (real)1e28 : x; }
 static void wkv_forward(metala_context *ctx, real *q, real *key, real *alpha, real *bonus, const real *k, const real *w,
-                        const real *u, const uint8_t *mask, real *previous, size_t B, size_t T, size_t D, uint64_t position) {
+                        const real *u, const uint8_t *mask, real *previous, size_t B, size_t T, size_t D,
+                        uint64_t position) {
     enum { STRIP = 32 };
     size_t parts = (D + STRIP - 1) / STRIP;
     PARALLEL_FOR(60 * B * T * D)
@@ -1542,8 +1543,8 @@ static void wkv_forward(metala_context *ctx, real *q, real *key, real *alpha, re
 //     dk_t = dbonus_t bonus_t + dkey_{t+1} key_{t+1}  (0 beyond the end and where masked)
 //     dw += Σ -w' da_t      du += Σ dbonus_t bonus_t          da is the gradient in log α
 static void wkv_backward(metala_context *ctx, real *dk, real *dw, real *du, const real *dkey, const real *da,
-                         const real *dbonus, const real *key, const real *bonus, const real *w, const uint8_t *mask, size_t B,
-                         size_t T, size_t D) {
+                         const real *dbonus, const real *key, const real *bonus, const real *w, const uint8_t *mask,
+                         size_t B, size_t T, size_t D) {
     enum { STRIP = 32 };
     PARALLEL_FOR(8 * B * T * D)
     for (size_t d0 = 0; d0 < D; d0 += STRIP) {
@@ -1626,7 +1627,8 @@ static inline void normalise_head_backward(real *dO, real *dbonus, real *dv, con
 }
 
 static void normalise_backward(metala_context *ctx, real *dO, real *dbonus, real *dv, const real *dy, const real *y,
-                               const real *o, const real *bonus, const real *v, size_t rows, size_t H, size_t V, double eps) {
+                               const real *o, const real *bonus, const real *v, size_t rows, size_t H, size_t V,
+                               double eps) {
     PARALLEL_FOR(rows * H * (8 * V + 20))
     for (size_t row = 0; row < rows * H; row++) {
         size_t at = row * V, at_o = row * (V + 1);
@@ -1704,8 +1706,8 @@ static void sigmoid_gate_backward(metala_context *ctx, real *da, real *db, const
 //   lse (B,T,H) = log Σ_j e^{s q_t·k_j}, for the backward. A token with nothing to look at gets o = 0 and lse = 0.
 //
 // The T×T map is never stored: a block of KEYS keys after the other, with the largest score so far taken out of the
-// exponentials, and sums made smaller when a larger one comes (online softmax; Milakov and Gimelshein 2018, FlashAttention by
-// Dao et al. 2022). Many queries go in tiles, as products of matrices. Scores are stored a row for each key, so that the
+// exponentials, and sums made smaller when a larger one comes (online softmax of Milakov and Gimelshein 2018; FlashAttention
+// of Dao et al. 2022). Many queries go in tiles, as products of matrices. Scores are stored a row for each key, so that the
 // maxima and sums of QUERIES queries are taken side by side, without a sum across a vector register.
 enum { QUERIES = 64, KEYS = 48, FEW_QUERIES = 4 };
 static const real NO_SCORE = -(real)FLT_MAX;
@@ -1719,8 +1721,8 @@ typedef struct {                // one head of one sequence: pointers to its fir
 
 static attention_head attention_head_of(const real *q, const real *k, const real *v, const uint8_t *mask, size_t b, size_t h,
                                         size_t T, size_t past, size_t stride, size_t H, size_t K, size_t V, double scale) {
-    attention_head a = {q + (b * T * H + h) * K, k + (b * stride * H + h) * K, v + (b * stride * H + h) * V, NULL, NULL, NULL,
-                        mask ? mask + b * stride : NULL, K, V, H, H * K, H * V, past, (real)scale};
+    attention_head a = {q + (b * T * H + h) * K, k + (b * stride * H + h) * K, v + (b * stride * H + h) * V, NULL, NULL,
+                        NULL, mask ? mask + b * stride : NULL, K, V, H, H * K, H * V, past, (real)scale};
     return a;
 }
 

@@ -13,8 +13,8 @@
 // five-point differences. An error is max |got - expected| / max |expected| over a tensor. Tolerances are a small
 // multiple of what was measured with gcc and clang, with and without vector instructions: TOLERANCE(float32, float64).
 //
-// Contents: checks - numbers - scalar functions - kernels - kernels of the other rows - matrix products - the scan - AdamW - the model - states -
-// training - files - data - memory that runs out - twins - golden files - main.
+// Contents: checks - numbers - scalar functions - kernels - kernels of the other rows - matrix products - the scan -
+// AdamW - the model - states - training - files - data - memory that runs out - twins - golden files - main.
 
 #include "metala.h"
 
@@ -812,7 +812,8 @@ static void rotate_reference(const shape *s, double *const *in, double *const *o
 static void rotate_forward(const shape *s, real *const *in, real *const *out) {
     const real *x = in[0];
     if (s->variant & 4) x = memcpy(out[0], in[0], rows_of(s) * s->H * 2 * s->K * sizeof(real));
-    CALL(rotate_forward)(ctx, out[0], x, in[1], s->B, s->T, s->H, 2 * s->K, s->variant & 1, rotate_position(s), s->variant & 2);
+    CALL(rotate_forward)(ctx, out[0], x, in[1], s->B, s->T, s->H, 2 * s->K, s->variant & 1, rotate_position(s),
+                         s->variant & 2);
 }
 static void rotate_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
     size_t n = rows_of(s) * s->H * 2 * s->K, angles = (s->variant & 1 ? 1 : s->H) * s->K;
@@ -1069,7 +1070,8 @@ static void extend_forward(const shape *s, real *const *in, real *const *out) {
 }
 static void extend_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
     (void)in, (void)out;
-    CALL(extend_backward)(ctx, din[0], dout[0], s->variant == 1 ? mask_list(s) : NULL, s->variant & 2, s->B, s->T, s->H, s->V);
+    CALL(extend_backward)(ctx, din[0], dout[0], s->variant == 1 ? mask_list(s) : NULL, s->variant & 2, s->B, s->T, s->H,
+                          s->V);
 }
 
 // ---- The mean: inputs o, bonus, v; variant 1: no bonus.
@@ -1092,14 +1094,15 @@ static void normalise_reference(const shape *s, double *const *in, double *const
     }
 }
 static void normalise_forward(const shape *s, real *const *in, real *const *out) {
-    CALL(normalise_forward)(ctx, out[0], in[0], s->variant & 1 ? NULL : in[1], s->variant & 1 ? NULL : in[2], rows_of(s), s->H,
-                            s->V, 0.125);
+    CALL(normalise_forward)(ctx, out[0], in[0], s->variant & 1 ? NULL : in[1], s->variant & 1 ? NULL : in[2], rows_of(s),
+                            s->H, s->V, 0.125);
 }
 static void normalise_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
     int none = s->variant & 1;
     CALL(normalise_backward)(ctx, din[0], none ? NULL : din[1], none ? NULL : din[2], dout[0], out[0], in[0],
                              none ? NULL : in[1], none ? NULL : in[2], rows_of(s), s->H, s->V, 0.125);
-    if (none) memset(din[1], 0, rows_of(s) * s->H * sizeof(real)), memset(din[2], 0, rows_of(s) * s->H * s->V * sizeof(real));
+    if (none) memset(din[1], 0, rows_of(s) * s->H * sizeof(real));
+    if (none) memset(din[2], 0, rows_of(s) * s->H * s->V * sizeof(real));
 }
 
 // ---- Skip, in place, and products of two.
@@ -1177,12 +1180,12 @@ static void attention_reference(const shape *s, double *const *in, double *const
         }
 }
 static void attention_forward(const shape *s, real *const *in, real *const *out) {
-    CALL(attention_forward)(ctx, out[0], out[1], in[0], in[1], in[2], attention_mask_list(s), s->B, s->T, 0, s->T, s->H, s->K,
-                            s->V, attention_scale(s));
+    CALL(attention_forward)(ctx, out[0], out[1], in[0], in[1], in[2], attention_mask_list(s), s->B, s->T, 0, s->T, s->H,
+                            s->K, s->V, attention_scale(s));
 }
 static void attention_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
-    CALL(attention_backward)(ctx, din[0], din[1], din[2], dout[0], out[0], out[1], in[0], in[1], in[2], attention_mask_list(s),
-                             s->B, s->T, s->H, s->K, s->V, attention_scale(s));
+    CALL(attention_backward)(ctx, din[0], din[1], din[2], dout[0], out[0], out[1], in[0], in[1], in[2],
+                             attention_mask_list(s), s->B, s->T, s->H, s->K, s->V, attention_scale(s));
 }
 
 // Every kernel on every shape in every variant; then where numbers are extreme, where threads share the work, and where a
@@ -1274,7 +1277,8 @@ static void put_piece(real *x, const real *piece, size_t B, size_t all, size_t f
 
 // Tokens in two calls are those of one call, in every bit; softmax attention, whose sums are taken in other blocks, nearly.
 static void check_pieces(size_t B, size_t T, size_t cut, size_t D) {
-    if (!begin(TOLERANCE(2e-6, 2e-15), "kernels of the other rows, tokens in two calls B%zu T%zu cut %zu D%zu", B, T, cut, D))
+    if (!begin(TOLERANCE(2e-6, 2e-15), "kernels of the other rows, tokens in two calls B%zu T%zu cut %zu D%zu", B, T, cut,
+               D))
         return;
     size_t n = B * T * D, part[] = {cut, T - cut};
     real *x = reals(n), *mu = reals(D), *theta = reals(D), *k = reals(n), *w = reals(D), *u = reals(D);
@@ -1334,8 +1338,8 @@ static void check_pieces(size_t B, size_t T, size_t cut, size_t D) {
                 memcpy(keys + (b * room + first) * D, x + (b * T + first) * D, part[i] * D * sizeof(real));
                 memcpy(values + (b * room + first) * D, x + (b * T + first) * D, part[i] * D * sizeof(real));
             }
-            CALL(attention_forward)(ctx, out, reals(B * part[i] * H), q, keys, values, masked ? cache_mask : NULL, B, part[i],
-                                    first, room, H, D / H, D / H, 0.5);
+            CALL(attention_forward)(ctx, out, reals(B * part[i] * H), q, keys, values, masked ? cache_mask : NULL, B,
+                                    part[i], first, room, H, D / H, D / H, 0.5);
             put_piece(pieces[0], out, B, T, first, part[i], D);
         }
         compare(masked ? "attention, masked" : "attention", pieces[0], expected, DIMS(B, T, D));
@@ -1373,8 +1377,8 @@ static void check_row_kernels(void) {
           ssm_backward_from_zero}, 3, 3},
         {{"scale pairs", {"x", "b"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
           scale_pairs_sizes, NULL, scale_pairs_reference, scale_pairs_forward, scale_pairs_backward}, 0, 1},
-        {{"selective", {"z", "x", "A"}, {"alpha", "v"}, 3, 3, 2, 2, 4, 0, 1e-3, TOLERANCE(6e-7, 1e-15), TOLERANCE(2e-6, 4e-12),
-          selective_sizes, NULL, selective_reference, selective_forward, selective_backward}, 0, 1},
+        {{"selective", {"z", "x", "A"}, {"alpha", "v"}, 3, 3, 2, 2, 4, 0, 1e-3, TOLERANCE(6e-7, 1e-15),
+          TOLERANCE(2e-6, 4e-12), selective_sizes, NULL, selective_reference, selective_forward, selective_backward}, 0, 1},
         {{"copy heads", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, 1e-30, TOLERANCE(3e-7, 4e-12),
           copy_heads_sizes, NULL, copy_heads_reference, copy_heads_forward, copy_heads_backward}, 0, 1},
         {{"wkv", {"k", "v", "w", "u"}, {"y"}, 4, 4, 1, 1, 12, 0, 1e-3, TOLERANCE(2e-6, 4e-15), TOLERANCE(3e-6, 4e-11),
@@ -3963,8 +3967,10 @@ STAGED(taylor_forward, (ctx_t *c, real *y, in_t *x, size_t r, size_t H, size_t d
 STAGED(taylor_backward, (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t r, size_t H, size_t d),
        (c, W(dx, r * H * d), R(dy, r * H * (1 + d + d * d)), R(x, r * H * d), r, H, d))
 STAGED(rotate_forward,
-       (ctx_t *c, real *y, in_t *x, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t position, int neg),
-       (c, W(y, B * T * H * K), R(x, B * T * H * K), R(theta, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, position, neg))
+       (ctx_t *c, real *y, in_t *x, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t position,
+        int neg),
+       (c, W(y, B * T * H * K), R(x, B * T * H * K), R(theta, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, position,
+        neg))
 STAGED(rotate_backward,
        (ctx_t *c, real *dx, real *dtheta, in_t *dy, in_t *y, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared,
         uint64_t position, int neg),
@@ -4009,8 +4015,8 @@ STAGED(wkv_forward,
 STAGED(wkv_backward,
        (ctx_t *c, real *dk, real *dw, real *du, in_t *dkey, in_t *da, in_t *dbonus, in_t *key, in_t *bonus, in_t *w,
         const uint8_t *m, size_t B, size_t T, size_t D),
-       (c, W(dk, B * T * D), W(dw, D), W(du, D), R(dkey, B * T * D), R(da, B * T * D), R(dbonus, B * T * D), R(key, B * T * D),
-        R(bonus, B * T * D), R(w, D), R(m, B * T), B, T, D))
+       (c, W(dk, B * T * D), W(dw, D), W(du, D), R(dkey, B * T * D), R(da, B * T * D), R(dbonus, B * T * D),
+        R(key, B * T * D), R(bonus, B * T * D), R(w, D), R(m, B * T), B, T, D))
 STAGED(extend_forward,
        (ctx_t *c, real *y, in_t *v, const uint8_t *m, in_t *p, int delayed, size_t B, size_t T, size_t H, size_t V),
        (c, W(y, B * T * H * (V + 1)), R(v, B * T * H * V), R(m, B * T), R(p, B * H * V), delayed, B, T, H, V))
