@@ -5377,15 +5377,8 @@ STAGED(taylor_forward, (ctx_t *c, real *y, in_t *x, size_t r, size_t H, size_t d
 STAGED(taylor_backward, (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t r, size_t H, size_t d),
        (c, W(dx, r * H * d), R(dy, r * H * (1 + d + d * d)), R(x, r * H * d), r, H, d))
 STAGED(rotate_forward,
-<<<<<<< HEAD
        (ctx_t *c, real *y, in_t *x, in_t *angles, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t p, int minus),
        (c, W(y, B * T * H * K), R(x, B * T * H * K), R(angles, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, p, minus))
-=======
-       (ctx_t *c, real *y, in_t *x, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t position,
-        int neg),
-       (c, W(y, B * T * H * K), R(x, B * T * H * K), R(theta, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, position,
-        neg))
->>>>>>> 330fec2fff1f99964c3c6d1ae32646a54d3ee035
 STAGED(rotate_backward,
        (ctx_t *c, real *dx, real *dangles, in_t *dy, in_t *y, in_t *angles, size_t B, size_t T, size_t H, size_t K, int shared,
         uint64_t p, int minus),
