@@ -7,8 +7,8 @@
 //     S_t = diag(α_t) S_{t-1} + k_t v_tᵀ          o_t = K^(-1/2) S_tᵀ q_t                  the decay scan
 //     y_t = W_o ( silu(g_t) ⊙ norm(o_t + σ((q_t⊙k_t)·b v_t)) )                             augmentation, norm, gate
 //
-// Source: "MetaLA: Unified Optimal Linear Approximation to Softmax Attention Map", NeurIPS 2024. Other linear models are rows of
-// the same general form, see there.
+// Source: "MetaLA: Unified Optimal Linear Approximation to Softmax Attention Map", NeurIPS 2024. Other
+// linear models are rows of the same general form, see there.
 //
 // A complete program (cc -O3 example.c metala.c -lm):
 //
@@ -270,7 +270,7 @@ typedef enum {
 
 // ------------------------------------------------------------------------------------------------ inference
 
-typedef struct metala_state metala_state;   // what B sequences have read so far, in a size that does not grow (softmax's does)
+typedef struct metala_state metala_state;   // what B sequences have read so far; only softmax attention's grows
 
 // States of B sequences at position 0. The model must outlive it. All memory that steps need is taken here, but for the
 // context's scratch space, which the first step takes, and for softmax attention's keys and values, which double when full.
@@ -321,9 +321,9 @@ typedef struct {               // AdamW with decoupled weight decay and global-n
 
 // What the forward pass keeps of each layer for the backward pass; the rest is computed again. The bits are the same.
 typedef enum {
-    METALA_KEEP_COSTLY,        // of MetaLA: the input, q, z, v, g, scan plus augmentation, x + mixer and the two GLU products: 6 D + 2 F
-                               // numbers per token and layer, and the scan's states, D·V/128; norms, convolution, gate
-                               // and products of two are computed again
+    METALA_KEEP_COSTLY,        // of MetaLA: the input, q, z, v, g, scan plus augmentation, x + mixer and the two GLU
+                               // products: 6 D + 2 F numbers per token and layer, and the scan's states, D·V/128;
+                               // norms, convolution, gate and products of two are computed again
     METALA_KEEP_ALL,           // everything, of MetaLA 14 D + 3 F and the states; metala_trainer_activation needs it
     METALA_KEEP_INPUTS         // the input of each layer, D; every layer but the last runs forward twice, a third more work
 } metala_keep;
