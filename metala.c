@@ -2839,7 +2839,7 @@ typedef struct {
     int complex_values;                 // a head is a complex number: K = 1, V = 2, and the phase is in v and o
     int own_q, own_k, own_v;            // the scan's q, k, v are made from the projections, in memory of their own
     int shared_u, shared_scan;          // u is n; what the scan gives is p
-    double scale;
+    double scale;                       // s of o = s Sᵀ q
 } sizes;
 
 static sizes sizes_of(const metala_config *c) {
@@ -3382,7 +3382,7 @@ typedef struct {
     real *shift_k, *shift_v;                                  // token shift for the key and the value
     real *conv_in, *conv_out;                                 // c and u
     real *q_proj, *k_proj, *v_proj, *low, *z, *g;             // linear maps of u
-    real *ssm;                                                // of a complex decay, for all tokens: α, θ, b, α of real pairs
+    real *ssm;                                                // complex decay: α, θ (HN each), b (2HN), α twice (2HN)
     real *q, *k, *v, *alpha, *bonus;                          // what the scan takes
     real *states, *scan_out, *lse;                            // S at the start of each chunk; o; of softmax
     real *aug_out;                                            // p
@@ -3653,7 +3653,7 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
     size_t rows = p->rows, H = s->H, K = s->K, HK = H * K, HN = H * s->states, d = (size_t)c->feature_dim;
     const real *ones = m->constants, *decays = ones + HK + K / 2;
     real *tied = r->key == METALA_KEY_TIED ? a->k : NULL, *b = a->ssm ? a->ssm + 2 * HN : NULL;
-    real *shifted = r->conv == METALA_CONV_SHIFT ? tail : NULL;             // a convolution's tail looks otherwise
+    real *shifted = r->conv == METALA_CONV_SHIFT ? tail : NULL;             // only its tail has these parts
     real *exponents = shifted ? shifted + p->B * s->D : NULL, *last_v = shifted ? shifted + 3 * p->B * s->D : NULL;
 
     switch (r->decay) {
@@ -3841,7 +3841,8 @@ static void layer_recompute(metala_context *ctx, const metala_model *m, int laye
     be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, p->rows * p->s.F);
 }
 
-// Gradients of one layer's activations; one set serves all layers.
+// Gradients of one layer's activations; one set serves all layers. Once they have been passed on, `gated` holds the bonus's
+// part of dv, and `p` what goes through the key's convolution or, in a selective decay, back to u.
 typedef struct {
     real *n, *u, *shift_k, *shift_v;                          // (rows,D), (rows,U), (rows,D) with a token shift
     real *q_proj, *k_proj, *v_proj, *low, *z, *g, *ssm;
