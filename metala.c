@@ -2722,9 +2722,9 @@ static const metala_named_row rows_of_the_paper[] = {
     {"metala-key",       ROW(ON,    LINEAR,   LINEAR,   LINEAR,  DYNAMIC,   AUGMENT, OFF, OFF,     LAYER, SILU,    HALF), 1,
      "k = W_k u in place of 1 - α", "MetaLA, its ablations"},
     {"metala-fixed",     ROW(ON,    LINEAR,   TIED,     LINEAR,  FIXED,     AUGMENT, OFF, OFF,     LAYER, SILU,    HALF), 1,
-     "α learned, the same for every token", "MetaLA, its ablations"},
+     "α learned, the same for every token", "not among MetaLA's ablations"},
     {"metala-none",      ROW(OFF,   LINEAR,   LINEAR,   LINEAR,  FIXED,     OFF,     OFF, OFF,     LAYER, SILU,    HALF), 1,
-     "all four at once", "MetaLA, its ablations"},
+     "all four at once", "not among MetaLA's ablations"},
     {"linear",           ROW(OFF,   ELU1,     ELU1,     LINEAR,  ONE,       OFF,     ON,  OFF,     OFF,   OFF,     FULL), 1,
      "S = S + φ(k) vᵀ, o = Sᵀφ(q) / Σφ(k)ᵀφ(q), φ = elu + 1",
      "Transformers are RNNs, Katharopoulos 2020"},
@@ -2750,7 +2750,7 @@ static const metala_named_row rows_of_the_paper[] = {
     {"glru",             ROW(OFF,   ONE,      TIED,     SILU,    BOUNDED,   OFF,     OFF, LEARNED, WIDTH, SILU,    FULL), 1,
      "h = λ e^{iθ} h + (1-λ) silu(W_v n), λ = γ + (1-γ) σ(W_λ n)",
      "HGRN, Qin 2023; here the norm is RMS, without the weights of its layer norm; projections without biases; angles start"
-     " as 10000^(-j/D), its code's as 10000^(-2j/D)"},
+     " as 10000^(-j/D), its code's as 10000^(-2j/D). MetaLA's table 1 shows GLRU with an input gate of its own for k"},
     {"lru",              ROW(OFF,   ONE,      ONE,      COMPLEX, LRU,       SKIP,    OFF, DECAY,   OFF,   OFF,     FULL), 1,
      "x = λ x + γ B n, λ = exp(-e^ν + iθ), y = Re(C x) + d n",
      "Resurrecting RNNs, Orvieto 2023; D complex states; B and C are dense real matrices of real and imaginary parts; |λ|²"
