@@ -2708,6 +2708,8 @@ static const metala_column columns[METALA_COLUMNS] = {
      METALA_SELF_##self, METALA_NORMALISER_##normaliser, METALA_PHASE_##phase, METALA_NORM_##norm, METALA_GATE_##gate,         \
      METALA_CHANNELS_##channels}
 
+// Every row has MetaLA's surroundings: pre-norm without weights, the SwiGLU, linear layers without biases (but for that of a
+// SiLU gate) that start from one distribution. Only what differs from its paper within the mixer is said in the row.
 static const metala_named_row rows_of_the_paper[] = {
     //                        conv   query     key       value    decay      self     norm. phase    norm   gate     channels
     {"metala",           ROW(ON,    LINEAR,   TIED,     LINEAR,  DYNAMIC,   AUGMENT, OFF, OFF,     LAYER, SILU,    HALF), 1,
@@ -2720,48 +2722,57 @@ static const metala_named_row rows_of_the_paper[] = {
     {"metala-key",       ROW(ON,    LINEAR,   LINEAR,   LINEAR,  DYNAMIC,   AUGMENT, OFF, OFF,     LAYER, SILU,    HALF), 1,
      "k = W_k u in place of 1 - α", "MetaLA, its ablations"},
     {"metala-fixed",     ROW(ON,    LINEAR,   TIED,     LINEAR,  FIXED,     AUGMENT, OFF, OFF,     LAYER, SILU,    HALF), 1,
-     "α learned, the same for every token", "MetaLA, its ablations"},
+     "α learned, the same for every token", "not among MetaLA's ablations"},
     {"metala-none",      ROW(OFF,   LINEAR,   LINEAR,   LINEAR,  FIXED,     OFF,     OFF, OFF,     LAYER, SILU,    HALF), 1,
-     "all four at once", "MetaLA, its ablations"},
+     "all four at once", "not among MetaLA's ablations"},
     {"linear",           ROW(OFF,   ELU1,     ELU1,     LINEAR,  ONE,       OFF,     ON,  OFF,     OFF,   OFF,     FULL), 1,
      "S = S + φ(k) vᵀ, o = Sᵀφ(q) / Σφ(k)ᵀφ(q), φ = elu + 1",
      "Transformers are RNNs, Katharopoulos 2020"},
     {"transnormer",      ROW(OFF,   SILU,     SILU,     LINEAR,  DEPTH,     OFF,     OFF, FIRST,   WIDTH, LINEAR,  FULL), 1,
      "S = λ S + silu(k) vᵀ, λ = exp(-8(h+1)/H (1-l/L)), o = Sᵀ silu(q)",
-     "TransNormerLLM, Qin 2023; rotates pairs of channels where its code keeps cosine and sine parts of each"},
+     "TransNormerLLM, Qin 2023; the paper's decays, its code has exp(-2^(-8(h+1)/H) (1-l/(L-1))); rotates pairs of channels"
+     " by angles that all heads share, where its code keeps cosine and sine parts of each channel"},
     {"retnet",           ROW(OFF,   LINEAR,   LINEAR,   LINEAR,  HEADS,     OFF,     OFF, ROPE,    RMS,   SILU,    FULL), 2,
      "S = (1-2^(-5-h)) S + (k e^{iθt}) vᵀ, o = Sᵀ(q e^{iθt})",
-     "Retentive Network, Sun 2023; without its rescaling of the parallel form, which the norm takes out again"},
+     "Retentive Network, Sun 2023; without its rescaling of the parallel form, which the norm takes out again; angles are"
+     " RoPE's 10000^(-2i/K), its code's 10000^(-2i/(K-2)); the gate has a bias"},
     {"gla",              ROW(OFF,   LINEAR,   LINEAR,   LINEAR,  LOWRANK,   OFF,     OFF, OFF,     RMS,   SILU,    HALF), 1,
      "S = diag(α) S + k vᵀ, α = σ(W_2 W_1 n + b)^(1/16), o = Sᵀq",
-     "Gated Linear Attention, Yang 2023; its norm has learned weights"},
+     "Gated Linear Attention, Yang 2023; here the norm is RMS, without the weights of its layer norm"},
     {"based",            ROW(ON,    TAYLOR,   TAYLOR,   LINEAR,  ONE,       OFF,     ON,  OFF,     OFF,   OFF,     FULL), 1,
      "S = S + φ(k) vᵀ, φ(q)·φ(k) = 1 + q·k/√d + (q·k)²/2d, o = Sᵀφ(q) / Σφ(k)ᵀφ(q)",
-     "Based, Arora 2024, as \"Base\" of the paper's recall figure; without its sliding-window layers"},
+     "Based, Arora 2024, as \"Base\" of MetaLA's recall figure; without its sliding-window layers; the convolution is"
+     " MetaLA's, in front of the projections, where its own convolutions are layers between"},
     {"rwkv4",            ROW(SHIFT, EXP,      EXP,      LINEAR,  EXP,       BONUS,   ON,  OFF,     OFF,   SIGMOID, FULL), 1,
-     "S = e^(-w) S + e^k v, o = (S_{t-1} + e^(u+k) v) / (the same with v = 1)",
-     "RWKV, Peng 2023; its channel mixing is the SwiGLU that all rows have"},
+     "S = exp(-e^w) S + e^k v, o = (S_{t-1} + e^(u+k) v) / (the same with v = 1)",
+     "RWKV-4, Peng 2023; its channel mixing is the SwiGLU that all rows have; no weights start as zeros, and the shift of"
+     " values starts as that of keys"},
     {"glru",             ROW(OFF,   ONE,      TIED,     SILU,    BOUNDED,   OFF,     OFF, LEARNED, WIDTH, SILU,    FULL), 1,
      "h = λ e^{iθ} h + (1-λ) silu(W_v n), λ = γ + (1-γ) σ(W_λ n)",
-     "HGRN, Qin 2023"},
+     "HGRN, Qin 2023; here the norm is RMS, without the weights of its layer norm; projections without biases; angles start"
+     " as 10000^(-j/D), its code's as 10000^(-2j/D). MetaLA's table 1 shows GLRU with an input gate of its own for k"},
     {"lru",              ROW(OFF,   ONE,      ONE,      COMPLEX, LRU,       SKIP,    OFF, DECAY,   OFF,   OFF,     FULL), 1,
      "x = λ x + γ B n, λ = exp(-e^ν + iθ), y = Re(C x) + d n",
-     "Resurrecting RNNs, Orvieto 2023"},
+     "Resurrecting RNNs, Orvieto 2023; D complex states; B and C are dense real matrices of real and imaginary parts; |λ|²"
+     " starts evenly between 0.5 and 0.98 instead of at random; d starts as 1"},
     {"s4d",              ROW(OFF,   CONSTANT, CONSTANT, INPUT,   ZOH,       SKIP,    OFF, DECAY,   OFF,   OFF,     FULL), 1,
      "x = e^{ΔA} x + (e^{ΔA}-1)/A n, y = 2 Re(C x) + d n, for each channel",
-     "S4D, Gu 2022; without the GELU before the output projection"},
+     "S4D, Gu 2022, from S4D-Lin; without the GELU before the output projection and the GLU after it; d starts as 1"},
     {"dss",              ROW(OFF,   CONSTANT, CONSTANT, INPUT,   DSS,       SKIP,    OFF, DECAY,   OFF,   OFF,     FULL), 1,
      "as s4d, with the input factor of a softmax over the positions",
-     "DSS, Gupta 2022; Re A stays negative, and the softmax is over `length` tokens, those of a training sequence"},
+     "DSS, Gupta 2022; Re A stays negative, each channel has its own A, and the softmax is over `length` tokens, those of a"
+     " training sequence; starts and ends as s4d"},
     {"s5",               ROW(OFF,   ONE,      ONE,      COMPLEX, ZOH,       SKIP,    OFF, DECAY,   OFF,   OFF,     FULL), 1,
-     "x = e^{ΔA} x + (e^{ΔA}-1)/A B n, y = 2 Re(C x) + d n, one system for all channels",
-     "S5, Smith 2022; B and C are dense real matrices of real and imaginary parts"},
+     "x = e^{ΔA} x + (e^{ΔA}-1)/A B n, y = Re(C x) + d n, one system for all channels",
+     "S5, Smith 2022; D complex states; B and C are dense real matrices of real and imaginary parts, C with the 2 of a"
+     " conjugate pair in it; A starts as blocks of S4D-Lin, not as HiPPO's; without the GELU and gate after it"},
     {"h3",               ROW(KEY,   CONSTANT, CONSTANT, PRODUCT, ZOH,       SKIP,    OFF, DECAY,   OFF,   LINEAR,  FULL), 1,
      "q ⊙ s4d(shift(k) ⊙ v)",
-     "Hungry Hungry Hippos, Fu 2022; heads of one channel; the shift has 4 taps"},
+     "Hungry Hungry Hippos, Fu 2022; heads of one channel, as its code's default; the shift has 4 taps, without a skip"},
     {"mamba",            ROW(VALUE, SHARED,   SHARED,   INPUT,   SELECTIVE, SKIP,    OFF, OFF,     OFF,   SILU,    FULL), 2,
      "x = e^{-Δ e^A} x + Δ B u, y = C·x + d u; Δ, B and C from u = silu(conv(W_v n))",
-     "Mamba, Gu 2023"},
+     "Mamba, Gu 2023; the convolution has no bias, the gate has one; Δ comes of `low_rank` channels, its D/16; W_2 starts"
+     " like other weights; the SwiGLU stands between layers, where the paper has none"},
     {"transformer",      ROW(OFF,   LINEAR,   LINEAR,   LINEAR,  SOFTMAX,   OFF,     OFF, ROPE,    OFF,   OFF,     FULL), 1,
      "o = Σ_j softmax_j(q·k_j/√K) v_j: what the others approximate",
      "Attention is all you need, with RoPE; keeps all keys and values"},
@@ -2828,7 +2839,7 @@ typedef struct {
     int complex_values;                 // a head is a complex number: K = 1, V = 2, and the phase is in v and o
     int own_q, own_k, own_v;            // the scan's q, k, v are made from the projections, in memory of their own
     int shared_u, shared_scan;          // u is n; what the scan gives is p
-    double scale;
+    double scale;                       // s of o = s Sᵀ q
 } sizes;
 
 static sizes sizes_of(const metala_config *c) {
@@ -3371,7 +3382,7 @@ typedef struct {
     real *shift_k, *shift_v;                                  // token shift for the key and the value
     real *conv_in, *conv_out;                                 // c and u
     real *q_proj, *k_proj, *v_proj, *low, *z, *g;             // linear maps of u
-    real *ssm;                                                // of a complex decay, for all tokens: α, θ, b, α of real pairs
+    real *ssm;                                                // complex decay: α, θ (HN each), b (2HN), α twice (2HN)
     real *q, *k, *v, *alpha, *bonus;                          // what the scan takes
     real *states, *scan_out, *lse;                            // S at the start of each chunk; o; of softmax
     real *aug_out;                                            // p
@@ -3642,7 +3653,7 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
     size_t rows = p->rows, H = s->H, K = s->K, HK = H * K, HN = H * s->states, d = (size_t)c->feature_dim;
     const real *ones = m->constants, *decays = ones + HK + K / 2;
     real *tied = r->key == METALA_KEY_TIED ? a->k : NULL, *b = a->ssm ? a->ssm + 2 * HN : NULL;
-    real *shifted = r->conv == METALA_CONV_SHIFT ? tail : NULL;             // a convolution's tail looks otherwise
+    real *shifted = r->conv == METALA_CONV_SHIFT ? tail : NULL;             // only its tail has these parts
     real *exponents = shifted ? shifted + p->B * s->D : NULL, *last_v = shifted ? shifted + 3 * p->B * s->D : NULL;
 
     switch (r->decay) {
@@ -3830,7 +3841,8 @@ static void layer_recompute(metala_context *ctx, const metala_model *m, int laye
     be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, p->rows * p->s.F);
 }
 
-// Gradients of one layer's activations; one set serves all layers.
+// Gradients of one layer's activations; one set serves all layers. Once they have been passed on, `gated` holds the bonus's
+// part of dv, and `p` what goes through the key's convolution or, in a selective decay, back to u.
 typedef struct {
     real *n, *u, *shift_k, *shift_v;                          // (rows,D), (rows,U), (rows,D) with a token shift
     real *q_proj, *k_proj, *v_proj, *low, *z, *g, *ssm;
@@ -5884,8 +5896,17 @@ int metala_state_load(metala_context *ctx, metala_state *s, const char *path) {
     int status = -1;
     if (!f) return -1;
     uint64_t position;
+    metala_config saved = *config;
     if (whole_metadata(f, "position", &position)) {
         fail(ctx, "%s: no position in its metadata; it is not a saved state", path);
+        goto done;
+    }
+    if (read_row(ctx, f, &saved)) goto done;
+    for (int i = 0; i < METALA_COLUMNS; i++) {                       // rows may have states of the same shapes
+        int its = row_value(&saved.row, i), ours = row_value(&config->row, i);
+        if (its == ours) continue;
+        fail(ctx, "%s: a state of another model: its %s is %s, this model's is %s; load a state that this model saved", path,
+             columns[i].name, columns[i].values[its], columns[i].values[ours]);
         goto done;
     }
     size_t held = cache_bytes(config) ? (size_t)position : 0;

@@ -7,7 +7,8 @@
 //     S_t = diag(α_t) S_{t-1} + k_t v_tᵀ          o_t = K^(-1/2) S_tᵀ q_t                  the decay scan
 //     y_t = W_o ( silu(g_t) ⊙ norm(o_t + σ((q_t⊙k_t)·b v_t)) )                             augmentation, norm, gate
 //
-// Source: "MetaLA: Unified Optimal Linear Approximation to Softmax Attention Map", NeurIPS 2024.
+// Source: "MetaLA: Unified Optimal Linear Approximation to Softmax Attention Map", NeurIPS 2024. Other
+// linear models are rows of the same general form, see there.
 //
 // A complete program (cc -O3 example.c metala.c -lm):
 //
@@ -32,8 +33,8 @@
 //     }
 //
 // Conventions
-//   Letters   B batch, T time, D width, H heads, K = D/2/H query and decay channels of a head, V = D/H value
-//             channels of a head, L layers, F GLU width, N vocabulary size.
+//   Letters   B batch, T time, D width, H heads, K query and decay channels of a head, V value channels of a head
+//             (MetaLA: K = D/2/H, V = D/H), L layers, F GLU width, N vocabulary size.
 //   Tensors   row-major, last index contiguous. Linear weights are [out,in], y = x Wᵀ + b.
 //   Errors    A function that can fail returns 0 for success and -1 for failure (or NULL for a pointer); then
 //             metala_error(ctx) is one line that says what, where, what was expected and what to do. Nothing here
@@ -139,8 +140,10 @@ enum { METALA_PHASE_OFF,
 enum { METALA_NORM_OFF,
        METALA_NORM_LAYER,          // layer norm of each head, without weights
        METALA_NORM_RMS,            // RMS norm of each head, without weights
-       METALA_NORM_WIDTH };        // RMS norm of all heads together
-enum { METALA_GATE_OFF, METALA_GATE_SILU, METALA_GATE_SIGMOID, METALA_GATE_LINEAR };        // f(W_g u)
+       METALA_NORM_WIDTH };        // RMS norm of all heads together, without weights
+enum { METALA_GATE_OFF,
+       METALA_GATE_SILU,           // silu(W_g u + β)
+       METALA_GATE_SIGMOID, METALA_GATE_LINEAR };       // f(W_g u) without a bias, of n in place of u with METALA_CONV_VALUE
 enum { METALA_CHANNELS_HALF, METALA_CHANNELS_FULL };    // q, k and α have D/2 channels or D
 
 typedef struct {
@@ -268,10 +271,10 @@ typedef enum {
 
 // ------------------------------------------------------------------------------------------------ inference
 
-typedef struct metala_state metala_state;   // what B sequences have read so far, in a size that does not grow
+typedef struct metala_state metala_state;   // what B sequences have read so far; only softmax attention's grows
 
 // States of B sequences at position 0. The model must outlive it. All memory that steps need is taken here, but for the
-// context's scratch space, which the first step takes.
+// context's scratch space, which the first step takes, and for softmax attention's keys and values, which double when full.
 metala_state *metala_state_create(metala_context *ctx, const metala_model *model, int B);
 void metala_state_free(metala_state *state);
 int metala_state_reset(metala_context *ctx, metala_state *state);                          // back to position 0
@@ -279,7 +282,7 @@ int metala_state_copy(metala_context *ctx, metala_state *to, const metala_state 
 // With the configuration, and any extra metadata of the caller's.
 int metala_state_save(metala_context *ctx, const metala_state *state, const char *path, const metala_pair *extra,
                       size_t extras);
-int metala_state_load(metala_context *ctx, metala_state *state, const char *path);         // same sizes required
+int metala_state_load(metala_context *ctx, metala_state *state, const char *path);         // same row and sizes required
 uint64_t metala_state_position(const metala_state *state);                                 // tokens read
 // Of one sequence after so many tokens; only softmax attention's depends on them.
 size_t metala_state_bytes(const metala_config *config, uint64_t tokens);
@@ -290,8 +293,8 @@ int metala_state_get(metala_context *ctx, const metala_state *state, const char 
 
 // Read T more tokens of each sequence. tokens, mask (B,T); mask NULL or 1 token, 0 padding: as in the authors' code
 // a masked token adds nothing to the state but still decays it, so padding belongs to the left.
-// All three accept any T >= 1 and continue where the state stands, in memory that does not depend on T; other ways to
-// cut the tokens into calls give the same numbers up to rounding.
+// All three accept any T >= 1 and continue where the state stands, in memory that does not depend on T (but for softmax
+// attention's keys and values); other ways to cut the tokens into calls give the same numbers up to rounding.
 //   forward  logits (B,T,N) of every position, or NULL to only advance the state
 //   prefill  logits (B,N) of the last position; the chunkwise form
 //   score    adds the cross-entropy in nats over targets (B,T) that are not METALA_IGNORE to *nats, their number
@@ -302,7 +305,7 @@ int metala_prefill(metala_context *ctx, metala_state *state, const int *tokens, 
                    metala_real *logits);
 int metala_score(metala_context *ctx, metala_state *state, metala_form form, const int *tokens, const int *targets,
                  const uint8_t *mask, size_t T, double *nats, size_t *counted);
-// One token of each sequence: tokens (B), logits (B,N). Constant time and memory.
+// One token of each sequence: tokens (B), logits (B,N). Constant time and memory, but for softmax attention.
 int metala_step(metala_context *ctx, metala_state *state, const int *tokens, metala_real *logits);
 
 // ------------------------------------------------------------------------------------------------ training
@@ -319,10 +322,10 @@ typedef struct {               // AdamW with decoupled weight decay and global-n
 
 // What the forward pass keeps of each layer for the backward pass; the rest is computed again. The bits are the same.
 typedef enum {
-    METALA_KEEP_COSTLY,        // the input, q, z, v, g, scan plus augmentation, x + mixer and the two GLU products: 6 D + 2 F
-                               // numbers per token and layer, and the scan's states, D·V/128; norms, convolution, gate
-                               // and products of two are computed again
-    METALA_KEEP_ALL,           // everything, 14 D + 3 F and the states; metala_trainer_activation needs it
+    METALA_KEEP_COSTLY,        // of MetaLA: the input, q, z, v, g, scan plus augmentation, x + mixer and the two GLU
+                               // products: 6 D + 2 F numbers per token and layer, and the scan's states, D·V/128;
+                               // norms, convolution, gate and products of two are computed again
+    METALA_KEEP_ALL,           // everything, of MetaLA 14 D + 3 F and the states; metala_trainer_activation needs it
     METALA_KEEP_INPUTS         // the input of each layer, D; every layer but the last runs forward twice, a third more work
 } metala_keep;
 
