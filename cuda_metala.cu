@@ -1330,8 +1330,8 @@ __device__ complex_number complex_expm1(complex_number z) {
     double half = sin(z.im / 2), grown = expm1(z.re);
     return complex_of(grown * cos(z.im) - 2 * half * half, (grown + 1) * sin(z.im));
 }
-// Exponents are kept where nothing overflows and a λ is never 0.
-__device__ double bounded_exp(float x) { return exp(x < -80 ? -80 : x > 40 ? 40 : (double)x); }
+// Exponents are kept where nothing overflows, 1/λ² included.
+__device__ double bounded_exp(float x) { return exp(x < -20 ? -20 : x > 40 ? 40 : (double)x); }
 __device__ double bounded_phase(double x) { return x < -1e30 ? -1e30 : x > 1e30 ? 1e30 : x; }
 
 __global__ void ssm_forward_kernel(metala_ssm kind, float *alpha, float *theta, float *b, const float *decay,
@@ -1516,7 +1516,7 @@ struct selective_A {
     const float *da, *z, *A;
     size_t C, N;
     __device__ float at(size_t row, size_t i) const {
-        return -softplus(z[row * C + i / N]) * rate(A[i]) * da[row * C * N + i];
+        return -softplus(z[row * C + i / N]) * (rate(A[i]) * da[row * C * N + i]);
     }
 };
 void selective_backward(metala_context *ctx, float *dz, float *dx, float *dA, const float *da, const float *dv,
@@ -1811,7 +1811,7 @@ __device__ void tile_map(float map[R][ACROSS], float *strips, const float *x, si
     for (size_t c0 = 0; c0 < length; c0 += CHANNELS) {
         load_vectors<CHANNELS, CHANNELS_PITCH>(of_x, x + c0, x_step, x_rows, length - c0, LANES * R);
         load_vectors<CHANNELS, CHANNELS_PITCH>(of_y, y + c0, y_step, y_rows, length - c0, SIDE);
-        __syncthreads();
+        __syncthreads();                                             // the strips are there
 #pragma unroll 1
         for (unsigned c = 0; c < CHANNELS; c += 4) {
             float4 a[R], b[ACROSS];
@@ -1825,7 +1825,7 @@ __device__ void tile_map(float map[R][ACROSS], float *strips, const float *x, si
                 for (int j = 0; j < ACROSS; j++)
                     map[i][j] += a[i].x * b[j].x + a[i].y * b[j].y + a[i].z * b[j].z + a[i].w * b[j].w;
         }
-        __syncthreads();
+        __syncthreads();                                             // the strips are done with
     }
 }
 
@@ -1914,9 +1914,9 @@ attention_forward_kernel(float *o, float *lse, const float *q, const float *k, c
                 map[(row + i) * MAP_PITCH + lane + LANES * j] = weight;
             }
         }
-        __syncthreads();
+        __syncthreads();                                             // the map is there
         tile_values<R, COLUMNS>(sum, map, values);
-        __syncthreads();
+        __syncthreads();                                             // the map and the values are done with
     }
 #pragma unroll
     for (int i = 0; i < R; i++) {
@@ -1997,9 +1997,9 @@ attention_backward_kernel(float *to, const float *dO, const float *lse, const fl
                 }
                 map[(row + i) * MAP_PITCH + lane + LANES * j] = x;
             }
-        __syncthreads();
+        __syncthreads();                                             // the map of this tile is there
         tile_values<R, COLUMNS>(sum, map, values);
-        __syncthreads();
+        __syncthreads();                                             // they are done with
     }
 #pragma unroll
     for (int i = 0; i < R; i++)
