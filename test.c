@@ -13,8 +13,9 @@
 // five-point differences. An error is max |got - expected| / max |expected| over a tensor. Tolerances are a small
 // multiple of what was measured with gcc and clang, with and without vector instructions: TOLERANCE(float32, float64).
 //
-// Contents: checks - numbers - scalar functions - kernels - kernels of the other rows - matrix products - the scan - AdamW - the model - states -
-// training - files - data - memory that runs out - twins - golden files - main.
+// Contents: checks - numbers - scalar functions - kernels - kernels of the other rows - matrix products - the scan - AdamW -
+// the model - states - training - the rows of the general form - files - data - memory that runs out - twins - golden
+// files - main.
 
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L          // opendir; everything else is C99
