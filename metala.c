@@ -1095,16 +1095,22 @@ static void taylor_forward(metala_context *ctx, real *y, const real *x, size_t r
     }
 }
 
-// dx_i = d^(-1/4) dy_i + Σ_j (dy_ij + dy_ji) x_j / √(2d)
+// dx_i = d^(-1/4) dy_i + Σ_j (dy_ij + dy_ji) x_j / √(2d). The authors' d = 16 is a constant for the compiler.
+static inline void taylor_head_backward(real *dx, const real *dy, const real *x, size_t d, real first, real second) {
+    const real *square = dy + 1 + d;
+    for (size_t i = 0; i < d; i++) dx[i] = second * dot(square + i * d, x, d);
+    for (size_t i = 0; i < d; i++)
+        for (size_t j = 0; j < d; j++) dx[j] += second * x[i] * square[i * d + j];
+    for (size_t i = 0; i < d; i++) dx[i] += first * dy[1 + i];
+}
+
 static void taylor_backward(metala_context *ctx, real *dx, const real *dy, const real *x, size_t rows, size_t H, size_t d) {
     real first = (real)(1 / sqrt(sqrt((double)d))), second = (real)(1 / sqrt(2.0 * (double)d));
+    size_t width = 1 + d + d * d;
     PARALLEL_FOR(4 * rows * H * d * d)
     for (size_t row = 0; row < rows * H; row++) {
-        const real *in = x + row * d, *linear = dy + row * (1 + d + d * d) + 1, *square = linear + d;
-        real *to = dx + row * d;
-        for (size_t i = 0; i < d; i++) to[i] = first * linear[i] + second * dot(square + i * d, in, d);
-        for (size_t i = 0; i < d; i++)
-            for (size_t j = 0; j < d; j++) to[j] += second * in[i] * square[i * d + j];
+        if (d == 16) taylor_head_backward(dx + row * 16, dy + row * width, x + row * 16, 16, first, second);
+        else taylor_head_backward(dx + row * d, dy + row * width, x + row * d, d, first, second);
     }
 }
 
@@ -1133,8 +1139,8 @@ static real *rotation_table(metala_context *ctx, const real *theta, size_t T, si
 }
 
 // y (B,T,heads,n) = x times the table's numbers, or their conjugates where sign is -1.
-static void rotate(metala_context *ctx, real *y, const real *x, const real *table, size_t B, size_t T, size_t heads, size_t n,
-                   real sign) {
+static void rotate(metala_context *ctx, real *y, const real *x, const real *table, size_t B, size_t T, size_t heads,
+                   size_t n, real sign) {
     PARALLEL_FOR(6 * B * T * heads * n)
     for (size_t row = 0; row < B * T * heads; row++) {
         const real *in = x + row * n * 2, *turn = table + row / heads % T * n * 2;
@@ -1505,7 +1511,8 @@ static void copy_heads_backward(metala_context *ctx, real *dx, const real *dy, s
 static const real WKV_NOTHING = (real)-1e30;
 static inline real wkv_bounded(real x) { return x < (real)-1e28 ? (real)-1e28 : x > (real)1e28 ? (real)1e28 : x; }
 static void wkv_forward(metala_context *ctx, real *q, real *key, real *alpha, real *bonus, const real *k, const real *w,
-                        const real *u, const uint8_t *mask, real *previous, size_t B, size_t T, size_t D, uint64_t position) {
+                        const real *u, const uint8_t *mask, real *previous, size_t B, size_t T, size_t D,
+                        uint64_t position) {
     enum { STRIP = 32 };
     size_t parts = (D + STRIP - 1) / STRIP;
     PARALLEL_FOR(60 * B * T * D)
@@ -1553,8 +1560,8 @@ static void wkv_forward(metala_context *ctx, real *q, real *key, real *alpha, re
 //     dk_t = dbonus_t bonus_t + dkey_{t+1} key_{t+1}  (0 beyond the end and where masked)
 //     dw += Σ -w' da_t      du += Σ dbonus_t bonus_t          da is the gradient in log α
 static void wkv_backward(metala_context *ctx, real *dk, real *dw, real *du, const real *dkey, const real *da,
-                         const real *dbonus, const real *key, const real *bonus, const real *w, const uint8_t *mask, size_t B,
-                         size_t T, size_t D) {
+                         const real *dbonus, const real *key, const real *bonus, const real *w, const uint8_t *mask,
+                         size_t B, size_t T, size_t D) {
     enum { STRIP = 32 };
     PARALLEL_FOR(8 * B * T * D)
     for (size_t d0 = 0; d0 < D; d0 += STRIP) {
@@ -1608,29 +1615,44 @@ static void extend_backward(metala_context *ctx, real *dv, const real *dy, const
 
 // A mean instead of a sum:  y_j = (o_j + b v_j) / (o_V + b + eps)          o (rows,H,V+1)   y, v (rows,H,V)
 //   bonus b (rows,H), the weight of the token's own value, or NULL for 0. Linear Transformer, equation 9; RWKV-4.
+// One head at a time; with V = 1, which RWKV-4 has, as a constant, the compiler leaves out all loops.
+static inline void normalise_head(real *y, const real *o, real b, const real *v, size_t V, real eps) {
+    real scale = 1 / (o[V] + b + eps);
+    for (size_t j = 0; j < V; j++) y[j] = (v ? o[j] + b * v[j] : o[j]) * scale;
+}
+
 static void normalise_forward(metala_context *ctx, real *y, const real *o, const real *bonus, const real *v, size_t rows,
                               size_t H, size_t V, double eps) {
-    PARALLEL_FOR(10 * rows * H + 4 * rows * H * V)
+    PARALLEL_FOR(rows * H * (4 * V + 10))
     for (size_t row = 0; row < rows * H; row++) {
-        const real *in = o + row * (V + 1);
-        real b = bonus ? bonus[row] : 0, scale = 1 / (in[V] + b + (real)eps);
-        for (size_t j = 0; j < V; j++) y[row * V + j] = (bonus ? in[j] + b * v[row * V + j] : in[j]) * scale;
+        const real *own = bonus ? v + row * V : NULL;
+        real b = bonus ? bonus[row] : 0;
+        if (V == 1) normalise_head(y + row, o + 2 * row, b, own, 1, (real)eps);
+        else normalise_head(y + row * V, o + row * (V + 1), b, own, V, (real)eps);
     }
 }
 
 // With c = o_V + b + eps:   do_j = dy_j/c      do_V = -Σ_j dy_j y_j/c      db = Σ_j do_j v_j + do_V      dv_j = b do_j
+static inline void normalise_head_backward(real *dO, real *dbonus, real *dv, const real *dy, const real *y, const real *o,
+                                           real b, const real *v, size_t V, real eps) {
+    real scale = 1 / (o[V] + b + eps), along = V == 1 ? dy[0] * y[0] : dot(dy, y, V);
+    for (size_t j = 0; j < V; j++) dO[j] = scale * dy[j];
+    dO[V] = -scale * along;
+    if (!v) return;
+    *dbonus = (V == 1 ? dO[0] * v[0] : dot(dO, v, V)) + dO[V];
+    for (size_t j = 0; j < V; j++) dv[j] = b * dO[j];
+}
+
 static void normalise_backward(metala_context *ctx, real *dO, real *dbonus, real *dv, const real *dy, const real *y,
-                               const real *o, const real *bonus, const real *v, size_t rows, size_t H, size_t V, double eps) {
-    PARALLEL_FOR(20 * rows * H + 8 * rows * H * V)
+                               const real *o, const real *bonus, const real *v, size_t rows, size_t H, size_t V,
+                               double eps) {
+    PARALLEL_FOR(rows * H * (8 * V + 20))
     for (size_t row = 0; row < rows * H; row++) {
-        const real *gradient = dy + row * V, *mean = y + row * V, *own = v + row * V;
-        real *to = dO + row * (V + 1), b = bonus ? bonus[row] : 0, scale = 1 / (o[row * (V + 1) + V] + b + (real)eps);
-        real along = V > 1 ? dot(gradient, mean, V) : gradient[0] * mean[0];
-        for (size_t j = 0; j < V; j++) to[j] = scale * gradient[j];
-        to[V] = -scale * along;
-        if (!bonus) continue;
-        dbonus[row] = (V > 1 ? dot(to, own, V) : to[0] * own[0]) + to[V];
-        for (size_t j = 0; j < V; j++) dv[row * V + j] = b * to[j];
+        size_t at = row * V, at_o = row * (V + 1);
+        const real *own = bonus ? v + at : NULL;
+        real b = bonus ? bonus[row] : 0, *to_b = bonus ? dbonus + row : NULL, *to_v = bonus ? dv + at : NULL;
+        if (V == 1) normalise_head_backward(dO + at_o, to_b, to_v, dy + at, y + at, o + at_o, b, own, 1, (real)eps);
+        else normalise_head_backward(dO + at_o, to_b, to_v, dy + at, y + at, o + at_o, b, own, V, (real)eps);
     }
 }
 
@@ -1701,8 +1723,8 @@ static void sigmoid_gate_backward(metala_context *ctx, real *da, real *db, const
 //   lse (B,T,H) = log Σ_j e^{s q_t·k_j}, for the backward. A token with nothing to look at gets o = 0 and lse = 0.
 //
 // The T×T map is never stored: a block of KEYS keys after the other, with the largest score so far taken out of the
-// exponentials, and sums made smaller when a larger one comes (online softmax; Milakov and Gimelshein 2018, FlashAttention by
-// Dao et al. 2022). Many queries go in tiles, as products of matrices. Scores are stored a row for each key, so that the
+// exponentials, and sums made smaller when a larger one comes (online softmax of Milakov and Gimelshein 2018; FlashAttention
+// of Dao et al. 2022). Many queries go in tiles, as products of matrices. Scores are stored a row for each key, so that the
 // maxima and sums of QUERIES queries are taken side by side, without a sum across a vector register.
 enum { QUERIES = 64, KEYS = 48, FEW_QUERIES = 4 };
 static const real NO_SCORE = -(real)FLT_MAX;
@@ -1716,8 +1738,8 @@ typedef struct {                // one head of one sequence: pointers to its fir
 
 static attention_head attention_head_of(const real *q, const real *k, const real *v, const uint8_t *mask, size_t b, size_t h,
                                         size_t T, size_t past, size_t stride, size_t H, size_t K, size_t V, double scale) {
-    attention_head a = {q + (b * T * H + h) * K, k + (b * stride * H + h) * K, v + (b * stride * H + h) * V, NULL, NULL, NULL,
-                        mask ? mask + b * stride : NULL, K, V, H, H * K, H * V, past, (real)scale};
+    attention_head a = {q + (b * T * H + h) * K, k + (b * stride * H + h) * K, v + (b * stride * H + h) * V, NULL, NULL,
+                        NULL, mask ? mask + b * stride : NULL, K, V, H, H * K, H * V, past, (real)scale};
     return a;
 }
 
@@ -2393,15 +2415,18 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
 
 // ---- Narrow heads: where K = 1 or V = 1, the state of a head is a vector.
 //
-// Products of matrices have nothing to gain there, and the recurrence costs little more than reading its inputs once,
-// provided that its loops are long. So neighbouring heads walk through time together. With V = 1 their q, k, α and S are
-// n numbers one behind the other, with K = 1 their v, o and S; one loop serves all. What has one number for a head is
-// repeated V or K times to be as long, and what is summed over K or V is a sum of as many neighbours.
+// Products of matrices have nothing to gain there, and the recurrence costs little more than reading its inputs and
+// writing its results, provided that its loops are long. So neighbouring heads walk through time together. With V = 1
+// their q, k, α and S are n numbers one behind the other, with K = 1 their v, o and S: one loop serves all. What has one
+// number for each head is repeated to be as long, K or V times, and the sums over K or V are those of so many neighbours.
+//
+// A piece is what a loop walks through while all that it repeats stays in the level-1 cache. A group of pieces goes from
+// token to token, so that whole pages are read in the order of memory; this is what out of the caches counts most.
 
-enum { PIECE = 512, PIECES = 8 };       // numbers of a piece, which stay in the level-1 cache; pieces that walk together
+enum { PIECE = 512, GROUP = 8 };                  // numbers of state in a piece, pieces in a group
 
 static int is_narrow(size_t K, size_t V) { return K == 1 || V == 1; }
-static size_t piece_of(size_t K, size_t V) { return K * V < PIECE ? PIECE / (K * V) : 1; }       // in heads
+static size_t piece_heads(size_t K, size_t V) { return K * V < PIECE ? PIECE / (K * V) : 1; }
 
 // to[2i] = to[2i+1] = x[i]
 static void double_up(real *restrict to, const real *restrict x, size_t n) {
@@ -2413,8 +2438,8 @@ static void add_pairs(real *restrict to, const real *restrict x, size_t n) {
     for (size_t i = 0; i < n; i++) to[i] = x[2 * i] + x[2 * i + 1];
 }
 
-// Each of the n numbers x `count` times, in `to`; or where they are, if that is once. work: n·count. Loops over pairs
-// become vector instructions where loops over 16 neighbours hardly do, so numbers are doubled, and sums halved.
+// Each of the n numbers x `count` times, in `to`; or where they are, if that is once. work: n·count/2. Loops over pairs
+// become vector instructions, loops over 16 neighbours hardly; so this doubles as often as it can, and add_up halves.
 static const real *repeat(real *to, const real *x, size_t n, size_t count, real *work) {
     if (count == 1) return x;
     if (count % 2 == 0) double_up(to, repeat(work, x, n, count / 2, to), n * count / 2);
@@ -2424,21 +2449,42 @@ static const real *repeat(real *to, const real *x, size_t n, size_t count, real 
     return to;
 }
 
-// to[i] = the sum of the i-th `count` numbers of x, which is used up, unless it is `to` itself; work: n·count/2.
+// to[i] = Σ of the i-th `count` numbers of x, for n sums; x is used up. One number is its own sum: then x is `to`.
 static void add_up(real *to, real *x, size_t n, size_t count, real *work) {
-    if (count == 1) return;
     if (count == 2) add_pairs(to, x, n);
     else if (count % 2 == 0) {
         add_pairs(work, x, n * count / 2);
         add_up(to, work, n, count / 2, x);
     } else
-        for (size_t i = 0; i < n; i++) {
-            to[i] = 0;
-            for (size_t j = 0; j < count; j++) to[i] += x[i * count + j];
-        }
+        for (size_t i = 0; i < n && count > 1; i++) to[i] = total(x + i * count, count);
 }
 
-// One token of a piece, all n numbers long.
+typedef struct {                // one token of a piece: n = heads·K·V numbers of each input
+    size_t n, keys, values, at_k, at_v;           // heads·K, heads·V, and where they start
+    const real *q, *k, *v, *alpha, *dO;
+} piece;
+
+enum { PIECE_PARTS = 8 };       // q, k, v, α, do as far as they are repeated, and three parts to add up in
+
+static piece piece_at(const head *h, size_t t, size_t first, real *work) {
+    size_t K = h->K, V = h->V, most = piece_heads(K, V), heads = h->heads - first < most ? h->heads - first : most;
+    piece p = {heads * K * V, heads * K, heads * V, t * h->k_step + first * K, t * h->v_step + first * V, 0, 0, 0, 0, 0};
+    real *spare = work + 5 * p.n;
+    p.q = repeat(work, h->q + p.at_k, p.keys, V, spare);
+    p.k = repeat(work + p.n, h->k + p.at_k, p.keys, V, spare);
+    p.alpha = repeat(work + 2 * p.n, h->alpha + p.at_k, p.keys, V, spare);
+    p.v = repeat(work + 3 * p.n, h->v + p.at_v, p.values, K, spare);
+    if (h->dO) p.dO = repeat(work + 4 * p.n, h->dO + p.at_v, p.values, K, spare);
+    return p;
+}
+
+// S = α S_before + k v
+static void narrow_update(real *restrict S, const real *restrict before, const real *restrict k, const real *restrict v,
+                          const real *restrict alpha, size_t n) {
+    for (size_t i = 0; i < n; i++) S[i] = alpha[i] * before[i] + k[i] * v[i];
+}
+
+// The same in place, and the terms of o.
 static void narrow_step(real *restrict o, real *restrict S, const real *restrict q, const real *restrict k,
                         const real *restrict v, const real *restrict alpha, real scale, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -2447,19 +2493,14 @@ static void narrow_step(real *restrict o, real *restrict S, const real *restrict
     }
 }
 
-static void narrow_update(real *restrict after, const real *restrict before, const real *restrict k,
-                          const real *restrict v, const real *restrict alpha, size_t n) {
-    for (size_t i = 0; i < n; i++) after[i] = alpha[i] * before[i] + k[i] * v[i];
-}
-
-// The terms of the gradients, still to be summed. G: Γ of this token becomes that of the one before.
+// The terms of the gradients. G: Γ of this token becomes Γ of the one before.
 static void narrow_gradient(real *restrict dq, real *restrict dk, real *restrict dv, real *restrict da, real *restrict G,
-                            const real *restrict dO, const real *restrict q, const real *restrict k, const real *restrict v,
-                            const real *restrict alpha, const real *restrict S, real scale, size_t n, size_t step) {
-    const real *before = S, *after = S + step;
+                            const real *restrict dO, const real *restrict q, const real *restrict k,
+                            const real *restrict v, const real *restrict alpha, const real *restrict before,
+                            const real *restrict S, real scale, size_t n) {
     for (size_t i = 0; i < n; i++) {
         real g = G[i] + scale * q[i] * dO[i];
-        dq[i] = scale * after[i] * dO[i];
+        dq[i] = scale * S[i] * dO[i];
         dk[i] = g * v[i];
         dv[i] = g * k[i];
         G[i] = alpha[i] * g;
@@ -2467,79 +2508,64 @@ static void narrow_gradient(real *restrict dq, real *restrict dk, real *restrict
     }
 }
 
-enum { NARROW_PARTS = 8 };      // n numbers each: q k v α dO, or what of them is repeated, and three
 static void narrow_forward(const head *h, real *S, real *work) {
-    size_t K = h->K, V = h->V, KV = K * V, most = piece_of(K, V), n = most * KV;
-    real *spare = work + 4 * n;
+    size_t K = h->K, V = h->V, KV = K * V, most = piece_heads(K, V);
     for (size_t t = 0; t < h->T; t++) {
         for (size_t i = 0; h->keep_states && t % METALA_CHUNK == 0 && i < h->heads; i++)
             memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * KV, S + i * KV, KV * sizeof(real));
         for (size_t first = 0; first < h->heads; first += most) {
-            size_t heads = h->heads - first < most ? h->heads - first : most;
-            size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
-            const real *q = repeat(work, h->q + at_k, heads * K, V, spare);
-            const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
-            const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
-            const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
-            real *o = h->o + at_v, *terms = K == 1 ? o : spare;
-            narrow_step(terms, S + first * KV, q, k, v, alpha, h->scale, heads * KV);
-            add_up(o, terms, heads * V, K, spare + n);
+            piece p = piece_at(h, t, first, work);
+            real *o = h->o + p.at_v, *spare = work + 5 * p.n, *terms = K == 1 ? o : spare;
+            narrow_step(terms, S + first * KV, p.q, p.k, p.v, p.alpha, h->scale, p.n);
+            add_up(o, terms, p.values, K, spare + p.n);
         }
     }
 }
 
 static void narrow_backward(const head *h, real *G, real *work) {
-    size_t K = h->K, V = h->V, KV = K * V, most = piece_of(K, V), n = most * KV, all = h->heads * KV;
-    real *spare = work + 5 * n, *states = work + NARROW_PARTS * n;
+    size_t K = h->K, V = h->V, KV = K * V, most = piece_heads(K, V), step = h->heads * KV;
+    real *states = work + PIECE_PARTS * most * KV;              // (METALA_CHUNK + 1, heads, K, V)
     for (size_t c = chunks(h->T); c-- > 0;) {
-        size_t t0 = c * METALA_CHUNK, end = h->T - t0 < METALA_CHUNK ? h->T : t0 + METALA_CHUNK;
+        size_t t0 = c * METALA_CHUNK, n = h->T - t0 < METALA_CHUNK ? h->T - t0 : METALA_CHUNK;
         for (size_t i = 0; i < h->heads; i++)
             memcpy(states + i * KV, h->states + (i * chunks(h->T) + c) * KV, KV * sizeof(real));
-        for (size_t t = t0; t < end; t++)                           // states + (t + 1 - t0)·all is S after token t
+        for (size_t t = 0; t < n; t++)                               // states + (t + 1)·step: S after token t0 + t
             for (size_t first = 0; first < h->heads; first += most) {
-                size_t heads = h->heads - first < most ? h->heads - first : most;
-                size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
-                const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
-                const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
-                const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
-                real *before = states + (t - t0) * all + first * KV;
-                narrow_update(before + all, before, k, v, alpha, heads * KV);
+                piece p = piece_at(h, t0 + t, first, work);
+                real *before = states + t * step + first * KV;
+                narrow_update(before + step, before, p.k, p.v, p.alpha, p.n);
             }
-        for (size_t t = end; t-- > t0;)
+        for (size_t t = n; t-- > 0;)
             for (size_t first = 0; first < h->heads; first += most) {
-                size_t heads = h->heads - first < most ? h->heads - first : most;
-                size_t at_k = t * h->k_step + first * K, at_v = t * h->v_step + first * V;
-                const real *q = repeat(work, h->q + at_k, heads * K, V, spare);
-                const real *k = repeat(work + n, h->k + at_k, heads * K, V, spare);
-                const real *alpha = repeat(work + 2 * n, h->alpha + at_k, heads * K, V, spare);
-                const real *v = repeat(work + 3 * n, h->v + at_v, heads * V, K, spare);
-                const real *dO = repeat(work + 4 * n, h->dO + at_v, heads * V, K, spare);
-                real *dq = h->dq + at_k, *dk = h->dk + at_k, *dv = h->dv + at_v, *da = h->da + at_k;
-                real *q_terms = V == 1 ? dq : spare, *k_terms = V == 1 ? dk : spare + n;
-                real *a_terms = V == 1 ? da : spare + 2 * n, *v_terms = K == 1 ? dv : spare;
-                narrow_gradient(q_terms, k_terms, v_terms, a_terms, G + first * KV, dO, q, k, v, alpha,
-                                states + (t - t0) * all + first * KV, h->scale, heads * KV, all);
-                add_up(dq, q_terms, heads * K, V, work);
-                add_up(dk, k_terms, heads * K, V, work);
-                add_up(da, a_terms, heads * K, V, work);
-                add_up(dv, v_terms, heads * V, K, work);
+                piece p = piece_at(h, t0 + t, first, work);
+                const real *before = states + t * step + first * KV;
+                real *dq = h->dq + p.at_k, *dk = h->dk + p.at_k, *da = h->da + p.at_k, *dv = h->dv + p.at_v;
+                real *x = work + 5 * p.n, *y = x + p.n, *z = y + p.n;          // terms, where they have to be added up
+                real *of_q = V == 1 ? dq : x, *of_k = V == 1 ? dk : y, *of_a = V == 1 ? da : z, *of_v = K == 1 ? dv : x;
+                narrow_gradient(of_q, of_k, of_v, of_a, G + first * KV, p.dO, p.q, p.k, p.v, p.alpha, before,
+                                before + step, h->scale, p.n);
+                add_up(dq, of_q, p.keys, V, work);                             // the inputs are done with
+                add_up(dk, of_k, p.keys, V, work);
+                add_up(da, of_a, p.keys, V, work);
+                add_up(dv, of_v, p.values, K, work);
             }
     }
 }
 
 // ---- All heads of all sequences.
 
-// How many neighbouring heads are one piece of work.
-static size_t group_of(metala_form form, size_t H, size_t K, size_t V) {
-    return form == METALA_CHUNKWISE && is_narrow(K, V) ? H < PIECES * piece_of(K, V) ? H : PIECES * piece_of(K, V) : 1;
+// How many neighbouring heads one thread takes at a time.
+static size_t heads_together(metala_form form, size_t H, size_t K, size_t V) {
+    size_t most = form == METALA_CHUNKWISE && is_narrow(K, V) ? GROUP * piece_heads(K, V) : 1;
+    return most < H ? most : H;
 }
 
-// For the states of a group, and what it needs beside them.
+// Their states, and what is needed beside them.
 static size_t scan_scratch(metala_form form, size_t T, size_t H, size_t K, size_t V, int backward) {
-    size_t n = group_of(form, H, K, V) * K * V;
+    size_t n = heads_together(form, H, K, V) * K * V;
     if (form == METALA_PARALLEL) return plus(n, parallel_scratch(T, K, V));
     if (form == METALA_RECURRENT) return n + (backward ? recurrent_scratch(K, V) : 0);
-    if (is_narrow(K, V)) return n + NARROW_PARTS * piece_of(K, V) * K * V + (backward ? (METALA_CHUNK + 1) * n : 0);
+    if (is_narrow(K, V)) return (backward ? METALA_CHUNK + 2 : 1) * n + PIECE_PARTS * piece_heads(K, V) * K * V;
     return n + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
 }
 
@@ -2559,7 +2585,7 @@ static head head_at(size_t first, size_t group, const real *q, const real *k, co
 static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S, real *states, const real *q,
                          const real *k, const real *v, const real *alpha, size_t B, size_t T, size_t H, size_t K,
                          size_t V, double scale) {
-    size_t each = scan_scratch(form, T, H, K, V, 0), group = group_of(form, H, K, V), groups = (H + group - 1) / group;
+    size_t each = scan_scratch(form, T, H, K, V, 0), group = heads_together(form, H, K, V), groups = (H + group - 1) / group;
     real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
@@ -2582,7 +2608,7 @@ static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S
 static void scan_backward(metala_context *ctx, metala_form form, real *dq, real *dk, real *dv, real *da, real *dS,
                           const real *dO, const real *states, const real *q, const real *k, const real *v,
                           const real *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
-    size_t each = scan_scratch(form, T, H, K, V, 1), group = group_of(form, H, K, V), groups = (H + group - 1) / group;
+    size_t each = scan_scratch(form, T, H, K, V, 1), group = heads_together(form, H, K, V), groups = (H + group - 1) / group;
     real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)

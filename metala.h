@@ -260,7 +260,8 @@ size_t metala_model_bytes(const metala_model *model);                        // 
 
 // The scan's three computations of the same numbers (MetaLA section 3, general form):
 typedef enum {
-    METALA_CHUNKWISE,          // blocks of tokens: matrix products inside, the recurrence between; the fastest
+    METALA_CHUNKWISE,          // blocks of tokens: matrix products inside, the recurrence between; the fastest. Heads with
+                               // K = 1 or V = 1 have no such products: the recurrence of many heads at once
     METALA_RECURRENT,          // token by token, state of fixed size
     METALA_PARALLEL            // the T×T attention map, written out; O(T²), for reading and testing
 } metala_form;
