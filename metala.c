@@ -2955,6 +2955,9 @@ int metala_config_check(metala_context *ctx, const metala_config *c) {
     if ((c->row.phase == METALA_PHASE_ROPE || c->row.phase == METALA_PHASE_FIRST ||
          (c->row.phase == METALA_PHASE_LEARNED && !s.complex_values)) && s.K % 2)
         return fail(ctx, "configuration: a head that rotates needs an even number of channels, got %zu; change the heads", s.K);
+    if ((c->row.norm == METALA_NORM_LAYER || c->row.norm == METALA_NORM_RMS) && s.V == 1)
+        return fail(ctx, "configuration: norm %s leaves no more than a sign of heads with one value channel; take norm width, or"
+                    " fewer heads", c->row.norm == METALA_NORM_LAYER ? "layer" : "rms");
     if (!(c->norm_eps >= 0) || !(c->head_norm_eps >= 0) || !(c->norm_eps < 1) || !(c->head_norm_eps < 1))
         return fail(ctx, "configuration: norm epsilons must be 0 to 1, got %g and %g", c->norm_eps, c->head_norm_eps);
     if (!(c->tau > 0) || !(c->tau <= 1e6))

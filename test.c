@@ -13,8 +13,9 @@
 // five-point differences. An error is max |got - expected| / max |expected| over a tensor. Tolerances are a small
 // multiple of what was measured with gcc and clang, with and without vector instructions: TOLERANCE(float32, float64).
 //
-// Contents: checks - numbers - scalar functions - kernels - kernels of the other rows - matrix products - the scan -
-// AdamW - the model - states - training - files - data - memory that runs out - twins - golden files - main.
+// Contents: checks - numbers - scalar functions - kernels - kernels of the other rows - matrix products - the scan - AdamW -
+// the model - states - training - the rows of the general form - files - data - memory that runs out - twins - golden
+// files - main.
 
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
 #define _POSIX_C_SOURCE 200809L          // opendir; everything else is C99
@@ -3422,7 +3423,8 @@ static void check_row_length(const metala_named_row *row) {
     reference r = make_reference(m, 1, T, 0);
     real last[LAST * 5];
     metala_state *s = metala_state_create(ctx, m, 1);
-    if (metala_forward(ctx, s, METALA_CHUNKWISE, r.tokens, NULL, T - LAST, NULL) ||
+    if (metala_forward(ctx, s, METALA_CHUNKWISE, r.tokens, NULL, T / 3, NULL) ||
+        metala_forward(ctx, s, METALA_CHUNKWISE, r.tokens + T / 3, NULL, T - LAST - T / 3, NULL) ||
         metala_forward(ctx, s, METALA_CHUNKWISE, r.tokens + T - LAST, NULL, LAST / 2, last))
         problem("%s", metala_error(ctx));
     for (size_t t = T - LAST / 2; t < T; t++)
@@ -3601,6 +3603,12 @@ static double check_own_row(const metala_config *c, uint64_t seed) {
                         (double)gradient[i]);
         }
         if (f == 0) gradient = of_form;
+        for (int i = 0; i < metala_model_tensors(m) && f == 0; i++) {
+            const metala_tensor *p = metala_model_tensor(m, i);
+            size_t zeros = 0;
+            while (zeros < p->count && !(fabs((double)gradient[p->offset + zeros]) > 0)) zeros++;
+            if (zeros == p->count) problem("%s: nothing depends on %s", text, p->name);
+        }
         if (!isfinite(loss[f])) problem("%s: %s: the loss is %g", text, form_name(all_forms[f]), loss[f]);
         metala_trainer_free(t);
         metala_state_free(s);
@@ -3614,10 +3622,13 @@ static double check_own_row(const metala_config *c, uint64_t seed) {
             metala_trainer_free(t);
         }
     }
-    logits[3] = reals(B * T * N);
-    metala_state *s = metala_state_create(ctx, m, B);
-    read_in_pieces(&r, s, METALA_CHUNKWISE, below(2), logits[3]);
-    metala_state_free(s);
+    logits[3] = reals(B * T * N);                                    // of a model that was in a file, in pieces
+    metala_model *loaded = metala_model_save(ctx, m, scratch_path("row.tmp")) ? NULL
+                         : metala_model_load(ctx, scratch_path("row.tmp"));
+    metala_state *s = loaded ? metala_state_create(ctx, loaded, B) : NULL;
+    if (s) read_in_pieces(&r, s, METALA_CHUNKWISE, below(2), logits[3]);
+    else problem("%s: %s", text, metala_error(ctx));
+    metala_state_free(s), metala_model_free(loaded);
     most = 0;
     for (size_t i = 0; i < B * T * N; i++) most = fmax(most, fabs((double)logits[0][i]));
     for (int f = 1; f < 4; f++)
@@ -3680,12 +3691,14 @@ static void check_own_rows(void) {
         c = sample[i / EACH][i % EACH];
         random_state = 1000 + i;
         c.row.norm = below(4), c.row.gate = below(4), c.row.channels = below(2);
+        if (metala_config_check(ctx, &c)) c.row.norm = METALA_NORM_WIDTH;     // heads have one channel
         c.expand = 2;
         if (below(2) || metala_config_check(ctx, &c)) c.expand = 1;
         worst = fmax(worst, check_own_row(&c, 1000 + i));
         while (now.memories > mark) free(now.memory[--now.memories]);
         tried++;
     }
+    remove(scratch_path("row.tmp"));
     note(" %zu of %zu tried, %zu refused;", tried, accepted, refused);
     note_error("forms", worst, now.tolerance);
     end_check();
@@ -4509,7 +4522,7 @@ static void check_memory(void) {
                 expect(allocations_alive == 0, "%s: after %ld allocations all is freed, %ld are not", row->name, n,
                        allocations_alive);
             }
-            expect(failures >= 10 && failures < 1000, "%s: ten allocations or more, each fails once", row->name);
+            expect(failures >= 12 && failures < 1000, "%s: a dozen allocations or more, each fails once", row->name);
             all += failures;
         }
         note(" %d places", all);
