@@ -1783,8 +1783,8 @@ void sigmoid_gate_backward(metala_context *ctx, float *da, float *db, const floa
 // Tiles of SIDE keys for 16·R queries: a block makes the map of one tile and adds tile times v to its rows of o, COLUMNS
 // of them, so that the T×T map is never stored. A row's sum of exponentials is relative to the largest logit so far, and
 // is scaled whenever a larger one comes. Thread (row group, lane) of 16×16 has R rows, R·group + i. Of the map, it has
-// columns lane + 16j, which 16 threads side by side read from different banks; of o, columns 4·lane + 64c + 0 … 3. Two blocks
-// at a time have room on a multiprocessor.
+// columns lane + 16j, which 16 threads side by side read from different banks; of o, columns 4·lane + 64c + 0 … 3. Two
+// blocks at a time have room on a multiprocessor.
 enum { SIDE = 64, LANES = 16, ACROSS = SIDE / LANES, CHANNELS = 32, CHANNELS_PITCH = CHANNELS + 4, MAP_PITCH = SIDE + 4 };
 
 // `all` rows of x from global to shared memory, zeros beyond the last row and column.
