@@ -1070,16 +1070,22 @@ static void taylor_forward(metala_context *ctx, real *y, const real *x, size_t r
     }
 }
 
-// dx_i = d^(-1/4) dy_i + Σ_j (dy_ij + dy_ji) x_j / √(2d)
+// dx_i = d^(-1/4) dy_i + Σ_j (dy_ij + dy_ji) x_j / √(2d). The authors' d = 16 is a constant for the compiler.
+static inline void taylor_head_backward(real *dx, const real *dy, const real *x, size_t d, real first, real second) {
+    const real *square = dy + 1 + d;
+    for (size_t i = 0; i < d; i++) dx[i] = second * dot(square + i * d, x, d);
+    for (size_t i = 0; i < d; i++)
+        for (size_t j = 0; j < d; j++) dx[j] += second * x[i] * square[i * d + j];
+    for (size_t i = 0; i < d; i++) dx[i] += first * dy[1 + i];
+}
+
 static void taylor_backward(metala_context *ctx, real *dx, const real *dy, const real *x, size_t rows, size_t H, size_t d) {
     real first = (real)(1 / sqrt(sqrt((double)d))), second = (real)(1 / sqrt(2.0 * (double)d));
+    size_t width = 1 + d + d * d;
     PARALLEL_FOR(4 * rows * H * d * d)
     for (size_t row = 0; row < rows * H; row++) {
-        const real *in = x + row * d, *linear = dy + row * (1 + d + d * d) + 1, *square = linear + d;
-        real *to = dx + row * d;
-        for (size_t i = 0; i < d; i++) to[i] = first * linear[i] + second * dot(square + i * d, in, d);
-        for (size_t i = 0; i < d; i++)
-            for (size_t j = 0; j < d; j++) to[j] += second * in[i] * square[i * d + j];
+        if (d == 16) taylor_head_backward(dx + row * 16, dy + row * width, x + row * 16, 16, first, second);
+        else taylor_head_backward(dx + row * d, dy + row * width, x + row * d, d, first, second);
     }
 }
 
@@ -1116,8 +1122,8 @@ static real *rotation_table(metala_context *ctx, const real *theta, size_t T, si
 }
 
 // y (B,T,heads,n) = x times the table's numbers, or their conjugates where sign is -1.
-static void rotate(metala_context *ctx, real *y, const real *x, const real *table, size_t B, size_t T, size_t heads, size_t n,
-                   real sign) {
+static void rotate(metala_context *ctx, real *y, const real *x, const real *table, size_t B, size_t T, size_t heads,
+                   size_t n, real sign) {
     PARALLEL_FOR(6 * B * T * heads * n)
     for (size_t row = 0; row < B * T * heads; row++) {
         const real *in = x + row * n * 2, *turn = table + row / heads % T * n * 2;
@@ -1488,7 +1494,8 @@ static void copy_heads_backward(metala_context *ctx, real *dx, const real *dy, s
 static const real WKV_NOTHING = (real)-1e30;
 static inline real wkv_bounded(real x) { return x < (real)-1e28 ? (real)-1e28 : x > (real)1e28 ? (real)1e28 : x; }
 static void wkv_forward(metala_context *ctx, real *q, real *key, real *alpha, real *bonus, const real *k, const real *w,
-                        const real *u, const uint8_t *mask, real *previous, size_t B, size_t T, size_t D, uint64_t position) {
+                        const real *u, const uint8_t *mask, real *previous, size_t B, size_t T, size_t D,
+                        uint64_t position) {
     enum { STRIP = 32 };
     size_t parts = (D + STRIP - 1) / STRIP;
     PARALLEL_FOR(60 * B * T * D)
@@ -1536,8 +1543,8 @@ static void wkv_forward(metala_context *ctx, real *q, real *key, real *alpha, re
 //     dk_t = dbonus_t bonus_t + dkey_{t+1} key_{t+1}  (0 beyond the end and where masked)
 //     dw += Σ -w' da_t      du += Σ dbonus_t bonus_t          da is the gradient in log α
 static void wkv_backward(metala_context *ctx, real *dk, real *dw, real *du, const real *dkey, const real *da,
-                         const real *dbonus, const real *key, const real *bonus, const real *w, const uint8_t *mask, size_t B,
-                         size_t T, size_t D) {
+                         const real *dbonus, const real *key, const real *bonus, const real *w, const uint8_t *mask,
+                         size_t B, size_t T, size_t D) {
     enum { STRIP = 32 };
     PARALLEL_FOR(8 * B * T * D)
     for (size_t d0 = 0; d0 < D; d0 += STRIP) {
@@ -1591,29 +1598,44 @@ static void extend_backward(metala_context *ctx, real *dv, const real *dy, const
 
 // A mean instead of a sum:  y_j = (o_j + b v_j) / (o_V + b + eps)          o (rows,H,V+1)   y, v (rows,H,V)
 //   bonus b (rows,H), the weight of the token's own value, or NULL for 0. Linear Transformer, equation 9; RWKV-4.
+// One head at a time; with V = 1, which RWKV-4 has, as a constant, the compiler leaves out all loops.
+static inline void normalise_head(real *y, const real *o, real b, const real *v, size_t V, real eps) {
+    real scale = 1 / (o[V] + b + eps);
+    for (size_t j = 0; j < V; j++) y[j] = (v ? o[j] + b * v[j] : o[j]) * scale;
+}
+
 static void normalise_forward(metala_context *ctx, real *y, const real *o, const real *bonus, const real *v, size_t rows,
                               size_t H, size_t V, double eps) {
-    PARALLEL_FOR(10 * rows * H + 4 * rows * H * V)
+    PARALLEL_FOR(rows * H * (4 * V + 10))
     for (size_t row = 0; row < rows * H; row++) {
-        const real *in = o + row * (V + 1);
-        real b = bonus ? bonus[row] : 0, scale = 1 / (in[V] + b + (real)eps);
-        for (size_t j = 0; j < V; j++) y[row * V + j] = (bonus ? in[j] + b * v[row * V + j] : in[j]) * scale;
+        const real *own = bonus ? v + row * V : NULL;
+        real b = bonus ? bonus[row] : 0;
+        if (V == 1) normalise_head(y + row, o + 2 * row, b, own, 1, (real)eps);
+        else normalise_head(y + row * V, o + row * (V + 1), b, own, V, (real)eps);
     }
 }
 
 // With c = o_V + b + eps:   do_j = dy_j/c      do_V = -Σ_j dy_j y_j/c      db = Σ_j do_j v_j + do_V      dv_j = b do_j
+static inline void normalise_head_backward(real *dO, real *dbonus, real *dv, const real *dy, const real *y, const real *o,
+                                           real b, const real *v, size_t V, real eps) {
+    real scale = 1 / (o[V] + b + eps), along = V == 1 ? dy[0] * y[0] : dot(dy, y, V);
+    for (size_t j = 0; j < V; j++) dO[j] = scale * dy[j];
+    dO[V] = -scale * along;
+    if (!v) return;
+    *dbonus = (V == 1 ? dO[0] * v[0] : dot(dO, v, V)) + dO[V];
+    for (size_t j = 0; j < V; j++) dv[j] = b * dO[j];
+}
+
 static void normalise_backward(metala_context *ctx, real *dO, real *dbonus, real *dv, const real *dy, const real *y,
-                               const real *o, const real *bonus, const real *v, size_t rows, size_t H, size_t V, double eps) {
-    PARALLEL_FOR(20 * rows * H + 8 * rows * H * V)
+                               const real *o, const real *bonus, const real *v, size_t rows, size_t H, size_t V,
+                               double eps) {
+    PARALLEL_FOR(rows * H * (8 * V + 20))
     for (size_t row = 0; row < rows * H; row++) {
-        const real *gradient = dy + row * V, *mean = y + row * V, *own = v + row * V;
-        real *to = dO + row * (V + 1), b = bonus ? bonus[row] : 0, scale = 1 / (o[row * (V + 1) + V] + b + (real)eps);
-        real along = V > 1 ? dot(gradient, mean, V) : gradient[0] * mean[0];
-        for (size_t j = 0; j < V; j++) to[j] = scale * gradient[j];
-        to[V] = -scale * along;
-        if (!bonus) continue;
-        dbonus[row] = (V > 1 ? dot(to, own, V) : to[0] * own[0]) + to[V];
-        for (size_t j = 0; j < V; j++) dv[row * V + j] = b * to[j];
+        size_t at = row * V, at_o = row * (V + 1);
+        const real *own = bonus ? v + at : NULL;
+        real b = bonus ? bonus[row] : 0, *to_b = bonus ? dbonus + row : NULL, *to_v = bonus ? dv + at : NULL;
+        if (V == 1) normalise_head_backward(dO + at_o, to_b, to_v, dy + at, y + at, o + at_o, b, own, 1, (real)eps);
+        else normalise_head_backward(dO + at_o, to_b, to_v, dy + at, y + at, o + at_o, b, own, V, (real)eps);
     }
 }
 
@@ -1684,8 +1706,8 @@ static void sigmoid_gate_backward(metala_context *ctx, real *da, real *db, const
 //   lse (B,T,H) = log Σ_j e^{s q_t·k_j}, for the backward. A token with nothing to look at gets o = 0 and lse = 0.
 //
 // The T×T map is never stored: a block of KEYS keys after the other, with the largest score so far taken out of the
-// exponentials, and sums made smaller when a larger one comes (online softmax; Milakov and Gimelshein 2018, FlashAttention by
-// Dao et al. 2022). Many queries go in tiles, as products of matrices. Scores are stored a row for each key, so that the
+// exponentials, and sums made smaller when a larger one comes (online softmax of Milakov and Gimelshein 2018; FlashAttention
+// of Dao et al. 2022). Many queries go in tiles, as products of matrices. Scores are stored a row for each key, so that the
 // maxima and sums of QUERIES queries are taken side by side, without a sum across a vector register.
 enum { QUERIES = 64, KEYS = 48, FEW_QUERIES = 4 };
 static const real NO_SCORE = -(real)FLT_MAX;
@@ -1699,8 +1721,8 @@ typedef struct {                // one head of one sequence: pointers to its fir
 
 static attention_head attention_head_of(const real *q, const real *k, const real *v, const uint8_t *mask, size_t b, size_t h,
                                         size_t T, size_t past, size_t stride, size_t H, size_t K, size_t V, double scale) {
-    attention_head a = {q + (b * T * H + h) * K, k + (b * stride * H + h) * K, v + (b * stride * H + h) * V, NULL, NULL, NULL,
-                        mask ? mask + b * stride : NULL, K, V, H, H * K, H * V, past, (real)scale};
+    attention_head a = {q + (b * T * H + h) * K, k + (b * stride * H + h) * K, v + (b * stride * H + h) * V, NULL, NULL,
+                        NULL, mask ? mask + b * stride : NULL, K, V, H, H * K, H * V, past, (real)scale};
     return a;
 }
 

@@ -13,8 +13,8 @@
 // five-point differences. An error is max |got - expected| / max |expected| over a tensor. Tolerances are a small
 // multiple of what was measured with gcc and clang, with and without vector instructions: TOLERANCE(float32, float64).
 //
-// Contents: checks - numbers - scalar functions - kernels - kernels of the other rows - matrix products - the scan - AdamW - the model - states -
-// training - files - data - memory that runs out - twins - golden files - main.
+// Contents: checks - numbers - scalar functions - kernels - kernels of the other rows - matrix products - the scan -
+// AdamW - the model - states - training - files - data - memory that runs out - twins - golden files - main.
 
 #include "metala.h"
 
@@ -812,7 +812,8 @@ static void rotate_reference(const shape *s, double *const *in, double *const *o
 static void rotate_forward(const shape *s, real *const *in, real *const *out) {
     const real *x = in[0];
     if (s->variant & 4) x = memcpy(out[0], in[0], rows_of(s) * s->H * 2 * s->K * sizeof(real));
-    CALL(rotate_forward)(ctx, out[0], x, in[1], s->B, s->T, s->H, 2 * s->K, s->variant & 1, rotate_position(s), s->variant & 2);
+    CALL(rotate_forward)(ctx, out[0], x, in[1], s->B, s->T, s->H, 2 * s->K, s->variant & 1, rotate_position(s),
+                         s->variant & 2);
 }
 static void rotate_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
     size_t n = rows_of(s) * s->H * 2 * s->K, angles = (s->variant & 1 ? 1 : s->H) * s->K;
@@ -1069,7 +1070,8 @@ static void extend_forward(const shape *s, real *const *in, real *const *out) {
 }
 static void extend_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
     (void)in, (void)out;
-    CALL(extend_backward)(ctx, din[0], dout[0], s->variant == 1 ? mask_list(s) : NULL, s->variant & 2, s->B, s->T, s->H, s->V);
+    CALL(extend_backward)(ctx, din[0], dout[0], s->variant == 1 ? mask_list(s) : NULL, s->variant & 2, s->B, s->T, s->H,
+                          s->V);
 }
 
 // ---- The mean: inputs o, bonus, v; variant 1: no bonus.
@@ -1092,14 +1094,15 @@ static void normalise_reference(const shape *s, double *const *in, double *const
     }
 }
 static void normalise_forward(const shape *s, real *const *in, real *const *out) {
-    CALL(normalise_forward)(ctx, out[0], in[0], s->variant & 1 ? NULL : in[1], s->variant & 1 ? NULL : in[2], rows_of(s), s->H,
-                            s->V, 0.125);
+    CALL(normalise_forward)(ctx, out[0], in[0], s->variant & 1 ? NULL : in[1], s->variant & 1 ? NULL : in[2], rows_of(s),
+                            s->H, s->V, 0.125);
 }
 static void normalise_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
     int none = s->variant & 1;
     CALL(normalise_backward)(ctx, din[0], none ? NULL : din[1], none ? NULL : din[2], dout[0], out[0], in[0],
                              none ? NULL : in[1], none ? NULL : in[2], rows_of(s), s->H, s->V, 0.125);
-    if (none) memset(din[1], 0, rows_of(s) * s->H * sizeof(real)), memset(din[2], 0, rows_of(s) * s->H * s->V * sizeof(real));
+    if (none) memset(din[1], 0, rows_of(s) * s->H * sizeof(real));
+    if (none) memset(din[2], 0, rows_of(s) * s->H * s->V * sizeof(real));
 }
 
 // ---- Skip, in place, and products of two.
@@ -1151,7 +1154,7 @@ static uint8_t *attention_mask_list(const shape *s) {
     for (size_t row = 0; list && row < rows_of(s); row++) list[row] = (uint8_t)attention_mask(s, row);
     return list;
 }
-static double attention_scale(const shape *s) { return (s->variant & 2 ? 30 : 1) / sqrt((double)s->K); }
+static double attention_scale(const shape *s) { return (s->variant & 2 ? 4 : 1) / sqrt((double)s->K); }
 static void attention_reference(const shape *s, double *const *in, double *const *out) {
     size_t H = s->H, K = s->K, V = s->V;
     double *score = doubles(s->T);
@@ -1177,12 +1180,12 @@ static void attention_reference(const shape *s, double *const *in, double *const
         }
 }
 static void attention_forward(const shape *s, real *const *in, real *const *out) {
-    CALL(attention_forward)(ctx, out[0], out[1], in[0], in[1], in[2], attention_mask_list(s), s->B, s->T, 0, s->T, s->H, s->K,
-                            s->V, attention_scale(s));
+    CALL(attention_forward)(ctx, out[0], out[1], in[0], in[1], in[2], attention_mask_list(s), s->B, s->T, 0, s->T, s->H,
+                            s->K, s->V, attention_scale(s));
 }
 static void attention_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
-    CALL(attention_backward)(ctx, din[0], din[1], din[2], dout[0], out[0], out[1], in[0], in[1], in[2], attention_mask_list(s),
-                             s->B, s->T, s->H, s->K, s->V, attention_scale(s));
+    CALL(attention_backward)(ctx, din[0], din[1], din[2], dout[0], out[0], out[1], in[0], in[1], in[2],
+                             attention_mask_list(s), s->B, s->T, s->H, s->K, s->V, attention_scale(s));
 }
 
 // Every kernel on every shape in every variant; then where numbers are extreme, where threads share the work, and where a
@@ -1274,7 +1277,8 @@ static void put_piece(real *x, const real *piece, size_t B, size_t all, size_t f
 
 // Tokens in two calls are those of one call, in every bit; softmax attention, whose sums are taken in other blocks, nearly.
 static void check_pieces(size_t B, size_t T, size_t cut, size_t D) {
-    if (!begin(TOLERANCE(2e-6, 2e-15), "kernels of the other rows, tokens in two calls B%zu T%zu cut %zu D%zu", B, T, cut, D))
+    if (!begin(TOLERANCE(2e-6, 2e-15), "kernels of the other rows, tokens in two calls B%zu T%zu cut %zu D%zu", B, T, cut,
+               D))
         return;
     size_t n = B * T * D, part[] = {cut, T - cut};
     real *x = reals(n), *mu = reals(D), *theta = reals(D), *k = reals(n), *w = reals(D), *u = reals(D);
@@ -1334,8 +1338,8 @@ static void check_pieces(size_t B, size_t T, size_t cut, size_t D) {
                 memcpy(keys + (b * room + first) * D, x + (b * T + first) * D, part[i] * D * sizeof(real));
                 memcpy(values + (b * room + first) * D, x + (b * T + first) * D, part[i] * D * sizeof(real));
             }
-            CALL(attention_forward)(ctx, out, reals(B * part[i] * H), q, keys, values, masked ? cache_mask : NULL, B, part[i],
-                                    first, room, H, D / H, D / H, 0.5);
+            CALL(attention_forward)(ctx, out, reals(B * part[i] * H), q, keys, values, masked ? cache_mask : NULL, B,
+                                    part[i], first, room, H, D / H, D / H, 0.5);
             put_piece(pieces[0], out, B, T, first, part[i], D);
         }
         compare(masked ? "attention, masked" : "attention", pieces[0], expected, DIMS(B, T, D));
@@ -1357,11 +1361,11 @@ static void check_row_kernels(void) {
           map_sizes, map_fill, map_reference, map_forward, map_backward}, 0, 3},
         {{"taylor", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 1e-15), TOLERANCE(5e-7, 4e-12),
           taylor_sizes, NULL, taylor_reference, taylor_forward, taylor_backward}, 0, 1},
-        {{"rotate", {"x", "theta"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-5, TOLERANCE(5e-7, 1e-12), TOLERANCE(2e-6, 1e-9),
+        {{"rotate", {"x", "theta"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-5, TOLERANCE(4e-7, 5e-13), TOLERANCE(6e-7, 5e-10),
           rotate_sizes, rotate_fill, rotate_reference, rotate_forward, rotate_backward}, 0, 8},
-        {{"rotate far", {"x", "theta"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-8, TOLERANCE(5e-7, 1e-8), 5e-6,
+        {{"rotate far", {"x", "theta"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-8, TOLERANCE(4e-7, 4e-9), TOLERANCE(1e-6, 2e-7),
           rotate_sizes, rotate_fill, rotate_reference, rotate_forward, rotate_backward}, 8, 2},
-        {{"bounded gate", {"z", "gamma"}, {"alpha", "k"}, 2, 2, 2, 2, 2, 0, 1e-3, TOLERANCE(4e-7, 5e-16),
+        {{"bounded gate", {"z", "gamma"}, {"alpha", "k"}, 2, 2, 2, 2, 2, 0, 1e-3, TOLERANCE(5e-7, 1e-15),
           TOLERANCE(2e-6, 4e-12), bounded_gate_sizes, bounded_gate_fill, bounded_gate_reference, bounded_gate_forward,
           bounded_gate_backward}, 0, 2},
         {{"bounds", {"G"}, {"gamma"}, 1, 1, 1, 1, 1, 0, 1e-3, TOLERANCE(3e-7, 4e-15), TOLERANCE(2e-6, 2e-10),
@@ -1369,19 +1373,19 @@ static void check_row_kernels(void) {
         {{"ssm", {"decay", "phase", "step"}, {"alpha", "theta", "b"}, 3, 3, 3, 3, 7, 0, 3e-5, TOLERANCE(3e-7, 1e-14),
           TOLERANCE(2e-6, 1e-9), ssm_sizes, ssm_fill, ssm_reference, ssm_forward, ssm_backward}, 0, 3},
         {{"ssm, short steps", {"decay", "phase", "step"}, {"alpha", "theta", "b"}, 3, 3, 3, 3, 0, 0, 1e-3,
-          TOLERANCE(3e-7, 1e-14), TOLERANCE(2e-6, 1e-9), ssm_sizes, ssm_fill, ssm_reference, ssm_forward,
+          TOLERANCE(2e-7, 4e-15), TOLERANCE(4e-7, 2e-9), ssm_sizes, ssm_fill, ssm_reference, ssm_forward,
           ssm_backward_from_zero}, 3, 3},
         {{"scale pairs", {"x", "b"}, {"y"}, 2, 2, 1, 1, 2, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
           scale_pairs_sizes, NULL, scale_pairs_reference, scale_pairs_forward, scale_pairs_backward}, 0, 1},
-        {{"selective", {"z", "x", "A"}, {"alpha", "v"}, 3, 3, 2, 2, 4, 0, 1e-3, TOLERANCE(2e-6, 2e-15), TOLERANCE(9e-6, 4e-11),
-          selective_sizes, NULL, selective_reference, selective_forward, selective_backward}, 0, 1},
-        {{"copy heads", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, 1e-30, TOLERANCE(9e-7, 4e-12),
+        {{"selective", {"z", "x", "A"}, {"alpha", "v"}, 3, 3, 2, 2, 4, 0, 1e-3, TOLERANCE(6e-7, 1e-15),
+          TOLERANCE(2e-6, 4e-12), selective_sizes, NULL, selective_reference, selective_forward, selective_backward}, 0, 1},
+        {{"copy heads", {"x"}, {"y"}, 1, 1, 1, 1, 0, 0, 1e-3, 1e-30, TOLERANCE(3e-7, 4e-12),
           copy_heads_sizes, NULL, copy_heads_reference, copy_heads_forward, copy_heads_backward}, 0, 1},
-        {{"wkv", {"k", "v", "w", "u"}, {"y"}, 4, 4, 1, 1, 12, 0, 1e-3, TOLERANCE(2e-6, 2e-15), TOLERANCE(9e-6, 4e-11),
+        {{"wkv", {"k", "v", "w", "u"}, {"y"}, 4, 4, 1, 1, 12, 0, 1e-3, TOLERANCE(2e-6, 4e-15), TOLERANCE(3e-6, 4e-11),
           wkv_sizes, wkv_fill, wkv_reference, wkv_forward, wkv_backward}, 0, 2},
-        {{"extend", {"v", "previous"}, {"y"}, 2, 1, 1, 1, 0, 0, 1e-3, 1e-30, TOLERANCE(1e-9, 4e-12),
+        {{"extend", {"v", "previous"}, {"y"}, 2, 1, 1, 1, 0, 0, 1e-3, 1e-30, 1e-12,
           extend_sizes, NULL, extend_reference, extend_forward, extend_backward}, 0, 4},
-        {{"normalise", {"o", "bonus", "v"}, {"y"}, 3, 3, 1, 1, 0, 0, 1e-3, TOLERANCE(5e-7, 5e-16), TOLERANCE(2e-6, 4e-11),
+        {{"normalise", {"o", "bonus", "v"}, {"y"}, 3, 3, 1, 1, 0, 0, 1e-3, TOLERANCE(4e-7, 6e-16), TOLERANCE(1e-6, 8e-11),
           normalise_sizes, normalise_fill, normalise_reference, normalise_forward, normalise_backward}, 0, 2},
         {{"skip", {"x", "d", "o"}, {"y"}, 3, 2, 1, 1, 3, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
           skip_sizes, NULL, skip_reference, skip_forward, skip_backward}, 0, 1},
@@ -1389,8 +1393,10 @@ static void check_row_kernels(void) {
           two_sizes, NULL, multiply_reference, multiply_forward, multiply_backward}, 0, 1},
         {{"sigmoid gate", {"a", "b"}, {"y"}, 2, 2, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(5e-7, 4e-12),
           two_sizes, NULL, sigmoid_gate_reference, sigmoid_gate_forward, sigmoid_gate_backward}, 0, 1},
-        {{"attention", {"q", "k", "v"}, {"o", "lse"}, 3, 3, 2, 1, 0, 0, 1e-3, TOLERANCE(2e-6, 4e-15), TOLERANCE(9e-6, 4e-10),
+        {{"attention", {"q", "k", "v"}, {"o", "lse"}, 3, 3, 2, 1, 0, 0, 1e-3, TOLERANCE(7e-7, 2e-15), TOLERANCE(4e-6, 3e-11),
           attention_sizes, NULL, attention_reference, attention_forward, attention_backward}, 0, 2},
+        {{"attention, large scores", {"q", "k", "v"}, {"o", "lse"}, 3, 3, 2, 1, 0, 0, 3e-4, TOLERANCE(3e-6, 2e-15),
+          TOLERANCE(4e-5, 1e-10), attention_sizes, NULL, attention_reference, attention_forward, attention_backward}, 2, 2},
     };
     static const shape shapes[] = {      // B T D H K V N
         {1, 1, 2, 1, 1, 2, 1, 0}, {2, 5, 6, 3, 2, 2, 1, 0}, {3, 19, 40, 4, 5, 10, 1, 0}, {2, 70, 33, 3, 8, 16, 1, 0},
@@ -1408,8 +1414,8 @@ static void check_row_kernels(void) {
             s.variant = operations[o].first_variant + variant;
             check_extremes(op, &s);
         }
-        static const shape large = {3, 61, 130, 6, 18, 16, 1, 1};
-        check_operation_threads(op, &large);
+        static const shape large = {3, 203, 260, 7, 32, 40, 1, 1};    // enough work for threads to start
+        if (!strcmp(run.device, "cpu")) check_operation_threads(op, &large);
     }
     check_pieces(2, 11, 4, 6);
     check_pieces(1, 150, 70, 34);
@@ -4292,8 +4298,10 @@ STAGED(taylor_forward, (ctx_t *c, real *y, in_t *x, size_t r, size_t H, size_t d
 STAGED(taylor_backward, (ctx_t *c, real *dx, in_t *dy, in_t *x, size_t r, size_t H, size_t d),
        (c, W(dx, r * H * d), R(dy, r * H * (1 + d + d * d)), R(x, r * H * d), r, H, d))
 STAGED(rotate_forward,
-       (ctx_t *c, real *y, in_t *x, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t position, int neg),
-       (c, W(y, B * T * H * K), R(x, B * T * H * K), R(theta, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, position, neg))
+       (ctx_t *c, real *y, in_t *x, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared, uint64_t position,
+        int neg),
+       (c, W(y, B * T * H * K), R(x, B * T * H * K), R(theta, (shared ? 1 : H) * (K / 2)), B, T, H, K, shared, position,
+        neg))
 STAGED(rotate_backward,
        (ctx_t *c, real *dx, real *dtheta, in_t *dy, in_t *y, in_t *theta, size_t B, size_t T, size_t H, size_t K, int shared,
         uint64_t position, int neg),
@@ -4338,8 +4346,8 @@ STAGED(wkv_forward,
 STAGED(wkv_backward,
        (ctx_t *c, real *dk, real *dw, real *du, in_t *dkey, in_t *da, in_t *dbonus, in_t *key, in_t *bonus, in_t *w,
         const uint8_t *m, size_t B, size_t T, size_t D),
-       (c, W(dk, B * T * D), W(dw, D), W(du, D), R(dkey, B * T * D), R(da, B * T * D), R(dbonus, B * T * D), R(key, B * T * D),
-        R(bonus, B * T * D), R(w, D), R(m, B * T), B, T, D))
+       (c, W(dk, B * T * D), W(dw, D), W(du, D), R(dkey, B * T * D), R(da, B * T * D), R(dbonus, B * T * D),
+        R(key, B * T * D), R(bonus, B * T * D), R(w, D), R(m, B * T), B, T, D))
 STAGED(extend_forward,
        (ctx_t *c, real *y, in_t *v, const uint8_t *m, in_t *p, int delayed, size_t B, size_t T, size_t H, size_t V),
        (c, W(y, B * T * H * (V + 1)), R(v, B * T * H * V), R(m, B * T), R(p, B * H * V), delayed, B, T, H, V))
