@@ -1535,8 +1535,7 @@ void copy_heads_forward(metala_context *ctx, float *y, const float *x, size_t ro
     RUN(copy_heads_forward_kernel, blocks_for(rows, 1), THREADS, 0, y, x, rows, (unsigned)H, (unsigned)K);
 }
 
-// dx = Σ_h dy_h. A warp for each 32 channels of a row: WARPS groups of lanes share out the heads, and their sums are added
-// in order.
+// dx = Σ_h dy_h. A block for each 32 channels of a row: its warps share out the heads, and their sums are added in order.
 __global__ void copy_heads_backward_kernel(float *dx, const float *dy, size_t rows, size_t H, size_t K) {
     __shared__ float part[WARPS][WARP];
     const unsigned lane = threadIdx.x % WARP, group = threadIdx.x / WARP;
@@ -1784,8 +1783,8 @@ void sigmoid_gate_backward(metala_context *ctx, float *da, float *db, const floa
 // Tiles of SIDE keys for 16·R queries: a block makes the map of one tile and adds tile times v to its rows of o, COLUMNS
 // of them, so that the T×T map is never stored. A row's sum of exponentials is relative to the largest logit so far, and
 // is scaled whenever a larger one comes. Thread (row group, lane) of 16×16 has R rows, R·group + i. Of the map, it has
-// columns lane + 16j, which 16 threads side by side read from different banks; of o, columns 4·lane + 64c + 0 … 3. Registers and shared memory
-// let two blocks run at a time on each multiprocessor.
+// columns lane + 16j, which 16 threads side by side read from different banks; of o, columns 4·lane + 64c + 0 … 3. Two
+// blocks at a time have room on a multiprocessor.
 enum { SIDE = 64, LANES = 16, ACROSS = SIDE / LANES, CHANNELS = 32, CHANNELS_PITCH = CHANNELS + 4, MAP_PITCH = SIDE + 4 };
 
 // `all` rows of x from global to shared memory, zeros beyond the last row and column.

@@ -4933,7 +4933,8 @@ static void twin_map_backward(const shape *s) {                      // variant 
     ALL(map_backward, REAL(dx), REAL(dy), REAL(x), n, (metala_map)(s->variant % 3));
 }
 static void twin_taylor_forward(const shape *s) {
-    const tensor *y = OUT("y", "bthf", s->B, s->T, s->H, 1 + s->K + s->K * s->K), *x = IN("x", "bthk", s->B, s->T, s->H, s->K);
+    const tensor *y = OUT("y", "bthf", s->B, s->T, s->H, 1 + s->K + s->K * s->K);
+    const tensor *x = IN("x", "bthk", s->B, s->T, s->H, s->K);
     ALL(taylor_forward, REAL(y), REAL(x), rows_of(s), s->H, s->K);
 }
 static void twin_taylor_backward(const shape *s) {
@@ -4952,13 +4953,15 @@ static void twin_rotate_forward(const shape *s) {
     const tensor *x = s->variant & 4 ? ADDED("x", "bthk", rows_of(s) * s->H * K, s->B, s->T, s->H, K)
                                      : IN("x", "bthk", s->B, s->T, s->H, K);
     const tensor *y = s->variant & 4 ? x : OUT("y", "bthk", s->B, s->T, s->H, K), *theta = angle_tensor(s);
-    ALL(rotate_forward, REAL(y), REAL(x), REAL(theta), s->B, s->T, s->H, K, s->variant & 1, twin_position(s), s->variant & 2);
+    ALL(rotate_forward, REAL(y), REAL(x), REAL(theta), s->B, s->T, s->H, K, s->variant & 1, twin_position(s),
+        s->variant & 2);
 }
 static void twin_rotate_backward(const shape *s) {                   // T divides by 3: the angles are not learned
     size_t K = 2 * s->K, angles = s->variant & 1 ? s->K : s->H * s->K;
     const tensor *dy = s->variant & 4 ? ADDED("dy", "bthk", rows_of(s) * s->H * K, s->B, s->T, s->H, K)
                                       : IN("dy", "bthk", s->B, s->T, s->H, K);
-    const tensor *dx = s->variant & 4 ? dy : OUT("dx", "bthk", s->B, s->T, s->H, K), *y = IN("y", "bthk", s->B, s->T, s->H, K);
+    const tensor *dx = s->variant & 4 ? dy : OUT("dx", "bthk", s->B, s->T, s->H, K);
+    const tensor *y = IN("y", "bthk", s->B, s->T, s->H, K);
     const tensor *dtheta = s->T % 3 ? ADDED("dtheta", "i", angles, angles) : NULL, *theta = angle_tensor(s);
     ALL(rotate_backward, REAL(dx), REAL(dtheta), REAL(dy), REAL(y), REAL(theta), s->B, s->T, s->H, K, s->variant & 1,
         twin_position(s), s->variant & 2);
@@ -4979,7 +4982,8 @@ static void twin_bounded_gate_backward(const shape *s) {
     size_t n = rows_of(s) * s->D;
     real *z = s->variant & 2 ? uniforms(n, -120, 110) : normals(n), *da = normals(n);
     for (size_t i = 0; i < n; i++) da[i] *= (real)exp(fmin(0, (double)z[i]));
-    const tensor *dz = OUT("dz", "btd", s->B, s->T, s->D), *dgamma = s->variant & 4 ? NULL : ADDED("dgamma", "d", s->D, s->D);
+    const tensor *dgamma = s->variant & 4 ? NULL : ADDED("dgamma", "d", s->D, s->D);
+    const tensor *dz = OUT("dz", "btd", s->B, s->T, s->D);
     const tensor *of_a = FILLED("da", "btd", 0, da, s->B, s->T, s->D), *of_z = FILLED("z", "btd", 0, z, s->B, s->T, s->D);
     const tensor *dk = s->variant & 1 ? NULL : IN("dk", "btd", s->B, s->T, s->D), *gamma = gamma_tensor(s);
     ALL(bounded_gate_backward, REAL(dz), REAL(dgamma), REAL(of_a), REAL(dk), REAL(of_z), REAL(gamma), rows_of(s), s->D);
@@ -5004,8 +5008,8 @@ static void twin_ssm_forward(const shape *s) {
     const tensor *alpha = OUT("alpha", "hn", s->D, s->K), *theta = OUT("theta", "hn", s->D, s->K);
     const tensor *b = OUT("b", "hnc", s->D, s->K, 2), *p[3];
     ssm_parameters(s, p);
-    ALL(ssm_forward, (metala_ssm)(s->variant % 3), REAL(alpha), REAL(theta), REAL(b), REAL(p[0]), REAL(p[1]), REAL(p[2]), s->D,
-        s->K, s->T);
+    ALL(ssm_forward, (metala_ssm)(s->variant % 3), REAL(alpha), REAL(theta), REAL(b), REAL(p[0]), REAL(p[1]), REAL(p[2]),
+        s->D, s->K, s->T);
 }
 static void twin_ssm_backward(const shape *s) {
     size_t n = s->D * s->K;
@@ -5013,8 +5017,8 @@ static void twin_ssm_backward(const shape *s) {
     const tensor *dstep = ADDED("dstep", "h", s->D, s->D), *da = IN("da", "hn", s->D, s->K);
     const tensor *dtheta = IN("dtheta", "hn", s->D, s->K), *db = IN("db", "hnc", s->D, s->K, 2), *p[3];
     ssm_parameters(s, p);
-    ALL(ssm_backward, (metala_ssm)(s->variant % 3), REAL(ddecay), REAL(dphase), REAL(dstep), REAL(da), REAL(dtheta), REAL(db),
-        REAL(p[0]), REAL(p[1]), REAL(p[2]), s->D, s->K, s->T);
+    ALL(ssm_backward, (metala_ssm)(s->variant % 3), REAL(ddecay), REAL(dphase), REAL(dstep), REAL(da), REAL(dtheta),
+        REAL(db), REAL(p[0]), REAL(p[1]), REAL(p[2]), s->D, s->K, s->T);
 }
 static void twin_scale_pairs_forward(const shape *s) {
     const tensor *y = OUT("y", "btdc", s->B, s->T, s->D, 2), *x = IN("x", "btdc", s->B, s->T, s->D, 2);
@@ -5029,8 +5033,8 @@ static void twin_scale_pairs_backward(const shape *s) {
 }
 // D channels with states of K; variant 1: extreme steps and rates.
 static const tensor *step_tensor(const shape *s) {
-    return FILLED("z", "btd", 0, uniforms(rows_of(s) * s->D, s->variant & 1 ? -120 : -4, s->variant & 1 ? 110 : 3), s->B, s->T,
-                  s->D);
+    real *z = uniforms(rows_of(s) * s->D, s->variant & 1 ? -120 : -4, s->variant & 1 ? 110 : 3);
+    return FILLED("z", "btd", 0, z, s->B, s->T, s->D);
 }
 static const tensor *rate_tensor(const shape *s) {
     return FILLED("A", "dk", 0, uniforms(s->D * s->K, -1, s->variant & 1 ? 120 : 2), s->D, s->K);
@@ -5067,12 +5071,13 @@ static void twin_wkv_forward(const shape *s) {
     const tensor *mask = mask_tensor(s);
     const tensor *previous = s->T % 2 || s->variant & 2 ? FILLED("previous", "bid", 1, uniforms(kept, -3, 3), s->B, 2, s->D)
                                                         : NULL;
-    ALL(wkv_forward, REAL(q), REAL(key), REAL(alpha), REAL(bonus), REAL(k), REAL(w), REAL(u), BYTES(mask), REAL(previous), s->B,
-        s->T, s->D, s->variant & 2 ? 1000 : 0);
+    ALL(wkv_forward, REAL(q), REAL(key), REAL(alpha), REAL(bonus), REAL(k), REAL(w), REAL(u), BYTES(mask), REAL(previous),
+        s->B, s->T, s->D, s->variant & 2 ? 1000 : 0);
 }
 static void twin_wkv_backward(const shape *s) {
     size_t n = rows_of(s) * s->D;
-    const tensor *dk = OUT("dk", "btd", s->B, s->T, s->D), *dw = ADDED("dw", "d", s->D, s->D), *du = ADDED("du", "d", s->D, s->D);
+    const tensor *dk = OUT("dk", "btd", s->B, s->T, s->D);
+    const tensor *dw = ADDED("dw", "d", s->D, s->D), *du = ADDED("du", "d", s->D, s->D);
     const tensor *dkey = IN("dkey", "btd", s->B, s->T, s->D), *da = IN("da", "btd", s->B, s->T, s->D);
     const tensor *dbonus = IN("dbonus", "btd", s->B, s->T, s->D), *mask = mask_tensor(s);
     const tensor *key = FILLED("key", "btd", 0, uniforms(n, 0, 1), s->B, s->T, s->D);
@@ -5112,12 +5117,13 @@ static void twin_normalise_backward(const shape *s) {
     const tensor *dbonus = bonus ? OUT("dbonus", "bth", s->B, s->T, s->H) : NULL;
     const tensor *dv = bonus ? OUT("dv", "bthv", s->B, s->T, s->H, s->V) : NULL;
     const tensor *v = bonus ? IN("v", "bthv", s->B, s->T, s->H, s->V) : NULL;
-    ALL(normalise_backward, REAL(dO), REAL(dbonus), REAL(dv), REAL(dy), REAL(y), REAL(o), REAL(bonus), REAL(v), rows_of(s), s->H,
-        s->V, 1e-2);
+    ALL(normalise_backward, REAL(dO), REAL(dbonus), REAL(dv), REAL(dy), REAL(y), REAL(o), REAL(bonus), REAL(v), rows_of(s),
+        s->H, s->V, 1e-2);
 }
 static void twin_skip_forward(const shape *s) {                      // variant 1: in place
     const tensor *x = IN("x", "btd", s->B, s->T, s->D), *d = IN("d", "d", s->D);
-    const tensor *o = s->variant & 1 ? ADDED("o", "btd", rows_of(s) * s->D, s->B, s->T, s->D) : IN("o", "btd", s->B, s->T, s->D);
+    const tensor *o = s->variant & 1 ? ADDED("o", "btd", rows_of(s) * s->D, s->B, s->T, s->D)
+                                     : IN("o", "btd", s->B, s->T, s->D);
     const tensor *y = s->variant & 1 ? o : OUT("y", "btd", s->B, s->T, s->D);
     ALL(skip_forward, REAL(y), REAL(o), REAL(x), REAL(d), rows_of(s), s->D);
 }
@@ -5132,7 +5138,8 @@ static void twin_multiply_forward(const shape *s) {
     ALL(multiply_forward, REAL(y), REAL(a), REAL(b), rows_of(s) * s->D);
 }
 static void twin_multiply_backward(const shape *s) {                 // variant 1: in place
-    const tensor *dy = s->variant & 1 ? ADDED("dy", "btd", rows_of(s) * s->D, s->B, s->T, s->D) : IN("dy", "btd", s->B, s->T, s->D);
+    const tensor *dy = s->variant & 1 ? ADDED("dy", "btd", rows_of(s) * s->D, s->B, s->T, s->D)
+                                      : IN("dy", "btd", s->B, s->T, s->D);
     const tensor *da = OUT("da", "btd", s->B, s->T, s->D), *db = s->variant & 1 ? dy : OUT("db", "btd", s->B, s->T, s->D);
     const tensor *a = IN("a", "btd", s->B, s->T, s->D), *b = IN("b", "btd", s->B, s->T, s->D);
     ALL(multiply_backward, REAL(da), REAL(db), REAL(dy), REAL(a), REAL(b), rows_of(s) * s->D);
@@ -5174,14 +5181,16 @@ static void twin_attention_forward(const shape *s) {
 static void twin_attention_backward(const shape *s) {
     size_t nk = rows_of(s) * s->H * s->K, nv = rows_of(s) * s->H * s->V;
     double scale = logit_scale(s);
-    real *q = logit_numbers(s, nk, 24), *k = logit_numbers(s, nk, 1), *v = normals(nv), *o = reals(nv), *lse = reals(rows_of(s) * s->H);
+    real *q = logit_numbers(s, nk, 24), *k = logit_numbers(s, nk, 1), *v = normals(nv);
+    real *o = reals(nv), *lse = reals(rows_of(s) * s->H);
     uint8_t *mask = s->variant & 1 ? key_mask(s, s->T) : NULL;
     metala_cpu()->attention_forward(on[CPU].ctx, o, lse, q, k, v, mask, s->B, s->T, 0, s->T, s->H, s->K, s->V, scale);
     const tensor *dq = OUT("dq", "bthk", s->B, s->T, s->H, s->K), *dk = OUT("dk", "bthk", s->B, s->T, s->H, s->K);
     const tensor *dv = OUT("dv", "bthv", s->B, s->T, s->H, s->V), *dO = IN("do", "bthv", s->B, s->T, s->H, s->V);
     const tensor *of_o = FILLED("o", "bthv", 0, o, s->B, s->T, s->H, s->V);
     const tensor *of_lse = FILLED("lse", "bth", 0, lse, s->B, s->T, s->H);
-    const tensor *of_q = FILLED("q", "bthk", 0, q, s->B, s->T, s->H, s->K), *of_k = FILLED("k", "bthk", 0, k, s->B, s->T, s->H, s->K);
+    const tensor *of_q = FILLED("q", "bthk", 0, q, s->B, s->T, s->H, s->K);
+    const tensor *of_k = FILLED("k", "bthk", 0, k, s->B, s->T, s->H, s->K);
     const tensor *of_v = FILLED("v", "bthv", 0, v, s->B, s->T, s->H, s->V);
     const tensor *of_mask = mask ? FILLED("mask", "bt", 0, mask, s->B, s->T) : NULL;
     ALL(attention_backward, REAL(dq), REAL(dk), REAL(dv), REAL(dO), REAL(of_o), REAL(of_lse), REAL(of_q), REAL(of_k),
@@ -5213,8 +5222,8 @@ static void check_twins(void) {
         {5, 14, 7, 3, 33, 65, 0, 7}, {1, 1, 300, 1, 9, 40, 0, 6}};
     // B T . H K V past variant
     static const shape attentions[] = {{1, 1, 0, 1, 1, 1, 0, 0}, {2, 3, 0, 2, 4, 3, 0, 1}, {1, 16, 0, 1, 33, 64, 5, 2},
-        {2, 1, 0, 3, 16, 65, 130, 3}, {1, 64, 0, 1, 64, 64, 0, 0}, {1, 65, 0, 2, 40, 70, 0, 5}, {2, 17, 0, 1, 66, 130, 63, 7},
-        {1, 130, 0, 1, 130, 5, 0, 4}, {3, 70, 0, 2, 8, 16, 1, 3}};
+        {2, 1, 0, 3, 16, 65, 130, 3}, {1, 64, 0, 1, 64, 64, 0, 0}, {1, 65, 0, 2, 40, 70, 0, 5},
+        {2, 17, 0, 1, 66, 130, 63, 7}, {1, 130, 0, 1, 130, 5, 0, 4}, {3, 70, 0, 2, 8, 16, 1, 3}};
 #define ENTRY(name, tolerance, list) {#name, #name, twin_##name, tolerance, list, COUNT(list)}
     const struct {
         const char *name, *form;
