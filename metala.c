@@ -3324,10 +3324,12 @@ static real initial_value(const metala_config *c, const metala_tensor *t, size_t
              : (real)log(expm1(exp(log(0.001) + metala_uniform(stream) * log(100))));
     if (ends_with(t->name, "conv1d.weight")) return (real)(metala_uniform(stream) - 0.5);
     if (!strcmp(name, "decay_logit")) return (real)(8 * ((double)(j % K) + 0.5) / (double)K - 4);   // α from 0.78 to 0.999
-    if (!strncmp(name, "shift_", 6)) return (real)pow(along, (name[6] == 'g' ? 0.5 : 1) * (1 - depth));
+    if (!strncmp(name, "shift_", 6))
+        return (real)(pow(along, (name[6] == 'g' ? 0.5 : 1) * (1 - depth)) + (name[6] == 'v' ? 0.3 * depth : 0));
     if (!strcmp(name, "time_decay")) return (real)(-5 + 8 * pow(along, 0.7 + 1.3 * depth));
     if (!strcmp(name, "time_first")) return (real)(log(0.3) + 0.5 * ((double)((j + 1) % 3) - 1));
-    if (!strcmp(name, "theta")) return (real)pow(10000, -2.0 * (double)j / (2 * (double)t->count));
+    if (!strcmp(name, "theta"))                                    // a wave for each channel, or for two that rotate
+        return (real)pow(10000, (s.complex_values ? -2.0 : -1.0) * (double)j / (double)t->count);
     if (!strcmp(name, "A_log")) return (real)log((double)(j % K) + 1);
     if (!strcmp(name, "D")) return 1;
     if (!strcmp(name, "C")) return (real)(random_normal(stream) * sqrt(0.5));

@@ -946,7 +946,7 @@ static int write_quantized(const program *p) {
 //                    by gradient descent: what a row makes of its input is free for each token, what it has learned once for
 //                    each channel. Shown: what remains, |A - P|² / |P|², over the number of channels.
 //   parameters       of a layer's mixer, in units of D².
-enum { MAP = 16, MAPS = 4, FIT_STEPS = 600, MOST_CHANNELS = 16, MOST_FREE = MAP * (3 * MOST_CHANNELS + 2) + 5 * MOST_CHANNELS + 1 };
+enum { MAP = 16, MAPS = 4, FIT_STEPS = 1000, STARTS = 4, MOST_CHANNELS = 16, MOST_FREE = MAP * (3 * MOST_CHANNELS + 2) + 5 * MOST_CHANNELS + 1 };
 
 typedef struct {                         // where the free numbers of a fit stand, SIZE_MAX for what the row has not
     const metala_row *row;
@@ -1182,10 +1182,10 @@ static int print_conditions(program *p) {
             uint64_t start = 2;
             if (one && k > 0) printf(" %-8s", "-");                    // its channels have one each
             if (one && k > 0) continue;
-            for (int i = 0; i < MAPS && !softmax; i++) {              // the better of two starts
-                double fits[2];
-                for (int j = 0; j < 2; j++) fits[j] = fit_map(&r->row, one ? 1 : sizes[k], P[i], &start);
-                error += fmin(fits[0], fits[1]) / MAPS;
+            for (int i = 0; i < MAPS && !softmax; i++) {              // the best of some starts
+                double best = DBL_MAX;
+                for (int j = 0; j < STARTS; j++) best = fmin(best, fit_map(&r->row, one ? 1 : sizes[k], P[i], &start));
+                error += best / MAPS;
             }
             printf("%s%-8.4f", k ? " " : "", error);
         }
