@@ -2905,18 +2905,22 @@ static const char *row_problem(const metala_config *c) {
         {(k == METALA_KEY_ONE) && !complex_values, "key one needs complex or silu values"},
         {complex_values && k != METALA_KEY_ONE && k != METALA_KEY_TIED, "complex or silu values need key one or tied"},
         {k == METALA_KEY_TIED && !gate_decay, "key tied needs decay dynamic, lowrank, fixed or bounded"},
-        {q == METALA_QUERY_CONSTANT && a != METALA_DECAY_ZOH && a != METALA_DECAY_DSS, "query constant needs decay zoh or dss"},
+        {q == METALA_QUERY_CONSTANT && a != METALA_DECAY_ZOH && a != METALA_DECAY_DSS,
+         "query constant needs decay zoh or dss"},
         {complex_decay != (r->phase == METALA_PHASE_DECAY), "phase decay and decay lru, zoh or dss belong together"},
         {complex_decay && q != METALA_QUERY_CONSTANT && v != METALA_VALUE_COMPLEX,
          "decay lru, zoh or dss needs query constant or complex values"},
         {v == METALA_VALUE_COMPLEX && !complex_decay, "complex values need decay lru, zoh or dss; others take value silu"},
         {r->normaliser && v != METALA_VALUE_LINEAR, "the normaliser needs linear values"},
-        {r->normaliser && r->self != METALA_SELF_OFF && r->self != METALA_SELF_BONUS, "with a normaliser self is off or bonus"},
+        {r->normaliser && r->self != METALA_SELF_OFF && r->self != METALA_SELF_BONUS,
+         "with a normaliser self is off or bonus"},
         {r->self == METALA_SELF_AUGMENT && complex_values, "self augment needs real values"},
         {(v == METALA_VALUE_PRODUCT) != (r->conv == METALA_CONV_KEY), "value product and conv key belong together"},
-        {v == METALA_VALUE_PRODUCT && (k != METALA_KEY_CONSTANT || c->expand != 1), "value product needs key constant and expand 1"},
+        {v == METALA_VALUE_PRODUCT && (k != METALA_KEY_CONSTANT || c->expand != 1),
+         "value product needs key constant and expand 1"},
         {r->conv == METALA_CONV_VALUE && v != METALA_VALUE_INPUT, "conv value needs value input"},
-        {v == METALA_VALUE_INPUT && r->conv != METALA_CONV_VALUE && c->expand != 1, "value input needs expand 1 or conv value"},
+        {v == METALA_VALUE_INPUT && r->conv != METALA_CONV_VALUE && c->expand != 1,
+         "value input needs expand 1 or conv value"},
         {(r->phase == METALA_PHASE_ROPE || r->phase == METALA_PHASE_FIRST) && (complex_values || q >= METALA_QUERY_TAYLOR),
          "phase rope or first needs query linear, silu or elu1"},
         {r->phase == METALA_PHASE_LEARNED && !complex_values && q >= METALA_QUERY_TAYLOR,
@@ -2954,7 +2958,8 @@ int metala_config_check(metala_context *ctx, const metala_config *c) {
     sizes s = sizes_of(c);
     if ((c->row.phase == METALA_PHASE_ROPE || c->row.phase == METALA_PHASE_FIRST ||
          (c->row.phase == METALA_PHASE_LEARNED && !s.complex_values)) && s.K % 2)
-        return fail(ctx, "configuration: a head that rotates needs an even number of channels, got %zu; change the heads", s.K);
+        return fail(ctx, "configuration: a head that rotates needs an even number of channels, got %zu; change the heads",
+                    s.K);
     if ((c->row.norm == METALA_NORM_LAYER || c->row.norm == METALA_NORM_RMS) && s.V == 1)
         return fail(ctx, "configuration: norm %s leaves no more than a sign of heads with one value channel; take norm width, or"
                     " fewer heads", c->row.norm == METALA_NORM_LAYER ? "layer" : "rms");
@@ -3050,10 +3055,13 @@ static void list_tensors(metala_model *m) {
     int shift = r->conv == METALA_CONV_SHIFT, selective = r->decay == METALA_DECAY_SELECTIVE;
     int gate = r->decay == METALA_DECAY_DYNAMIC || r->decay == METALA_DECAY_BOUNDED;
     m->embedding = add_tensor(m, "model.embed_tokens.weight", DECAYED, s.N, D, 0);
-    m->bounds = r->decay == METALA_DECAY_BOUNDED ? add_tensor(m, "model.lower_bounds", PLAIN, (size_t)c->layers, HK, 0) : ABSENT;
+    m->bounds = ABSENT;
+    if (r->decay == METALA_DECAY_BOUNDED)
+        m->bounds = add_tensor(m, "model.lower_bounds", PLAIN, (size_t)c->layers, HK, 0);
     for (int l = 0; l < c->layers; l++) {
         layer_offsets *w = &m->layers[l];
-        w->conv = add_if(m, conv, l, "token_mixer.conv1d.weight", DECAYED, r->conv == METALA_CONV_KEY ? s.k : s.u, 1, METALA_CONV);
+        w->conv = add_if(m, conv, l, "token_mixer.conv1d.weight", DECAYED, r->conv == METALA_CONV_KEY ? s.k : s.u, 1,
+                         METALA_CONV);
         w->shift_g = add_if(m, shift, l, "token_mixer.shift_g", PLAIN, D, 0, 0);
         w->shift_k = add_if(m, shift, l, "token_mixer.shift_k", PLAIN, D, 0, 0);
         w->shift_v = add_if(m, shift, l, "token_mixer.shift_v", PLAIN, D, 0, 0);
@@ -3631,8 +3639,8 @@ static void mixer_projections(metala_context *ctx, const metala_model *m, int la
 }
 
 // f_q and f_k alike: from a projection to what the scan takes.
-static void feature_forward(metala_context *ctx, const metala_backend *be, metala_map map, int taylor, real *y, const real *x,
-                            const pass *p, size_t d) {
+static void feature_forward(metala_context *ctx, const metala_backend *be, metala_map map, int taylor, real *y,
+                            const real *x, const pass *p, size_t d) {
     if (taylor) be->taylor_forward(ctx, y, x, p->rows, p->s.H, d);
     else be->map_forward(ctx, y, x, p->rows * p->s.H * p->s.K, map);
 }
@@ -3647,8 +3655,8 @@ static const real *mixer_angles(const metala_model *m, int layer, const activati
 }
 
 // q, k, v and α. What has no memory of its own is there already.
-static void mixer_choices(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p, real *tail,
-                          int again) {
+static void mixer_choices(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p,
+                          real *tail, int again) {
     const metala_backend *be = m->backend;
     const metala_config *c = &m->config;
     const metala_row *r = &c->row;
@@ -3875,7 +3883,8 @@ static size_t place_gradients(layer_gradients *d, real *block, const metala_conf
     sizes s = sizes_of(c);
     size_t used = 0;
     for (size_t i = 0; i < sizeof gradient_members / sizeof *gradient_members; i++) {
-        size_t count = member_count(c, gradient_members[i].width, B, T), other = member_count(c, gradient_members[i].other, B, T);
+        size_t count = member_count(c, gradient_members[i].width, B, T);
+        size_t other = member_count(c, gradient_members[i].other, B, T);
         if (other > count) count = other;
         if (block && count) *(real **)(void *)((char *)d + gradient_members[i].member) = block + used;
         used = plus(used, round_up(count, 16));
@@ -3898,8 +3907,8 @@ static void mixer_output_backward(metala_context *ctx, const metala_model *m, in
     const sizes *s = &p->s;
     size_t rows = p->rows, count = rows * s->p;
     real *dnorm = r->norm == METALA_NORM_RMS || r->norm == METALA_NORM_WIDTH ? d->v : d->p;     // rms_backward adds to d->p
-    if (!r->gate) be->matmul_backward(ctx, dnorm, GRAD(w->out), NULL, dh, a->gated, m->parameters + w->out, rows, s->D, s->p, 0);
-    else be->matmul_backward(ctx, d->gated, GRAD(w->out), NULL, dh, a->gated, m->parameters + w->out, rows, s->D, s->p, 0);
+    be->matmul_backward(ctx, r->gate ? d->gated : dnorm, GRAD(w->out), NULL, dh, a->gated, m->parameters + w->out, rows, s->D,
+                        s->p, 0);
     switch (r->gate) {
         case METALA_GATE_SILU: be->silu_gate_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
         case METALA_GATE_SIGMOID: be->sigmoid_gate_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
@@ -3939,13 +3948,13 @@ static void mixer_scan_backward(metala_context *ctx, const metala_model *m, int 
     if (r->self == METALA_SELF_AUGMENT)
         be->augment_backward(ctx, d->q, d->k, d->v, GRAD(w->b), d->p, a->q, a->k, a->v, P + w->b, rows, H, K, V);
     if (r->self == METALA_SELF_SKIP && !s->complex_values) {
-        if (r->value == METALA_VALUE_INPUT) be->skip_backward(ctx, d->u, GRAD(w->skip), d->p, a->conv_out, P + w->skip, rows, s->p);
-        else be->skip_backward(ctx, d->v, GRAD(w->skip), d->p, a->v, P + w->skip, rows, s->p);
+        int input = r->value == METALA_VALUE_INPUT;
+        be->skip_backward(ctx, input ? d->u : d->v, GRAD(w->skip), d->p, input ? a->conv_out : a->v, P + w->skip, rows, s->p);
     }
 }
 
-static void feature_backward(metala_context *ctx, const metala_backend *be, metala_map map, int taylor, real *dx, const real *dy,
-                             const real *x, const pass *p, size_t d) {
+static void feature_backward(metala_context *ctx, const metala_backend *be, metala_map map, int taylor, real *dx,
+                             const real *dy, const real *x, const pass *p, size_t d) {
     if (taylor) be->taylor_backward(ctx, dx, dy, x, p->rows, p->s.H, d);
     else be->map_backward(ctx, dx, dy, x, p->rows * p->s.H * p->s.K, map);
 }
@@ -4470,7 +4479,8 @@ void metala_state_free(metala_state *s) {
 static int make_room(metala_context *ctx, metala_state *s, size_t tokens) {
     const metala_backend *be = s->backend;
     sizes z = sizes_of(&s->model->config);
-    size_t HK = z.H * z.K, HV = z.H * z.V, LB = (size_t)s->model->config.layers * s->B, room = 2 * s->room, held = (size_t)s->position;
+    size_t HK = z.H * z.K, HV = z.H * z.V, LB = (size_t)s->model->config.layers * s->B;
+    size_t room = 2 * s->room, held = (size_t)s->position;
     if (tokens <= s->room || !cache_bytes(&s->model->config)) return 0;
     if (room < tokens) room = round_up(tokens, SEGMENT);
     real *keys = be->alloc(times(times(LB, room), times(HK, sizeof(real))));
@@ -4544,7 +4554,7 @@ metala_state *metala_state_create(metala_context *ctx, const metala_model *model
         const metala_config *c = &model->config;
         s->model = model, s->backend = model->backend, s->B = (size_t)B;
         size_t count = times((size_t)c->layers, s->B);
-        s->S = s->backend->alloc(times(times(count, state_count(c)), sizeof(real)) + 1);      // of one byte where there is nothing
+        s->S = s->backend->alloc(times(times(count, state_count(c)), sizeof(real)) + 1);   // 1: never of nothing
         s->tails = s->backend->alloc(times(times(count, tail_count(c)), sizeof(real)) + 1);
         if (bounds) s->bounds = s->backend->alloc(times(bounds, sizeof(real)));
         if (ssm) s->ssm = s->backend->alloc(times(ssm, sizeof(real)));
@@ -4583,7 +4593,8 @@ int metala_state_copy(metala_context *ctx, metala_state *to, const metala_state 
         sizes s = sizes_of(c);
         size_t HK = s.H * s.K, HV = s.H * s.V, held = (size_t)from->position;
         from->backend->copy(ctx, to->keys + i * to->room * HK, from->keys + i * from->room * HK, held * HK * sizeof(real));
-        from->backend->copy(ctx, to->values + i * to->room * HV, from->values + i * from->room * HV, held * HV * sizeof(real));
+        from->backend->copy(ctx, to->values + i * to->room * HV, from->values + i * from->room * HV,
+                            held * HV * sizeof(real));
         if (i < from->B) from->backend->copy(ctx, to->seen + i * to->room, from->seen + i * from->room, held);
     }
     from->backend->copy(ctx, to->S, from->S, all_states(from) * state_count(c) * sizeof(real));
@@ -4605,7 +4616,8 @@ static real *state_tensor(const metala_state *s, int layer, int which, metala_te
     snprintf(t->name, sizeof t->name, "%s.%d", shift && which == 1 ? "shift_state" : names[which], layer);
     t->dtype = REAL_TYPE;
     const size_t shapes[STATE_TENSORS][4] = {{s->B, z.H, z.K, z.V + z.ones}, {s->B, tail_width(c), METALA_CONV, 0},
-                                             {s->B, (size_t)s->position, z.H, channels}, {s->B, (size_t)s->position, z.H, channels}};
+                                             {s->B, (size_t)s->position, z.H, channels},
+                                             {s->B, (size_t)s->position, z.H, channels}};
     int there = which == 0 ? !softmax : which == 1 ? tail_width(c) > 0 : softmax && s->position > 0;
     t->ndim = which == 1 ? 3 : 4;
     t->count = 1;
@@ -4669,7 +4681,8 @@ static int read_segment(metala_context *ctx, metala_state *s, metala_form form, 
     be->embedding_forward(ctx, s->a.input, s->tokens, m->parameters + m->embedding, rows, D, embedding_scale(c));
     for (size_t l = 0; l < L; l++) {
         size_t keys = s->room * p.s.H * p.s.K, values = s->room * p.s.H * p.s.V;
-        memory_of_layer past = {s->S + l * s->B * state_count(c), s->tails + l * s->B * tail_count(c), NULL, NULL, s->seen, s->room};
+        memory_of_layer past = {s->S + l * s->B * state_count(c), s->tails + l * s->B * tail_count(c), NULL, NULL, s->seen,
+                                s->room};
         if (!tail_count(c)) past.tail = NULL;
         if (s->ssm) s->a.ssm = s->ssm + l * member_count(c, PER_SSM, 1, 1);
         if (s->keys) past.keys = s->keys + l * s->B * keys, past.values = s->values + l * s->B * values;
@@ -5847,8 +5860,9 @@ done:
 }
 
 // A state's file: of each layer state.<layer> [B,H,K,V] and conv_state.<layer> [B,D,4] or shift_state.<layer> [B,4D], or of
-// softmax attention keys.<layer> [B,T,H,K] and values.<layer> [B,T,H,V], and once seen [B,T]; the configuration and the position.
-int metala_state_save(metala_context *ctx, const metala_state *s, const char *path, const metala_pair *extra, size_t extras) {
+// softmax attention keys.<layer> [B,T,H,K] and values.<layer> [B,T,H,V], and once seen [B,T]; configuration and position.
+int metala_state_save(metala_context *ctx, const metala_state *s, const char *path, const metala_pair *extra,
+                      size_t extras) {
     const metala_config *config = &s->model->config;
     collection c;
     size_t layers = (size_t)config->layers, held = (size_t)s->position, numbers = 0, cached = cache_bytes(config) ? held : 0;
@@ -5916,7 +5930,7 @@ int metala_state_load(metala_context *ctx, metala_state *s, const char *path) {
     }
     size_t held = cache_bytes(config) ? (size_t)position : 0;
     const metala_tensor *mask = metala_file_find(f, "seen");
-    if (held && (!mask || mask->ndim != 2 || mask->shape[0] != s->B || mask->shape[1] != held)) {   // before memory is taken for it
+    if (held && (!mask || mask->ndim != 2 || mask->shape[0] != s->B || mask->shape[1] != held)) {   // before memory is taken
         fail(ctx, "%s: tensor seen is missing, or not of shape [%zu,%zu]; load a state that this model saved", path, s->B, held);
         goto done;
     }

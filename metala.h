@@ -287,8 +287,8 @@ uint64_t metala_state_position(const metala_state *state);                      
 // Of one sequence after so many tokens; only softmax attention's depends on them.
 size_t metala_state_bytes(const metala_config *config, uint64_t tokens);
 // Copy out "state.<layer>" (B,H,K,V), or "conv_state.<layer>" (B,D,4): the last 4 inputs of the convolution (normalised
-// and masked), oldest first; "shift_state.<layer>" (B,4D) of a token shift, "keys.<layer>" (B,T,H,K) and "values.<layer>"
-// (B,T,H,V) of softmax attention.
+// and masked), oldest first; "shift_state.<layer>" of a token shift: n (B,D), key and largest exponent (B,2,D) and v (B,D)
+// of the last token, one behind the other; "keys.<layer>" (B,T,H,K) and "values.<layer>" (B,T,H,V) of softmax attention.
 int metala_state_get(metala_context *ctx, const metala_state *state, const char *name, metala_real *out);
 
 // Read T more tokens of each sequence. tokens, mask (B,T); mask NULL or 1 token, 0 padding: as in the authors' code

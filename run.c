@@ -96,7 +96,8 @@ static const option options[] = {        // letter, name, argument, help, kind, 
     {0, "info", 0, "configuration, parameters, size of the state", FLAG, AT(info), 0, 0, 0},
     {0, "models", 0, "every row of the general form: equation, choices, sizes as in MODEL, or without one\n"
      "as by default", FLAG, AT(models), 0, 0, 0},
-    {0, "conditions", 0, "the paper's three conditions for each of them, computed; takes a minute", FLAG, AT(conditions), 0, 0, 0},
+    {0, "conditions", 0, "the paper's three conditions for each of them, computed; takes a minute", FLAG, AT(conditions),
+     0, 0, 0},
     {0, "quantize", "FILE", "write the model to FILE with smaller weights; --weights says which [int8]", TEXT,
      AT(quantize), 0, 0, 0},
     {0, "General", 0, 0, HEADING, 0, 0, 0, 0},
@@ -880,7 +881,8 @@ static void print_state_size(const metala_config *c) {
     if (c->row.decay == METALA_DECAY_SOFTMAX) puts("keys and values of a sequence, which grow with it:");
     else
         printf("state of a sequence, whatever its length: %s\nkeys and values that softmax attention would keep:\n"
-               "  %8.0f tokens %12s, as much as the state\n", size_text(text, state), ceil(state / token), size_text(text, state));
+               "  %8.0f tokens %12s, as much as the state\n", size_text(text, state), ceil(state / token),
+               size_text(text, state));
     for (int i = 0; i < 3; i++) {
         printf("  %8s tokens %12s", names[i], size_text(text, token * lengths[i]));
         if (c->row.decay != METALA_DECAY_SOFTMAX) printf(", %.0f times the state", token * lengths[i] / state);
@@ -901,7 +903,8 @@ static void print_models(const metala_config *of) {
         size_t parameters = metala_trainer_memory(&c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real);
         printf("%-14s %s\n%15s", r->name, r->equation, "");
         for (int i = 0; i < METALA_COLUMNS; i++)
-            printf("%s %s%s", columns[i].name, columns[i].values[*metala_row_column(&row, i)], i + 1 < METALA_COLUMNS ? ", " : "\n");
+            printf("%s %s%s", columns[i].name, columns[i].values[*metala_row_column(&row, i)],
+                   i + 1 < METALA_COLUMNS ? ", " : "\n");
         printf("%15s%.2f M parameters, state %s%s\n%15s%s\n\n", "", (double)parameters / 1e6,
                size_text(text, (double)(metala_state_bytes(&c, 1) - metala_state_bytes(&c, 0) ? metala_state_bytes(&c, 1)
                                                                                               : metala_state_bytes(&c, 0))),
@@ -946,7 +949,8 @@ static int write_quantized(const program *p) {
 //                    by gradient descent: what a row makes of its input is free for each token, what it has learned once for
 //                    each channel. Shown: what remains, |A - P|² / |P|², over the number of channels.
 //   parameters       of a layer's mixer, in units of D².
-enum { MAP = 16, MAPS = 4, FIT_STEPS = 1000, STARTS = 4, MOST_CHANNELS = 16, MOST_FREE = MAP * (3 * MOST_CHANNELS + 2) + 5 * MOST_CHANNELS + 1 };
+enum { MAP = 16, MAPS = 4, FIT_STEPS = 1000, STARTS = 4, MOST_CHANNELS = 16,
+       MOST_FREE = MAP * (3 * MOST_CHANNELS + 2) + 5 * MOST_CHANNELS + 1 };
 
 typedef struct {                         // where the free numbers of a fit stand, SIZE_MAX for what the row has not
     const metala_row *row;
@@ -1140,7 +1144,8 @@ static double probe(program *p, const metala_named_row *row) {
     static const metala_init init = {0.5, 1, 4, 0};
     metala_config c = metala_config_default();
     double S[4][MOST], most = 0, change = 0;
-    c.width = 16, c.layers = 1, c.heads = 8, c.vocab_size = 16, c.glu_dim = 8, c.feature_dim = 4, c.low_rank = 4, c.state_size = 4;
+    c.width = 16, c.layers = 1, c.heads = 8, c.vocab_size = 16, c.glu_dim = 8;
+    c.feature_dim = c.low_rank = c.state_size = 4;
     c.row = row->row, c.expand = row->expand;
     size_t count = metala_state_bytes(&c, 0) / sizeof(metala_real), tail = 4 * 16 * (size_t)c.expand;
     if (row->row.conv != METALA_CONV_OFF) count -= row->row.conv == METALA_CONV_VALUE ? tail : 64;
@@ -1164,13 +1169,15 @@ static int print_conditions(program *p) {
     double P[MAPS][MAP * MAP];
     uint64_t random = 1;
     for (int i = 0; i < MAPS; i++) random_map(P[i], &random);
-    printf("%-15s %-16s %-47s %s\n%-15s %-16s", "", "dynamic memory", "static approximation, what remains at", "parameters", "", "change");
+    printf("%-15s %-16s %-47s %s\n%-15s %-16s", "", "dynamic memory", "static approximation, what remains at", "parameters", "",
+           "change");
     for (int k = 0; k < SIZES; k++) printf(k ? " K %-6zu" : "K %-6zu", sizes[k]);
     printf("of D²\n");
     for (const metala_named_row *r = metala_rows(); r->name; r++) {
         metala_config c = metala_config_default();
         c.row = r->row, c.expand = r->expand, c.width = 512, c.layers = 1;
-        double all = (double)(metala_trainer_memory(&c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real)), D = c.width;
+        size_t bytes = metala_trainer_memory(&c, 1, 1, METALA_KEEP_INPUTS, 1).parameters;
+        double all = (double)(bytes / sizeof(metala_real)), D = c.width;
         double mixer = all - 2.0 * c.vocab_size * D - 3.0 * c.glu_dim * D;
         int softmax = r->row.decay == METALA_DECAY_SOFTMAX, one = r->row.query == METALA_QUERY_EXP;
         double change = softmax ? 0 : probe(p, r);
