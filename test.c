@@ -3755,6 +3755,24 @@ static void check_rows(void) {
         expect(!metala_row_column(&c.row, -1) && !metala_row_column(&c.row, METALA_COLUMNS), "no columns out of range");
         end_check();
     }
+    if (begin(0, "rows: a state of another row is refused, though its shapes are the same")) {
+        const char *names[2] = {"lru", "s5"}, *path = scratch_path("state.tmp");
+        metala_model *m[2];
+        metala_state *state[2];
+        for (int i = 0; i < 2; i++) {
+            metala_config c = metala_config_default();
+            c.width = 8, c.layers = 1, c.glu_dim = 4;
+            expect(!metala_config_row(ctx, &c, names[i]), "a row called %s", names[i]);
+            m[i] = random_model(&c, 5);
+            state[i] = metala_state_create(ctx, m[i], 1);
+            expect(!metala_state_save(ctx, state[i], path, NULL, 0) && !metala_state_load(ctx, state[i], path), "its own is taken");
+        }
+        expect(metala_state_load(ctx, state[0], path) && strstr(metala_error(ctx), "decay is zoh, this model's is lru"),
+               "another's is not: '%s'", metala_error(ctx));
+        for (int i = 0; i < 2; i++) metala_state_free(state[i]), metala_model_free(m[i]);
+        remove(path);
+        end_check();
+    }
     for (const metala_named_row *row = metala_rows(); row->name; row++) {
         metala_config c = row_config(row);
         char name[60];
