@@ -407,7 +407,7 @@ train text.txt $six --model gla --out gla.st 2> err
 fails 1 "--model: got retnet, but gla.st has gla" "train --resume --model another" train --resume --out gla.st --model retnet
 fails 1 "--match-params: metala has " "train --match-params: a mixer that is too large" train text.txt $six --model retnet --expand 16 --match-params
 works "run --models" run --models
-has "run --models: rows, equations, choices, sizes, papers" out "mamba " "decay selective" "M parameters, state " "RWKV, Peng 2023"
+has "run --models: rows, equations, choices, sizes, papers" out "mamba " "decay selective" "M parameters, state " "Peng 2023"
 works "run --conditions" run --conditions
 has "run --conditions: a line for each row" out "dynamic memory" "metala  " "no " "keeps all"
 for flag in tie glu-bias scale-embedding; do
