@@ -406,16 +406,14 @@ static int check_settings(settings *s) {
 
 // The row that --model names, with the choices made on the command line in place of its own.
 static int choose_row(settings *s) {
-    const metala_named_row *r = metala_rows();
-    char known[400] = "";
-    for (; r->name && strcmp(r->name, s->model); r++)
-        snprintf(known + strlen(known), sizeof known - strlen(known), "%s%s", *known ? ", " : "", r->name);
-    if (!r->name) return complain("--model: got '%s', expected one of %s", s->model, known);
-    s->config.row = r->row;
-    if (!s->config.expand) s->config.expand = r->expand;
-    for (int i = 0; i < OPTIONS; i++)
-        if (options[i].kind == COLUMN && s->given[i] && set_option(s, &options[i], s->given[i])) return -1;
-    return 0;
+    metala_context *ctx = metala_open(NULL, 1);
+    int expand = s->config.expand;
+    int status = ctx && !metala_config_row(ctx, &s->config, s->model) ? 0 : complain("--model: %s", metala_error(ctx));
+    if (expand) s->config.expand = expand;
+    metala_close(ctx);
+    for (int i = 0; i < OPTIONS && !status; i++)
+        if (options[i].kind == COLUMN && s->given[i]) status = set_option(s, &options[i], s->given[i]);
+    return status;
 }
 
 static int parse_options(settings *s, int argc, char **argv) {
