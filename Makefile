@@ -7,7 +7,8 @@
 #   make test-programs  tries every flag and every error of the programs
 #   make mutants        plants faults in metala.c and requires that the checks notice each (COUNT=6 for a sample)
 #   make bench          speed of every kernel, as a share of what this machine can do, and of training steps
-#   make bench-peers    a training step in turn with PyTorch's, where python3 has torch
+#   make bench-peers    a training step in turn with PyTorch's, where python3 has torch; with LLAMA2C=folder decoding with
+#                       llama2.c's, with LLMC=folder training with llm.c's, built there (bench/peers.sh says what they need)
 #   make CUDA=1         with the kernels of cuda_metala.cu, for --device cuda; without nvcc the CPU's programs alone
 #   make bench-cuda     speed of the GPU's kernels, as a share of what it does in a large product or copy (with CUDA=1)
 #   make test-cuda      the GPU against the CPU: every kernel, models, golden files (make CUDA=1 test-cuda)
@@ -177,7 +178,8 @@ bench-cuda: build/bench train
 	./train --bench --profile --device cuda --math bf16 --width 1024 --layers 24 --heads 8 --glu-dim 2816 --vocab 32000 \
 	    --context 2048 --batch 8 --checkpoint-layers
 
-bench-peers: train
+bench-peers: train run
+	bench/peers.sh
 	bench/bench.sh
 	bench/bench.sh --width 512 --layers 8 --heads 8 --glu-dim 1408 --vocab 8192
 
