@@ -383,12 +383,12 @@ static inline real total(const real *a, size_t n) {
 //   Pack.  Beforehand, B is copied in strips of 2·LANES columns, so that a tile reads it from beginning to end; so is
 //          A in strips of 6 rows, unless its rows are contiguous already. The strides of the source are free, and so
 //          the three variants are one function.
-//   Block. k is cut in pieces of DEPTH, and A in blocks, such that a strip of B stays in the level-1 cache while
-//          the strips of a block of A (level 2) pass by.
+//   Block. k is cut in pieces of DEPTH, B in BLOCK_COLUMNS and A in BLOCK_ROWS, such that what is packed stays in the
+//          level-2 cache, from which one strip of B after the other comes to level 1 and meets all strips of A.
 //
 // Every element of C is summed in the same order whatever the number of threads: they share out tiles of C.
 
-enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LANES, DEPTH = 256, BLOCK_ROWS = 192, BLOCK_COLUMNS = 2048 };
+enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LANES, DEPTH = 512, BLOCK_ROWS = 96, BLOCK_COLUMNS = 512, PIECE_DEPTH = 16 };
 
 // tile_R: C[R × TILE_COLUMNS] = start + Σ_k A(0..R, k) b[k][0..TILE_COLUMNS), for R = 1 … 6 rows, with
 // A(i,k) = a[i·a_row + k·a_k]. start is C itself (accumulate), or one row (a bias, zeros) with row stride 0. Named
@@ -417,17 +417,16 @@ typedef void tile_function(real *c, size_t c_stride, const real *start, size_t s
 DEFINE_TILE(1) DEFINE_TILE(2) DEFINE_TILE(3) DEFINE_TILE(4) DEFINE_TILE(5) DEFINE_TILE(6)
 static tile_function *const tile[TILE_ROWS + 1] = {NULL, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
 
-static size_t strips(size_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }       // of at most 6 rows each
 static size_t round_up(size_t n, size_t unit) { return n > SIZE_MAX - unit ? SIZE_MAX : (n + unit - 1) / unit * unit; }
 
 // C[M×N] = start + Σ_k A(i,k) b[k][N] for small matrices, of which b is stored this way already (rows of k); N must be a
 // multiple of TILE_COLUMNS. A(i,k) as above.
 static void block_product(real *c, size_t c_stride, const real *start, size_t start_stride, const real *a, size_t a_row,
                           size_t a_k, const real *b, size_t b_stride, size_t M, size_t N, size_t depth) {
-    size_t count = strips(M);
+    size_t strips = (M + TILE_ROWS - 1) / TILE_ROWS;                       // of M/strips rows: 16 are 6 + 5 + 5, not 6 + 6 + 4
     for (size_t j = 0; j < N; j += TILE_COLUMNS)
-        for (size_t s = 0; s < count; s++) {
-            size_t i = share(M, count, s), rows = share(M, count, s + 1) - i;
+        for (size_t s = 0; s < strips; s++) {
+            size_t i = share(M, strips, s), rows = share(M, strips, s + 1) - i;
             tile[rows](c + i * c_stride + j, c_stride, start + i * start_stride + j, start_stride, a + i * a_row, a_row,
                        a_k, b + j, b_stride, depth);
         }
@@ -449,27 +448,25 @@ static void tile_at_edge(size_t rows, size_t columns, real *c, size_t c_stride, 
     for (size_t i = 0; i < rows; i++) memcpy(c + i * c_stride, buffer + i * TILE_COLUMNS, columns * sizeof(real));
 }
 
-// packed[k][i] = source[i·row_stride + k·k_stride] for i < rows, zeros up to `width`.
+// packed[k][i] = source[i·row_stride + k·k_stride] for i < rows, zeros up to `width`. Where rows are contiguous, a constant
+// number of them becomes a few moves of registers; their steps in k may be too long for the processor to foresee.
+#define COPY_ROWS(R)                                                                  \
+    for (size_t k = 0; k < depth; k++) {                                              \
+        PREFETCH(source + k * k_stride, 2 * PIECE_DEPTH * k_stride * sizeof(real));   \
+        memcpy(packed + k * R, source + k * k_stride, R * sizeof(real));              \
+    }
 static void pack_strip(real *packed, size_t width, const real *source, size_t row_stride, size_t k_stride,
                        size_t rows, size_t depth) {
-    if (row_stride == 1 && rows == TILE_COLUMNS)                    // constant sizes become a few moves of registers
-        for (size_t k = 0; k < depth; k++)
-            memcpy(packed + k * TILE_COLUMNS, source + k * k_stride, TILE_COLUMNS * sizeof(real));
-    else if (row_stride == 1 && rows == TILE_ROWS && width == TILE_ROWS)
-        for (size_t k = 0; k < depth; k++)
-            memcpy(packed + k * TILE_ROWS, source + k * k_stride, TILE_ROWS * sizeof(real));
-    else if (row_stride == 1)                                       // in the order of the source
-        for (size_t k = 0; k < depth; k++) {
-            size_t i = 0;
-            for (; i < rows; i++) packed[k * width + i] = source[i + k * k_stride];
-            for (; i < width; i++) packed[k * width + i] = 0;
+    if (row_stride == 1 && rows == width && rows == TILE_COLUMNS) COPY_ROWS(TILE_COLUMNS)
+    else if (row_stride == 1 && rows == width && rows == TILE_ROWS) COPY_ROWS(TILE_ROWS)
+    else
+        for (size_t k0 = 0; k0 < depth; k0 += PIECE_DEPTH) {                // a piece of `packed` stays in the cache
+            size_t end = depth - k0 < PIECE_DEPTH ? depth : k0 + PIECE_DEPTH;
+            for (size_t i = 0; i < rows; i++)
+                for (size_t k = k0; k < end; k++) packed[k * width + i] = source[i * row_stride + k * k_stride];
+            for (size_t i = rows; i < width; i++)
+                for (size_t k = k0; k < end; k++) packed[k * width + i] = 0;
         }
-    else {
-        for (size_t i = 0; i < rows; i++)
-            for (size_t k = 0; k < depth; k++) packed[k * width + i] = source[i * row_stride + k * k_stride];
-        for (size_t i = rows; i < width; i++)
-            for (size_t k = 0; k < depth; k++) packed[k * width + i] = 0;
-    }
 }
 
 // ---- Quantized weights. Generation reads every weight for every token and does little else, so fewer bytes are more
@@ -591,71 +588,91 @@ static void pack_quantized(real *packed, const quantized *weights, size_t j0, si
 }
 
 // C[M×N] = A B, or C += A B.   A(i,k) = a[i·a_row + k·a_k],  B(k,j) = b[k·b_k + j·b_column], or
-// B(k,j) = W'[j][k] of quantized weights when those are not NULL;  bias [N] or NULL is added when C is not accumulated.
+// B(k,j) = W'[j][k] of quantized weights when those are not NULL.
+typedef struct {
+    real *c;
+    const real *a, *b, *start_row;      // what C starts from when it is not added to: (N) a bias, or zeros
+    size_t a_row, a_k, b_k, b_column;
+    const quantized *weights;
+    size_t N, K;
+    int accumulate;
+} product;
+
+// Rows i0 to i1 and columns j0 to j1 of C, over `depth` terms from k0 on. packed_b: those of B, in strips.
+static void multiply_block(const product *m, size_t i0, size_t i1, size_t j0, size_t j1, size_t k0, size_t depth,
+                           const real *packed_b, real *packed_a) {
+    int from_c = m->accumulate || k0 > 0;
+    for (size_t k = 0; k < depth && m->a_k != 1; k += PIECE_DEPTH)          // what strips share of a cache line is read once
+        for (size_t i = i0; i < i1; i += TILE_ROWS) {
+            size_t rows = i1 - i < TILE_ROWS ? i1 - i : TILE_ROWS, most = depth - k < PIECE_DEPTH ? depth - k : PIECE_DEPTH;
+            pack_strip(packed_a + (i - i0) * depth + k * rows, rows, m->a + i * m->a_row + (k0 + k) * m->a_k, m->a_row,
+                       m->a_k, rows, most);
+        }
+    for (size_t j = j0; j < j1; j += TILE_COLUMNS)
+        for (size_t i = i0; i < i1; i += TILE_ROWS) {
+            size_t rows = i1 - i < TILE_ROWS ? i1 - i : TILE_ROWS;
+            real *to = m->c + i * m->N + j;
+            const real *start = from_c ? to : m->start_row + j, *strip_b = packed_b + (j - j0) * depth;
+            const real *strip_a = m->a_k == 1 ? m->a + i * m->a_row + k0 : packed_a + (i - i0) * depth;
+            size_t row_step = m->a_k == 1 ? m->a_row : 1, k_step = m->a_k == 1 ? 1 : rows, start_step = from_c ? m->N : 0;
+            if (j1 - j >= TILE_COLUMNS)
+                tile[rows](to, m->N, start, start_step, strip_a, row_step, k_step, strip_b, TILE_COLUMNS, depth);
+            else tile_at_edge(rows, j1 - j, to, m->N, start, start_step, strip_a, row_step, k_step, strip_b, depth);
+        }
+}
+
+// The part of C that one thread has: rows first to last, columns left to right. work: packed B, packed A.
+static void multiply_part(const product *m, size_t first, size_t last, size_t left, size_t right, real *work) {
+    real *packed_a = work + BLOCK_COLUMNS * DEPTH;
+    for (size_t j0 = left; j0 < right; j0 += BLOCK_COLUMNS) {
+        size_t j1 = right - j0 < BLOCK_COLUMNS ? right : j0 + BLOCK_COLUMNS, k0 = 0;
+        do {                                                                // once at least: K = 0 still sets C
+            size_t depth = m->K - k0 < DEPTH ? m->K - k0 : DEPTH;
+            for (size_t j = j0; j < j1; j += TILE_COLUMNS) {
+                size_t columns = j1 - j < TILE_COLUMNS ? j1 - j : TILE_COLUMNS;
+                real *strip = work + (j - j0) * depth;
+                if (m->weights) pack_quantized(strip, m->weights, j, columns, k0, depth);
+                else
+                    pack_strip(strip, TILE_COLUMNS, m->b + k0 * m->b_k + j * m->b_column, m->b_column, m->b_k, columns, depth);
+            }
+            for (size_t i = first; i < last; i += BLOCK_ROWS)
+                multiply_block(m, i, last - i < BLOCK_ROWS ? last : i + BLOCK_ROWS, j0, j1, k0, depth, work, packed_a);
+            k0 += depth;
+        } while (k0 < m->K);
+    }
+}
+
+// Threads share out C as a grid, of so many parts across as costs least, where for each k a tile costs 4, packing a strip of
+// B 16 and reading one of A 1. Each packs for itself what it needs: what another thread has just written is slower to read
+// than to write again.
+static size_t parts_across(size_t threads, size_t strips_a, size_t strips_b) {
+    size_t best = 1, least = SIZE_MAX;
+    for (size_t across = 1; across <= threads; across++) {
+        size_t down = threads / across, rows = (strips_a + down - 1) / down, columns = (strips_b + across - 1) / across;
+        size_t cost = 4 * rows * columns + 16 * columns + rows;
+        if (cost < least) least = cost, best = across;
+    }
+    return best;
+}
+
 static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t a_row, size_t a_k, const real *b,
                             size_t b_k, size_t b_column, const quantized *weights, const real *bias, size_t M,
                             size_t N, size_t K, int accumulate) {
-    if (M == 0 || N == 0) return;
-    // Rows are cut in blocks, one or more for each thread; when there are fewer blocks than threads, columns as well.
-    size_t threads = (size_t)ctx->threads, blocks = strips(M);
-    if (blocks > threads) blocks = threads * ((M + threads * BLOCK_ROWS - 1) / (threads * BLOCK_ROWS));
-    if (blocks > strips(M)) blocks = strips(M);
-    size_t cuts = blocks >= threads ? 1 : (threads + blocks - 1) / blocks;
-    size_t columns = round_up(N < BLOCK_COLUMNS ? N : BLOCK_COLUMNS, TILE_COLUMNS);
-    size_t block_rows = (M + blocks - 1) / blocks;
-
-    // [ a row of zeros or the bias | packed B | packed A of thread 0 | of thread 1 | … ]
-    size_t depth_most = K < DEPTH ? K : DEPTH, start_count = round_up(N, TILE_COLUMNS);
-    size_t b_count = columns * depth_most, a_count = block_rows * depth_most;
-    real *start_row = scratch(ctx, (start_count + b_count + threads * a_count) * sizeof(real));
+    size_t strips_a = (M + TILE_ROWS - 1) / TILE_ROWS, strips_b = (N + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    size_t threads = (size_t)ctx->threads, across = parts_across(threads, strips_a, strips_b), down = threads / across;
+    size_t each = (BLOCK_COLUMNS + BLOCK_ROWS) * DEPTH, start_count = strips_b * TILE_COLUMNS;
+    real *start_row = scratch(ctx, plus(start_count, threads * each) * sizeof(real));
     if (!start_row) return;
-    real *packed_b = start_row + start_count, *packed_a = packed_b + b_count;
     memset(start_row, 0, start_count * sizeof(real));
     if (bias) memcpy(start_row, bias, N * sizeof(real));
-
-    PARALLEL
-    for (size_t j0 = 0; j0 < N; j0 += columns) {
-        size_t n = N - j0 < columns ? N - j0 : columns, panels = (n + TILE_COLUMNS - 1) / TILE_COLUMNS;
-        size_t k0 = 0;
-        do {                                                        // once at least: K = 0 still sets C
-            size_t depth = K - k0 < DEPTH ? K - k0 : DEPTH;
-            int from_c = accumulate || k0 > 0;
-            SHARED_FOR
-            for (size_t p = 0; p < panels; p++) {
-                size_t j = p * TILE_COLUMNS, width = n - j < TILE_COLUMNS ? n - j : TILE_COLUMNS;
-                if (weights) pack_quantized(packed_b + j * depth, weights, j0 + j, width, k0, depth);
-                else pack_strip(packed_b + j * depth, TILE_COLUMNS, b + k0 * b_k + (j0 + j) * b_column, b_column, b_k,
-                                width, depth);
-            }
-            SHARED_FOR
-            for (size_t task = 0; task < blocks * cuts; task++) {
-                size_t i0 = share(M, blocks, task / cuts), i1 = share(M, blocks, task / cuts + 1);
-                size_t first = share(panels, cuts, task % cuts), last = share(panels, cuts, task % cuts + 1);
-                size_t count = strips(i1 - i0);
-                real *own_a = packed_a + thread_number() * a_count;
-                for (size_t s = 0; s < count && a_k != 1; s++) {
-                    size_t i = share(i1 - i0, count, s), rows = share(i1 - i0, count, s + 1) - i;
-                    pack_strip(own_a + i * depth, rows, a + (i0 + i) * a_row + k0 * a_k, a_row, a_k, rows, depth);
-                }
-                for (size_t p = first; p < last; p++)
-                    for (size_t s = 0; s < count; s++) {
-                        size_t i = share(i1 - i0, count, s), rows = share(i1 - i0, count, s + 1) - i;
-                        size_t j = p * TILE_COLUMNS;
-                        real *to = c + (i0 + i) * N + j0 + j;
-                        const real *start = from_c ? to : start_row + j0 + j;
-                        const real *strip_a = a_k == 1 ? a + (i0 + i) * a_row + k0 : own_a + i * depth;
-                        const real *strip_b = packed_b + j * depth;
-                        size_t row_step = a_k == 1 ? a_row : 1, k_step = a_k == 1 ? 1 : rows;
-                        if (n - j >= TILE_COLUMNS)
-                            tile[rows](to, N, start, from_c ? N : 0, strip_a, row_step, k_step, strip_b,
-                                       TILE_COLUMNS, depth);
-                        else
-                            tile_at_edge(rows, n - j, to, N, start, from_c ? N : 0, strip_a, row_step, k_step,
-                                         strip_b, depth);
-                    }
-            }
-            k0 += depth;
-        } while (k0 < K);
+    const product m = {c, a, b, start_row, a_row, a_k, b_k, b_column, weights, N, K, accumulate};
+    PARALLEL_FOR(M * N * K)
+    for (size_t part = 0; part < down * across; part++) {
+        size_t row = part / across, column = part % across;
+        size_t first = share(strips_a, down, row) * TILE_ROWS, last = share(strips_a, down, row + 1) * TILE_ROWS;
+        size_t left = share(strips_b, across, column) * TILE_COLUMNS, right = share(strips_b, across, column + 1) * TILE_COLUMNS;
+        multiply_part(&m, first, last < M ? last : M, left, right < N ? right : N,
+                      start_row + start_count + thread_number() * each);
     }
 }
 
@@ -2438,6 +2455,12 @@ static void add_pairs(real *restrict to, const real *restrict x, size_t n) {
     for (size_t i = 0; i < n; i++) to[i] = x[2 * i] + x[2 * i + 1];
 }
 
+// to[16i + j] = x[32i + j] + x[32i + 16 + j] for j < 16: of what is far apart, sums need no moves within vectors.
+static void add_halves(real *restrict to, const real *restrict x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < 16; j++) to[16 * i + j] = x[32 * i + j] + x[32 * i + 16 + j];
+}
+
 // Each of the n numbers x `count` times, in `to`; or where they are, if that is once. work: n·count/2. Loops over pairs
 // become vector instructions, loops over 16 neighbours hardly; so this doubles as often as it can, and add_up halves.
 static const real *repeat(real *to, const real *x, size_t n, size_t count, real *work) {
@@ -2452,7 +2475,10 @@ static const real *repeat(real *to, const real *x, size_t n, size_t count, real 
 // to[i] = Σ of the i-th `count` numbers of x, for n sums; x is used up. One number is its own sum: then x is `to`.
 static void add_up(real *to, real *x, size_t n, size_t count, real *work) {
     if (count == 2) add_pairs(to, x, n);
-    else if (count % 2 == 0) {
+    else if (count % 32 == 0) {
+        add_halves(work, x, n * count / 32);
+        add_up(to, work, n, count / 2, x);
+    } else if (count % 2 == 0) {
         add_pairs(work, x, n * count / 2);
         add_up(to, work, n, count / 2, x);
     } else
@@ -2914,6 +2940,10 @@ static const char *row_problem(const metala_config *c) {
         {r->normaliser && v != METALA_VALUE_LINEAR, "the normaliser needs linear values"},
         {r->normaliser && r->self != METALA_SELF_OFF && r->self != METALA_SELF_BONUS,
          "with a normaliser self is off or bonus"},
+        {r->normaliser && (q == METALA_QUERY_LINEAR || q == METALA_QUERY_SILU || k == METALA_KEY_LINEAR || k == METALA_KEY_SILU
+                           || r->phase),
+         "the normaliser divides by a sum of weights that must be positive: query elu1, taylor or exp, a key of these or tied,"
+         " phase off"},
         {r->self == METALA_SELF_AUGMENT && complex_values, "self augment needs real values"},
         {(v == METALA_VALUE_PRODUCT) != (r->conv == METALA_CONV_KEY), "value product and conv key belong together"},
         {v == METALA_VALUE_PRODUCT && (k != METALA_KEY_CONSTANT || c->expand != 1),
@@ -3638,37 +3668,36 @@ static void mixer_projections(metala_context *ctx, const metala_model *m, int la
     if (s->g) linear(ctx, m, a->g, gate_in, w->g, parameter(m, w->g_bias), p->rows, s->g, s->D);
 }
 
-// f_q and f_k alike: from a projection to what the scan takes.
-static void feature_forward(metala_context *ctx, const metala_backend *be, metala_map map, int taylor, real *y,
-                            const real *x, const pass *p, size_t d) {
-    if (taylor) be->taylor_forward(ctx, y, x, p->rows, p->s.H, d);
-    else be->map_forward(ctx, y, x, p->rows * p->s.H * p->s.K, map);
+// f_q or f_k: from a projection x to what the scan takes, y (rows,H,K). choice: one of METALA_QUERY_*; those of keys come in
+// the same order (key_choice). constant [H,K]: what METALA_QUERY_CONSTANT repeats.
+static int key_choice(const metala_row *r) { return r->key - METALA_KEY_LINEAR; }
+
+static void feature_forward(metala_context *ctx, const metala_model *m, int choice, real *y, const real *x,
+                            const real *constant, const pass *p) {
+    const metala_backend *be = m->backend;
+    size_t H = p->s.H, K = p->s.K;
+    switch (choice) {
+        case METALA_QUERY_SILU: be->map_forward(ctx, y, x, p->rows * H * K, METALA_MAP_SILU); break;
+        case METALA_QUERY_ELU1: be->map_forward(ctx, y, x, p->rows * H * K, METALA_MAP_ELU1); break;
+        case METALA_QUERY_TAYLOR: be->taylor_forward(ctx, y, x, p->rows, H, (size_t)m->config.feature_dim); break;
+        case METALA_QUERY_ONE: repeat_rows(ctx, be, y, m->constants, p->rows, H * K); break;
+        case METALA_QUERY_CONSTANT: repeat_rows(ctx, be, y, constant, p->rows, H * K); break;
+        case METALA_QUERY_SHARED: be->copy_heads_forward(ctx, y, x, p->rows, H, K); break;
+    }
 }
 
-// The angles by which values, or queries and keys, rotate, and how many heads share them; NULL for none.
-static const real *mixer_angles(const metala_model *m, int layer, const activations *a, const pass *p, int *shared) {
-    const metala_row *r = &m->config.row;
-    *shared = r->phase == METALA_PHASE_ROPE || r->phase == METALA_PHASE_FIRST;
-    if (r->phase == METALA_PHASE_ROPE) return m->constants + p->s.H * p->s.K;
-    if (r->phase == METALA_PHASE_DECAY) return a->ssm + p->s.H * p->s.states;
-    return parameter(m, m->layers[layer].theta);                  // of FIRST and LEARNED
-}
-
-// q, k, v and α. What has no memory of its own is there already.
-static void mixer_choices(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p,
-                          real *tail, int again) {
+// f_α, and what it makes beside α: a tied key; θ and b of a complex decay; q, k and the bonus of METALA_DECAY_EXP; v of
+// METALA_DECAY_SELECTIVE. exponents: the state of METALA_DECAY_EXP, or NULL.
+static void decay_forward(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p,
+                          real *exponents) {
     const metala_backend *be = m->backend;
     const metala_config *c = &m->config;
     const metala_row *r = &c->row;
     const layer_offsets *w = &m->layers[layer];
     const real *P = m->parameters;
-    const sizes *s = &p->s;
-    size_t rows = p->rows, H = s->H, K = s->K, HK = H * K, HN = H * s->states, d = (size_t)c->feature_dim;
-    const real *ones = m->constants, *decays = ones + HK + K / 2;
-    real *tied = r->key == METALA_KEY_TIED ? a->k : NULL, *b = a->ssm ? a->ssm + 2 * HN : NULL;
-    real *shifted = r->conv == METALA_CONV_SHIFT ? tail : NULL;             // only its tail has these parts
-    real *exponents = shifted ? shifted + p->B * s->D : NULL, *last_v = shifted ? shifted + 3 * p->B * s->D : NULL;
-
+    size_t rows = p->rows, H = p->s.H, K = p->s.K, N = p->s.states, HK = H * K;
+    const real *decays = m->constants + HK + K / 2;
+    real *tied = r->key == METALA_KEY_TIED ? a->k : NULL;
     switch (r->decay) {
         case METALA_DECAY_DYNAMIC: case METALA_DECAY_LOWRANK: case METALA_DECAY_FIXED:
             be->gate_forward(ctx, a->alpha, tied, a->z, rows * HK, c->tau);
@@ -3685,56 +3714,72 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
             break;
         case METALA_DECAY_LRU: case METALA_DECAY_ZOH: case METALA_DECAY_DSS:
             if (p->ssm_ready) break;
-            be->ssm_forward(ctx, (metala_ssm)(r->decay - METALA_DECAY_LRU), a->ssm, a->ssm + HN, b, P + w->ssm_decay,
-                            P + w->ssm_phase, P + w->ssm_step, H, s->states, (size_t)c->length);
+            be->ssm_forward(ctx, (metala_ssm)(r->decay - METALA_DECAY_LRU), a->ssm, a->ssm + H * N, a->ssm + 2 * H * N,
+                            P + w->ssm_decay, P + w->ssm_phase, P + w->ssm_step, H, N, (size_t)c->length);
             break;
         case METALA_DECAY_SELECTIVE:
             be->selective_forward(ctx, a->alpha, a->v, a->z, a->conv_out, P + w->A, rows, H, K);
             break;
     }
-    if (r->phase == METALA_PHASE_DECAY && s->complex_values) repeat_rows(ctx, be, a->alpha, a->ssm, rows, HN);
+    if (r->phase == METALA_PHASE_DECAY && p->s.complex_values) repeat_rows(ctx, be, a->alpha, a->ssm, rows, H * N);
     else if (r->phase == METALA_PHASE_DECAY) {
-        if (!p->ssm_ready) be->copy_heads_forward(ctx, a->ssm + 4 * HN, a->ssm, HN, 2, 1);
-        repeat_rows(ctx, be, a->alpha, a->ssm + 4 * HN, rows, HK);
+        if (!p->ssm_ready) be->copy_heads_forward(ctx, a->ssm + 4 * H * N, a->ssm, H * N, 2, 1);
+        repeat_rows(ctx, be, a->alpha, a->ssm + 4 * H * N, rows, HK);
     }
+}
 
-    switch (r->query) {
-        case METALA_QUERY_SILU: feature_forward(ctx, be, METALA_MAP_SILU, 0, a->q, a->q_proj, p, d); break;
-        case METALA_QUERY_ELU1: feature_forward(ctx, be, METALA_MAP_ELU1, 0, a->q, a->q_proj, p, d); break;
-        case METALA_QUERY_TAYLOR: feature_forward(ctx, be, METALA_MAP_NONE, 1, a->q, a->q_proj, p, d); break;
-        case METALA_QUERY_ONE: repeat_rows(ctx, be, a->q, ones, rows, HK); break;
-        case METALA_QUERY_CONSTANT: repeat_rows(ctx, be, a->q, P + w->C, rows, HK); break;
-        case METALA_QUERY_SHARED: be->copy_heads_forward(ctx, a->q, a->q_proj, rows, H, K); break;
-    }
-    switch (r->key) {
-        case METALA_KEY_SILU: feature_forward(ctx, be, METALA_MAP_SILU, 0, a->k, a->k_proj, p, d); break;
-        case METALA_KEY_ELU1: feature_forward(ctx, be, METALA_MAP_ELU1, 0, a->k, a->k_proj, p, d); break;
-        case METALA_KEY_TAYLOR: feature_forward(ctx, be, METALA_MAP_NONE, 1, a->k, a->k_proj, p, d); break;
-        case METALA_KEY_ONE: repeat_rows(ctx, be, a->k, ones, rows, HK); break;
-        case METALA_KEY_CONSTANT: repeat_rows(ctx, be, a->k, b, rows, HK); break;
-        case METALA_KEY_SHARED: be->copy_heads_forward(ctx, a->k, a->k_proj, rows, H, K); break;
-    }
-    if (r->conv == METALA_CONV_KEY) {
-        be->conv_forward(ctx, NULL, a->conv_in, a->k_proj, P + w->conv, tail, p->B, p->T, s->k);
-        if (tail) be->conv_tail(ctx, tail, a->k_proj, p->B, p->T, s->k);
-    }
+// f_v. last_v: the state of the bonus, or NULL.
+static void value_forward(metala_context *ctx, const metala_model *m, const activations *a, const pass *p, real *last_v) {
+    const metala_backend *be = m->backend;
+    const metala_row *r = &m->config.row;
+    size_t rows = p->rows, H = p->s.H, V = p->s.V;
     switch (r->value) {
         case METALA_VALUE_LINEAR:
-            if (s->ones) {
-                be->extend_forward(ctx, a->v, a->v_proj, p->mask, last_v, r->self == METALA_SELF_BONUS, p->B, p->T, H, s->V);
-                if (last_v) be->last_token(ctx, last_v, a->v_proj, p->B, p->T, H * s->V);
+            if (p->s.ones) {
+                be->extend_forward(ctx, a->v, a->v_proj, p->mask, last_v, r->self == METALA_SELF_BONUS, p->B, p->T, H, V);
+                if (last_v) be->last_token(ctx, last_v, a->v_proj, p->B, p->T, H * V);
             }
             break;
-        case METALA_VALUE_COMPLEX: be->scale_pairs_forward(ctx, a->v, a->v_proj, b, rows, H); break;
-        case METALA_VALUE_SILU: be->map_forward(ctx, a->v, a->v_proj, rows * H * s->V, METALA_MAP_SILU); break;
-        case METALA_VALUE_PRODUCT: be->multiply_forward(ctx, a->v, a->conv_in, a->v_proj, rows * H * s->V); break;
+        case METALA_VALUE_COMPLEX: be->scale_pairs_forward(ctx, a->v, a->v_proj, a->ssm + 2 * H, rows, H); break;
+        case METALA_VALUE_SILU: be->map_forward(ctx, a->v, a->v_proj, rows * H * V, METALA_MAP_SILU); break;
+        case METALA_VALUE_PRODUCT: be->multiply_forward(ctx, a->v, a->conv_in, a->v_proj, rows * H * V); break;
     }
+}
+
+// The angles by which values, or queries and keys, rotate, and how many heads share them; NULL for none.
+static const real *mixer_angles(const metala_model *m, int layer, const activations *a, const pass *p, int *shared) {
+    const metala_row *r = &m->config.row;
+    *shared = r->phase == METALA_PHASE_ROPE || r->phase == METALA_PHASE_FIRST;
+    if (r->phase == METALA_PHASE_ROPE) return m->constants + p->s.H * p->s.K;
+    if (r->phase == METALA_PHASE_DECAY) return a->ssm + p->s.H * p->s.states;
+    return parameter(m, m->layers[layer].theta);                  // of FIRST and LEARNED
+}
+
+// q, k, v and α. What has no memory of its own is there already.
+static void mixer_choices(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p,
+                          real *tail, int again) {
+    const metala_backend *be = m->backend;
+    const metala_row *r = &m->config.row;
+    const layer_offsets *w = &m->layers[layer];
+    const real *b = a->ssm ? a->ssm + 2 * p->s.H * p->s.states : NULL;
+    size_t H = p->s.H, K = p->s.K;
+    real *shifted = r->conv == METALA_CONV_SHIFT ? tail : NULL;             // only its tail has these parts
+    decay_forward(ctx, m, layer, a, p, shifted ? shifted + p->B * p->s.D : NULL);
+    feature_forward(ctx, m, r->query, a->q, a->q_proj, parameter(m, w->C), p);
+    feature_forward(ctx, m, key_choice(r), a->k, a->k_proj, b, p);
+    if (r->conv == METALA_CONV_KEY) {
+        be->conv_forward(ctx, NULL, a->conv_in, a->k_proj, m->parameters + w->conv, tail, p->B, p->T, p->s.k);
+        if (tail) be->conv_tail(ctx, tail, a->k_proj, p->B, p->T, p->s.k);
+    }
+    value_forward(ctx, m, a, p, shifted ? shifted + 3 * p->B * p->s.D : NULL);
+
     int shared, minus = r->phase == METALA_PHASE_DECAY;                     // conj(C e^{-iθt}) b e^{-iθs} = conj(C) b e^{iθ(t-s)}
     const real *theta = mixer_angles(m, layer, a, p, &shared);
-    if (theta && s->complex_values) be->rotate_forward(ctx, a->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
+    if (theta && p->s.complex_values)
+        be->rotate_forward(ctx, a->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
     else if (theta) {
-        if (s->own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
-        if (s->own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
+        if (p->s.own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
+        if (p->s.own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
     }
 }
 
@@ -3953,63 +3998,56 @@ static void mixer_scan_backward(metala_context *ctx, const metala_model *m, int 
     }
 }
 
-static void feature_backward(metala_context *ctx, const metala_backend *be, metala_map map, int taylor, real *dx,
-                             const real *dy, const real *x, const pass *p, size_t d) {
-    if (taylor) be->taylor_backward(ctx, dx, dy, x, p->rows, p->s.H, d);
-    else be->map_backward(ctx, dx, dy, x, p->rows * p->s.H * p->s.K, map);
+// Its constant's gradient is added to dconstant.
+static void feature_backward(metala_context *ctx, const metala_model *m, int choice, real *dx, real *dconstant,
+                             const real *dy, const real *x, const pass *p) {
+    const metala_backend *be = m->backend;
+    size_t H = p->s.H, K = p->s.K;
+    switch (choice) {
+        case METALA_QUERY_SILU: be->map_backward(ctx, dx, dy, x, p->rows * H * K, METALA_MAP_SILU); break;
+        case METALA_QUERY_ELU1: be->map_backward(ctx, dx, dy, x, p->rows * H * K, METALA_MAP_ELU1); break;
+        case METALA_QUERY_TAYLOR: be->taylor_backward(ctx, dx, dy, x, p->rows, H, (size_t)m->config.feature_dim); break;
+        case METALA_QUERY_CONSTANT: add_rows(ctx, be, dconstant, dy, p->rows, H * K); break;
+        case METALA_QUERY_SHARED: be->copy_heads_backward(ctx, dx, dy, p->rows, H, K); break;
+    }
 }
 
-// From those to the gradients of the projections, and of the parameters of decays and phases.
-static void mixer_choices_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
-                                   const layer_gradients *d, real *grads, const pass *p) {
+static void value_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
+                           const layer_gradients *d, real *grads, const pass *p) {
+    const metala_backend *be = m->backend;
+    const metala_row *r = &m->config.row;
+    const layer_offsets *w = &m->layers[layer];
+    size_t rows = p->rows, H = p->s.H, V = p->s.V;
+    switch (r->value) {
+        case METALA_VALUE_LINEAR:
+            if (p->s.ones)
+                be->extend_backward(ctx, d->v_proj, d->v, p->mask, r->self == METALA_SELF_BONUS, p->B, p->T, H, V);
+            if (r->self == METALA_SELF_BONUS) be->add(ctx, d->v_proj, d->v_proj, d->gated, rows * H * V);
+            break;
+        case METALA_VALUE_COMPLEX:
+            be->scale_pairs_backward(ctx, d->v_proj, d->ssm + 2 * H, d->v, a->v_proj, a->ssm + 2 * H, rows, H);
+            break;
+        case METALA_VALUE_SILU: be->map_backward(ctx, d->v_proj, d->v, a->v_proj, rows * H * V, METALA_MAP_SILU); break;
+        case METALA_VALUE_INPUT:
+            if (r->decay != METALA_DECAY_SELECTIVE) be->add(ctx, d->u, d->u, d->v, rows * p->s.u);
+            break;
+        case METALA_VALUE_PRODUCT:
+            be->multiply_backward(ctx, d->p, d->v_proj, d->v, a->conv_in, a->v_proj, rows * H * V);
+            be->conv_backward(ctx, d->k_proj, GRAD(w->conv), d->p, NULL, a->k_proj, m->parameters + w->conv, NULL, p->B, p->T,
+                              p->s.k);
+            break;
+    }
+}
+
+static void decay_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
+                           const layer_gradients *d, real *grads, const pass *p) {
     const metala_backend *be = m->backend;
     const metala_config *c = &m->config;
     const metala_row *r = &c->row;
     const layer_offsets *w = &m->layers[layer];
     const real *P = m->parameters;
-    const sizes *s = &p->s;
-    size_t rows = p->rows, H = s->H, K = s->K, HK = H * K, HN = H * s->states, V = s->V, f = (size_t)c->feature_dim;
-    real *tied = r->key == METALA_KEY_TIED ? d->k : NULL, *db = d->ssm ? d->ssm + 2 * HN : NULL;
-    real *dtheta = r->phase == METALA_PHASE_DECAY ? d->ssm + HN : GRAD(w->theta);
-    const real *b = a->ssm ? a->ssm + 2 * HN : NULL;
-    int shared, minus = r->phase == METALA_PHASE_DECAY;
-    const real *theta = mixer_angles(m, layer, a, p, &shared);
-    if (theta && s->complex_values)
-        be->rotate_backward(ctx, d->v, dtheta, d->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
-    else if (theta) {
-        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
-        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
-    }
-    switch (r->value) {
-        case METALA_VALUE_LINEAR:
-            if (s->ones)
-                be->extend_backward(ctx, d->v_proj, d->v, p->mask, r->self == METALA_SELF_BONUS, p->B, p->T, H, V);
-            if (r->self == METALA_SELF_BONUS) be->add(ctx, d->v_proj, d->v_proj, d->gated, rows * H * V);
-            break;
-        case METALA_VALUE_COMPLEX: be->scale_pairs_backward(ctx, d->v_proj, db, d->v, a->v_proj, b, rows, H); break;
-        case METALA_VALUE_SILU: be->map_backward(ctx, d->v_proj, d->v, a->v_proj, rows * H * V, METALA_MAP_SILU); break;
-        case METALA_VALUE_INPUT:
-            if (r->decay != METALA_DECAY_SELECTIVE) be->add(ctx, d->u, d->u, d->v, rows * s->u);
-            break;
-        case METALA_VALUE_PRODUCT:
-            be->multiply_backward(ctx, d->p, d->v_proj, d->v, a->conv_in, a->v_proj, rows * H * V);
-            be->conv_backward(ctx, d->k_proj, GRAD(w->conv), d->p, NULL, a->k_proj, P + w->conv, NULL, p->B, p->T, s->k);
-            break;
-    }
-    switch (r->query) {
-        case METALA_QUERY_SILU: feature_backward(ctx, be, METALA_MAP_SILU, 0, d->q_proj, d->q, a->q_proj, p, f); break;
-        case METALA_QUERY_ELU1: feature_backward(ctx, be, METALA_MAP_ELU1, 0, d->q_proj, d->q, a->q_proj, p, f); break;
-        case METALA_QUERY_TAYLOR: feature_backward(ctx, be, METALA_MAP_NONE, 1, d->q_proj, d->q, a->q_proj, p, f); break;
-        case METALA_QUERY_CONSTANT: add_rows(ctx, be, GRAD(w->C), d->q, rows, HK); break;
-        case METALA_QUERY_SHARED: be->copy_heads_backward(ctx, d->q_proj, d->q, rows, H, K); break;
-    }
-    switch (r->key) {
-        case METALA_KEY_SILU: feature_backward(ctx, be, METALA_MAP_SILU, 0, d->k_proj, d->k, a->k_proj, p, f); break;
-        case METALA_KEY_ELU1: feature_backward(ctx, be, METALA_MAP_ELU1, 0, d->k_proj, d->k, a->k_proj, p, f); break;
-        case METALA_KEY_TAYLOR: feature_backward(ctx, be, METALA_MAP_NONE, 1, d->k_proj, d->k, a->k_proj, p, f); break;
-        case METALA_KEY_CONSTANT: add_rows(ctx, be, db, d->k, rows, HK); break;
-        case METALA_KEY_SHARED: be->copy_heads_backward(ctx, d->k_proj, d->k, rows, H, K); break;
-    }
+    size_t rows = p->rows, H = p->s.H, K = p->s.K, HK = H * K, HN = H * p->s.states;
+    real *tied = r->key == METALA_KEY_TIED ? d->k : NULL;
     switch (r->decay) {
         case METALA_DECAY_DYNAMIC: case METALA_DECAY_LOWRANK: case METALA_DECAY_FIXED:
             be->gate_backward(ctx, d->z, d->a, tied, a->z, a->alpha, rows * HK, c->tau);
@@ -4023,20 +4061,42 @@ static void mixer_choices_backward(metala_context *ctx, const metala_model *m, i
                              P + w->time_decay, p->mask, p->B, p->T, H);
             break;
         case METALA_DECAY_LRU: case METALA_DECAY_ZOH: case METALA_DECAY_DSS:
-            if (s->complex_values) add_rows(ctx, be, d->ssm, d->a, rows, HN);
+            if (p->s.complex_values) add_rows(ctx, be, d->ssm, d->a, rows, HN);
             else {
                 add_rows(ctx, be, d->ssm + 4 * HN, d->a, rows, HK);
                 be->copy_heads_backward(ctx, d->ssm, d->ssm + 4 * HN, HN, 2, 1);
             }
             be->ssm_backward(ctx, (metala_ssm)(r->decay - METALA_DECAY_LRU), GRAD(w->ssm_decay), GRAD(w->ssm_phase),
-                             GRAD(w->ssm_step), d->ssm, dtheta, db, P + w->ssm_decay, P + w->ssm_phase, P + w->ssm_step, H,
-                             s->states, (size_t)c->length);
+                             GRAD(w->ssm_step), d->ssm, d->ssm + HN, d->ssm + 2 * HN, P + w->ssm_decay, P + w->ssm_phase,
+                             P + w->ssm_step, H, p->s.states, (size_t)c->length);
             break;
         case METALA_DECAY_SELECTIVE:
             be->selective_backward(ctx, d->z, d->p, GRAD(w->A), d->a, d->v, a->z, a->conv_out, P + w->A, rows, H, K);
             be->add(ctx, d->u, d->u, d->p, rows * H);
             break;
     }
+}
+
+// From those to the gradients of the projections, and of the parameters of decays and phases.
+static void mixer_choices_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
+                                   const layer_gradients *d, real *grads, const pass *p) {
+    const metala_backend *be = m->backend;
+    const metala_row *r = &m->config.row;
+    const layer_offsets *w = &m->layers[layer];
+    size_t H = p->s.H, K = p->s.K, HN = H * p->s.states;
+    real *dtheta = r->phase == METALA_PHASE_DECAY ? d->ssm + HN : GRAD(w->theta), *db = d->ssm ? d->ssm + 2 * HN : NULL;
+    int shared, minus = r->phase == METALA_PHASE_DECAY;
+    const real *theta = mixer_angles(m, layer, a, p, &shared);
+    if (theta && p->s.complex_values)
+        be->rotate_backward(ctx, d->v, dtheta, d->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
+    else if (theta) {
+        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
+        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
+    }
+    value_backward(ctx, m, layer, a, d, grads, p);
+    feature_backward(ctx, m, r->query, d->q_proj, GRAD(w->C), d->q, a->q_proj, p);
+    feature_backward(ctx, m, key_choice(r), d->k_proj, db, d->k, a->k_proj, p);
+    decay_backward(ctx, m, layer, a, d, grads, p);
 }
 
 // From the gradients of the projections to that of n, returned: it may lie in d->u.

@@ -403,6 +403,8 @@ done
 fails 2 "metala, metala-noconv" "train --model: a row that is not" train text.txt --model nosuch
 fails 2 "dynamic|lowrank|fixed" "train --decay: a value that is not" train text.txt --decay nosuch
 fails 2 "query taylor and key taylor belong together" "train: choices that do not fit" train text.txt $six --query taylor
+fails 2 "the normaliser divides by a sum of weights that must be positive" "train: a normaliser of signed weights" \
+    train text.txt $six --model linear --query silu --key silu
 train text.txt $six --model gla --out gla.st 2> err
 fails 1 "--model: got retnet, but gla.st has gla" "train --resume --model another" train --resume --out gla.st --model retnet
 fails 1 "--match-params: metala has " "train --match-params: a mixer that is too large" train text.txt $six --model retnet --expand 16 --match-params
