@@ -2490,17 +2490,21 @@ typedef struct {                // one token of a piece: n = heads·K·V numbers
     const real *q, *k, *v, *alpha, *dO;
 } piece;
 
-enum { PIECE_PARTS = 8 };       // q, k, v, α, do as far as they are repeated, and three parts to add up in
+// Parts of the memory beside a piece: q, k, v, α, do as far as they are repeated, and three to add up in. They are a cache
+// line further apart than a power of two, or the same element of all would compete for one set of lines.
+enum { PIECE_PARTS = 8 };
+static size_t part_size(size_t K, size_t V) { return piece_heads(K, V) * K * V + 16; }
 
 static piece piece_at(const head *h, size_t t, size_t first, real *work) {
     size_t K = h->K, V = h->V, most = piece_heads(K, V), heads = h->heads - first < most ? h->heads - first : most;
     piece p = {heads * K * V, heads * K, heads * V, t * h->k_step + first * K, t * h->v_step + first * V, 0, 0, 0, 0, 0};
-    real *spare = work + 5 * p.n;
+    size_t part = part_size(K, V);
+    real *spare = work + 5 * part;
     p.q = repeat(work, h->q + p.at_k, p.keys, V, spare);
-    p.k = repeat(work + p.n, h->k + p.at_k, p.keys, V, spare);
-    p.alpha = repeat(work + 2 * p.n, h->alpha + p.at_k, p.keys, V, spare);
-    p.v = repeat(work + 3 * p.n, h->v + p.at_v, p.values, K, spare);
-    if (h->dO) p.dO = repeat(work + 4 * p.n, h->dO + p.at_v, p.values, K, spare);
+    p.k = repeat(work + part, h->k + p.at_k, p.keys, V, spare);
+    p.alpha = repeat(work + 2 * part, h->alpha + p.at_k, p.keys, V, spare);
+    p.v = repeat(work + 3 * part, h->v + p.at_v, p.values, K, spare);
+    if (h->dO) p.dO = repeat(work + 4 * part, h->dO + p.at_v, p.values, K, spare);
     return p;
 }
 
@@ -2535,22 +2539,22 @@ static void narrow_gradient(real *restrict dq, real *restrict dk, real *restrict
 }
 
 static void narrow_forward(const head *h, real *S, real *work) {
-    size_t K = h->K, V = h->V, KV = K * V, most = piece_heads(K, V);
+    size_t K = h->K, V = h->V, KV = K * V, most = piece_heads(K, V), part = part_size(K, V);
     for (size_t t = 0; t < h->T; t++) {
         for (size_t i = 0; h->keep_states && t % METALA_CHUNK == 0 && i < h->heads; i++)
             memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * KV, S + i * KV, KV * sizeof(real));
         for (size_t first = 0; first < h->heads; first += most) {
             piece p = piece_at(h, t, first, work);
-            real *o = h->o + p.at_v, *spare = work + 5 * p.n, *terms = K == 1 ? o : spare;
+            real *o = h->o + p.at_v, *spare = work + 5 * part, *terms = K == 1 ? o : spare;
             narrow_step(terms, S + first * KV, p.q, p.k, p.v, p.alpha, h->scale, p.n);
-            add_up(o, terms, p.values, K, spare + p.n);
+            add_up(o, terms, p.values, K, spare + part);
         }
     }
 }
 
 static void narrow_backward(const head *h, real *G, real *work) {
-    size_t K = h->K, V = h->V, KV = K * V, most = piece_heads(K, V), step = h->heads * KV;
-    real *states = work + PIECE_PARTS * most * KV;              // (METALA_CHUNK + 1, heads, K, V)
+    size_t K = h->K, V = h->V, KV = K * V, most = piece_heads(K, V), part = part_size(K, V), step = h->heads * KV + 16;
+    real *states = work + PIECE_PARTS * part;                   // (METALA_CHUNK + 1, heads, K, V)
     for (size_t c = chunks(h->T); c-- > 0;) {
         size_t t0 = c * METALA_CHUNK, n = h->T - t0 < METALA_CHUNK ? h->T - t0 : METALA_CHUNK;
         for (size_t i = 0; i < h->heads; i++)
@@ -2566,7 +2570,7 @@ static void narrow_backward(const head *h, real *G, real *work) {
                 piece p = piece_at(h, t0 + t, first, work);
                 const real *before = states + t * step + first * KV;
                 real *dq = h->dq + p.at_k, *dk = h->dk + p.at_k, *da = h->da + p.at_k, *dv = h->dv + p.at_v;
-                real *x = work + 5 * p.n, *y = x + p.n, *z = y + p.n;          // terms, where they have to be added up
+                real *x = work + 5 * part, *y = x + part, *z = y + part;       // terms, where they have to be added up
                 real *of_q = V == 1 ? dq : x, *of_k = V == 1 ? dk : y, *of_a = V == 1 ? da : z, *of_v = K == 1 ? dv : x;
                 narrow_gradient(of_q, of_k, of_v, of_a, G + first * KV, p.dO, p.q, p.k, p.v, p.alpha, before,
                                 before + step, h->scale, p.n);
@@ -2591,7 +2595,7 @@ static size_t scan_scratch(metala_form form, size_t T, size_t H, size_t K, size_
     size_t n = heads_together(form, H, K, V) * K * V;
     if (form == METALA_PARALLEL) return plus(n, parallel_scratch(T, K, V));
     if (form == METALA_RECURRENT) return n + (backward ? recurrent_scratch(K, V) : 0);
-    if (is_narrow(K, V)) return (backward ? METALA_CHUNK + 2 : 1) * n + PIECE_PARTS * piece_heads(K, V) * K * V;
+    if (is_narrow(K, V)) return n + (backward ? (METALA_CHUNK + 1) * (n + 16) : 0) + PIECE_PARTS * part_size(K, V);
     return n + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
 }
 
