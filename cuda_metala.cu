@@ -693,12 +693,17 @@ __global__ void column_sums_kernel(float *parts, const float *a, size_t rows, si
     }
 }
 
-void add_column_sums(metala_context *ctx, float *sums, const float *a, size_t rows, size_t columns) {
+// sums (+)= Σ_rows a. parts: columns of floats for each strip.
+void column_sums(metala_context *ctx, float *sums, float *parts, const float *a, size_t rows, size_t columns,
+                 int accumulate) {
     size_t strips = ceil_div(rows, ROWS_OF_STRIP);
-    float *parts = scratch(ctx, strips * columns);
-    if (!parts) return;
     RUN(column_sums_kernel, blocks_for(strips * columns, THREADS), THREADS, 0, parts, a, rows, columns);
-    RUN(sum_parts_kernel, blocks_for(columns, THREADS), THREADS, 0, sums, parts, strips, columns, columns, 1);
+    RUN(sum_parts_kernel, blocks_for(columns, THREADS), THREADS, 0, sums, parts, strips, columns, columns, accumulate);
+}
+
+void add_column_sums(metala_context *ctx, float *sums, const float *a, size_t rows, size_t columns) {
+    float *parts = scratch(ctx, ceil_div(rows, ROWS_OF_STRIP) * columns);
+    if (parts) column_sums(ctx, sums, parts, a, rows, columns, 1);
 }
 
 // dx = dy W (or dx += dy W)      dW += dyᵀ x      dbias += Σ_rows dy
@@ -2151,7 +2156,8 @@ void adamw(metala_context *ctx, float *p, float *m, float *v, const float *g, si
 //     o_t = s S_tᵀ q_t
 //
 //   o, v (B,T,H,V)   q, k, alpha (B,T,H,K)   S (B,H,K,V): initial state in, final state out, NULL for zeros and no
-//   interest; states (B,H,ceil(T/64),K,V) receives the state before every 64th token, for the backward, or NULL
+//   interest; states (B,H,ceil(T/64),K,V) receives the state before every 64th token, for the backward, or NULL;
+//   shared: q or k (B,T,K), alpha [H,K]
 //
 // The columns of S do not know of each other: a block of threads takes one head and a tile of columns, and walks
 // through time. Forward, tiles have nothing to share. Backward, dq, dk and da are sums over all columns; each tile
@@ -2856,11 +2862,38 @@ bool head_fits(metala_context *ctx, size_t K) {
         else CALL(32, 16);            \
     } while (0)
 
+// The kernels read q, k and α of every token and head. What is shared is copied out for them, to `room`; returned is where
+// that ends. Their gradients are then added up.
+template <metala_math MATH>
+float *copy_shared(metala_context *ctx, const float **q, const float **k, const float **alpha, float *room, size_t rows,
+                   size_t H, size_t K, int shared) {
+    const float **const keys[] = {q, k};
+    const int bits[] = {METALA_SHARED_QUERY, METALA_SHARED_KEY};
+    for (int i = 0; i < 2; i++) {
+        if (!(shared & bits[i])) continue;
+        copy_heads_forward(ctx, room, *keys[i], rows, H, K);
+        *keys[i] = room, room += rows * H * K;
+    }
+    if (shared & METALA_CONSTANT_DECAY) {
+        matmul_forward<MATH>(ctx, room, room, *alpha, *alpha, rows, H * K, 0);       // α as the bias of no inputs
+        *alpha = room, room += rows * H * K;
+    }
+    return room;
+}
+size_t count_shared(int shared) {
+    return !!(shared & METALA_SHARED_QUERY) + !!(shared & METALA_SHARED_KEY) + !!(shared & METALA_CONSTANT_DECAY);
+}
+
 template <metala_math MATH>
 void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, float *states, const float *q,
                   const float *k, const float *v, const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V,
-                  double scale) {
+                  double scale, int shared) {
     if (!head_fits(ctx, K)) return;
+    if (shared) {
+        float *room = scratch(ctx, count_shared(shared) * B * T * H * K);
+        if (!room) return;
+        copy_shared<MATH>(ctx, &q, &k, &alpha, room, B * T, H, K, shared);
+    }
     if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || T == 1) {
 #define FORWARD(ROWS, GROUPS)                                                                                     \
     RUN((recurrent_forward_kernel<ROWS, GROUPS>), extent(ceil_div(V, RECURRENT_COLUMNS), B * H), dim3(WARP, GROUPS), \
@@ -2884,27 +2917,32 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
             chunkwise_forward_shared<WIDE>(K) * sizeof(float), o, S, states, q, k, v, alpha, T, H, K, V, (float)scale);
 }
 
-// Scratch: `states_each` states of each head, for some heads at a time so that they stay below 256 MB, and the tiles'
-// parts of dq, dk and da (tiles,3,B,T,H,K) when there are several.
+// Scratch: `states_each` states of each head, for some heads at a time so that they stay below 256 MB; the tiles' parts of
+// dq, dk and da (tiles,3,B,T,H,K) when there are several; and copies of what is shared, with their gradients. da may be NULL.
 template <metala_math MATH>
 void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, float *dv, float *da, float *dS,
                    const float *dO, const float *states, const float *q, const float *k, const float *v,
-                   const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
+                   const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale, int shared) {
     if (!head_fits(ctx, K) || !B || !T || !H) return;
     bool recurrent = form == METALA_RECURRENT || K > MOST_CHUNKWISE_K;
     size_t width = recurrent ? (size_t)RECURRENT_COLUMNS : K <= MOST_WIDE_K ? (size_t)WIDE : (size_t)NARROW;
     size_t states_each = recurrent ? METALA_CHUNK : METALA_CHUNK / BLOCK - 1;
     size_t tiles = ceil_div(V, width), count = B * T * H * K, tile_step = tiles > 1 ? 3 * count : 0;
-    size_t room = (size_t)64 << 20, heads = room / (states_each * K * V);
+    size_t most = (size_t)64 << 20, heads = most / (states_each * K * V);
     if (heads < 1) heads = 1;
     if (heads > B * H) heads = B * H;
-    float *between = scratch(ctx, heads * states_each * K * V + tiles * tile_step);
+    bool one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
+    size_t copies = 2 * count_shared(shared) + (!da && !one_a), strips = one_a ? ceil_div(B * T, ROWS_OF_STRIP) : 0;
+    float *between = scratch(ctx, heads * states_each * K * V + tiles * tile_step + copies * count + strips * H * K);
     if (!between) return;
-    float *part_q = dq, *part_k = dk, *part_a = da;
-    if (tiles > 1) {
-        part_q = between + heads * states_each * K * V;
-        part_k = part_q + count, part_a = part_k + count;
-    }
+    float *parts = between + heads * states_each * K * V;
+    float *room = copy_shared<MATH>(ctx, &q, &k, &alpha, parts + tiles * tile_step, B * T, H, K, shared);
+    float *all_q = dq, *all_k = dk, *all_a = da;
+    if (one_q) all_q = room, room += count;
+    if (one_k) all_k = room, room += count;
+    if (one_a || !da) all_a = room, room += count;
+    float *part_q = all_q, *part_k = all_k, *part_a = all_a;
+    if (tiles > 1) part_q = parts, part_k = part_q + count, part_a = part_k + count;
     for (size_t first = 0; first < B * H; first += heads) {
         extent grid(tiles, B * H - first < heads ? B * H - first : heads);
 #define ARGUMENTS part_q, part_k, part_a, tile_step, dv, dS, between, dO, states, q, k, v, alpha, first, T, H, K, V, \
@@ -2921,10 +2959,12 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
 #undef BACKWARD
 #undef ARGUMENTS
     }
-    if (tiles == 1) return;
-    float *const whole[] = {dq, dk, da}, *const part[] = {part_q, part_k, part_a};
-    for (int i = 0; i < 3; i++)
+    float *const whole[] = {all_q, all_k, all_a}, *const part[] = {part_q, part_k, part_a};
+    for (int i = 0; i < 3 && tiles > 1; i++)
         RUN(sum_parts_kernel, blocks_for(count, THREADS), THREADS, 0, whole[i], part[i], tiles, tile_step, count, 0);
+    if (one_q) copy_heads_backward(ctx, dq, all_q, B * T, H, K);
+    if (one_k) copy_heads_backward(ctx, dk, all_k, B * T, H, K);
+    if (one_a && da) column_sums(ctx, da, room, all_a, B * T, H * K, 0);
 }
 
 // ============================================================== 6. The backend table

@@ -2029,6 +2029,11 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 //   the parallel form writes only the first, S_0.
 //   0 <= α <= 1.     Paper section 3, equations of the general form; MetaLA has k = 1 - α.
 //
+// Other rows of the general form need fewer numbers. `shared` says which, and a gradient always has its input's shape:
+//
+//   METALA_SHARED_QUERY    q (B,T,K), one for all heads              METALA_SHARED_KEY    the same of k
+//   METALA_CONSTANT_DECAY  alpha [H,K], one for all tokens
+//
 // Three computations of the same numbers. Decays over several tokens are always products of α, each a factor <= 1:
 // nothing is divided by a decay and no exponential is taken, so that nothing can overflow, and what underflows is
 // truly gone, for every gate. (Dividing by cumulative products, (Q⊙P)(K/P)ᵀ, overflows within 16 tokens of strong
@@ -2046,11 +2051,20 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 // digits within 64 tokens.)
 
 typedef struct {                // one head of one sequence: pointers to its first token and distances between tokens
-    size_t T, K, V, k_step, v_step, heads;     // or several neighbours, where they are narrow
+    size_t T, K, V, heads;                     // or several neighbours, where they are narrow
+    size_t q_step, k_step, a_step, v_step;     // a_step 0: constant decay, of which da is the sum over all tokens
+    size_t dq_step, dk_step;
+    int shared;
     real scale;
     const real *q, *k, *v, *alpha, *dO, *states;
     real *o, *S, *keep_states, *dq, *dk, *dv, *da, *dS;
 } head;
+
+// da of channel i at token t: set, or added to that of all tokens.
+static void put_da(const head *h, size_t t, size_t i, real da) {
+    if (h->da && h->a_step) h->da[t * h->a_step + i] = da;
+    else if (h->da) h->da[i] += da;
+}
 
 static size_t chunks(size_t T) { return (T + METALA_CHUNK - 1) / METALA_CHUNK; }
 
@@ -2065,11 +2079,11 @@ static void state_update(real *S, const real *k, const real *v, const real *alph
 static void recurrent_forward(const head *h, real *S) {
     size_t K = h->K, V = h->V;
     for (size_t t = 0; t < h->T; t++) {
-        const real *q = h->q + t * h->k_step;
+        const real *q = h->q + t * h->q_step;
         real *o = h->o + t * h->v_step;
         if (h->keep_states && t % METALA_CHUNK == 0)
             memcpy(h->keep_states + t / METALA_CHUNK * K * V, S, K * V * sizeof(real));
-        state_update(S, h->k + t * h->k_step, h->v + t * h->v_step, h->alpha + t * h->k_step, K, V);
+        state_update(S, h->k + t * h->k_step, h->v + t * h->v_step, h->alpha + t * h->a_step, K, V);
         for (size_t j = 0; j < V; j++) o[j] = 0;
         for (size_t i = 0; i < K; i++)
             for (size_t j = 0; j < V; j++) o[j] += h->scale * q[i] * S[i * V + j];
@@ -2085,23 +2099,23 @@ static void recurrent_backward(const head *h, real *G, real *work) {
         size_t t0 = c * METALA_CHUNK, n = h->T - t0 < METALA_CHUNK ? h->T - t0 : METALA_CHUNK;
         memcpy(work, h->states + c * KV, KV * sizeof(real));
         for (size_t t = 0; t < n; t++) {                             // work[t + 1] = S after token t0 + t
-            size_t at_k = (t0 + t) * h->k_step, at_v = (t0 + t) * h->v_step;
+            size_t at = t0 + t;
             memcpy(work + (t + 1) * KV, work + t * KV, KV * sizeof(real));
-            state_update(work + (t + 1) * KV, h->k + at_k, h->v + at_v, h->alpha + at_k, K, V);
+            state_update(work + (t + 1) * KV, h->k + at * h->k_step, h->v + at * h->v_step, h->alpha + at * h->a_step, K, V);
         }
         for (size_t t = n; t-- > 0;) {
-            size_t at_k = (t0 + t) * h->k_step, at_v = (t0 + t) * h->v_step;
-            const real *q = h->q + at_k, *k = h->k + at_k, *alpha = h->alpha + at_k;
-            const real *v = h->v + at_v, *dO = h->dO + at_v, *before = work + t * KV, *after = before + KV;
-            real *dv = h->dv + at_v;
+            size_t at = t0 + t;
+            const real *q = h->q + at * h->q_step, *k = h->k + at * h->k_step, *alpha = h->alpha + at * h->a_step;
+            const real *v = h->v + at * h->v_step, *dO = h->dO + at * h->v_step, *before = work + t * KV, *after = before + KV;
+            real *dq = h->dq + at * h->dq_step, *dk = h->dk + at * h->dk_step, *dv = h->dv + at * h->v_step;
             for (size_t j = 0; j < V; j++) dv[j] = 0;
             for (size_t i = 0; i < K; i++) {
                 real *g = G + i * V, sq = h->scale * q[i];
                 for (size_t j = 0; j < V; j++) g[j] += sq * dO[j];
                 for (size_t j = 0; j < V; j++) dv[j] += g[j] * k[i];
-                h->dq[at_k + i] = h->scale * dot(after + i * V, dO, V);
-                h->dk[at_k + i] = dot(g, v, V);
-                h->da[at_k + i] = alpha[i] * dot(g, before + i * V, V);
+                dq[i] = h->scale * dot(after + i * V, dO, V);
+                dk[i] = dot(g, v, V);
+                put_da(h, at, i, alpha[i] * dot(g, before + i * V, V));
                 for (size_t j = 0; j < V; j++) g[j] *= alpha[i];
             }
         }
@@ -2118,10 +2132,10 @@ static size_t parallel_scratch(size_t T, size_t K, size_t V) { return plus(times
 static void map_column(const head *h, real *A, real *e, size_t j) {
     for (size_t i = 0; i < h->K; i++) e[i] = h->k[j * h->k_step + i];
     for (size_t t = j; t < h->T; t++) {
-        const real *alpha = h->alpha + t * h->k_step;
+        const real *alpha = h->alpha + t * h->a_step;
         if (t > j)
             for (size_t i = 0; i < h->K; i++) e[i] *= alpha[i];
-        A[t * h->T + j] = dot(h->q + t * h->k_step, e, h->K);
+        A[t * h->T + j] = dot(h->q + t * h->q_step, e, h->K);
     }
 }
 
@@ -2134,8 +2148,8 @@ static void parallel_forward(const head *h, real *S, real *work) {
         real *o = h->o + t * h->v_step;
         for (size_t j = 0; j < V; j++) o[j] = 0;
         for (size_t i = 0; i < K; i++) {
-            p[i] *= h->alpha[t * h->k_step + i];
-            real q = h->scale * h->q[t * h->k_step + i] * p[i];
+            p[i] *= h->alpha[t * h->a_step + i];
+            real q = h->scale * h->q[t * h->q_step + i] * p[i];
             for (size_t j = 0; j < V; j++) o[j] += q * S[i * V + j];
         }
     }
@@ -2166,13 +2180,13 @@ static void parallel_backward(const head *h, real *G, real *work) {
     real *A = work, *D = A + T * T, *e = D + T * T, *p = e + T * K, *S_T = p + T * K;
     const real *S_0 = h->states;
     for (size_t t = 0; t < T; t++)                                   // p_t = Π_{r<=t} α_r
-        for (size_t i = 0; i < K; i++) p[t * K + i] = (t ? p[(t - 1) * K + i] : 1) * h->alpha[t * h->k_step + i];
+        for (size_t i = 0; i < K; i++) p[t * K + i] = (t ? p[(t - 1) * K + i] : 1) * h->alpha[t * h->a_step + i];
     for (size_t i = 0; i < K; i++)
         for (size_t l = 0; l < V; l++) S_T[i * V + l] = p[(T - 1) * K + i] * S_0[i * V + l];
     for (size_t j = 0; j < T; j++) {
         map_column(h, A, e, j);
         for (size_t t = j; t < T; t++) D[t * T + j] = h->scale * dot(h->dO + t * h->v_step, h->v + j * h->v_step, V);
-        real *dv = h->dv + j * h->v_step, *dk = h->dk + j * h->k_step;
+        real *dv = h->dv + j * h->v_step, *dk = h->dk + j * h->dk_step;
         const real *v = h->v + j * h->v_step;
         for (size_t l = 0; l < V; l++) dv[l] = 0;
         for (size_t i = 0; i < K; i++) {                             // through the final state
@@ -2184,32 +2198,31 @@ static void parallel_backward(const head *h, real *G, real *work) {
         for (size_t i = 0; i < K; i++) dk[i] = 0;
         for (size_t i = 0; i < K; i++) e[i] = 1;
         for (size_t t = j; t < T; t++) {
-            const real *alpha = h->alpha + t * h->k_step;
+            const real *q = h->q + t * h->q_step, *alpha = h->alpha + t * h->a_step;
             for (size_t i = 0; i < K && t > j; i++) e[i] *= alpha[i];
-            for (size_t i = 0; i < K; i++) dk[i] += D[t * T + j] * e[i] * h->q[t * h->k_step + i];
+            for (size_t i = 0; i < K; i++) dk[i] += D[t * T + j] * e[i] * q[i];
         }
         for (size_t i = 0; i < K; i++) dk[i] += e[i] * dot(G + i * V, v, V);
     }
     for (size_t t = 0; t < T; t++) {
-        real *dq = h->dq + t * h->k_step;
+        real *dq = h->dq + t * h->dq_step;
         const real *dO = h->dO + t * h->v_step;
         for (size_t i = 0; i < K; i++) dq[i] = h->scale * p[t * K + i] * dot(S_0 + i * V, dO, V);
         for (size_t i = 0; i < K; i++) e[i] = 1;
         for (size_t j = t + 1; j-- > 0;) {
             for (size_t i = 0; i < K; i++) dq[i] += D[t * T + j] * e[i] * h->k[j * h->k_step + i];
-            for (size_t i = 0; i < K; i++) e[i] *= h->alpha[j * h->k_step + i];
+            for (size_t i = 0; i < K; i++) e[i] *= h->alpha[j * h->a_step + i];
         }
     }
     for (size_t i = 0; i < K; i++) {
         real sum = dot(G + i * V, S_T + i * V, V);
         for (size_t t = T; t-- > 0;) {
-            size_t at = t * h->k_step + i;
-            sum += h->q[at] * h->dq[at] - h->k[at] * h->dk[at];
-            h->da[at] = sum;
+            sum += h->q[t * h->q_step + i] * h->dq[t * h->dq_step + i] - h->k[t * h->k_step + i] * h->dk[t * h->dk_step + i];
+            put_da(h, t, i, sum);
         }
         for (size_t l = 0; l < V; l++) G[i * V + l] *= p[(T - 1) * K + i];
         for (size_t t = 0; t < T; t++) {
-            real q = h->scale * h->q[t * h->k_step + i] * p[t * K + i];
+            real q = h->scale * h->q[t * h->q_step + i] * p[t * K + i];
             for (size_t l = 0; l < V; l++) G[i * V + l] += q * h->dO[t * h->v_step + l];
         }
     }
@@ -2270,8 +2283,8 @@ static void block_walk(const head *h, const block_memory *m, size_t t0, size_t n
     size_t K = h->K;
     for (size_t i = 0; i < K; i++) m->p[i] = 1;
     for (size_t t = 0; t < n; t++) {
-        size_t at = (t0 + t) * h->k_step;
-        const real *q = h->q + at, *k = h->k + at, *alpha = h->alpha + at;
+        size_t at = t0 + t;
+        const real *q = h->q + at * h->q_step, *k = h->k + at * h->k_step, *alpha = h->alpha + at * h->a_step;
         for (size_t i = 0; i < K; i++) m->p[i] *= alpha[i];
         for (size_t i = 0; i < K; i++) m->qp_A[i * BLOCK + t] = h->scale * q[i] * m->p[i];
         for (size_t i = 0; i < K; i++) m->keys[t * K + i] = k[i];
@@ -2359,10 +2372,10 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
         memcpy(states + blocks * K * Vp, m.S_v, K * Vp * sizeof(real));
 
         for (size_t b = blocks; b-- > 0;) {
-            size_t t0 = c0 + b * BLOCK, n = end - t0 < BLOCK ? end - t0 : BLOCK, at_k = t0 * h->k_step;
-            const real *v = h->v + t0 * h->v_step, *dO = h->dO + t0 * h->v_step, *q = h->q + at_k, *k = h->k + at_k;
-            const real *alpha = h->alpha + at_k, *S_0 = states + b * K * Vp, *S_n = S_0 + K * Vp;
-            real *dq = h->dq + at_k, *dk = h->dk + at_k, *da = h->da + at_k;
+            size_t t0 = c0 + b * BLOCK, n = end - t0 < BLOCK ? end - t0 : BLOCK;
+            const real *v = h->v + t0 * h->v_step, *dO = h->dO + t0 * h->v_step, *S_0 = states + b * K * Vp, *S_n = S_0 + K * Vp;
+            const real *q = h->q + t0 * h->q_step, *k = h->k + t0 * h->k_step, *alpha = h->alpha + t0 * h->a_step;
+            real *dq = h->dq + t0 * h->dq_step, *dk = h->dk + t0 * h->dk_step;
             block_walk(h, &m, t0, n);
 
             // Operands: everything that is summed over V must have V as its rows.
@@ -2386,11 +2399,12 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
             copy_unpadded(h->dv + t0 * h->v_step, h->v_step, dv, Vp, n, V);
 
             for (size_t t = 0; t < n; t++) {                                     // dq: keys decay forwards
-                real *to = dq + t * h->k_step;
+                const real *decay = alpha + t * h->a_step;
+                real *to = dq + t * h->dq_step;
                 for (size_t i = 0; i < K; i++) walk[t * K + i] = k[t * h->k_step + i];
                 for (size_t j = 0; j < t; j++)
-                    for (size_t i = 0; i < K; i++) walk[j * K + i] *= alpha[t * h->k_step + i];
-                for (size_t i = 0; i < K; i++) m.p[i] = t ? m.p[i] * alpha[t * h->k_step + i] : alpha[i];
+                    for (size_t i = 0; i < K; i++) walk[j * K + i] *= decay[i];
+                for (size_t i = 0; i < K; i++) m.p[i] = t ? m.p[i] * decay[i] : decay[i];
                 for (size_t i = 0; i < K; i++) to[i] = h->scale * m.p[i] * X[t * Kp + i];
                 for (size_t j = 0; j <= t; j++) {
                     real D = h->scale * X[t * Kp + K + j];
@@ -2400,24 +2414,24 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
             real *rest = m.keys;                                                 // (K) Π_{j<r<=n} α_r; the keys are done with
             for (size_t i = 0; i < K; i++) rest[i] = 1;
             for (size_t j = n; j-- > 0;) {                                       // dk: queries decay backwards
-                real *to = dk + j * h->k_step;
+                const real *decay = alpha + j * h->a_step;
+                real *to = dk + j * h->dk_step;
                 for (size_t i = 0; i < K; i++) to[i] = rest[i] * Y[j * Kp + i];
-                for (size_t i = 0; i < K; i++) walk[j * K + i] = q[j * h->k_step + i];
+                for (size_t i = 0; i < K; i++) walk[j * K + i] = q[j * h->q_step + i];
                 for (size_t t = j; t < n; t++) {
                     real D = h->scale * X[t * Kp + K + j];
                     for (size_t i = 0; i < K; i++) to[i] += D * walk[t * K + i];
                 }
                 for (size_t t = j; t < n; t++)
-                    for (size_t i = 0; i < K; i++) walk[t * K + i] *= alpha[j * h->k_step + i];
-                for (size_t i = 0; i < K; i++) rest[i] *= alpha[j * h->k_step + i];
+                    for (size_t i = 0; i < K; i++) walk[t * K + i] *= decay[i];
+                for (size_t i = 0; i < K; i++) rest[i] *= decay[i];
             }
             real *sum = m.keys;                                                  // (K) da, summed up from the end
             for (size_t i = 0; i < K; i++) sum[i] = dot(gamma + i * Vp, S_n + i * Vp, V);
             for (size_t t = n; t-- > 0;)
                 for (size_t i = 0; i < K; i++) {
-                    size_t at = t * h->k_step + i;
-                    sum[i] += q[at] * dq[at] - k[at] * dk[at];
-                    da[at] = sum[i];
+                    sum[i] += q[t * h->q_step + i] * dq[t * h->dq_step + i] - k[t * h->k_step + i] * dk[t * h->dk_step + i];
+                    put_da(h, t0 + t, i, sum[i]);
                 }
             // Γ: rows t of `walk` are now q_t ⊙ p_t, having decayed all the way to the start of the block.
             for (size_t t = 0; t < n; t++)
@@ -2433,17 +2447,12 @@ static void chunkwise_backward(const head *h, real *G, real *work) {
 // ---- Narrow heads: where K = 1 or V = 1, the state of a head is a vector.
 //
 // Products of matrices have nothing to gain there, and the recurrence costs little more than reading its inputs and
-// writing its results, provided that its loops are long. So neighbouring heads walk through time together. With V = 1
-// their q, k, α and S are n numbers one behind the other, with K = 1 their v, o and S: one loop serves all. What has one
-// number for each head is repeated to be as long, K or V times, and the sums over K or V are those of so many neighbours.
-//
-// A piece is what a loop walks through while all that it repeats stays in the level-1 cache. A group of pieces goes from
-// token to token, so that whole pages are read in the order of memory; this is what out of the caches counts most.
+// writing its results. So neighbouring heads walk through time together: a group goes from token to token, so that whole
+// pages are read in the order of memory, which is what out of the caches counts most, and its states stay in the caches.
 
 enum { PIECE = 512, GROUP = 8 };                  // numbers of state in a piece, pieces in a group
 
 static int is_narrow(size_t K, size_t V) { return K == 1 || V == 1; }
-static size_t piece_heads(size_t K, size_t V) { return K * V < PIECE ? PIECE / (K * V) : 1; }
 
 // to[2i] = to[2i+1] = x[i]
 static void double_up(real *restrict to, const real *restrict x, size_t n) {
@@ -2453,12 +2462,6 @@ static void double_up(real *restrict to, const real *restrict x, size_t n) {
 // to[i] = x[2i] + x[2i+1]
 static void add_pairs(real *restrict to, const real *restrict x, size_t n) {
     for (size_t i = 0; i < n; i++) to[i] = x[2 * i] + x[2 * i + 1];
-}
-
-// to[16i + j] = x[32i + j] + x[32i + 16 + j] for j < 16: of what is far apart, sums need no moves within vectors.
-static void add_halves(real *restrict to, const real *restrict x, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < 16; j++) to[16 * i + j] = x[32 * i + j] + x[32 * i + 16 + j];
 }
 
 // Each of the n numbers x `count` times, in `to`; or where they are, if that is once. work: n·count/2. Loops over pairs
@@ -2475,48 +2478,55 @@ static const real *repeat(real *to, const real *x, size_t n, size_t count, real 
 // to[i] = Σ of the i-th `count` numbers of x, for n sums; x is used up. One number is its own sum: then x is `to`.
 static void add_up(real *to, real *x, size_t n, size_t count, real *work) {
     if (count == 2) add_pairs(to, x, n);
-    else if (count % 32 == 0) {
-        add_halves(work, x, n * count / 32);
-        add_up(to, work, n, count / 2, x);
-    } else if (count % 2 == 0) {
+    else if (count % 2 == 0) {
         add_pairs(work, x, n * count / 2);
         add_up(to, work, n, count / 2, x);
     } else
         for (size_t i = 0; i < n && count > 1; i++) to[i] = total(x + i * count, count);
 }
 
-typedef struct {                // one token of a piece: n = heads·K·V numbers of each input
-    size_t n, keys, values, at_k, at_v;           // heads·K, heads·V, and where they start
+// K = 1, a linear RNN: V is 1, or 2 for a complex number, or for a value and its normaliser. The v, o and S of neighbours are
+// n = heads·V numbers one behind the other, and one loop serves all; their q, k and α are repeated V times to be as long, and
+// the sums over V are those of so many neighbours. A piece is what stays in the level-1 cache with all that is repeated.
+
+typedef struct {                                  // one token of a piece: n numbers of each
+    size_t heads, n;
     const real *q, *k, *v, *alpha, *dO;
-} piece;
+} row_piece;
 
-// Parts of the memory beside a piece: q, k, v, α, do as far as they are repeated, and three to add up in. They are a cache
-// line further apart than a power of two, or the same element of all would compete for one set of lines.
-enum { PIECE_PARTS = 8 };
-static size_t part_size(size_t K, size_t V) { return piece_heads(K, V) * K * V + 16; }
+// Parts of the memory beside a piece: q, k, α, and the terms of dq, dk, da. They are a cache line further apart than a power
+// of two, or the same element of all would compete for one set of lines.
+enum { ROW_PARTS = 6 };
+static size_t row_heads(size_t V) { return V < PIECE ? PIECE / V : 1; }
+static size_t row_part(size_t V) { return row_heads(V) * V + 16; }
 
-static piece piece_at(const head *h, size_t t, size_t first, real *work) {
-    size_t K = h->K, V = h->V, most = piece_heads(K, V), heads = h->heads - first < most ? h->heads - first : most;
-    piece p = {heads * K * V, heads * K, heads * V, t * h->k_step + first * K, t * h->v_step + first * V, 0, 0, 0, 0, 0};
-    size_t part = part_size(K, V);
-    real *spare = work + 5 * part;
-    p.q = repeat(work, h->q + p.at_k, p.keys, V, spare);
-    p.k = repeat(work + part, h->k + p.at_k, p.keys, V, spare);
-    p.alpha = repeat(work + 2 * part, h->alpha + p.at_k, p.keys, V, spare);
-    p.v = repeat(work + 3 * part, h->v + p.at_v, p.values, K, spare);
-    if (h->dO) p.dO = repeat(work + 4 * part, h->dO + p.at_v, p.values, K, spare);
+static const real *row_keys(real *to, const real *x, const row_piece *p, int shared, size_t V, real *work) {
+    if (!shared) return repeat(to, x, p->heads, V, work);
+    for (size_t i = 0; i < p->n; i++) to[i] = x[0];
+    return to;
+}
+
+static row_piece row_piece_at(const head *h, size_t t, size_t first, real *work) {
+    size_t V = h->V, most = row_heads(V), heads = h->heads - first < most ? h->heads - first : most, part = row_part(V);
+    int one_q = h->shared & METALA_SHARED_QUERY, one_k = h->shared & METALA_SHARED_KEY;
+    row_piece p = {heads, heads * V, NULL, NULL, NULL, NULL, NULL};
+    p.q = row_keys(work, h->q + t * h->q_step + (one_q ? 0 : first), &p, one_q, V, work + 3 * part);
+    p.k = row_keys(work + part, h->k + t * h->k_step + (one_k ? 0 : first), &p, one_k, V, work + 3 * part);
+    p.alpha = repeat(work + 2 * part, h->alpha + t * h->a_step + first, heads, V, work + 3 * part);
+    p.v = h->v + t * h->v_step + first * V;
+    if (h->dO) p.dO = h->dO + t * h->v_step + first * V;
     return p;
 }
 
 // S = α S_before + k v
-static void narrow_update(real *restrict S, const real *restrict before, const real *restrict k, const real *restrict v,
-                          const real *restrict alpha, size_t n) {
+static void row_update(real *restrict S, const real *restrict before, const real *restrict k, const real *restrict v,
+                       const real *restrict alpha, size_t n) {
     for (size_t i = 0; i < n; i++) S[i] = alpha[i] * before[i] + k[i] * v[i];
 }
 
-// The same in place, and the terms of o.
-static void narrow_step(real *restrict o, real *restrict S, const real *restrict q, const real *restrict k,
-                        const real *restrict v, const real *restrict alpha, real scale, size_t n) {
+// The same in place, and o.
+static void row_step(real *restrict o, real *restrict S, const real *restrict q, const real *restrict k,
+                     const real *restrict v, const real *restrict alpha, real scale, size_t n) {
     for (size_t i = 0; i < n; i++) {
         S[i] = alpha[i] * S[i] + k[i] * v[i];
         o[i] = scale * q[i] * S[i];
@@ -2524,10 +2534,10 @@ static void narrow_step(real *restrict o, real *restrict S, const real *restrict
 }
 
 // The terms of the gradients. G: Γ of this token becomes Γ of the one before.
-static void narrow_gradient(real *restrict dq, real *restrict dk, real *restrict dv, real *restrict da, real *restrict G,
-                            const real *restrict dO, const real *restrict q, const real *restrict k,
-                            const real *restrict v, const real *restrict alpha, const real *restrict before,
-                            const real *restrict S, real scale, size_t n) {
+static void row_gradient(real *restrict dq, real *restrict dk, real *restrict dv, real *restrict da, real *restrict G,
+                         const real *restrict dO, const real *restrict q, const real *restrict k,
+                         const real *restrict v, const real *restrict alpha, const real *restrict before,
+                         const real *restrict S, real scale, size_t n) {
     for (size_t i = 0; i < n; i++) {
         real g = G[i] + scale * q[i] * dO[i];
         dq[i] = scale * S[i] * dO[i];
@@ -2538,47 +2548,164 @@ static void narrow_gradient(real *restrict dq, real *restrict dk, real *restrict
     }
 }
 
-static void narrow_forward(const head *h, real *S, real *work) {
-    size_t K = h->K, V = h->V, KV = K * V, most = piece_heads(K, V), part = part_size(K, V);
+static void row_forward(const head *h, real *S, real *work) {
+    size_t V = h->V;
     for (size_t t = 0; t < h->T; t++) {
         for (size_t i = 0; h->keep_states && t % METALA_CHUNK == 0 && i < h->heads; i++)
-            memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * KV, S + i * KV, KV * sizeof(real));
-        for (size_t first = 0; first < h->heads; first += most) {
-            piece p = piece_at(h, t, first, work);
-            real *o = h->o + p.at_v, *spare = work + 5 * part, *terms = K == 1 ? o : spare;
-            narrow_step(terms, S + first * KV, p.q, p.k, p.v, p.alpha, h->scale, p.n);
-            add_up(o, terms, p.values, K, spare + part);
+            memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * V, S + i * V, V * sizeof(real));
+        for (size_t first = 0; first < h->heads; first += row_heads(V)) {
+            row_piece p = row_piece_at(h, t, first, work);
+            row_step(h->o + t * h->v_step + first * V, S + first * V, p.q, p.k, p.v, p.alpha, h->scale, p.n);
         }
     }
 }
 
-static void narrow_backward(const head *h, real *G, real *work) {
-    size_t K = h->K, V = h->V, KV = K * V, most = piece_heads(K, V), part = part_size(K, V), step = h->heads * KV + 16;
-    real *states = work + PIECE_PARTS * part;                   // (METALA_CHUNK + 1, heads, K, V)
+// What a piece adds to dq or dk: sums over V, for each head, or one for all (shared).
+static void row_keys_gradient(real *to, real *terms, size_t first, const row_piece *p, int shared, size_t V, real *work) {
+    if (shared) to[0] = (first ? to[0] : 0) + total(terms, p->n);
+    else add_up(to + first, terms, p->heads, V, work);
+}
+
+static void row_backward(const head *h, real *G, real *work) {
+    size_t V = h->V, part = row_part(V), step = h->heads * V + 16;
+    int one_q = h->shared & METALA_SHARED_QUERY, one_k = h->shared & METALA_SHARED_KEY, each_a = h->da && h->a_step;
+    real *terms_q = work + 3 * part, *terms_k = terms_q + part, *terms_a = terms_k + part;
+    real *states = work + ROW_PARTS * part;                     // (METALA_CHUNK + 1, heads, V)
     for (size_t c = chunks(h->T); c-- > 0;) {
         size_t t0 = c * METALA_CHUNK, n = h->T - t0 < METALA_CHUNK ? h->T - t0 : METALA_CHUNK;
         for (size_t i = 0; i < h->heads; i++)
-            memcpy(states + i * KV, h->states + (i * chunks(h->T) + c) * KV, KV * sizeof(real));
+            memcpy(states + i * V, h->states + (i * chunks(h->T) + c) * V, V * sizeof(real));
         for (size_t t = 0; t < n; t++)                               // states + (t + 1)·step: S after token t0 + t
-            for (size_t first = 0; first < h->heads; first += most) {
-                piece p = piece_at(h, t0 + t, first, work);
-                real *before = states + t * step + first * KV;
-                narrow_update(before + step, before, p.k, p.v, p.alpha, p.n);
+            for (size_t first = 0; first < h->heads; first += row_heads(V)) {
+                row_piece p = row_piece_at(h, t0 + t, first, work);
+                real *before = states + t * step + first * V;
+                row_update(before + step, before, p.k, p.v, p.alpha, p.n);
             }
         for (size_t t = n; t-- > 0;)
-            for (size_t first = 0; first < h->heads; first += most) {
-                piece p = piece_at(h, t0 + t, first, work);
-                const real *before = states + t * step + first * KV;
-                real *dq = h->dq + p.at_k, *dk = h->dk + p.at_k, *da = h->da + p.at_k, *dv = h->dv + p.at_v;
-                real *x = work + 5 * part, *y = x + part, *z = y + part;       // terms, where they have to be added up
-                real *of_q = V == 1 ? dq : x, *of_k = V == 1 ? dk : y, *of_a = V == 1 ? da : z, *of_v = K == 1 ? dv : x;
-                narrow_gradient(of_q, of_k, of_v, of_a, G + first * KV, p.dO, p.q, p.k, p.v, p.alpha, before,
-                                before + step, h->scale, p.n);
-                add_up(dq, of_q, p.keys, V, work);                             // the inputs are done with
-                add_up(dk, of_k, p.keys, V, work);
-                add_up(da, of_a, p.keys, V, work);
-                add_up(dv, of_v, p.values, K, work);
+            for (size_t first = 0; first < h->heads; first += row_heads(V)) {
+                row_piece p = row_piece_at(h, t0 + t, first, work);
+                const real *before = states + t * step + first * V;
+                real *dq = h->dq + (t0 + t) * h->dq_step, *dk = h->dk + (t0 + t) * h->dk_step;
+                real *da = h->da ? h->da + (t0 + t) * h->a_step + first : NULL;
+                real *of_q = V == 1 && !one_q ? dq + first : terms_q, *of_k = V == 1 && !one_k ? dk + first : terms_k;
+                real *of_a = V == 1 && each_a ? da : terms_a;
+                row_gradient(of_q, of_k, h->dv + (t0 + t) * h->v_step + first * V, of_a, G + first * V, p.dO, p.q, p.k, p.v,
+                             p.alpha, before, before + step, h->scale, p.n);
+                row_keys_gradient(dq, of_q, first, &p, one_q, V, work);         // the inputs are done with
+                row_keys_gradient(dk, of_k, first, &p, one_k, V, work);
+                if (each_a) add_up(da, of_a, p.heads, V, work);
+                else if (da) {
+                    real *sum = V == 1 ? of_a : terms_k;
+                    add_up(sum, of_a, p.heads, V, work);
+                    for (size_t i = 0; i < p.heads; i++) da[i] += sum[i];
+                }
             }
+    }
+}
+
+// V = 1, a state-space model: each head has a loop along K, in which v is one number, and q and k may be those of all heads.
+// Of its sums over K, LANES parts are left to add up.
+
+static size_t column_scratch(size_t heads) { return 2 * heads * LANES; }
+
+// S = α S_before + k v
+static void column_update(real *S, const real *before, const real *k, const real *alpha, real v, size_t K) {
+    size_t i = 0;
+    for (; i + LANES <= K; i += LANES) VEC_STORE(S + i, VEC(alpha + i) * VEC(before + i) + v * VEC(k + i));
+    for (; i < K; i++) S[i] = alpha[i] * before[i] + v * k[i];
+}
+
+// The same in place, and the parts of s qᵀS. a_step: to the α of the next token, which is asked for here.
+static void column_step(real *part, real *S, const real *q, const real *k, const real *alpha, size_t a_step, real v, real scale,
+                        size_t K) {
+    vec sum = {0};
+    real rest = 0;
+    size_t i = 0;
+    for (; i + LANES <= K; i += LANES) {
+        PREFETCH(alpha + i, a_step * sizeof(real));
+        vec s = VEC(alpha + i) * VEC(S + i) + v * VEC(k + i);
+        VEC_STORE(S + i, s);
+        sum += VEC(q + i) * s;
+    }
+    for (; i < K; i++) {
+        S[i] = alpha[i] * S[i] + v * k[i];
+        rest += q[i] * S[i];
+    }
+    VEC_STORE(part, scale * sum);
+    part[0] += scale * rest;
+}
+
+// The gradients, of v in parts. Γ in G, as above. add_q, add_k, add_a: added to what is there. da may be NULL.
+static void column_gradient(real *dq, real *dk, real *part, real *da, int add_q, int add_k, int add_a, real *G, const real *q,
+                            const real *k, const real *alpha, real v, real dO, const real *before, const real *S, size_t K) {
+    vec sum = {0};
+    real rest = 0;
+    size_t i = 0;
+    for (; i + LANES <= K; i += LANES) {
+        vec g = VEC(G + i) + dO * VEC(q + i), of_q = dO * VEC(S + i), of_k = v * g, of_a = g * VEC(alpha + i);
+        sum += g * VEC(k + i);
+        VEC_STORE(G + i, of_a);
+        of_a *= VEC(before + i);
+        if (add_q) of_q += VEC(dq + i);
+        if (add_k) of_k += VEC(dk + i);
+        if (add_a) of_a += VEC(da + i);
+        VEC_STORE(dq + i, of_q);
+        VEC_STORE(dk + i, of_k);
+        if (da) VEC_STORE(da + i, of_a);
+    }
+    for (; i < K; i++) {
+        real g = G[i] + dO * q[i];
+        rest += g * k[i];
+        G[i] = alpha[i] * g;
+        dq[i] = (add_q ? dq[i] : 0) + dO * S[i];
+        dk[i] = (add_k ? dk[i] : 0) + v * g;
+        if (da) da[i] = (add_a ? da[i] : 0) + G[i] * before[i];
+    }
+    VEC_STORE(part, sum);
+    part[0] += rest;
+}
+
+static void column_forward(const head *h, real *S, real *work) {
+    size_t K = h->K, own_q = h->shared & METALA_SHARED_QUERY ? 0 : K, own_k = h->shared & METALA_SHARED_KEY ? 0 : K;
+    for (size_t t = 0; t < h->T; t++) {
+        const real *q = h->q + t * h->q_step, *k = h->k + t * h->k_step, *alpha = h->alpha + t * h->a_step;
+        const real *v = h->v + t * h->v_step;
+        real *o = h->o + t * h->v_step, *parts = LANES == 1 ? o : work;
+        for (size_t i = 0; h->keep_states && t % METALA_CHUNK == 0 && i < h->heads; i++)
+            memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * K, S + i * K, K * sizeof(real));
+        for (size_t i = 0; i < h->heads; i++)
+            column_step(parts + i * LANES, S + i * K, q + i * own_q, k + i * own_k, alpha + i * K, h->a_step, v[i], h->scale, K);
+        add_up(o, parts, h->heads, LANES, work + h->heads * LANES);
+    }
+}
+
+static void column_backward(const head *h, real *G, real *work) {
+    size_t K = h->K, own_q = h->shared & METALA_SHARED_QUERY ? 0 : K, own_k = h->shared & METALA_SHARED_KEY ? 0 : K;
+    size_t step = h->heads * K + 16;
+    real *states = work + column_scratch(h->heads);             // (METALA_CHUNK + 1, heads, K)
+    for (size_t c = chunks(h->T); c-- > 0;) {
+        size_t t0 = c * METALA_CHUNK, n = h->T - t0 < METALA_CHUNK ? h->T - t0 : METALA_CHUNK;
+        for (size_t i = 0; i < h->heads; i++)
+            memcpy(states + i * K, h->states + (i * chunks(h->T) + c) * K, K * sizeof(real));
+        for (size_t t = 0; t < n; t++) {                             // states + (t + 1)·step: S after token t0 + t
+            const real *k = h->k + (t0 + t) * h->k_step, *alpha = h->alpha + (t0 + t) * h->a_step;
+            const real *v = h->v + (t0 + t) * h->v_step;
+            real *before = states + t * step;
+            for (size_t i = 0; i < h->heads; i++)
+                column_update(before + step + i * K, before + i * K, k + i * own_k, alpha + i * K, v[i], K);
+        }
+        for (size_t t = n; t-- > 0;) {
+            size_t at = t0 + t;
+            const real *q = h->q + at * h->q_step, *k = h->k + at * h->k_step, *alpha = h->alpha + at * h->a_step;
+            const real *v = h->v + at * h->v_step, *dO = h->dO + at * h->v_step, *before = states + t * step;
+            real *dq = h->dq + at * h->dq_step, *dk = h->dk + at * h->dk_step, *da = h->da ? h->da + at * h->a_step : NULL;
+            real *dv = h->dv + at * h->v_step, *parts = LANES == 1 ? dv : work;
+            for (size_t i = 0; i < h->heads; i++)
+                column_gradient(dq + i * own_q, dk + i * own_k, parts + i * LANES, da ? da + i * K : NULL, i && !own_q,
+                                i && !own_k, da && !h->a_step, G + i * K, q + i * own_q, k + i * own_k, alpha + i * K, v[i],
+                                h->scale * dO[i], before + i * K, before + step + i * K, K);
+            add_up(dv, parts, h->heads, LANES, work + h->heads * LANES);
+        }
     }
 }
 
@@ -2586,75 +2713,99 @@ static void narrow_backward(const head *h, real *G, real *work) {
 
 // How many neighbouring heads one thread takes at a time.
 static size_t heads_together(metala_form form, size_t H, size_t K, size_t V) {
-    size_t most = form == METALA_CHUNKWISE && is_narrow(K, V) ? GROUP * piece_heads(K, V) : 1;
-    return most < H ? most : H;
+    size_t most = form == METALA_CHUNKWISE && is_narrow(K, V) ? GROUP * PIECE / (K * V) : 1;
+    return most < 1 ? 1 : most < H ? most : H;
 }
 
 // Their states, and what is needed beside them.
 static size_t scan_scratch(metala_form form, size_t T, size_t H, size_t K, size_t V, int backward) {
-    size_t n = heads_together(form, H, K, V) * K * V;
+    size_t heads = heads_together(form, H, K, V), n = heads * K * V, between = backward ? (METALA_CHUNK + 1) * (n + 16) : 0;
     if (form == METALA_PARALLEL) return plus(n, parallel_scratch(T, K, V));
     if (form == METALA_RECURRENT) return n + (backward ? recurrent_scratch(K, V) : 0);
-    if (is_narrow(K, V)) return n + (backward ? (METALA_CHUNK + 1) * (n + 16) : 0) + PIECE_PARTS * part_size(K, V);
+    if (K == 1) return n + between + ROW_PARTS * row_part(V);
+    if (V == 1) return n + between + column_scratch(heads);
     return n + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
 }
 
 // The heads of a sequence from `first`, where heads count through all sequences (b·H + h): no more than a group, nor than
 // the sequence has. The inputs are the same forward and backward.
 static head head_at(size_t first, size_t group, const real *q, const real *k, const real *v, const real *alpha, size_t T,
-                    size_t H, size_t K, size_t V, double scale) {
-    size_t start = first / H * T * H + first % H;
+                    size_t H, size_t K, size_t V, double scale, int shared) {
+    size_t token = first / H * T, of_sequence = first % H;
+    int one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
     head h = {0};
-    h.T = T, h.K = K, h.V = V, h.k_step = H * K, h.v_step = H * V;
-    h.heads = H - first % H < group ? H - first % H : group;
-    h.scale = (real)scale;
-    h.q = q + start * K, h.k = k + start * K, h.alpha = alpha + start * K, h.v = v + start * V;
+    h.T = T, h.K = K, h.V = V, h.scale = (real)scale, h.shared = shared;
+    h.heads = H - of_sequence < group ? H - of_sequence : group;
+    h.q_step = one_q ? K : H * K, h.k_step = one_k ? K : H * K, h.a_step = one_a ? 0 : H * K, h.v_step = H * V;
+    h.q = q + token * h.q_step + (one_q ? 0 : of_sequence * K);
+    h.k = k + token * h.k_step + (one_k ? 0 : of_sequence * K);
+    h.alpha = alpha + token * h.a_step + of_sequence * K;
+    h.v = v + token * h.v_step + of_sequence * V;
     return h;
 }
 
 static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S, real *states, const real *q,
                          const real *k, const real *v, const real *alpha, size_t B, size_t T, size_t H, size_t K,
-                         size_t V, double scale) {
+                         size_t V, double scale, int shared) {
     size_t each = scan_scratch(form, T, H, K, V, 0), group = heads_together(form, H, K, V), groups = (H + group - 1) / group;
     real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
     for (size_t i = 0; i < B * groups; i++) {
         size_t first = i / groups * H + i % groups * group;
-        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale);
+        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale, shared);
         real *own = work + thread_number() * each, *state = S ? S + first * K * V : own, *rest = own + group * K * V;
         if (!S) memset(state, 0, h.heads * K * V * sizeof(real));
         h.o = o + (h.v - v);
         h.keep_states = states ? states + first * chunks(T) * K * V : NULL;
         if (form == METALA_RECURRENT) recurrent_forward(&h, state);
         else if (form == METALA_PARALLEL) parallel_forward(&h, state, rest);
-        else if (is_narrow(K, V)) narrow_forward(&h, state, rest);
+        else if (K == 1) row_forward(&h, state, rest);
+        else if (V == 1) column_forward(&h, state, rest);
         else chunkwise_forward(&h, state, rest);
     }
 }
 
-// dS (B,H,K,V): gradient of the final state in, of the initial state out; NULL for zero and no interest. states: as
-// scan_forward left them, in the same form.
+// Where a gradient is a sum over heads or over sequences, each group of heads has a part of it: (B,T,groups,K) of dq and dk,
+// (B,H,K) of da.
+static size_t scan_parts(metala_form form, size_t B, size_t T, size_t H, size_t K, size_t V, int shared) {
+    size_t group = heads_together(form, H, K, V), rows = times(times(B, T), times((H + group - 1) / group, K));
+    return times(!!(shared & METALA_SHARED_QUERY) + !!(shared & METALA_SHARED_KEY), rows)
+         + (shared & METALA_CONSTANT_DECAY ? times(B, times(H, K)) : 0);
+}
+
+// dS (B,H,K,V): gradient of the final state in, of the initial state out; NULL for zero and no interest. da: NULL for no
+// interest. states: as scan_forward left them, in the same form.
 static void scan_backward(metala_context *ctx, metala_form form, real *dq, real *dk, real *dv, real *da, real *dS,
                           const real *dO, const real *states, const real *q, const real *k, const real *v,
-                          const real *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale) {
+                          const real *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale, int shared) {
     size_t each = scan_scratch(form, T, H, K, V, 1), group = heads_together(form, H, K, V), groups = (H + group - 1) / group;
-    real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
-    if (!work) return;
+    size_t parts = scan_parts(form, B, T, H, K, V, shared), rows = B * T * groups * K;
+    real *part = scratch(ctx, times(plus(parts, times((size_t)ctx->threads, each)), sizeof(real))), *work = part + parts;
+    int one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
+    if (!part) return;
+    real *part_k = part + (one_q ? rows : 0), *part_a = part_k + (one_k ? rows : 0);
     PARALLEL_FOR(B * T * H * K * V)
     for (size_t i = 0; i < B * groups; i++) {
-        size_t first = i / groups * H + i % groups * group;
-        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale);
+        size_t first = i / groups * H + i % groups * group, own_part = (i / groups * T * groups + i % groups) * K;
+        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale, shared);
         real *own = work + thread_number() * each, *G = dS ? dS + first * K * V : own, *rest = own + group * K * V;
         if (!dS) memset(G, 0, h.heads * K * V * sizeof(real));
         h.states = states + first * chunks(T) * K * V;
         h.dO = dO + (h.v - v), h.dv = dv + (h.v - v);
-        h.dq = dq + (h.q - q), h.dk = dk + (h.q - q), h.da = da + (h.q - q);
+        h.dq_step = one_q ? groups * K : h.q_step, h.dq = one_q ? part + own_part : dq + (h.q - q);
+        h.dk_step = one_k ? groups * K : h.k_step, h.dk = one_k ? part_k + own_part : dk + (h.k - k);
+        if (da) h.da = one_a ? part_a + first * K : da + (h.alpha - alpha);
+        if (da && one_a) memset(h.da, 0, h.heads * K * sizeof(real));
         if (form == METALA_RECURRENT) recurrent_backward(&h, G, rest);
         else if (form == METALA_PARALLEL) parallel_backward(&h, G, rest);
-        else if (is_narrow(K, V)) narrow_backward(&h, G, rest);
+        else if (K == 1) row_backward(&h, G, rest);
+        else if (V == 1) column_backward(&h, G, rest);
         else chunkwise_backward(&h, G, rest);
     }
+    if (one_q) copy_heads_backward(ctx, dq, part, B * T, groups, K);
+    if (one_k) copy_heads_backward(ctx, dk, part_k, B * T, groups, K);
+    if (one_a && da) copy_heads_backward(ctx, da, part_a, 1, B, H * K);
 }
 
 // ============================================================== 6. The backend table
@@ -2868,6 +3019,8 @@ typedef struct {
     size_t theta;                       // learned angles
     int complex_values;                 // a head is a complex number: K = 1, V = 2, and the phase is in v and o
     int own_q, own_k, own_v;            // the scan's q, k, v are made from the projections, in memory of their own
+    int shared;                         // METALA_SHARED_QUERY and so on: inputs of the scan that are not (B,T,H,K)
+    int learned_decay;                  // the gradient of α is wanted
     int shared_u, shared_scan;          // u is n; what the scan gives is p
     double scale;                       // s of o = s Sᵀ q
 } sizes;
@@ -2904,8 +3057,15 @@ static sizes sizes_of(const metala_config *c) {
     s.g = r->gate ? s.p : 0;
     s.theta = r->phase == METALA_PHASE_FIRST ? s.K / 2
             : r->phase == METALA_PHASE_LEARNED ? (s.complex_values ? s.H : times(s.H, s.K / 2)) : 0;
-    s.own_q = r->query != METALA_QUERY_LINEAR;
-    s.own_k = r->key != METALA_KEY_LINEAR;
+    int one_q = r->query == METALA_QUERY_ONE || r->query == METALA_QUERY_SHARED;
+    int one_k = r->key == METALA_KEY_ONE || r->key == METALA_KEY_SHARED;
+    int fixed_decay = r->decay == METALA_DECAY_ONE || r->decay == METALA_DECAY_HEADS || r->decay == METALA_DECAY_DEPTH;
+    if (r->self != METALA_SELF_AUGMENT)               // which reads q and k of each head
+        s.shared = (one_q ? METALA_SHARED_QUERY : 0) | (one_k ? METALA_SHARED_KEY : 0);
+    if (fixed_decay || r->phase == METALA_PHASE_DECAY) s.shared |= METALA_CONSTANT_DECAY;
+    s.learned_decay = !fixed_decay;
+    s.own_q = r->query != METALA_QUERY_LINEAR && !(s.shared & METALA_SHARED_QUERY && s.q);
+    s.own_k = r->key != METALA_KEY_LINEAR && !(s.shared & METALA_SHARED_KEY && s.k);
     s.own_v = s.ones || s.complex_values || r->value == METALA_VALUE_PRODUCT || r->decay == METALA_DECAY_SELECTIVE;
     s.shared_u = r->conv == METALA_CONV_OFF || r->conv == METALA_CONV_KEY;
     s.shared_scan = !s.ones && (s.complex_values || (r->self != METALA_SELF_AUGMENT && r->self != METALA_SELF_SKIP));
@@ -3429,7 +3589,7 @@ typedef struct {
     real *shift_k, *shift_v;                                  // token shift for the key and the value
     real *conv_in, *conv_out;                                 // c and u
     real *q_proj, *k_proj, *v_proj, *low, *z, *g;             // linear maps of u
-    real *ssm;                                                // complex decay: α, θ (HN each), b (2HN), α twice (2HN)
+    real *ssm;                                                // complex decay: α, θ (HN each), b (2HN)
     real *q, *k, *v, *alpha, *bonus;                          // what the scan takes
     real *states, *scan_out, *lse;                            // S at the start of each chunk; o; of softmax
     real *aug_out;                                            // p
@@ -3509,10 +3669,14 @@ static size_t member_count(const metala_config *c, enum width width, size_t B, s
         case PER_LOW: each = s.low; break;
         case PER_Z: each = s.z; break;
         case PER_G: each = s.g; break;
-        case PER_SSM: return times(6, times(s.H, s.states));
-        case PER_Q: case PER_K: each = HK; break;
+        case PER_SSM: return times(4, times(s.H, s.states));
+        case PER_Q: each = s.shared & METALA_SHARED_QUERY ? s.K : HK; break;
+        case PER_K: each = s.shared & METALA_SHARED_KEY ? s.K : HK; break;
         case PER_V: each = s.own_v ? times(s.H, s.V + s.ones) : r->value == METALA_VALUE_INPUT ? 0 : HV; break;
-        case PER_ALPHA: each = softmax ? 0 : HK; break;
+        case PER_ALPHA:
+            if (s.shared & METALA_CONSTANT_DECAY) return HK;
+            each = softmax ? 0 : HK;
+            break;
         case PER_BONUS: each = r->self == METALA_SELF_BONUS ? s.H : 0; break;
         case PER_STATE: return softmax ? 0 : times(times(B, chunks(T)), times(HK, s.V + s.ones));
         case PER_SCAN: each = s.shared_scan ? 0 : times(s.H, s.V + s.ones); break;
@@ -3684,9 +3848,9 @@ static void feature_forward(metala_context *ctx, const metala_model *m, int choi
         case METALA_QUERY_SILU: be->map_forward(ctx, y, x, p->rows * H * K, METALA_MAP_SILU); break;
         case METALA_QUERY_ELU1: be->map_forward(ctx, y, x, p->rows * H * K, METALA_MAP_ELU1); break;
         case METALA_QUERY_TAYLOR: be->taylor_forward(ctx, y, x, p->rows, H, (size_t)m->config.feature_dim); break;
-        case METALA_QUERY_ONE: repeat_rows(ctx, be, y, m->constants, p->rows, H * K); break;
+        case METALA_QUERY_ONE: repeat_rows(ctx, be, y, m->constants, p->rows, K); break;
         case METALA_QUERY_CONSTANT: repeat_rows(ctx, be, y, constant, p->rows, H * K); break;
-        case METALA_QUERY_SHARED: be->copy_heads_forward(ctx, y, x, p->rows, H, K); break;
+        case METALA_QUERY_SHARED: if (y != x) be->copy_heads_forward(ctx, y, x, p->rows, H, K); break;
     }
 }
 
@@ -3707,7 +3871,7 @@ static void decay_forward(metala_context *ctx, const metala_model *m, int layer,
             be->gate_forward(ctx, a->alpha, tied, a->z, rows * HK, c->tau);
             break;
         case METALA_DECAY_ONE: case METALA_DECAY_HEADS: case METALA_DECAY_DEPTH:
-            repeat_rows(ctx, be, a->alpha, decays + (r->decay == METALA_DECAY_DEPTH ? (size_t)layer * HK : 0), rows, HK);
+            be->copy(ctx, a->alpha, decays + (r->decay == METALA_DECAY_DEPTH ? (size_t)layer * HK : 0), HK * sizeof(real));
             break;
         case METALA_DECAY_BOUNDED:
             be->bounded_gate_forward(ctx, a->alpha, tied, a->z, p->bounds + (size_t)layer * HK, rows, HK);
@@ -3725,11 +3889,7 @@ static void decay_forward(metala_context *ctx, const metala_model *m, int layer,
             be->selective_forward(ctx, a->alpha, a->v, a->z, a->conv_out, P + w->A, rows, H, K);
             break;
     }
-    if (r->phase == METALA_PHASE_DECAY && p->s.complex_values) repeat_rows(ctx, be, a->alpha, a->ssm, rows, H * N);
-    else if (r->phase == METALA_PHASE_DECAY) {
-        if (!p->ssm_ready) be->copy_heads_forward(ctx, a->ssm + 4 * H * N, a->ssm, H * N, 2, 1);
-        repeat_rows(ctx, be, a->alpha, a->ssm + 4 * H * N, rows, HK);
-    }
+    if (r->phase == METALA_PHASE_DECAY) be->copy_heads_forward(ctx, a->alpha, a->ssm, H * N, K / N, 1);
 }
 
 // f_v. last_v: the state of the bonus, or NULL.
@@ -3865,7 +4025,7 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
     if (r->decay == METALA_DECAY_SOFTMAX) attend(ctx, m, a, p, past);
     else
         be->scan_forward(ctx, p->form, a->scan_out, past ? past->S : NULL, a->states, a->q, a->k, a->v, a->alpha, p->B, p->T, H,
-                         K, V + s->ones, s->scale);
+                         K, V + s->ones, s->scale, s->shared);
     if (s->complex_values) {
         int shared;
         const real *theta = mixer_angles(m, layer, a, p, &shared);
@@ -3992,8 +4152,8 @@ static void mixer_scan_backward(metala_context *ctx, const metala_model *m, int 
         be->attention_backward(ctx, d->q, d->k, d->v, dO, a->scan_out, a->lse, a->q, a->k, a->v, p->mask, p->B, p->T, H, K, V,
                                s->scale);
     else
-        be->scan_backward(ctx, p->form, d->q, d->k, d->v, d->a, NULL, dO, a->states, a->q, a->k, a->v, a->alpha, p->B, p->T, H, K,
-                          V + s->ones, s->scale);
+        be->scan_backward(ctx, p->form, d->q, d->k, d->v, s->learned_decay ? d->a : NULL, NULL, dO, a->states, a->q, a->k, a->v,
+                          a->alpha, p->B, p->T, H, K, V + s->ones, s->scale, s->shared);
     if (r->self == METALA_SELF_AUGMENT)
         be->augment_backward(ctx, d->q, d->k, d->v, GRAD(w->b), d->p, a->q, a->k, a->v, P + w->b, rows, H, K, V);
     if (r->self == METALA_SELF_SKIP && !s->complex_values) {
@@ -4012,7 +4172,7 @@ static void feature_backward(metala_context *ctx, const metala_model *m, int cho
         case METALA_QUERY_ELU1: be->map_backward(ctx, dx, dy, x, p->rows * H * K, METALA_MAP_ELU1); break;
         case METALA_QUERY_TAYLOR: be->taylor_backward(ctx, dx, dy, x, p->rows, H, (size_t)m->config.feature_dim); break;
         case METALA_QUERY_CONSTANT: add_rows(ctx, be, dconstant, dy, p->rows, H * K); break;
-        case METALA_QUERY_SHARED: be->copy_heads_backward(ctx, dx, dy, p->rows, H, K); break;
+        case METALA_QUERY_SHARED: if (dx != dy) be->copy_heads_backward(ctx, dx, dy, p->rows, H, K); break;
     }
 }
 
@@ -4065,11 +4225,7 @@ static void decay_backward(metala_context *ctx, const metala_model *m, int layer
                              P + w->time_decay, p->mask, p->B, p->T, H);
             break;
         case METALA_DECAY_LRU: case METALA_DECAY_ZOH: case METALA_DECAY_DSS:
-            if (p->s.complex_values) add_rows(ctx, be, d->ssm, d->a, rows, HN);
-            else {
-                add_rows(ctx, be, d->ssm + 4 * HN, d->a, rows, HK);
-                be->copy_heads_backward(ctx, d->ssm, d->ssm + 4 * HN, HN, 2, 1);
-            }
+            be->copy_heads_backward(ctx, d->ssm, d->a, HN, HK / HN, 1);
             be->ssm_backward(ctx, (metala_ssm)(r->decay - METALA_DECAY_LRU), GRAD(w->ssm_decay), GRAD(w->ssm_phase),
                              GRAD(w->ssm_step), d->ssm, d->ssm + HN, d->ssm + 2 * HN, P + w->ssm_decay, P + w->ssm_phase,
                              P + w->ssm_step, H, p->s.states, (size_t)c->length);
@@ -4265,7 +4421,8 @@ metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T
         t.model = m, t.B = (size_t)B, t.T = T, t.keep = keep;
         sizes s = sizes_of(config);
         size_t V = s.V + s.ones, conv = times(times((size_t)B, T), s.u);
-        size_t scan = times((size_t)ctx->threads, chunkwise_scratch(s.K, V) + s.K * V);
+        size_t scan = plus(times((size_t)ctx->threads, scan_scratch(METALA_CHUNKWISE, T, s.H, s.K, V, 1)),
+                           scan_parts(METALA_CHUNKWISE, (size_t)B, T, s.H, s.K, V, s.shared));
         memory.parameters = memory.gradients = times(m->size, sizeof(real));
         memory.moments = times(2, memory.parameters);
         memory.activations = times(place_trainer(&t, NULL), sizeof(real));

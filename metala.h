@@ -417,6 +417,8 @@ int metala_file_write(metala_context *ctx, const char *path, const metala_tensor
 // For map: f(x) = x, silu(x), elu(x) + 1. For ssm: how a complex decay is made of what is learned.
 typedef enum { METALA_MAP_NONE, METALA_MAP_SILU, METALA_MAP_ELU1 } metala_map;
 typedef enum { METALA_SSM_LRU, METALA_SSM_ZOH, METALA_SSM_DSS } metala_ssm;
+// Inputs of the scan that are the same for all heads, or for all tokens: one bit each.
+enum { METALA_SHARED_QUERY = 1, METALA_SHARED_KEY = 2, METALA_CONSTANT_DECAY = 4 };
 
 // One function per kernel; metala.c fills the table with loops. `rows` is B·T. Every equation and its source stands
 // above the function of the same name in metala.c. Backward functions ADD to gradients of parameters (dw, db, dE)
@@ -460,11 +462,11 @@ struct metala_backend {
         const metala_real *z, const metala_real *alpha, size_t n, double tau);
     void (*scan_forward)(metala_context *ctx, metala_form form, metala_real *o, metala_real *S, metala_real *states,
         const metala_real *q, const metala_real *k, const metala_real *v, const metala_real *alpha, size_t B,
-        size_t T, size_t H, size_t K, size_t V, double scale);
+        size_t T, size_t H, size_t K, size_t V, double scale, int shared);
     void (*scan_backward)(metala_context *ctx, metala_form form, metala_real *dq, metala_real *dk, metala_real *dv,
         metala_real *da, metala_real *dS, const metala_real *dO, const metala_real *states, const metala_real *q,
         const metala_real *k, const metala_real *v, const metala_real *alpha, size_t B, size_t T, size_t H, size_t K,
-        size_t V, double scale);
+        size_t V, double scale, int shared);  // da may be NULL
     void (*augment_forward)(metala_context *ctx, metala_real *p, const metala_real *o, const metala_real *q,
         const metala_real *k, const metala_real *v, const metala_real *b, size_t rows, size_t H, size_t K, size_t V);
     void (*augment_backward)(metala_context *ctx, metala_real *dq, metala_real *dk, metala_real *dv, metala_real *db,

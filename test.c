@@ -1007,7 +1007,7 @@ static wkv_parts wkv_run(const shape *s, real *const *in, real *y, real *previou
     const uint8_t *mask = s->variant & 1 ? mask_list(s) : NULL;
     CALL(wkv_forward)(ctx, p.q, p.key, p.alpha, p.bonus, in[0], in[2], in[3], mask, previous, s->B, s->T, s->D, position);
     CALL(extend_forward)(ctx, p.values, in[1], mask, last_v, 1, s->B, s->T, s->D, 1);
-    CALL(scan_forward)(ctx, METALA_RECURRENT, p.sums, S, p.states, p.q, p.key, p.values, p.alpha, s->B, s->T, s->D, 1, 2, 1);
+    CALL(scan_forward)(ctx, METALA_RECURRENT, p.sums, S, p.states, p.q, p.key, p.values, p.alpha, s->B, s->T, s->D, 1, 2, 1, 0);
     CALL(normalise_forward)(ctx, y, p.sums, p.bonus, in[1], rows, s->D, 1, 0);
     return p;
 }
@@ -1050,7 +1050,7 @@ static void wkv_backward(const shape *s, real *const *in, real *const *out, real
     wkv_parts p = wkv_run(s, in, again, NULL, NULL, NULL, 0);
     CALL(normalise_backward)(ctx, dsums, dbonus, own, dout[0], out[0], p.sums, p.bonus, in[1], rows, s->D, 1, 0);
     CALL(scan_backward)(ctx, METALA_RECURRENT, dq, dkey, dvalues, da, NULL, dsums, p.states, p.q, p.key, p.values, p.alpha,
-                        s->B, s->T, s->D, 1, 2, 1);
+                        s->B, s->T, s->D, 1, 2, 1, 0);
     CALL(extend_backward)(ctx, din[1], dvalues, mask, 1, s->B, s->T, s->D, 1);
     CALL(wkv_backward)(ctx, din[0], din[2], din[3], dkey, da, dbonus, p.key, p.bonus, in[2], mask, s->B, s->T, s->D);
     for (size_t i = 0; i < n; i++) din[1][i] += own[i];
@@ -1728,34 +1728,74 @@ static void fill_scan(const scan_shape *s, scan_case *c, int gates, int from_zer
     }
 }
 
-static void check_scan(metala_form form, const scan_shape *s, int gates, int from_zero) {
+// x (rows,H,n): what is shared is the same for all H, x_h = x_0; its gradient is dx = Σ_h dx_h, of which sum_shared leaves
+// `rows` rows of n. n = K and H heads, or one row of B·T tokens.
+static void make_shared(double *x, size_t rows, size_t H, size_t n) {
+    for (size_t row = 0; row < rows; row++)
+        for (size_t i = n; i < H * n; i++) x[row * H * n + i] = x[row * H * n + i % n];
+}
+static void sum_shared(double *x, size_t rows, size_t H, size_t n) {
+    for (size_t row = 0; row < rows; row++)
+        for (size_t i = 0; i < n; i++) {
+            double sum = 0;
+            for (size_t h = 0; h < H; h++) sum += x[(row * H + h) * n + i];
+            x[row * n + i] = sum;
+        }
+}
+// The input of the scan from one for every token and head: only the first of what is shared.
+static void round_shared(real *to, double *x, size_t rows, size_t H, size_t n) {
+    round_to_real(to, x, rows * H * n);
+    for (size_t row = 1; row < rows && H > 1; row++) memmove(to + row * n, to + row * H * n, n * sizeof *to);
+}
+
+static void check_scan(metala_form form, const scan_shape *s, int gates, int from_zero, int shared) {
     static const char *const forms[] = {"chunkwise", "recurrent", "parallel"};
-    if (!begin(TOLERANCE(2e-6, 5e-15), "scan %s B%zu T%zu H%zu K%zu V%zu %s%s", forms[form], s->B, s->T, s->H, s->K,
-               s->V, gate_names[gates], from_zero ? " from zero" : ""))
+    int one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
+    double tolerance = one_a ? TOLERANCE(4e-6, 5e-15) : TOLERANCE(2e-6, 5e-15);        // da is a sum of B·T times as many terms
+    if (!begin(tolerance, "scan %s B%zu T%zu H%zu K%zu V%zu %s%s%s%s%s%s", forms[form], s->B, s->T, s->H, s->K,
+               s->V, gate_names[gates], from_zero ? " from zero" : "", shared ? ", shared" : "", one_q ? " q" : "",
+               one_k ? " k" : "", one_a ? " α" : ""))
         return;
     scan_case c;
+    size_t rows = s->B * s->T, HK = s->H * s->K;
     size_t nk = s->B * s->T * s->H * s->K, nv = s->B * s->T * s->H * s->V, nS = s->B * s->H * s->K * s->V;
     size_t KV = s->K * s->V, chunks = (s->T + METALA_CHUNK - 1) / METALA_CHUNK;
     fill_scan(s, &c, gates, from_zero);
+    if (one_q) make_shared(c.q, rows, s->H, s->K);
+    if (one_k) make_shared(c.k, rows, s->H, s->K);
+    if (one_a) make_shared(c.alpha, 1, rows, HK);
     real *q = reals(nk), *k = reals(nk), *alpha = reals(nk), *v = reals(nv), *weight = reals(nv), *o = reals(nv);
     real *S = reals(nS), *states = reals(nS * chunks), *dq = reals(nk), *dk = reals(nk), *da = reals(nk);
     real *dv = reals(nv), *dS = reals(nS);
-    round_to_real(q, c.q, nk), round_to_real(k, c.k, nk), round_to_real(alpha, c.alpha, nk);
+    round_shared(q, c.q, rows, one_q ? s->H : 1, one_q ? s->K : HK);
+    round_shared(k, c.k, rows, one_k ? s->H : 1, one_k ? s->K : HK);
+    round_shared(alpha, c.alpha, one_a ? 1 : rows, one_a ? rows : 1, HK);
     round_to_real(v, c.v, nv), round_to_real(weight, c.weight, nv);
     round_to_real(S, c.S0, nS), round_to_real(dS, c.weight_S, nS);
     fill_nan(o, nv), fill_nan(dq, nk), fill_nan(dk, nk), fill_nan(da, nk), fill_nan(dv, nv);
     fill_nan(states, nS * chunks);
     scan_reference(s, &c);
     scan_reference_backward(s, &c);
-    CALL(scan_forward)(ctx, form, o, from_zero ? NULL : S, states, q, k, v, alpha, s->B, s->T, s->H, s->K, s->V, SCALE);
+    if (one_q) sum_shared(c.dq, rows, s->H, s->K);
+    if (one_k) sum_shared(c.dk, rows, s->H, s->K);
+    if (one_a) sum_shared(c.da, 1, rows, HK);
+    CALL(scan_forward)(ctx, form, o, from_zero ? NULL : S, states, q, k, v, alpha, s->B, s->T, s->H, s->K, s->V, SCALE, shared);
     CALL(scan_backward)(ctx, form, dq, dk, dv, da, from_zero ? NULL : dS, weight, states, q, k, v, alpha, s->B, s->T,
-                        s->H, s->K, s->V, SCALE);
+                        s->H, s->K, s->V, SCALE, shared);
     compare("o", o, c.o, DIMS(s->B, s->T, s->H, s->V));
     if (!from_zero) compare("S", S, c.S, DIMS(s->B, s->H, s->K, s->V));
-    compare("dq", dq, c.dq, DIMS(s->B, s->T, s->H, s->K));
-    compare("dk", dk, c.dk, DIMS(s->B, s->T, s->H, s->K));
+    compare("dq", dq, c.dq, DIMS(s->B, s->T, one_q ? 1 : s->H, s->K));
+    compare("dk", dk, c.dk, DIMS(s->B, s->T, one_k ? 1 : s->H, s->K));
     compare("dv", dv, c.dv, DIMS(s->B, s->T, s->H, s->V));
-    compare("da", da, c.da, DIMS(s->B, s->T, s->H, s->K));
+    compare("da", da, c.da, DIMS(one_a ? 1 : s->B, one_a ? 1 : s->T, s->H, s->K));
+    if (from_zero) {                                                 // da is not needed for the others
+        real *again[3] = {reals(nk), reals(nk), reals(nv)};
+        CALL(scan_backward)(ctx, form, again[0], again[1], again[2], NULL, NULL, weight, states, q, k, v, alpha, s->B, s->T,
+                            s->H, s->K, s->V, SCALE, shared);
+        same_bits("dq without da", dq, again[0], one_q ? nk / s->H : nk);
+        same_bits("dk without da", dk, again[1], one_k ? nk / s->H : nk);
+        same_bits("dv without da", dv, again[2], nv);
+    }
     if (!from_zero) compare("dS", dS, c.dS0, DIMS(s->B, s->H, s->K, s->V));
     double *expected = doubles(nS * chunks);                         // the states before every 64th token
     for (size_t bh = 0; bh < s->B * s->H && form != METALA_PARALLEL; bh++)
@@ -1795,7 +1835,11 @@ static void check_scans(void) {
     for (size_t i = 0; i < COUNT(shapes); i++)
         for (int gates = SOFT; gates <= HARD; gates++)
             for (size_t f = 0; f < COUNT(forms); f++)
-                check_scan(forms[f], &shapes[i], gates, (i + (size_t)gates) % 3 == 0);
+                check_scan(forms[f], &shapes[i], gates, (i + (size_t)gates) % 3 == 0, 0);
+    for (size_t i = 0; i < COUNT(shapes); i++)
+        for (size_t f = 0; f < COUNT(forms); f++)
+            for (int shared = 7; shared; shared = shared == 7 ? 1 + (int)(i + f) % 6 : 0)
+                check_scan(forms[f], &shapes[i], (int)(i + f) % 3, i % 2 == 0, shared);
     if (begin(0, "scan: narrow heads, 1 to 5 threads give the same bits")) {
         static const scan_shape narrow[] = {{2, 66, 300, 16, 1}, {3, 66, 301, 1, 2}};
         for (size_t i = 0; i < COUNT(narrow); i++) {
@@ -1806,13 +1850,14 @@ static void check_scans(void) {
             random_state = i + 1;
             for (size_t n = 0; n < 4 * nk; n++) in[0][n] = (real)uniform(0, 1);
             for (size_t n = 0; n < 2 * nv; n++) in[1][n] = (real)uniform(-1, 1);
-            for (int threads = 1; threads <= 5; threads++) {
+            for (int run = 0; run < 10; run++) {
+                int threads = run % 5 + 1, shared = run < 5 ? 0 : 7;
                 metala_context *c = other_context(threads);
                 real *x = out[threads > 1], *y = x + 3 * nk;
                 CALL(scan_forward)(c, METALA_CHUNKWISE, y, NULL, states, in[0], in[0] + nk, in[1], in[0] + 2 * nk, s->B, s->T,
-                                   s->H, s->K, s->V, SCALE);
+                                   s->H, s->K, s->V, SCALE, shared);
                 CALL(scan_backward)(c, METALA_CHUNKWISE, x, x + nk, y + nv, x + 2 * nk, NULL, in[1] + nv, states, in[0],
-                                    in[0] + nk, in[1], in[0] + 2 * nk, s->B, s->T, s->H, s->K, s->V, SCALE);
+                                    in[0] + nk, in[1], in[0] + 2 * nk, s->B, s->T, s->H, s->K, s->V, SCALE, shared);
                 same_bits("o, dq, dk, dv, da of more threads", out[0], x, threads > 1 ? 3 * nk + 2 * nv : 0);
                 metala_close(c);
             }
@@ -3233,12 +3278,13 @@ static void read_in_pieces(const reference *r, metala_state *s, metala_form form
     }
 }
 
-// All activations that a trainer names can be read: finite, the same number for each token.
+// All activations that a trainer names can be read: finite, the same number for each token, unless all share a decay.
 static void check_activations(const metala_trainer *t, const metala_config *c, size_t rows) {
     static const char *const names[] = {
         "input", "token_norm", "conv_out", "q_proj", "k_proj", "v_proj", "k_gate", "g", "q", "k", "v", "alpha", "scan_out",
         "aug_out", "group_norm", "gated", "mixer_residual", "channel_norm", "glu_prod", "output"};
     size_t found = 0;
+    int decay = c->row.decay;
     for (size_t i = 0; i < COUNT(names); i++) {
         char name[40];
         size_t count, D = (size_t)c->width;
@@ -3247,7 +3293,9 @@ static void check_activations(const metala_trainer *t, const metala_config *c, s
         real *x = reals(count);
         metala_trainer_activation(ctx, t, name, x, &count);
         for (size_t j = 0; j < count; j++) expect(isfinite(x[j]), "%s[%zu] is finite", name, j);
-        expect(count % rows == 0, "%s has %zu numbers for %zu tokens", name, count, rows);
+        int constant = !strcmp(names[i], "alpha") && ((decay >= METALA_DECAY_ONE && decay <= METALA_DECAY_DEPTH) ||
+                                                      (decay >= METALA_DECAY_LRU && decay <= METALA_DECAY_DSS));
+        expect(count % rows == 0 || constant, "%s has %zu numbers for %zu tokens", name, count, rows);
         if (!strcmp(names[i], "gated")) expect(count >= rows * D, "%zu numbers of %s", count, name);
         found++;
     }
@@ -4789,8 +4837,16 @@ static void twin_gate_backward(const shape *s) {
     ALL(gate_backward, REAL(dz), REAL(da), REAL(dk), REAL(z), REAL(alpha), n, 16);
 }
 
-// The scan's inputs; variant: the gates, and 4 for an initial state and a gradient of the final one.
+// The scan's inputs; variant: the gates, 4 for an initial state and a gradient of the final one, and 8 times what is shared.
 typedef struct { const tensor *q, *k, *v, *alpha; } scan_inputs;
+enum { SHARED_Q = 8 * METALA_SHARED_QUERY, SHARED_K = 8 * METALA_SHARED_KEY, SHARED_A = 8 * METALA_CONSTANT_DECAY };
+static const tensor *scan_key_gradient(const shape *s, const char *name, int shared) {
+    return s->variant & shared ? OUT(name, "btk", s->B, s->T, s->K) : OUT(name, "bthk", s->B, s->T, s->H, s->K);
+}
+static const tensor *scan_key(const shape *s, const char *name, const real *x, int shared) {
+    return s->variant & shared ? FILLED(name, "btk", 0, x, s->B, s->T, s->K)
+                               : FILLED(name, "bthk", 0, x, s->B, s->T, s->H, s->K);
+}
 static scan_inputs scan_input_tensors(const shape *s, real **numbers) {
     size_t nk = rows_of(s) * s->H * s->K, nv = rows_of(s) * s->H * s->V;
     real *q = normals(nk), *k = reals(nk), *alpha = reals(nk), *v = normals(nv);
@@ -4801,8 +4857,9 @@ static scan_inputs scan_input_tensors(const shape *s, real **numbers) {
         k[i] = 1 - alpha[i];
     }
     numbers[0] = q, numbers[1] = k, numbers[2] = v, numbers[3] = alpha;
-    scan_inputs in = {FILLED("q", "bthk", 0, q, s->B, s->T, s->H, s->K), FILLED("k", "bthk", 0, k, s->B, s->T, s->H, s->K),
-        FILLED("v", "bthv", 0, v, s->B, s->T, s->H, s->V), FILLED("alpha", "bthk", 0, alpha, s->B, s->T, s->H, s->K)};
+    scan_inputs in = {scan_key(s, "q", q, SHARED_Q), scan_key(s, "k", k, SHARED_K),
+        FILLED("v", "bthv", 0, v, s->B, s->T, s->H, s->V), s->variant & SHARED_A ? FILLED("alpha", "hk", 0, alpha, s->H, s->K)
+        : FILLED("alpha", "bthk", 0, alpha, s->B, s->T, s->H, s->K)};
     return in;
 }
 static size_t chunks_of(const shape *s) { return (s->T + METALA_CHUNK - 1) / METALA_CHUNK; }
@@ -4814,7 +4871,7 @@ static void twin_scan_forward_in(const shape *s, metala_form form) {
     const tensor *S = s->variant & 4 ? ADDED("S", "bhkv", s->B * s->H * s->K * s->V, s->B, s->H, s->K, s->V) : NULL;
     const tensor *states = OUT("states", "bhckv", s->B, s->H, chunks_of(s), s->K, s->V);
     ALL(scan_forward, form, REAL(o), REAL(S), s->variant & 4 && s->T % 3 == 0 ? NULL : REAL(states), REAL(in.q), REAL(in.k),
-        REAL(in.v), REAL(in.alpha), s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE);
+        REAL(in.v), REAL(in.alpha), s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE, s->variant / 8);
     if (s->variant & 4 && s->T % 3 == 0) tensors[states - tensors].written = 0;      // NULL was given
 }
 static void twin_scan_backward_in(const shape *s, metala_form form) {
@@ -4824,14 +4881,15 @@ static void twin_scan_backward_in(const shape *s, metala_form form) {
     real *states = reals(nS * chunks_of(s)), *o = reals(rows_of(s) * s->H * s->V);
     real *S = s->variant & 4 ? normals(nS) : NULL;
     metala_cpu()->scan_forward(on[CPU].ctx, METALA_RECURRENT, o, S, states, numbers[0], numbers[1], numbers[2], numbers[3],
-                               s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE);
-    const tensor *dq = OUT("dq", "bthk", s->B, s->T, s->H, s->K), *dk = OUT("dk", "bthk", s->B, s->T, s->H, s->K);
-    const tensor *dv = OUT("dv", "bthv", s->B, s->T, s->H, s->V), *da = OUT("da", "bthk", s->B, s->T, s->H, s->K);
+                               s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE, s->variant / 8);
+    const tensor *dq = scan_key_gradient(s, "dq", SHARED_Q), *dk = scan_key_gradient(s, "dk", SHARED_K);
+    const tensor *dv = OUT("dv", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *da = s->variant & SHARED_A ? OUT("da", "hk", s->H, s->K) : OUT("da", "bthk", s->B, s->T, s->H, s->K);
     const tensor *dS = s->variant & 4 ? ADDED("dS", "bhkv", nS, s->B, s->H, s->K, s->V) : NULL;
     const tensor *dO = IN("do", "bthv", s->B, s->T, s->H, s->V);
     const tensor *kept = FILLED("states", "bhckv", 0, states, s->B, s->H, chunks_of(s), s->K, s->V);
     ALL(scan_backward, form, REAL(dq), REAL(dk), REAL(dv), REAL(da), REAL(dS), REAL(dO), REAL(kept), REAL(in.q),
-        REAL(in.k), REAL(in.v), REAL(in.alpha), s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE);
+        REAL(in.k), REAL(in.v), REAL(in.alpha), s->B, s->T, s->H, s->K, s->V, coarse ? 0.5 : SCALE, s->variant / 8);
 }
 static void twin_scan_forward_recurrent(const shape *s) { twin_scan_forward_in(s, METALA_RECURRENT); }
 static void twin_scan_forward_chunkwise(const shape *s) { twin_scan_forward_in(s, METALA_CHUNKWISE); }
@@ -5234,7 +5292,9 @@ static void check_twins(void) {
         {1, 16, 0, 1, 4, 8, 0, SOFT + 4}, {2, 17, 0, 2, 3, 16, 0, MIXED}, {1, 63, 0, 1, 8, 16, 0, HARD + 4},
         {1, 64, 0, 2, 2, 33, 0, SOFT}, {1, 65, 0, 1, 9, 5, 0, HARD + 4}, {2, 130, 0, 3, 8, 16, 0, MIXED + 4},
         {1, 1, 0, 2, 64, 128, 0, SOFT + 4}, {1, 70, 0, 1, 64, 128, 0, MIXED}, {1, 40, 0, 1, 128, 256, 0, SOFT + 4},
-        {1, 20, 0, 1, 130, 65, 0, MIXED + 4}, {1, 18, 0, 1, 256, 40, 0, HARD + 4}, {1, 17, 0, 1, 300, 33, 0, SOFT + 4}};
+        {1, 20, 0, 1, 130, 65, 0, MIXED + 4}, {1, 18, 0, 1, 256, 40, 0, HARD + 4}, {1, 17, 0, 1, 300, 33, 0, SOFT + 4},
+        {2, 19, 0, 40, 16, 1, 0, SOFT + SHARED_Q + SHARED_K}, {2, 70, 0, 3, 1, 2, 0, MIXED + 4 + SHARED_Q + SHARED_A},
+        {1, 66, 0, 3, 5, 65, 0, SOFT + SHARED_A}, {2, 33, 0, 2, 40, 7, 0, HARD + 4 + SHARED_K + SHARED_A}};
     // B T D H K V N variant of the other rows' kernels: variants 0 to 7, T of one and beyond strips of 64 rows
     static const shape others[] = {{1, 1, 2, 1, 1, 1, 0, 0}, {2, 3, 3, 2, 2, 1, 0, 1}, {3, 5, 40, 3, 4, 5, 0, 2},
         {1, 64, 33, 1, 16, 33, 0, 3}, {2, 33, 9, 5, 5, 3, 0, 4}, {1, 65, 130, 2, 3, 64, 0, 5}, {3, 44, 24, 4, 8, 7, 0, 6},
@@ -5377,17 +5437,20 @@ STAGED(mask_rows, (ctx_t *c, real *x, const uint8_t *m, size_t r, size_t D), (c,
 STAGED(gate_forward, (ctx_t *c, real *a, real *k, in_t *z, size_t n, double tau), (c, W(a, n), W(k, n), R(z, n), n, tau))
 STAGED(gate_backward, (ctx_t *c, real *dz, in_t *da, in_t *dk, in_t *z, in_t *a, size_t n, double tau),
        (c, W(dz, n), R(da, n), R(dk, n), R(z, n), R(a, n), n, tau))
+#define SCAN_Q (n & METALA_SHARED_QUERY ? B * T * K : B * T * H * K)
+#define SCAN_K (n & METALA_SHARED_KEY ? B * T * K : B * T * H * K)
+#define SCAN_A (n & METALA_CONSTANT_DECAY ? H * K : B * T * H * K)
 STAGED(scan_forward,
        (ctx_t *c, metala_form f, real *o, real *S, real *states, in_t *q, in_t *k, in_t *v, in_t *a, size_t B, size_t T,
-        size_t H, size_t K, size_t V, double s),
+        size_t H, size_t K, size_t V, double s, int n),
        (c, f, W(o, B * T * H * V), W(S, B * H * K * V), W(states, B * H * ((T + METALA_CHUNK - 1) / METALA_CHUNK) * K * V),
-        R(q, B * T * H * K), R(k, B * T * H * K), R(v, B * T * H * V), R(a, B * T * H * K), B, T, H, K, V, s))
+        R(q, SCAN_Q), R(k, SCAN_K), R(v, B * T * H * V), R(a, SCAN_A), B, T, H, K, V, s, n))
 STAGED(scan_backward,
        (ctx_t *c, metala_form f, real *dq, real *dk, real *dv, real *da, real *dS, in_t *dO, in_t *states, in_t *q,
-        in_t *k, in_t *v, in_t *a, size_t B, size_t T, size_t H, size_t K, size_t V, double s),
-       (c, f, W(dq, B * T * H * K), W(dk, B * T * H * K), W(dv, B * T * H * V), W(da, B * T * H * K), W(dS, B * H * K * V),
-        R(dO, B * T * H * V), R(states, B * H * ((T + METALA_CHUNK - 1) / METALA_CHUNK) * K * V), R(q, B * T * H * K),
-        R(k, B * T * H * K), R(v, B * T * H * V), R(a, B * T * H * K), B, T, H, K, V, s))
+        in_t *k, in_t *v, in_t *a, size_t B, size_t T, size_t H, size_t K, size_t V, double s, int n),
+       (c, f, W(dq, SCAN_Q), W(dk, SCAN_K), W(dv, B * T * H * V), W(da, SCAN_A), W(dS, B * H * K * V),
+        R(dO, B * T * H * V), R(states, B * H * ((T + METALA_CHUNK - 1) / METALA_CHUNK) * K * V), R(q, SCAN_Q),
+        R(k, SCAN_K), R(v, B * T * H * V), R(a, SCAN_A), B, T, H, K, V, s, n))
 STAGED(augment_forward,
        (ctx_t *c, real *p, in_t *o, in_t *q, in_t *k, in_t *v, in_t *b, size_t r, size_t H, size_t K, size_t V),
        (c, W(p, r * H * V), R(o, r * H * V), R(q, r * H * K), R(k, r * H * K), R(v, r * H * V), R(b, H * K), r, H, K, V))

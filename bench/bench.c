@@ -162,6 +162,7 @@ static void run_reads(void *unused) {
 typedef struct {
     size_t B, T, D, H, K, V, N, rows, out, in;
     metala_form form;
+    int shared;                           // of the scan's inputs
     real *x[12];
     int *tokens;
 } call_data;
@@ -173,12 +174,12 @@ static void matmul_dx(void *p) { call_data *c = p; be->matmul_backward(ctx, c->x
 static void matmul_dw(void *p) { call_data *c = p; be->matmul_backward(ctx, NULL, c->x[0], NULL, c->x[1], c->x[2], NULL, c->rows, c->out, c->in, 0); }
 static void scan_forward(void *p) {
     call_data *c = p;
-    be->scan_forward(ctx, c->form, c->x[0], NULL, c->x[1], c->x[2], c->x[3], c->x[4], c->x[5], c->B, c->T, c->H, c->K, c->V, 0.1);
+    be->scan_forward(ctx, c->form, c->x[0], NULL, c->x[1], c->x[2], c->x[3], c->x[4], c->x[5], c->B, c->T, c->H, c->K, c->V, 0.1, c->shared);
 }
 static void scan_backward(void *p) {
     call_data *c = p;
     be->scan_backward(ctx, c->form, c->x[6], c->x[7], c->x[8], c->x[9], NULL, c->x[10], c->x[1], c->x[2], c->x[3], c->x[4],
-                      c->x[5], c->B, c->T, c->H, c->K, c->V, 0.1);
+                      c->x[5], c->B, c->T, c->H, c->K, c->V, 0.1, c->shared);
 }
 static void rms_forward(void *p) { call_data *c = p; be->rms_forward(ctx, c->x[0], c->x[1], c->x[2], NULL, c->rows, c->D, 1e-6); }
 static void rms_backward(void *p) { call_data *c = p; be->rms_backward(ctx, c->x[0], c->x[3], c->x[2], c->x[1], NULL, c->rows, c->D); }
@@ -275,25 +276,29 @@ static void bench_scan(call_data *c, const size_t (*shapes)[5], size_t count) {
 // The shapes that other linear models bring: SSMs have V = 1, linear RNNs K = 1, and a normaliser is a value channel more.
 // How many state elements (H·K·V for each token) are updated in a second, how many times as many they are of MetaLA's shape,
 // which is first, and GB/s of tensors that are read or written, each counted once: for narrow heads memory is the limit.
-static void bench_shapes(call_data *c, const size_t (*shapes)[5], size_t count) {
+enum { Q = METALA_SHARED_QUERY, K = METALA_SHARED_KEY, A = METALA_CONSTANT_DECAY };
+static void bench_shapes(call_data *c, const size_t (*shapes)[6], size_t count) {
     double first[2] = {0, 0};
     for (size_t s = 0; s < count; s++)
         for (int backward = 0; backward < 2; backward++) {
             const char *name = backward ? "scan shapes backward" : "scan shapes forward";
             char shape[60];
             c->B = shapes[s][0], c->T = shapes[s][1], c->H = shapes[s][2], c->K = shapes[s][3], c->V = shapes[s][4];
-            c->form = METALA_CHUNKWISE;
+            c->form = METALA_CHUNKWISE, c->shared = (int)shapes[s][5];
             if (!strstr(name, only)) continue;
-            snprintf(shape, sizeof shape, "B%zu T%zu H%zu K%zu V%zu", c->B, c->T, c->H, c->K, c->V);
+            size_t own = (size_t)(!(c->shared & Q) + !(c->shared & K) + !(c->shared & A));      // inputs (B,T,H,K)
+            snprintf(shape, sizeof shape, "B%zu T%zu H%zu K%zu V%zu%s%s%s%s", c->B, c->T, c->H, c->K, c->V,
+                     c->shared ? " one " : "", c->shared & Q ? "q" : "", c->shared & K ? "k" : "", c->shared & A ? "α" : "");
             double time = median_time(backward ? scan_backward : scan_forward, c), tokens = (double)(c->B * c->T);
             double rate = 1e-9 * tokens * (double)(c->H * c->K * c->V) / time;
-            double numbers = (double)(c->H * (backward ? 6 * c->K + 3 * c->V : 3 * c->K + 2 * c->V));
+            double numbers = (double)(c->H * (backward ? 2 * own * c->K + 3 * c->V : own * c->K + 2 * c->V));
             if (s == 0) first[backward] = rate;
-            printf("%-22s %-28s %10s %8.0f ns/token %6.2f G elements/s, MetaLA's %5.1f times %6.1f GB/s\n", name, shape,
+            printf("%-22s %-30s %10s %8.0f ns/token %6.2f G elements/s, MetaLA's %5.1f times %6.1f GB/s\n", name, shape,
                    time_text(time), 1e9 * time / tokens, rate, first[backward] / rate,
                    1e-9 * numbers * sizeof(real) * tokens / time);
             fflush(stdout);
         }
+    c->shared = 0;
 }
 
 // ------------------------------------------------------------------------------------------------ models
@@ -339,9 +344,13 @@ static void bench_model(void) {
 static const size_t cpu_products[][2] = {{256, 256}, {512, 512}, {1024, 1024}, {2048, 2048}, {256, 2048}, {2048, 256},
                                          {704, 256}, {1408, 512}};
 static const size_t cpu_scans[][5] = {{8, 256, 4, 32, 64}, {4, 256, 8, 32, 64}, {1, 1024, 8, 64, 128}, {1, 16384, 8, 64, 128}};
-static const size_t other_scans[][5] = {{8, 256, 4, 32, 64}, {4, 256, 4, 64, 128}, {4, 256, 4, 64, 65}, {4, 256, 8, 32, 33},
-    {4, 256, 256, 16, 1}, {4, 256, 256, 32, 1}, {1, 64, 256, 16, 1}, {8, 256, 256, 1, 2}, {1, 64, 256, 1, 2}, {8, 256, 256, 1, 1},
-    {4, 256, 128, 2, 1}, {4, 256, 8, 273, 33}};
+static const size_t other_scans[][6] = {{8, 256, 4, 32, 64, 0}, {4, 256, 4, 64, 128, 0},
+    {4, 256, 512, 16, 1, Q + K},                                     // mamba, twice as many heads as D
+    {4, 256, 256, 32, 1, A},                                         // s4d, dss, h3
+    {8, 256, 256, 1, 2, 0},                                          // rwkv4: a value and the ones
+    {8, 256, 256, 1, 2, Q}, {8, 256, 256, 1, 2, Q + K + A},          // glru; lru, s5: a complex number
+    {4, 256, 8, 273, 33, A}, {4, 256, 4, 64, 65, A},                 // based; linear
+    {4, 256, 256, 16, 1, 0}, {4, 256, 256, 32, 1, 0}};               // with nothing shared
 static const size_t gpu_products[][2] = {{512, 1024}, {1024, 1024}, {2816, 1024}, {1024, 2816}, {4096, 4096}};
 static const size_t gpu_scans[][5] = {{8, 2048, 8, 64, 128}, {8, 2048, 8, 128, 256}, {1, 16384, 8, 64, 128}};
 #define LIST(x) x, sizeof(x) / sizeof *(x)
