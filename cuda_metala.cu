@@ -2157,7 +2157,7 @@ void adamw(metala_context *ctx, float *p, float *m, float *v, const float *g, si
 //
 //   o, v (B,T,H,V)   q, k, alpha (B,T,H,K)   S (B,H,K,V): initial state in, final state out, NULL for zeros and no
 //   interest; states (B,H,ceil(T/64),K,V) receives the state before every 64th token, for the backward, or NULL;
-//   shared: q or k (B,T,K), alpha [H,K]
+//   shared: q or k (B,T,K), or both (T,H,K); alpha [H,K]
 //
 // The columns of S do not know of each other: a block of threads takes one head and a tile of columns, and walks
 // through time. Forward, tiles have nothing to share. Backward, dq, dk and da are sums over all columns; each tile
@@ -2865,23 +2865,26 @@ bool head_fits(metala_context *ctx, size_t K) {
 // The kernels read q, k and α of every token and head. What is shared is copied out for them, to `room`; returned is where
 // that ends. Their gradients are then added up.
 template <metala_math MATH>
-float *copy_shared(metala_context *ctx, const float **q, const float **k, const float **alpha, float *room, size_t rows,
-                   size_t H, size_t K, int shared) {
+float *copy_shared(metala_context *ctx, const float **q, const float **k, const float **alpha, float *room, size_t B,
+                   size_t T, size_t H, size_t K, int shared) {
     const float **const keys[] = {q, k};
     const int bits[] = {METALA_SHARED_QUERY, METALA_SHARED_KEY};
     for (int i = 0; i < 2; i++) {
-        if (!(shared & bits[i])) continue;
-        copy_heads_forward(ctx, room, *keys[i], rows, H, K);
-        *keys[i] = room, room += rows * H * K;
+        if (shared & bits[i]) copy_heads_forward(ctx, room, *keys[i], B * T, H, K);
+        else if (shared & METALA_SHARED_SEQUENCES)
+            for (size_t b = 0; b < B; b++) cuda_copy(ctx, room + b * T * H * K, *keys[i], T * H * K * sizeof(float));
+        else continue;
+        *keys[i] = room, room += B * T * H * K;
     }
     if (shared & METALA_CONSTANT_DECAY) {
-        matmul_forward<MATH>(ctx, room, room, *alpha, *alpha, rows, H * K, 0);       // α as the bias of no inputs
-        *alpha = room, room += rows * H * K;
+        matmul_forward<MATH>(ctx, room, room, *alpha, *alpha, B * T, H * K, 0);      // α as the bias of no inputs
+        *alpha = room, room += B * T * H * K;
     }
     return room;
 }
 size_t count_shared(int shared) {
-    return !!(shared & METALA_SHARED_QUERY) + !!(shared & METALA_SHARED_KEY) + !!(shared & METALA_CONSTANT_DECAY);
+    int q_or_b = METALA_SHARED_QUERY | METALA_SHARED_SEQUENCES, k_or_b = METALA_SHARED_KEY | METALA_SHARED_SEQUENCES;
+    return !!(shared & q_or_b) + !!(shared & k_or_b) + !!(shared & METALA_CONSTANT_DECAY);
 }
 
 template <metala_math MATH>
@@ -2892,7 +2895,7 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
     if (shared) {
         float *room = scratch(ctx, count_shared(shared) * B * T * H * K);
         if (!room) return;
-        copy_shared<MATH>(ctx, &q, &k, &alpha, room, B * T, H, K, shared);
+        copy_shared<MATH>(ctx, &q, &k, &alpha, room, B, T, H, K, shared);
     }
     if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || T == 1) {
 #define FORWARD(ROWS, GROUPS)                                                                                     \
@@ -2932,14 +2935,15 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
     if (heads < 1) heads = 1;
     if (heads > B * H) heads = B * H;
     bool one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
+    bool one_b = shared & METALA_SHARED_SEQUENCES;
     size_t copies = 2 * count_shared(shared) + (!da && !one_a), strips = one_a ? ceil_div(B * T, ROWS_OF_STRIP) : 0;
     float *between = scratch(ctx, heads * states_each * K * V + tiles * tile_step + copies * count + strips * H * K);
     if (!between) return;
     float *parts = between + heads * states_each * K * V;
-    float *room = copy_shared<MATH>(ctx, &q, &k, &alpha, parts + tiles * tile_step, B * T, H, K, shared);
+    float *room = copy_shared<MATH>(ctx, &q, &k, &alpha, parts + tiles * tile_step, B, T, H, K, shared);
     float *all_q = dq, *all_k = dk, *all_a = da;
-    if (one_q) all_q = room, room += count;
-    if (one_k) all_k = room, room += count;
+    if (one_q || one_b) all_q = room, room += count;
+    if (one_k || one_b) all_k = room, room += count;
     if (one_a || !da) all_a = room, room += count;
     float *part_q = all_q, *part_k = all_k, *part_a = all_a;
     if (tiles > 1) part_q = parts, part_k = part_q + count, part_a = part_k + count;
@@ -2964,6 +2968,9 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
         RUN(sum_parts_kernel, blocks_for(count, THREADS), THREADS, 0, whole[i], part[i], tiles, tile_step, count, 0);
     if (one_q) copy_heads_backward(ctx, dq, all_q, B * T, H, K);
     if (one_k) copy_heads_backward(ctx, dk, all_k, B * T, H, K);
+    for (int i = 0; i < 2 && one_b; i++)
+        RUN(sum_parts_kernel, blocks_for(count / B, THREADS), THREADS, 0, i ? dk : dq, i ? all_k : all_q, B, count / B,
+            count / B, 0);
     if (one_a && da) column_sums(ctx, da, room, all_a, B * T, H * K, 0);
 }
 

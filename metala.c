@@ -2032,7 +2032,7 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 // Other rows of the general form need fewer numbers. `shared` says which, and a gradient always has its input's shape:
 //
 //   METALA_SHARED_QUERY    q (B,T,K), one for all heads              METALA_SHARED_KEY    the same of k
-//   METALA_CONSTANT_DECAY  alpha [H,K], one for all tokens
+//   METALA_CONSTANT_DECAY  alpha [H,K], one for all tokens           METALA_SHARED_SEQUENCES    q and k (T,H,K); not with these
 //
 // Three computations of the same numbers. Decays over several tokens are always products of α, each a factor <= 1:
 // nothing is divided by a decay and no exponential is taken, so that nothing can overflow, and what underflows is
@@ -2054,6 +2054,7 @@ typedef struct {                // one head of one sequence: pointers to its fir
     size_t T, K, V, heads;                     // or several neighbours, where they are narrow
     size_t q_step, k_step, a_step, v_step;     // a_step 0: constant decay, of which da is the sum over all tokens
     size_t dq_step, dk_step;
+    size_t sequences, v_next, S_next, states_next;      // sequences of one computation, and from one to the next
     int shared;
     real scale;
     const real *q, *k, *v, *alpha, *dO, *states;
@@ -2665,97 +2666,124 @@ static void column_gradient(real *dq, real *dk, real *part, real *da, int add_q,
     part[0] += rest;
 }
 
+// Sequences that share q and k go through a chunk one after the other, while these stay in the level-2 cache.
 static void column_forward(const head *h, real *S, real *work) {
     size_t K = h->K, own_q = h->shared & METALA_SHARED_QUERY ? 0 : K, own_k = h->shared & METALA_SHARED_KEY ? 0 : K;
-    for (size_t t = 0; t < h->T; t++) {
-        const real *q = h->q + t * h->q_step, *k = h->k + t * h->k_step, *alpha = h->alpha + t * h->a_step;
-        const real *v = h->v + t * h->v_step;
-        real *o = h->o + t * h->v_step, *parts = LANES == 1 ? o : work;
-        for (size_t i = 0; h->keep_states && t % METALA_CHUNK == 0 && i < h->heads; i++)
-            memcpy(h->keep_states + (i * chunks(h->T) + t / METALA_CHUNK) * K, S + i * K, K * sizeof(real));
+    for (size_t chunk = 0; chunk < chunks(h->T); chunk++)
+        for (size_t b = 0; b < h->sequences; b++) {
+            real *state = S + b * h->S_next;
+            for (size_t i = 0; h->keep_states && i < h->heads; i++)
+                memcpy(h->keep_states + b * h->states_next + (i * chunks(h->T) + chunk) * K, state + i * K, K * sizeof(real));
+            for (size_t t = chunk * METALA_CHUNK; t < h->T && t < (chunk + 1) * METALA_CHUNK; t++) {
+                const real *q = h->q + t * h->q_step, *k = h->k + t * h->k_step, *alpha = h->alpha + t * h->a_step;
+                const real *v = h->v + b * h->v_next + t * h->v_step;
+                real *o = h->o + b * h->v_next + t * h->v_step, *parts = LANES == 1 ? o : work;
+                for (size_t i = 0; i < h->heads; i++)
+                    column_step(parts + i * LANES, state + i * K, q + i * own_q, k + i * own_k, alpha + i * K, h->a_step, v[i],
+                                h->scale, K);
+                add_up(o, parts, h->heads, LANES, work + h->heads * LANES);
+            }
+        }
+}
+
+// One chunk of n tokens from t0, of sequence b. dq and dk are added to what the sequences before gave.
+static void column_chunk_backward(const head *h, real *G, real *states, size_t t0, size_t n, size_t b, real *work) {
+    size_t K = h->K, own_q = h->shared & METALA_SHARED_QUERY ? 0 : K, own_k = h->shared & METALA_SHARED_KEY ? 0 : K;
+    size_t step = h->heads * K + 16;
+    for (size_t t = 0; t < n; t++) {                                 // states + (t + 1)·step: S after token t0 + t
+        const real *k = h->k + (t0 + t) * h->k_step, *alpha = h->alpha + (t0 + t) * h->a_step;
+        const real *v = h->v + b * h->v_next + (t0 + t) * h->v_step;
+        real *before = states + t * step;
         for (size_t i = 0; i < h->heads; i++)
-            column_step(parts + i * LANES, S + i * K, q + i * own_q, k + i * own_k, alpha + i * K, h->a_step, v[i], h->scale, K);
-        add_up(o, parts, h->heads, LANES, work + h->heads * LANES);
+            column_update(before + step + i * K, before + i * K, k + i * own_k, alpha + i * K, v[i], K);
+    }
+    for (size_t t = n; t-- > 0;) {
+        size_t at = t0 + t, at_v = b * h->v_next + at * h->v_step;
+        const real *q = h->q + at * h->q_step, *k = h->k + at * h->k_step, *alpha = h->alpha + at * h->a_step;
+        const real *v = h->v + at_v, *dO = h->dO + at_v, *before = states + t * step;
+        real *dq = h->dq + at * h->dq_step, *dk = h->dk + at * h->dk_step, *da = h->da ? h->da + at * h->a_step : NULL;
+        real *dv = h->dv + at_v, *parts = LANES == 1 ? dv : work;
+        for (size_t i = 0; i < h->heads; i++)
+            column_gradient(dq + i * own_q, dk + i * own_k, parts + i * LANES, da ? da + i * K : NULL, b || (i && !own_q),
+                            b || (i && !own_k), da && !h->a_step, G + i * K, q + i * own_q, k + i * own_k, alpha + i * K, v[i],
+                            h->scale * dO[i], before + i * K, before + step + i * K, K);
+        add_up(dv, parts, h->heads, LANES, work + h->heads * LANES);
     }
 }
 
 static void column_backward(const head *h, real *G, real *work) {
-    size_t K = h->K, own_q = h->shared & METALA_SHARED_QUERY ? 0 : K, own_k = h->shared & METALA_SHARED_KEY ? 0 : K;
-    size_t step = h->heads * K + 16;
+    size_t K = h->K;
     real *states = work + column_scratch(h->heads);             // (METALA_CHUNK + 1, heads, K)
     for (size_t c = chunks(h->T); c-- > 0;) {
         size_t t0 = c * METALA_CHUNK, n = h->T - t0 < METALA_CHUNK ? h->T - t0 : METALA_CHUNK;
-        for (size_t i = 0; i < h->heads; i++)
-            memcpy(states + i * K, h->states + (i * chunks(h->T) + c) * K, K * sizeof(real));
-        for (size_t t = 0; t < n; t++) {                             // states + (t + 1)·step: S after token t0 + t
-            const real *k = h->k + (t0 + t) * h->k_step, *alpha = h->alpha + (t0 + t) * h->a_step;
-            const real *v = h->v + (t0 + t) * h->v_step;
-            real *before = states + t * step;
+        for (size_t b = 0; b < h->sequences; b++) {
             for (size_t i = 0; i < h->heads; i++)
-                column_update(before + step + i * K, before + i * K, k + i * own_k, alpha + i * K, v[i], K);
-        }
-        for (size_t t = n; t-- > 0;) {
-            size_t at = t0 + t;
-            const real *q = h->q + at * h->q_step, *k = h->k + at * h->k_step, *alpha = h->alpha + at * h->a_step;
-            const real *v = h->v + at * h->v_step, *dO = h->dO + at * h->v_step, *before = states + t * step;
-            real *dq = h->dq + at * h->dq_step, *dk = h->dk + at * h->dk_step, *da = h->da ? h->da + at * h->a_step : NULL;
-            real *dv = h->dv + at * h->v_step, *parts = LANES == 1 ? dv : work;
-            for (size_t i = 0; i < h->heads; i++)
-                column_gradient(dq + i * own_q, dk + i * own_k, parts + i * LANES, da ? da + i * K : NULL, i && !own_q,
-                                i && !own_k, da && !h->a_step, G + i * K, q + i * own_q, k + i * own_k, alpha + i * K, v[i],
-                                h->scale * dO[i], before + i * K, before + step + i * K, K);
-            add_up(dv, parts, h->heads, LANES, work + h->heads * LANES);
+                memcpy(states + i * K, h->states + b * h->states_next + (i * chunks(h->T) + c) * K, K * sizeof(real));
+            column_chunk_backward(h, G + b * h->S_next, states, t0, n, b, work);
         }
     }
 }
 
 // ---- All heads of all sequences.
 
-// How many neighbouring heads one thread takes at a time.
-static size_t heads_together(metala_form form, size_t H, size_t K, size_t V) {
-    size_t most = form == METALA_CHUNKWISE && is_narrow(K, V) ? GROUP * PIECE / (K * V) : 1;
-    return most < 1 ? 1 : most < H ? most : H;
+// What one thread computes at a time: how many sequences, and how many neighbouring heads of each.
+typedef struct { size_t sequences, heads, groups; } portion;
+static portion portion_of(metala_form form, size_t B, size_t H, size_t K, size_t V, int shared) {
+    int all = form == METALA_CHUNKWISE && V == 1 && K > 1 && shared & METALA_SHARED_SEQUENCES;
+    size_t most = form == METALA_CHUNKWISE && is_narrow(K, V) ? (all ? PIECE : GROUP * PIECE) / (K * V) : 1;
+    size_t heads = most < 1 ? 1 : most < H ? most : H;
+    portion p = {all ? B : 1, heads, (H + heads - 1) / heads};
+    return p;
 }
 
 // Their states, and what is needed beside them.
-static size_t scan_scratch(metala_form form, size_t T, size_t H, size_t K, size_t V, int backward) {
-    size_t heads = heads_together(form, H, K, V), n = heads * K * V, between = backward ? (METALA_CHUNK + 1) * (n + 16) : 0;
-    if (form == METALA_PARALLEL) return plus(n, parallel_scratch(T, K, V));
-    if (form == METALA_RECURRENT) return n + (backward ? recurrent_scratch(K, V) : 0);
-    if (K == 1) return n + between + ROW_PARTS * row_part(V);
-    if (V == 1) return n + between + column_scratch(heads);
-    return n + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
+static size_t scan_scratch(metala_form form, portion p, size_t T, size_t K, size_t V, int backward) {
+    size_t n = p.heads * K * V, S = times(p.sequences, n), between = backward ? (METALA_CHUNK + 1) * (n + 16) : 0;
+    if (form == METALA_PARALLEL) return plus(S, parallel_scratch(T, K, V));
+    if (form == METALA_RECURRENT) return S + (backward ? recurrent_scratch(K, V) : 0);
+    if (K == 1) return S + between + ROW_PARTS * row_part(V);
+    if (V == 1) return S + between + column_scratch(p.heads);
+    return S + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
 }
 
-// The heads of a sequence from `first`, where heads count through all sequences (b·H + h): no more than a group, nor than
-// the sequence has. The inputs are the same forward and backward.
-static head head_at(size_t first, size_t group, const real *q, const real *k, const real *v, const real *alpha, size_t T,
-                    size_t H, size_t K, size_t V, double scale, int shared) {
-    size_t token = first / H * T, of_sequence = first % H;
+// Portion i of all. The inputs are the same forward and backward. first: its first head, counted through all sequences.
+static head head_at(size_t i, portion p, const real *q, const real *k, const real *v, const real *alpha, size_t T, size_t H,
+                    size_t K, size_t V, double scale, int shared, size_t *first) {
+    size_t token = i / p.groups * T, of_sequence = i % p.groups * p.heads;
     int one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
+    size_t key_token = shared & METALA_SHARED_SEQUENCES ? 0 : token;
     head h = {0};
+    *first = i / p.groups * H + of_sequence;
     h.T = T, h.K = K, h.V = V, h.scale = (real)scale, h.shared = shared;
-    h.heads = H - of_sequence < group ? H - of_sequence : group;
+    h.heads = H - of_sequence < p.heads ? H - of_sequence : p.heads;
+    h.sequences = p.sequences, h.v_next = T * H * V, h.states_next = H * chunks(T) * K * V;
     h.q_step = one_q ? K : H * K, h.k_step = one_k ? K : H * K, h.a_step = one_a ? 0 : H * K, h.v_step = H * V;
-    h.q = q + token * h.q_step + (one_q ? 0 : of_sequence * K);
-    h.k = k + token * h.k_step + (one_k ? 0 : of_sequence * K);
+    h.q = q + key_token * h.q_step + (one_q ? 0 : of_sequence * K);
+    h.k = k + key_token * h.k_step + (one_k ? 0 : of_sequence * K);
     h.alpha = alpha + token * h.a_step + of_sequence * K;
     h.v = v + token * h.v_step + of_sequence * V;
     return h;
 }
 
+// The states of a portion: in S (B,H,K,V) from `first` on, or zeros in `own`.
+static real *states_of(head *h, real *S, size_t first, real *own, size_t H) {
+    size_t KV = h->K * h->V;
+    h->S_next = S ? H * KV : h->heads * KV;
+    return S ? S + first * KV : memset(own, 0, h->sequences * h->heads * KV * sizeof(real));
+}
+
 static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S, real *states, const real *q,
                          const real *k, const real *v, const real *alpha, size_t B, size_t T, size_t H, size_t K,
                          size_t V, double scale, int shared) {
-    size_t each = scan_scratch(form, T, H, K, V, 0), group = heads_together(form, H, K, V), groups = (H + group - 1) / group;
+    portion p = portion_of(form, B, H, K, V, shared);
+    size_t each = scan_scratch(form, p, T, K, V, 0), room = p.sequences * p.heads * K * V;
     real *work = scratch(ctx, times((size_t)ctx->threads, times(each, sizeof(real))));
     if (!work) return;
     PARALLEL_FOR(B * T * H * K * V)
-    for (size_t i = 0; i < B * groups; i++) {
-        size_t first = i / groups * H + i % groups * group;
-        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale, shared);
-        real *own = work + thread_number() * each, *state = S ? S + first * K * V : own, *rest = own + group * K * V;
-        if (!S) memset(state, 0, h.heads * K * V * sizeof(real));
+    for (size_t i = 0; i < B / p.sequences * p.groups; i++) {
+        size_t first;
+        head h = head_at(i, p, q, k, v, alpha, T, H, K, V, scale, shared, &first);
+        real *own = work + thread_number() * each, *state = states_of(&h, S, first, own, H), *rest = own + room;
         h.o = o + (h.v - v);
         h.keep_states = states ? states + first * chunks(T) * K * V : NULL;
         if (form == METALA_RECURRENT) recurrent_forward(&h, state);
@@ -2766,12 +2794,25 @@ static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S
     }
 }
 
-// Where a gradient is a sum over heads or over sequences, each group of heads has a part of it: (B,T,groups,K) of dq and dk,
-// (B,H,K) of da.
-static size_t scan_parts(metala_form form, size_t B, size_t T, size_t H, size_t K, size_t V, int shared) {
-    size_t group = heads_together(form, H, K, V), rows = times(times(B, T), times((H + group - 1) / group, K));
-    return times(!!(shared & METALA_SHARED_QUERY) + !!(shared & METALA_SHARED_KEY), rows)
-         + (shared & METALA_CONSTANT_DECAY ? times(B, times(H, K)) : 0);
+// Where a gradient is a sum over heads or sequences that are not of one portion, each portion has a part of it: of dq and of
+// dk (B,T,groups,K), or (B,T,H,K) where sequences share them; of da (B,H,K).
+static size_t key_parts(portion p, size_t B, size_t T, size_t H, size_t K, int shared_heads, int shared) {
+    if (shared_heads) return times(times(B, T), times(p.groups, K));
+    return shared & METALA_SHARED_SEQUENCES && p.sequences == 1 ? times(times(B, T), times(H, K)) : 0;
+}
+static size_t decay_parts(portion p, size_t B, size_t H, size_t K, int shared) {
+    return shared & METALA_CONSTANT_DECAY ? times(B / p.sequences, times(H, K)) : 0;
+}
+static size_t scan_parts(portion p, size_t B, size_t T, size_t H, size_t K, int shared) {
+    return plus(plus(key_parts(p, B, T, H, K, shared & METALA_SHARED_QUERY, shared),
+                     key_parts(p, B, T, H, K, shared & METALA_SHARED_KEY, shared)), decay_parts(p, B, H, K, shared));
+}
+
+// dq or dk from its parts, unless there are none.
+static void add_key_parts(metala_context *ctx, real *to, const real *parts, size_t count, portion p, size_t B, size_t T, size_t H,
+                          size_t K, int shared_heads) {
+    if (shared_heads) copy_heads_backward(ctx, to, parts, B * T, p.groups, K);
+    else if (count) copy_heads_backward(ctx, to, parts, 1, B, T * H * K);
 }
 
 // dS (B,H,K,V): gradient of the final state in, of the initial state out; NULL for zero and no interest. da: NULL for no
@@ -2779,22 +2820,24 @@ static size_t scan_parts(metala_form form, size_t B, size_t T, size_t H, size_t 
 static void scan_backward(metala_context *ctx, metala_form form, real *dq, real *dk, real *dv, real *da, real *dS,
                           const real *dO, const real *states, const real *q, const real *k, const real *v,
                           const real *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale, int shared) {
-    size_t each = scan_scratch(form, T, H, K, V, 1), group = heads_together(form, H, K, V), groups = (H + group - 1) / group;
-    size_t parts = scan_parts(form, B, T, H, K, V, shared), rows = B * T * groups * K;
-    real *part = scratch(ctx, times(plus(parts, times((size_t)ctx->threads, each)), sizeof(real))), *work = part + parts;
+    portion p = portion_of(form, B, H, K, V, shared);
     int one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
+    size_t each = scan_scratch(form, p, T, K, V, 1), room = p.sequences * p.heads * K * V;
+    size_t count_q = key_parts(p, B, T, H, K, one_q, shared), count_k = key_parts(p, B, T, H, K, one_k, shared);
+    size_t parts = scan_parts(p, B, T, H, K, shared);
+    real *part = scratch(ctx, times(plus(parts, times((size_t)ctx->threads, each)), sizeof(real))), *work = part + parts;
     if (!part) return;
-    real *part_k = part + (one_q ? rows : 0), *part_a = part_k + (one_k ? rows : 0);
+    real *part_k = part + count_q, *part_a = part_k + count_k;
     PARALLEL_FOR(B * T * H * K * V)
-    for (size_t i = 0; i < B * groups; i++) {
-        size_t first = i / groups * H + i % groups * group, own_part = (i / groups * T * groups + i % groups) * K;
-        head h = head_at(first, group, q, k, v, alpha, T, H, K, V, scale, shared);
-        real *own = work + thread_number() * each, *G = dS ? dS + first * K * V : own, *rest = own + group * K * V;
-        if (!dS) memset(G, 0, h.heads * K * V * sizeof(real));
+    for (size_t i = 0; i < B / p.sequences * p.groups; i++) {
+        size_t first;
+        head h = head_at(i, p, q, k, v, alpha, T, H, K, V, scale, shared, &first);
+        real *own = work + thread_number() * each, *G = states_of(&h, dS, first, own, H), *rest = own + room;
+        size_t own_part = i / p.groups * T * p.groups + i % p.groups, own_heads = first / H * T * H + first % H;
         h.states = states + first * chunks(T) * K * V;
         h.dO = dO + (h.v - v), h.dv = dv + (h.v - v);
-        h.dq_step = one_q ? groups * K : h.q_step, h.dq = one_q ? part + own_part : dq + (h.q - q);
-        h.dk_step = one_k ? groups * K : h.k_step, h.dk = one_k ? part_k + own_part : dk + (h.k - k);
+        h.dq_step = one_q ? p.groups * K : H * K, h.dq = count_q ? part : dq, h.dq += (one_q ? own_part : own_heads) * K;
+        h.dk_step = one_k ? p.groups * K : H * K, h.dk = count_k ? part_k : dk, h.dk += (one_k ? own_part : own_heads) * K;
         if (da) h.da = one_a ? part_a + first * K : da + (h.alpha - alpha);
         if (da && one_a) memset(h.da, 0, h.heads * K * sizeof(real));
         if (form == METALA_RECURRENT) recurrent_backward(&h, G, rest);
@@ -2803,9 +2846,9 @@ static void scan_backward(metala_context *ctx, metala_form form, real *dq, real 
         else if (V == 1) column_backward(&h, G, rest);
         else chunkwise_backward(&h, G, rest);
     }
-    if (one_q) copy_heads_backward(ctx, dq, part, B * T, groups, K);
-    if (one_k) copy_heads_backward(ctx, dk, part_k, B * T, groups, K);
-    if (one_a && da) copy_heads_backward(ctx, da, part_a, 1, B, H * K);
+    add_key_parts(ctx, dq, part, count_q, p, B, T, H, K, one_q);
+    add_key_parts(ctx, dk, part_k, count_k, p, B, T, H, K, one_k);
+    if (one_a && da) copy_heads_backward(ctx, da, part_a, 1, B / p.sequences, H * K);
 }
 
 // ============================================================== 6. The backend table
@@ -3062,6 +3105,7 @@ static sizes sizes_of(const metala_config *c) {
     int fixed_decay = r->decay == METALA_DECAY_ONE || r->decay == METALA_DECAY_HEADS || r->decay == METALA_DECAY_DEPTH;
     if (r->self != METALA_SELF_AUGMENT)               // which reads q and k of each head
         s.shared = (one_q ? METALA_SHARED_QUERY : 0) | (one_k ? METALA_SHARED_KEY : 0);
+    if (r->query == METALA_QUERY_CONSTANT && r->self != METALA_SELF_AUGMENT) s.shared = METALA_SHARED_SEQUENCES;
     if (fixed_decay || r->phase == METALA_PHASE_DECAY) s.shared |= METALA_CONSTANT_DECAY;
     s.learned_decay = !fixed_decay;
     s.own_q = r->query != METALA_QUERY_LINEAR && !(s.shared & METALA_SHARED_QUERY && s.q);
@@ -3670,8 +3714,10 @@ static size_t member_count(const metala_config *c, enum width width, size_t B, s
         case PER_Z: each = s.z; break;
         case PER_G: each = s.g; break;
         case PER_SSM: return times(4, times(s.H, s.states));
-        case PER_Q: each = s.shared & METALA_SHARED_QUERY ? s.K : HK; break;
-        case PER_K: each = s.shared & METALA_SHARED_KEY ? s.K : HK; break;
+        case PER_Q: case PER_K:
+            if (s.shared & METALA_SHARED_SEQUENCES) return times(T, HK);
+            each = s.shared & (width == PER_Q ? METALA_SHARED_QUERY : METALA_SHARED_KEY) ? s.K : HK;
+            break;
         case PER_V: each = s.own_v ? times(s.H, s.V + s.ones) : r->value == METALA_VALUE_INPUT ? 0 : HV; break;
         case PER_ALPHA:
             if (s.shared & METALA_CONSTANT_DECAY) return HK;
@@ -3840,6 +3886,9 @@ static void mixer_projections(metala_context *ctx, const metala_model *m, int la
 // the same order (key_choice). constant [H,K]: what METALA_QUERY_CONSTANT repeats.
 static int key_choice(const metala_row *r) { return r->key - METALA_KEY_LINEAR; }
 
+// How many sequences have q and k of their own.
+static size_t key_sequences(const pass *p) { return p->s.shared & METALA_SHARED_SEQUENCES ? 1 : p->B; }
+
 static void feature_forward(metala_context *ctx, const metala_model *m, int choice, real *y, const real *x,
                             const real *constant, const pass *p) {
     const metala_backend *be = m->backend;
@@ -3849,7 +3898,7 @@ static void feature_forward(metala_context *ctx, const metala_model *m, int choi
         case METALA_QUERY_ELU1: be->map_forward(ctx, y, x, p->rows * H * K, METALA_MAP_ELU1); break;
         case METALA_QUERY_TAYLOR: be->taylor_forward(ctx, y, x, p->rows, H, (size_t)m->config.feature_dim); break;
         case METALA_QUERY_ONE: repeat_rows(ctx, be, y, m->constants, p->rows, K); break;
-        case METALA_QUERY_CONSTANT: repeat_rows(ctx, be, y, constant, p->rows, H * K); break;
+        case METALA_QUERY_CONSTANT: repeat_rows(ctx, be, y, constant, key_sequences(p) * p->T, H * K); break;
         case METALA_QUERY_SHARED: if (y != x) be->copy_heads_forward(ctx, y, x, p->rows, H, K); break;
     }
 }
@@ -3942,8 +3991,8 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
     if (theta && p->s.complex_values)
         be->rotate_forward(ctx, a->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
     else if (theta) {
-        if (p->s.own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
-        if (p->s.own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
+        if (p->s.own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, key_sequences(p), p->T, H, K, shared, p->position, minus);
+        if (p->s.own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, key_sequences(p), p->T, H, K, shared, p->position, minus);
     }
 }
 
@@ -4171,7 +4220,7 @@ static void feature_backward(metala_context *ctx, const metala_model *m, int cho
         case METALA_QUERY_SILU: be->map_backward(ctx, dx, dy, x, p->rows * H * K, METALA_MAP_SILU); break;
         case METALA_QUERY_ELU1: be->map_backward(ctx, dx, dy, x, p->rows * H * K, METALA_MAP_ELU1); break;
         case METALA_QUERY_TAYLOR: be->taylor_backward(ctx, dx, dy, x, p->rows, H, (size_t)m->config.feature_dim); break;
-        case METALA_QUERY_CONSTANT: add_rows(ctx, be, dconstant, dy, p->rows, H * K); break;
+        case METALA_QUERY_CONSTANT: add_rows(ctx, be, dconstant, dy, key_sequences(p) * p->T, H * K); break;
         case METALA_QUERY_SHARED: if (dx != dy) be->copy_heads_backward(ctx, dx, dy, p->rows, H, K); break;
     }
 }
@@ -4250,8 +4299,8 @@ static void mixer_choices_backward(metala_context *ctx, const metala_model *m, i
     if (theta && p->s.complex_values)
         be->rotate_backward(ctx, d->v, dtheta, d->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
     else if (theta) {
-        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, p->B, p->T, H, K, shared, p->position, minus);
-        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, p->B, p->T, H, K, shared, p->position, minus);
+        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, key_sequences(p), p->T, H, K, shared, p->position, minus);
+        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, key_sequences(p), p->T, H, K, shared, p->position, minus);
     }
     value_backward(ctx, m, layer, a, d, grads, p);
     feature_backward(ctx, m, r->query, d->q_proj, GRAD(w->C), d->q, a->q_proj, p);
@@ -4421,8 +4470,9 @@ metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T
         t.model = m, t.B = (size_t)B, t.T = T, t.keep = keep;
         sizes s = sizes_of(config);
         size_t V = s.V + s.ones, conv = times(times((size_t)B, T), s.u);
-        size_t scan = plus(times((size_t)ctx->threads, scan_scratch(METALA_CHUNKWISE, T, s.H, s.K, V, 1)),
-                           scan_parts(METALA_CHUNKWISE, (size_t)B, T, s.H, s.K, V, s.shared));
+        portion p = portion_of(METALA_CHUNKWISE, (size_t)B, s.H, s.K, V, s.shared);
+        size_t scan = plus(times((size_t)ctx->threads, scan_scratch(METALA_CHUNKWISE, p, T, s.K, V, 1)),
+                           scan_parts(p, (size_t)B, T, s.H, s.K, s.shared));
         memory.parameters = memory.gradients = times(m->size, sizeof(real));
         memory.moments = times(2, memory.parameters);
         memory.activations = times(place_trainer(&t, NULL), sizeof(real));

@@ -417,8 +417,8 @@ int metala_file_write(metala_context *ctx, const char *path, const metala_tensor
 // For map: f(x) = x, silu(x), elu(x) + 1. For ssm: how a complex decay is made of what is learned.
 typedef enum { METALA_MAP_NONE, METALA_MAP_SILU, METALA_MAP_ELU1 } metala_map;
 typedef enum { METALA_SSM_LRU, METALA_SSM_ZOH, METALA_SSM_DSS } metala_ssm;
-// Inputs of the scan that are the same for all heads, or for all tokens: one bit each.
-enum { METALA_SHARED_QUERY = 1, METALA_SHARED_KEY = 2, METALA_CONSTANT_DECAY = 4 };
+// What the scan's inputs share: q or k all heads, α all tokens, q and k all sequences. One bit each.
+enum { METALA_SHARED_QUERY = 1, METALA_SHARED_KEY = 2, METALA_CONSTANT_DECAY = 4, METALA_SHARED_SEQUENCES = 8 };
 
 // One function per kernel; metala.c fills the table with loops. `rows` is B·T. Every equation and its source stands
 // above the function of the same name in metala.c. Backward functions ADD to gradients of parameters (dw, db, dE)

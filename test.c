@@ -1751,10 +1751,11 @@ static void round_shared(real *to, double *x, size_t rows, size_t H, size_t n) {
 static void check_scan(metala_form form, const scan_shape *s, int gates, int from_zero, int shared) {
     static const char *const forms[] = {"chunkwise", "recurrent", "parallel"};
     int one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
+    int one_b = shared & METALA_SHARED_SEQUENCES;
     double tolerance = one_a ? TOLERANCE(4e-6, 5e-15) : TOLERANCE(2e-6, 5e-15);        // da is a sum of B·T times as many terms
-    if (!begin(tolerance, "scan %s B%zu T%zu H%zu K%zu V%zu %s%s%s%s%s%s", forms[form], s->B, s->T, s->H, s->K,
+    if (!begin(tolerance, "scan %s B%zu T%zu H%zu K%zu V%zu %s%s%s%s%s%s%s", forms[form], s->B, s->T, s->H, s->K,
                s->V, gate_names[gates], from_zero ? " from zero" : "", shared ? ", shared" : "", one_q ? " q" : "",
-               one_k ? " k" : "", one_a ? " α" : ""))
+               one_k ? " k" : "", one_a ? " α" : "", one_b ? " sequences" : ""))
         return;
     scan_case c;
     size_t rows = s->B * s->T, HK = s->H * s->K;
@@ -1763,6 +1764,7 @@ static void check_scan(metala_form form, const scan_shape *s, int gates, int fro
     fill_scan(s, &c, gates, from_zero);
     if (one_q) make_shared(c.q, rows, s->H, s->K);
     if (one_k) make_shared(c.k, rows, s->H, s->K);
+    if (one_b) make_shared(c.q, 1, s->B, s->T * HK), make_shared(c.k, 1, s->B, s->T * HK);
     if (one_a) make_shared(c.alpha, 1, rows, HK);
     real *q = reals(nk), *k = reals(nk), *alpha = reals(nk), *v = reals(nv), *weight = reals(nv), *o = reals(nv);
     real *S = reals(nS), *states = reals(nS * chunks), *dq = reals(nk), *dk = reals(nk), *da = reals(nk);
@@ -1778,22 +1780,23 @@ static void check_scan(metala_form form, const scan_shape *s, int gates, int fro
     scan_reference_backward(s, &c);
     if (one_q) sum_shared(c.dq, rows, s->H, s->K);
     if (one_k) sum_shared(c.dk, rows, s->H, s->K);
+    if (one_b) sum_shared(c.dq, 1, s->B, s->T * HK), sum_shared(c.dk, 1, s->B, s->T * HK);
     if (one_a) sum_shared(c.da, 1, rows, HK);
     CALL(scan_forward)(ctx, form, o, from_zero ? NULL : S, states, q, k, v, alpha, s->B, s->T, s->H, s->K, s->V, SCALE, shared);
     CALL(scan_backward)(ctx, form, dq, dk, dv, da, from_zero ? NULL : dS, weight, states, q, k, v, alpha, s->B, s->T,
                         s->H, s->K, s->V, SCALE, shared);
     compare("o", o, c.o, DIMS(s->B, s->T, s->H, s->V));
     if (!from_zero) compare("S", S, c.S, DIMS(s->B, s->H, s->K, s->V));
-    compare("dq", dq, c.dq, DIMS(s->B, s->T, one_q ? 1 : s->H, s->K));
-    compare("dk", dk, c.dk, DIMS(s->B, s->T, one_k ? 1 : s->H, s->K));
+    compare("dq", dq, c.dq, DIMS(one_b ? 1 : s->B, s->T, one_q ? 1 : s->H, s->K));
+    compare("dk", dk, c.dk, DIMS(one_b ? 1 : s->B, s->T, one_k ? 1 : s->H, s->K));
     compare("dv", dv, c.dv, DIMS(s->B, s->T, s->H, s->V));
     compare("da", da, c.da, DIMS(one_a ? 1 : s->B, one_a ? 1 : s->T, s->H, s->K));
     if (from_zero) {                                                 // da is not needed for the others
         real *again[3] = {reals(nk), reals(nk), reals(nv)};
         CALL(scan_backward)(ctx, form, again[0], again[1], again[2], NULL, NULL, weight, states, q, k, v, alpha, s->B, s->T,
                             s->H, s->K, s->V, SCALE, shared);
-        same_bits("dq without da", dq, again[0], one_q ? nk / s->H : nk);
-        same_bits("dk without da", dk, again[1], one_k ? nk / s->H : nk);
+        same_bits("dq without da", dq, again[0], nk / (one_q ? s->H : one_b ? s->B : 1));
+        same_bits("dk without da", dk, again[1], nk / (one_k ? s->H : one_b ? s->B : 1));
         same_bits("dv without da", dv, again[2], nv);
     }
     if (!from_zero) compare("dS", dS, c.dS0, DIMS(s->B, s->H, s->K, s->V));
@@ -1838,8 +1841,11 @@ static void check_scans(void) {
                 check_scan(forms[f], &shapes[i], gates, (i + (size_t)gates) % 3 == 0, 0);
     for (size_t i = 0; i < COUNT(shapes); i++)
         for (size_t f = 0; f < COUNT(forms); f++)
-            for (int shared = 7; shared; shared = shared == 7 ? 1 + (int)(i + f) % 6 : 0)
-                check_scan(forms[f], &shapes[i], (int)(i + f) % 3, i % 2 == 0, shared);
+            for (int n = 0; n < 3; n++) {
+                int shared = n == 0 ? 7 : n == 1 ? 1 + (int)(i + f) % 6 : METALA_SHARED_SEQUENCES + (i % 2 ? METALA_CONSTANT_DECAY : 0);
+                if (n < 2 || shapes[i].B > 1 || shapes[i].V == 1)
+                    check_scan(forms[f], &shapes[i], (int)(i + f) % 3, i % 2 == 0, shared);
+            }
     if (begin(0, "scan: narrow heads, 1 to 5 threads give the same bits")) {
         static const scan_shape narrow[] = {{2, 66, 300, 16, 1}, {3, 66, 301, 1, 2}};
         for (size_t i = 0; i < COUNT(narrow); i++) {
@@ -1850,8 +1856,8 @@ static void check_scans(void) {
             random_state = i + 1;
             for (size_t n = 0; n < 4 * nk; n++) in[0][n] = (real)uniform(0, 1);
             for (size_t n = 0; n < 2 * nv; n++) in[1][n] = (real)uniform(-1, 1);
-            for (int run = 0; run < 10; run++) {
-                int threads = run % 5 + 1, shared = run < 5 ? 0 : 7;
+            for (int run = 0; run < 15; run++) {
+                int threads = run % 5 + 1, shared = run < 5 ? 0 : run < 10 ? 7 : 12;
                 metala_context *c = other_context(threads);
                 real *x = out[threads > 1], *y = x + 3 * nk;
                 CALL(scan_forward)(c, METALA_CHUNKWISE, y, NULL, states, in[0], in[0] + nk, in[1], in[0] + 2 * nk, s->B, s->T,
@@ -4839,12 +4845,15 @@ static void twin_gate_backward(const shape *s) {
 
 // The scan's inputs; variant: the gates, 4 for an initial state and a gradient of the final one, and 8 times what is shared.
 typedef struct { const tensor *q, *k, *v, *alpha; } scan_inputs;
-enum { SHARED_Q = 8 * METALA_SHARED_QUERY, SHARED_K = 8 * METALA_SHARED_KEY, SHARED_A = 8 * METALA_CONSTANT_DECAY };
+enum { SHARED_Q = 8 * METALA_SHARED_QUERY, SHARED_K = 8 * METALA_SHARED_KEY, SHARED_A = 8 * METALA_CONSTANT_DECAY,
+       SHARED_B = 8 * METALA_SHARED_SEQUENCES };
 static const tensor *scan_key_gradient(const shape *s, const char *name, int shared) {
-    return s->variant & shared ? OUT(name, "btk", s->B, s->T, s->K) : OUT(name, "bthk", s->B, s->T, s->H, s->K);
+    return s->variant & SHARED_B ? OUT(name, "thk", s->T, s->H, s->K)
+         : s->variant & shared ? OUT(name, "btk", s->B, s->T, s->K) : OUT(name, "bthk", s->B, s->T, s->H, s->K);
 }
 static const tensor *scan_key(const shape *s, const char *name, const real *x, int shared) {
-    return s->variant & shared ? FILLED(name, "btk", 0, x, s->B, s->T, s->K)
+    return s->variant & SHARED_B ? FILLED(name, "thk", 0, x, s->T, s->H, s->K)
+         : s->variant & shared ? FILLED(name, "btk", 0, x, s->B, s->T, s->K)
                                : FILLED(name, "bthk", 0, x, s->B, s->T, s->H, s->K);
 }
 static scan_inputs scan_input_tensors(const shape *s, real **numbers) {
@@ -5294,7 +5303,8 @@ static void check_twins(void) {
         {1, 1, 0, 2, 64, 128, 0, SOFT + 4}, {1, 70, 0, 1, 64, 128, 0, MIXED}, {1, 40, 0, 1, 128, 256, 0, SOFT + 4},
         {1, 20, 0, 1, 130, 65, 0, MIXED + 4}, {1, 18, 0, 1, 256, 40, 0, HARD + 4}, {1, 17, 0, 1, 300, 33, 0, SOFT + 4},
         {2, 19, 0, 40, 16, 1, 0, SOFT + SHARED_Q + SHARED_K}, {2, 70, 0, 3, 1, 2, 0, MIXED + 4 + SHARED_Q + SHARED_A},
-        {1, 66, 0, 3, 5, 65, 0, SOFT + SHARED_A}, {2, 33, 0, 2, 40, 7, 0, HARD + 4 + SHARED_K + SHARED_A}};
+        {1, 66, 0, 3, 5, 65, 0, SOFT + SHARED_A}, {2, 33, 0, 2, 40, 7, 0, HARD + 4 + SHARED_K + SHARED_A},
+        {3, 35, 0, 5, 6, 1, 0, SOFT + 4 + SHARED_B + SHARED_A}, {2, 20, 0, 2, 17, 66, 0, MIXED + SHARED_B}};
     // B T D H K V N variant of the other rows' kernels: variants 0 to 7, T of one and beyond strips of 64 rows
     static const shape others[] = {{1, 1, 2, 1, 1, 1, 0, 0}, {2, 3, 3, 2, 2, 1, 0, 1}, {3, 5, 40, 3, 4, 5, 0, 2},
         {1, 64, 33, 1, 16, 33, 0, 3}, {2, 33, 9, 5, 5, 3, 0, 4}, {1, 65, 130, 2, 3, 64, 0, 5}, {3, 44, 24, 4, 8, 7, 0, 6},
@@ -5437,8 +5447,8 @@ STAGED(mask_rows, (ctx_t *c, real *x, const uint8_t *m, size_t r, size_t D), (c,
 STAGED(gate_forward, (ctx_t *c, real *a, real *k, in_t *z, size_t n, double tau), (c, W(a, n), W(k, n), R(z, n), n, tau))
 STAGED(gate_backward, (ctx_t *c, real *dz, in_t *da, in_t *dk, in_t *z, in_t *a, size_t n, double tau),
        (c, W(dz, n), R(da, n), R(dk, n), R(z, n), R(a, n), n, tau))
-#define SCAN_Q (n & METALA_SHARED_QUERY ? B * T * K : B * T * H * K)
-#define SCAN_K (n & METALA_SHARED_KEY ? B * T * K : B * T * H * K)
+#define SCAN_Q (B * T * H * K / (n & METALA_SHARED_QUERY ? H : n & METALA_SHARED_SEQUENCES ? B : 1))
+#define SCAN_K (B * T * H * K / (n & METALA_SHARED_KEY ? H : n & METALA_SHARED_SEQUENCES ? B : 1))
 #define SCAN_A (n & METALA_CONSTANT_DECAY ? H * K : B * T * H * K)
 STAGED(scan_forward,
        (ctx_t *c, metala_form f, real *o, real *S, real *states, in_t *q, in_t *k, in_t *v, in_t *a, size_t B, size_t T,
