@@ -2031,8 +2031,9 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 //
 // Other rows of the general form need fewer numbers. `shared` says which, and a gradient always has its input's shape:
 //
-//   METALA_SHARED_QUERY    q (B,T,K), one for all heads              METALA_SHARED_KEY    the same of k
-//   METALA_CONSTANT_DECAY  alpha [H,K], one for all tokens           METALA_SHARED_SEQUENCES    q and k (T,H,K); not with these
+//   METALA_SHARED_QUERY      q (B,T,K), the same for all heads         METALA_SHARED_KEY   k likewise
+//   METALA_SHARED_SEQUENCES  q and k (T,H,K), the same for all sequences; not together with these two
+//   METALA_CONSTANT_DECAY    alpha [H,K], the same for all tokens
 //
 // Three computations of the same numbers. Decays over several tokens are always products of α, each a factor <= 1:
 // nothing is divided by a decay and no exponential is taken, so that nothing can overflow, and what underflows is
@@ -2050,11 +2051,10 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 // The states are recomputed from those stored. (Running the recurrence backwards, S_{t-1} = (S_t - k vᵀ)/α, loses all
 // digits within 64 tokens.)
 
-typedef struct {                // one head of one sequence: pointers to its first token and distances between tokens
-    size_t T, K, V, heads;                     // or several neighbours, where they are narrow
-    size_t q_step, k_step, a_step, v_step;     // a_step 0: constant decay, of which da is the sum over all tokens
-    size_t dq_step, dk_step;
-    size_t sequences, v_next, S_next, states_next;      // sequences of one computation, and from one to the next
+typedef struct {                // one head of one sequence, or several neighbours where they are narrow; pointers to the first token
+    size_t T, K, V, heads;
+    size_t q_step, k_step, a_step, v_step, dq_step, dk_step;       // from token to token; a_step 0: da is the sum over all
+    size_t sequences, v_next, S_next, states_next;                 // that share q and k, and from one to the next
     int shared;
     real scale;
     const real *q, *k, *v, *alpha, *dO, *states;
@@ -2746,7 +2746,8 @@ static size_t scan_scratch(metala_form form, portion p, size_t T, size_t K, size
     return S + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
 }
 
-// Portion i of all. The inputs are the same forward and backward. first: its first head, counted through all sequences.
+// Portion i of all, with the inputs that forward and backward have in common. first: its first head, counted through all
+// sequences (b·H + h).
 static head head_at(size_t i, portion p, const real *q, const real *k, const real *v, const real *alpha, size_t T, size_t H,
                     size_t K, size_t V, double scale, int shared, size_t *first) {
     size_t token = i / p.groups * T, of_sequence = i % p.groups * p.heads;
