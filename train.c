@@ -833,10 +833,26 @@ static int check_outputs(const settings *s) {
 }
 
 // What may surprise, once nothing is in the way any more.
+// An option that the row has no use for is no error, but whoever gives one should know.
+static void say_unused(const settings *s) {
+    const metala_row *r = &s->config.row;
+    const struct { const char *option; int used; } some[] = {
+        {"heads", r->query <= METALA_QUERY_TAYLOR},
+        {"tau", r->decay <= METALA_DECAY_FIXED},
+        {"state-size", r->query == METALA_QUERY_SHARED || r->query == METALA_QUERY_CONSTANT},
+        {"low-rank", r->decay == METALA_DECAY_LOWRANK || r->decay == METALA_DECAY_SELECTIVE},
+        {"feature-dim", r->query == METALA_QUERY_TAYLOR},
+        {"length", r->decay == METALA_DECAY_DSS}};
+    for (size_t i = 0; i < sizeof some / sizeof *some; i++)
+        if (is_given(s, some[i].option) && !some[i].used)
+            complain("--%s changes nothing in model %s", some[i].option, metala_config_row_name(&s->config));
+}
+
 static void say_notices(const program *p) {
     const settings *s = p->s;
     FILE *stream = s->quiet || s->resume || s->bench ? NULL : fopen(s->out, "rb");
     if (*p->no_device) complain("--device cuda: %s; going on with the CPU", p->no_device);
+    if (!s->quiet) say_unused(s);
     for (int i = 0; i < OPTIONS && !s->quiet; i++) {
         char room[ROOM];
         if (s->given[i] && s->restored[i] && strcmp(value_text(s, &options[i], room), s->restored[i]))

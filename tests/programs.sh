@@ -377,6 +377,14 @@ shaped --low-rank 16 4 gla
 shaped --feature-dim 16 4 based
 shaped --length 0 64 dss
 shaped --normaliser on off linear
+for unused in "metala state-size" "metala low-rank" "metala feature-dim" "metala length" "mamba heads" "lru tau"; do
+    flag=--${unused#* }
+    train text.txt $tiny --model "${unused% *}" "$flag" 2 --max-steps 1 --out row.st > out 2> err
+    has "train $flag: nothing in model ${unused% *}" err "$flag changes nothing in model ${unused% *}"
+    train text.txt $tiny --model "${unused% *}" "$flag" 2 --max-steps 1 --out row.st --quiet > out 2> err
+    equal "train $flag --quiet: no word of it" "" "$(cat err)"
+done
+rm -f row.st
 for model in $(run --models | sed -n 's/^\([a-z][a-z0-9-]*\)  .*/\1/p'); do
     train text.txt $six --model "$model" --match-params --out row.st --log row.csv > out 2> err
     equal "train --model $model: the loss is a number" yes "$(awk -F, 'END { print ($4 > 0 && $4 < 20 ? "yes" : "no") }' row.csv)"
