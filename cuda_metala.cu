@@ -2862,8 +2862,8 @@ bool head_fits(metala_context *ctx, size_t K) {
         else CALL(32, 16);            \
     } while (0)
 
-// The kernels read q, k and α of every token and head. What is shared is copied out for them, to `room`; returned is where
-// that ends. Their gradients are then added up.
+// The kernels read q, k and α of every token and head. What is shared is copied out for them, to `room`, B·T·H·K numbers each;
+// returned is where that ends. The backward takes as many for the gradients, which are then added up.
 template <metala_math MATH>
 float *copy_shared(metala_context *ctx, const float **q, const float **k, const float **alpha, float *room, size_t B,
                    size_t T, size_t H, size_t K, int shared) {

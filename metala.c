@@ -2033,7 +2033,7 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 //
 //   METALA_SHARED_QUERY      q (B,T,K), the same for all heads         METALA_SHARED_KEY   k likewise
 //   METALA_SHARED_SEQUENCES  q and k (T,H,K), the same for all sequences; not together with these two
-//   METALA_CONSTANT_DECAY    alpha [H,K], the same for all tokens
+//   METALA_CONSTANT_DECAY    alpha [H,K], the same for all tokens      (all sizes are at least 1)
 //
 // Three computations of the same numbers. Decays over several tokens are always products of α, each a factor <= 1:
 // nothing is divided by a decay and no exponential is taken, so that nothing can overflow, and what underflows is
@@ -2051,10 +2051,12 @@ static void adamw(metala_context *ctx, real *p, real *m, real *v, const real *g,
 // The states are recomputed from those stored. (Running the recurrence backwards, S_{t-1} = (S_t - k vᵀ)/α, loses all
 // digits within 64 tokens.)
 
-typedef struct {                // one head of one sequence, or several neighbours where they are narrow; pointers to the first token
+// What one thread walks through: one head of one sequence, or several neighbours where they are narrow, of all sequences where
+// these share q, k and α. The pointers are to the first token of the first.
+typedef struct {
     size_t T, K, V, heads;
     size_t q_step, k_step, a_step, v_step, dq_step, dk_step;       // from token to token; a_step 0: da is the sum over all
-    size_t sequences, v_next, S_next, states_next;                 // that share q and k, and from one to the next
+    size_t sequences, v_next, S_next, states_next;                 // how many; from one sequence to the next
     int shared;
     real scale;
     const real *q, *k, *v, *alpha, *dO, *states;
@@ -2666,9 +2668,9 @@ static void column_gradient(real *dq, real *dk, real *part, real *da, int add_q,
     part[0] += rest;
 }
 
-// Sequences that share q and k go through a chunk one after the other, while these stay in the level-2 cache.
+// Sequences that share q, k and α go through a chunk one after the other, while these stay in the level-2 cache.
 static void column_forward(const head *h, real *S, real *work) {
-    size_t K = h->K, own_q = h->shared & METALA_SHARED_QUERY ? 0 : K, own_k = h->shared & METALA_SHARED_KEY ? 0 : K;
+    size_t K = h->K, q_next = h->shared & METALA_SHARED_QUERY ? 0 : K, k_next = h->shared & METALA_SHARED_KEY ? 0 : K;
     for (size_t chunk = 0; chunk < chunks(h->T); chunk++)
         for (size_t b = 0; b < h->sequences; b++) {
             real *state = S + b * h->S_next;
@@ -2679,7 +2681,7 @@ static void column_forward(const head *h, real *S, real *work) {
                 const real *v = h->v + b * h->v_next + t * h->v_step;
                 real *o = h->o + b * h->v_next + t * h->v_step, *parts = LANES == 1 ? o : work;
                 for (size_t i = 0; i < h->heads; i++)
-                    column_step(parts + i * LANES, state + i * K, q + i * own_q, k + i * own_k, alpha + i * K, h->a_step, v[i],
+                    column_step(parts + i * LANES, state + i * K, q + i * q_next, k + i * k_next, alpha + i * K, h->a_step, v[i],
                                 h->scale, K);
                 add_up(o, parts, h->heads, LANES, work + h->heads * LANES);
             }
@@ -2688,14 +2690,14 @@ static void column_forward(const head *h, real *S, real *work) {
 
 // One chunk of n tokens from t0, of sequence b. dq and dk are added to what the sequences before gave.
 static void column_chunk_backward(const head *h, real *G, real *states, size_t t0, size_t n, size_t b, real *work) {
-    size_t K = h->K, own_q = h->shared & METALA_SHARED_QUERY ? 0 : K, own_k = h->shared & METALA_SHARED_KEY ? 0 : K;
+    size_t K = h->K, q_next = h->shared & METALA_SHARED_QUERY ? 0 : K, k_next = h->shared & METALA_SHARED_KEY ? 0 : K;
     size_t step = h->heads * K + 16;
     for (size_t t = 0; t < n; t++) {                                 // states + (t + 1)·step: S after token t0 + t
         const real *k = h->k + (t0 + t) * h->k_step, *alpha = h->alpha + (t0 + t) * h->a_step;
         const real *v = h->v + b * h->v_next + (t0 + t) * h->v_step;
         real *before = states + t * step;
         for (size_t i = 0; i < h->heads; i++)
-            column_update(before + step + i * K, before + i * K, k + i * own_k, alpha + i * K, v[i], K);
+            column_update(before + step + i * K, before + i * K, k + i * k_next, alpha + i * K, v[i], K);
     }
     for (size_t t = n; t-- > 0;) {
         size_t at = t0 + t, at_v = b * h->v_next + at * h->v_step;
@@ -2704,8 +2706,8 @@ static void column_chunk_backward(const head *h, real *G, real *states, size_t t
         real *dq = h->dq + at * h->dq_step, *dk = h->dk + at * h->dk_step, *da = h->da ? h->da + at * h->a_step : NULL;
         real *dv = h->dv + at_v, *parts = LANES == 1 ? dv : work;
         for (size_t i = 0; i < h->heads; i++)
-            column_gradient(dq + i * own_q, dk + i * own_k, parts + i * LANES, da ? da + i * K : NULL, b || (i && !own_q),
-                            b || (i && !own_k), da && !h->a_step, G + i * K, q + i * own_q, k + i * own_k, alpha + i * K, v[i],
+            column_gradient(dq + i * q_next, dk + i * k_next, parts + i * LANES, da ? da + i * K : NULL, b || (i && !q_next),
+                            b || (i && !k_next), da && !h->a_step, G + i * K, q + i * q_next, k + i * k_next, alpha + i * K, v[i],
                             h->scale * dO[i], before + i * K, before + step + i * K, K);
         add_up(dv, parts, h->heads, LANES, work + h->heads * LANES);
     }
@@ -2727,9 +2729,11 @@ static void column_backward(const head *h, real *G, real *work) {
 // ---- All heads of all sequences.
 
 // What one thread computes at a time: how many sequences, and how many neighbouring heads of each.
+// All sequences where these share q, k and α; then of fewer heads, for a chunk of their q and k to stay in the level-2 cache.
 typedef struct { size_t sequences, heads, groups; } portion;
 static portion portion_of(metala_form form, size_t B, size_t H, size_t K, size_t V, int shared) {
-    int all = form == METALA_CHUNKWISE && V == 1 && K > 1 && shared & METALA_SHARED_SEQUENCES;
+    int same = METALA_SHARED_SEQUENCES | METALA_CONSTANT_DECAY;
+    int all = form == METALA_CHUNKWISE && V == 1 && K > 1 && B > 0 && (shared & same) == same;
     size_t most = form == METALA_CHUNKWISE && is_narrow(K, V) ? (all ? PIECE : GROUP * PIECE) / (K * V) : 1;
     size_t heads = most < 1 ? 1 : most < H ? most : H;
     portion p = {all ? B : 1, heads, (H + heads - 1) / heads};
@@ -2739,11 +2743,11 @@ static portion portion_of(metala_form form, size_t B, size_t H, size_t K, size_t
 // Their states, and what is needed beside them.
 static size_t scan_scratch(metala_form form, portion p, size_t T, size_t K, size_t V, int backward) {
     size_t n = p.heads * K * V, S = times(p.sequences, n), between = backward ? (METALA_CHUNK + 1) * (n + 16) : 0;
-    if (form == METALA_PARALLEL) return plus(S, parallel_scratch(T, K, V));
-    if (form == METALA_RECURRENT) return S + (backward ? recurrent_scratch(K, V) : 0);
-    if (K == 1) return S + between + ROW_PARTS * row_part(V);
-    if (V == 1) return S + between + column_scratch(p.heads);
-    return S + (backward ? chunkwise_scratch(K, V) : block_scratch(K, V));
+    return plus(S, form == METALA_PARALLEL  ? parallel_scratch(T, K, V)
+                 : form == METALA_RECURRENT ? (backward ? recurrent_scratch(K, V) : 0)
+                 : K == 1                   ? between + ROW_PARTS * row_part(V)
+                 : V == 1                   ? between + column_scratch(p.heads)
+                 : backward                 ? chunkwise_scratch(K, V) : block_scratch(K, V));
 }
 
 // Portion i of all, with the inputs that forward and backward have in common. first: its first head, counted through all
@@ -2795,25 +2799,24 @@ static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S
     }
 }
 
-// Where a gradient is a sum over heads or sequences that are not of one portion, each portion has a part of it: of dq and of
-// dk (B,T,groups,K), or (B,T,H,K) where sequences share them; of da (B,H,K).
-static size_t key_parts(portion p, size_t B, size_t T, size_t H, size_t K, int shared_heads, int shared) {
-    if (shared_heads) return times(times(B, T), times(p.groups, K));
-    return shared & METALA_SHARED_SEQUENCES && p.sequences == 1 ? times(times(B, T), times(H, K)) : 0;
+// Where a gradient is a sum over heads, sequences or tokens of several portions, each portion has a part of it: of dq and dk
+// (B,T,groups,K), or (B,T,H,K) where sequences share them and each is a portion of its own; of da (B/sequences,H,K).
+typedef struct { size_t rows, copies, n; } parts;          // rows of n numbers, each a sum of `copies`; 0 copies: no parts
+static parts key_parts(portion p, size_t B, size_t T, size_t H, size_t K, int shared, int bit) {
+    parts of_heads = {B * T, p.groups, K}, of_sequences = {1, B, T * H * K}, none = {0, 0, 0};
+    return shared & bit ? of_heads : shared & METALA_SHARED_SEQUENCES && p.sequences == 1 ? of_sequences : none;
 }
-static size_t decay_parts(portion p, size_t B, size_t H, size_t K, int shared) {
-    return shared & METALA_CONSTANT_DECAY ? times(B / p.sequences, times(H, K)) : 0;
+static parts decay_parts(portion p, size_t B, size_t H, size_t K, int shared) {
+    parts all = {1, B / p.sequences, H * K}, none = {0, 0, 0};
+    return shared & METALA_CONSTANT_DECAY ? all : none;
+}
+static size_t parts_count(parts x) { return times(x.rows, times(x.copies, x.n)); }
+static void add_parts(metala_context *ctx, real *to, const real *part, parts x) {
+    if (x.copies) copy_heads_backward(ctx, to, part, x.rows, x.copies, x.n);
 }
 static size_t scan_parts(portion p, size_t B, size_t T, size_t H, size_t K, int shared) {
-    return plus(plus(key_parts(p, B, T, H, K, shared & METALA_SHARED_QUERY, shared),
-                     key_parts(p, B, T, H, K, shared & METALA_SHARED_KEY, shared)), decay_parts(p, B, H, K, shared));
-}
-
-// dq or dk from its parts, unless there are none.
-static void add_key_parts(metala_context *ctx, real *to, const real *parts, size_t count, portion p, size_t B, size_t T, size_t H,
-                          size_t K, int shared_heads) {
-    if (shared_heads) copy_heads_backward(ctx, to, parts, B * T, p.groups, K);
-    else if (count) copy_heads_backward(ctx, to, parts, 1, B, T * H * K);
+    return plus(plus(parts_count(key_parts(p, B, T, H, K, shared, METALA_SHARED_QUERY)),
+                     parts_count(key_parts(p, B, T, H, K, shared, METALA_SHARED_KEY))), parts_count(decay_parts(p, B, H, K, shared)));
 }
 
 // dS (B,H,K,V): gradient of the final state in, of the initial state out; NULL for zero and no interest. da: NULL for no
@@ -2824,11 +2827,12 @@ static void scan_backward(metala_context *ctx, metala_form form, real *dq, real 
     portion p = portion_of(form, B, H, K, V, shared);
     int one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
     size_t each = scan_scratch(form, p, T, K, V, 1), room = p.sequences * p.heads * K * V;
-    size_t count_q = key_parts(p, B, T, H, K, one_q, shared), count_k = key_parts(p, B, T, H, K, one_k, shared);
-    size_t parts = scan_parts(p, B, T, H, K, shared);
-    real *part = scratch(ctx, times(plus(parts, times((size_t)ctx->threads, each)), sizeof(real))), *work = part + parts;
+    parts of_q = key_parts(p, B, T, H, K, shared, METALA_SHARED_QUERY), of_k = key_parts(p, B, T, H, K, shared, METALA_SHARED_KEY);
+    parts of_a = decay_parts(p, B, H, K, shared);
+    size_t all = scan_parts(p, B, T, H, K, shared);
+    real *part = scratch(ctx, times(plus(all, times((size_t)ctx->threads, each)), sizeof(real)));
     if (!part) return;
-    real *part_k = part + count_q, *part_a = part_k + count_k;
+    real *part_k = part + parts_count(of_q), *part_a = part_k + parts_count(of_k), *work = part_a + parts_count(of_a);
     PARALLEL_FOR(B * T * H * K * V)
     for (size_t i = 0; i < B / p.sequences * p.groups; i++) {
         size_t first;
@@ -2837,8 +2841,9 @@ static void scan_backward(metala_context *ctx, metala_form form, real *dq, real 
         size_t own_part = i / p.groups * T * p.groups + i % p.groups, own_heads = first / H * T * H + first % H;
         h.states = states + first * chunks(T) * K * V;
         h.dO = dO + (h.v - v), h.dv = dv + (h.v - v);
-        h.dq_step = one_q ? p.groups * K : H * K, h.dq = count_q ? part : dq, h.dq += (one_q ? own_part : own_heads) * K;
-        h.dk_step = one_k ? p.groups * K : H * K, h.dk = count_k ? part_k : dk, h.dk += (one_k ? own_part : own_heads) * K;
+        h.dq_step = one_q ? p.groups * K : H * K, h.dk_step = one_k ? p.groups * K : H * K;
+        h.dq = (of_q.copies ? part : dq) + (one_q ? own_part : own_heads) * K;
+        h.dk = (of_k.copies ? part_k : dk) + (one_k ? own_part : own_heads) * K;
         if (da) h.da = one_a ? part_a + first * K : da + (h.alpha - alpha);
         if (da && one_a) memset(h.da, 0, h.heads * K * sizeof(real));
         if (form == METALA_RECURRENT) recurrent_backward(&h, G, rest);
@@ -2847,9 +2852,9 @@ static void scan_backward(metala_context *ctx, metala_form form, real *dq, real 
         else if (V == 1) column_backward(&h, G, rest);
         else chunkwise_backward(&h, G, rest);
     }
-    add_key_parts(ctx, dq, part, count_q, p, B, T, H, K, one_q);
-    add_key_parts(ctx, dk, part_k, count_k, p, B, T, H, K, one_k);
-    if (one_a && da) copy_heads_backward(ctx, da, part_a, 1, B / p.sequences, H * K);
+    add_parts(ctx, dq, part, of_q);
+    add_parts(ctx, dk, part_k, of_k);
+    if (da) add_parts(ctx, da, part_a, of_a);
 }
 
 // ============================================================== 6. The backend table
@@ -3376,21 +3381,21 @@ static int fill_constants(metala_context *ctx, metala_model *m) {
     const metala_row *r = &m->config.row;
     sizes s = sizes_of(&m->config);
     size_t HK = times(s.H, s.K), L = (size_t)m->config.layers, depth = r->decay == METALA_DECAY_DEPTH ? L : 1;
-    size_t count = plus(HK + s.K / 2, times(depth, HK));
+    size_t count = plus(s.K + s.K / 2, times(depth, HK));
     real *host = cpu_alloc(times(count, sizeof(real)));
     m->constants = host ? m->backend->alloc(times(count, sizeof(real))) : NULL;
     if (!m->constants) {
         cpu_free(host);
         return fail_memory(ctx, "a model's constants", 2.0 * (double)count * sizeof(real));
     }
-    for (size_t i = 0; i < HK; i++) host[i] = 1;
-    for (size_t i = 0; i < s.K / 2; i++) host[HK + i] = (real)pow(10000, -2.0 * (double)i / (double)s.K);
+    for (size_t i = 0; i < s.K; i++) host[i] = 1;
+    for (size_t i = 0; i < s.K / 2; i++) host[s.K + i] = (real)pow(10000, -2.0 * (double)i / (double)s.K);
     for (size_t l = 0; l < depth; l++)
         for (size_t i = 0; i < HK; i++) {
             double h = (double)(i / s.K), alpha = 1;
             if (r->decay == METALA_DECAY_HEADS) alpha = 1 - pow(2, -5 - h);
             if (r->decay == METALA_DECAY_DEPTH) alpha = exp(-8 * (h + 1) / (double)s.H * (1 - (double)l / (double)L));
-            host[HK + s.K / 2 + l * HK + i] = (real)alpha;
+            host[s.K + s.K / 2 + l * HK + i] = (real)alpha;
         }
     m->backend->upload(ctx, m->constants, host, count * sizeof(real));
     cpu_free(host);
@@ -3883,7 +3888,8 @@ static void mixer_projections(metala_context *ctx, const metala_model *m, int la
     if (s->g) linear(ctx, m, a->g, gate_in, w->g, parameter(m, w->g_bias), p->rows, s->g, s->D);
 }
 
-// f_q or f_k: from a projection x to what the scan takes, y (rows,H,K). choice: one of METALA_QUERY_*; those of keys come in
+// f_q or f_k: from a projection x to what the scan takes, y (rows,H,K); where all heads share it (rows,K), perhaps x itself;
+// (T,H,K) of METALA_QUERY_CONSTANT. choice: one of METALA_QUERY_*; those of keys come in
 // the same order (key_choice). constant [H,K]: what METALA_QUERY_CONSTANT repeats.
 static int key_choice(const metala_row *r) { return r->key - METALA_KEY_LINEAR; }
 
@@ -3914,7 +3920,7 @@ static void decay_forward(metala_context *ctx, const metala_model *m, int layer,
     const layer_offsets *w = &m->layers[layer];
     const real *P = m->parameters;
     size_t rows = p->rows, H = p->s.H, K = p->s.K, N = p->s.states, HK = H * K;
-    const real *decays = m->constants + HK + K / 2;
+    const real *decays = m->constants + K + K / 2;
     real *tied = r->key == METALA_KEY_TIED ? a->k : NULL;
     switch (r->decay) {
         case METALA_DECAY_DYNAMIC: case METALA_DECAY_LOWRANK: case METALA_DECAY_FIXED:
@@ -3960,11 +3966,11 @@ static void value_forward(metala_context *ctx, const metala_model *m, const acti
     }
 }
 
-// The angles by which values, or queries and keys, rotate, and how many heads share them; NULL for none.
-static const real *mixer_angles(const metala_model *m, int layer, const activations *a, const pass *p, int *shared) {
+// The angles by which values, or queries and keys, rotate, and whether all heads share them; NULL for none.
+static const real *mixer_angles(const metala_model *m, int layer, const activations *a, const pass *p, int *one_angle) {
     const metala_row *r = &m->config.row;
-    *shared = r->phase == METALA_PHASE_ROPE || r->phase == METALA_PHASE_FIRST;
-    if (r->phase == METALA_PHASE_ROPE) return m->constants + p->s.H * p->s.K;
+    *one_angle = r->phase == METALA_PHASE_ROPE || r->phase == METALA_PHASE_FIRST;
+    if (r->phase == METALA_PHASE_ROPE) return m->constants + p->s.K;
     if (r->phase == METALA_PHASE_DECAY) return a->ssm + p->s.H * p->s.states;
     return parameter(m, m->layers[layer].theta);                  // of FIRST and LEARNED
 }
@@ -3987,13 +3993,14 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
     }
     value_forward(ctx, m, a, p, shifted ? shifted + 3 * p->B * p->s.D : NULL);
 
-    int shared, minus = r->phase == METALA_PHASE_DECAY;                     // conj(C e^{-iθt}) b e^{-iθs} = conj(C) b e^{iθ(t-s)}
-    const real *theta = mixer_angles(m, layer, a, p, &shared);
+    size_t sequences = key_sequences(p);
+    int one_angle, minus = r->phase == METALA_PHASE_DECAY;                  // conj(C e^{-iθt}) b e^{-iθs} = conj(C) b e^{iθ(t-s)}
+    const real *theta = mixer_angles(m, layer, a, p, &one_angle);
     if (theta && p->s.complex_values)
-        be->rotate_forward(ctx, a->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
+        be->rotate_forward(ctx, a->v, a->v, theta, p->B, p->T, H, 2, one_angle, p->position, 1);
     else if (theta) {
-        if (p->s.own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, key_sequences(p), p->T, H, K, shared, p->position, minus);
-        if (p->s.own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, key_sequences(p), p->T, H, K, shared, p->position, minus);
+        if (p->s.own_q || !again) be->rotate_forward(ctx, a->q, a->q, theta, sequences, p->T, H, K, one_angle, p->position, minus);
+        if (p->s.own_k || !again) be->rotate_forward(ctx, a->k, a->k, theta, sequences, p->T, H, K, one_angle, p->position, minus);
     }
 }
 
@@ -4077,9 +4084,9 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
         be->scan_forward(ctx, p->form, a->scan_out, past ? past->S : NULL, a->states, a->q, a->k, a->v, a->alpha, p->B, p->T, H,
                          K, V + s->ones, s->scale, s->shared);
     if (s->complex_values) {
-        int shared;
-        const real *theta = mixer_angles(m, layer, a, p, &shared);
-        if (theta) be->rotate_forward(ctx, a->scan_out, a->scan_out, theta, p->B, p->T, H, 2, shared, p->position, 0);
+        int one_angle;
+        const real *theta = mixer_angles(m, layer, a, p, &one_angle);
+        if (theta) be->rotate_forward(ctx, a->scan_out, a->scan_out, theta, p->B, p->T, H, 2, one_angle, p->position, 0);
     }
     if (s->ones)
         be->normalise_forward(ctx, a->aug_out, a->scan_out, a->bonus, a->v_proj, rows, H, V, normaliser_eps(r));
@@ -4189,10 +4196,10 @@ static void mixer_scan_backward(metala_context *ctx, const metala_model *m, int 
     const sizes *s = &p->s;
     size_t rows = p->rows, H = s->H, K = s->K, V = s->V;
     real *dO = d->p;
-    int shared;
-    const real *theta = s->complex_values ? mixer_angles(m, layer, a, p, &shared) : NULL;
+    int one_angle;
+    const real *theta = s->complex_values ? mixer_angles(m, layer, a, p, &one_angle) : NULL;
     real *dtheta = r->phase == METALA_PHASE_DECAY ? d->ssm + H * s->states : GRAD(w->theta);
-    if (theta) be->rotate_backward(ctx, dO, dtheta, dO, a->scan_out, theta, p->B, p->T, H, 2, shared, p->position, 0);
+    if (theta) be->rotate_backward(ctx, dO, dtheta, dO, a->scan_out, theta, p->B, p->T, H, 2, one_angle, p->position, 0);
     if (s->ones) {
         dO = d->scan;
         be->normalise_backward(ctx, dO, d->bonus, d->bonus ? d->gated : NULL, d->p, a->aug_out, a->scan_out, a->bonus, a->v_proj,
@@ -4295,13 +4302,14 @@ static void mixer_choices_backward(metala_context *ctx, const metala_model *m, i
     const layer_offsets *w = &m->layers[layer];
     size_t H = p->s.H, K = p->s.K, HN = H * p->s.states;
     real *dtheta = r->phase == METALA_PHASE_DECAY ? d->ssm + HN : GRAD(w->theta), *db = d->ssm ? d->ssm + 2 * HN : NULL;
-    int shared, minus = r->phase == METALA_PHASE_DECAY;
-    const real *theta = mixer_angles(m, layer, a, p, &shared);
+    size_t sequences = key_sequences(p);
+    int one_angle, minus = r->phase == METALA_PHASE_DECAY;
+    const real *theta = mixer_angles(m, layer, a, p, &one_angle);
     if (theta && p->s.complex_values)
-        be->rotate_backward(ctx, d->v, dtheta, d->v, a->v, theta, p->B, p->T, H, 2, shared, p->position, 1);
+        be->rotate_backward(ctx, d->v, dtheta, d->v, a->v, theta, p->B, p->T, H, 2, one_angle, p->position, 1);
     else if (theta) {
-        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, key_sequences(p), p->T, H, K, shared, p->position, minus);
-        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, key_sequences(p), p->T, H, K, shared, p->position, minus);
+        be->rotate_backward(ctx, d->q, dtheta, d->q, a->q, theta, sequences, p->T, H, K, one_angle, p->position, minus);
+        be->rotate_backward(ctx, d->k, dtheta, d->k, a->k, theta, sequences, p->T, H, K, one_angle, p->position, minus);
     }
     value_backward(ctx, m, layer, a, d, grads, p);
     feature_backward(ctx, m, r->query, d->q_proj, GRAD(w->C), d->q, a->q_proj, p);

@@ -329,7 +329,7 @@ typedef enum {
     METALA_KEEP_INPUTS         // the input of each layer, D; every layer but the last runs forward twice, a third more work
 } metala_keep;
 
-// scratch is that of the chunkwise form; METALA_PARALLEL takes 2·T² numbers for each thread. All 0 for a configuration
+// scratch is that of the chunkwise form on the CPU; METALA_PARALLEL takes 2·T² numbers for each thread. All 0 for a configuration
 // that cannot be.
 metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, metala_keep keep, int threads);
 // The model is updated in place and must outlive the trainer.
@@ -347,7 +347,8 @@ int metala_trainer_zero(metala_context *ctx, metala_trainer *trainer);       // 
 // Copy out the gradient of a parameter, or, from a trainer that keeps all, an activation of the last metala_gradient
 // call, by these names: "layer<i>.input", ".token_norm", ".conv_out", ".q", ".k_gate", ".k", ".v", ".g", ".alpha",
 // ".scan_out", ".aug_out", ".group_norm", ".gated", ".mixer_residual", ".channel_norm", ".glu_prod", ".output", or
-// "final_norm". *count receives the number of elements; out may be NULL to ask for it.
+// "final_norm". *count receives the number of elements; out may be NULL to ask for it. ".q", ".k" and ".alpha" have the shapes
+// that the scan takes (METALA_SHARED_QUERY and so on).
 int metala_trainer_gradient(metala_context *ctx, const metala_trainer *trainer, const char *name, metala_real *out);
 int metala_trainer_activation(metala_context *ctx, const metala_trainer *trainer, const char *name, metala_real *out,
                               size_t *count);

@@ -1841,8 +1841,8 @@ static void check_scans(void) {
                 check_scan(forms[f], &shapes[i], gates, (i + (size_t)gates) % 3 == 0, 0);
     for (size_t i = 0; i < COUNT(shapes); i++)
         for (size_t f = 0; f < COUNT(forms); f++)
-            for (int n = 0; n < 3; n++) {
-                int shared = n == 0 ? 7 : n == 1 ? 1 + (int)(i + f) % 6 : METALA_SHARED_SEQUENCES + (i % 2 ? METALA_CONSTANT_DECAY : 0);
+            for (int n = 0; n < 4; n++) {
+                int shared = n == 0 ? 7 : n == 1 ? 1 + (int)(i + f) % 6 : METALA_SHARED_SEQUENCES + (n == 3 ? METALA_CONSTANT_DECAY : 0);
                 if (n < 2 || shapes[i].B > 1 || shapes[i].V == 1)
                     check_scan(forms[f], &shapes[i], (int)(i + f) % 3, i % 2 == 0, shared);
             }
@@ -3301,7 +3301,8 @@ static void check_activations(const metala_trainer *t, const metala_config *c, s
         for (size_t j = 0; j < count; j++) expect(isfinite(x[j]), "%s[%zu] is finite", name, j);
         int constant = !strcmp(names[i], "alpha") && ((decay >= METALA_DECAY_ONE && decay <= METALA_DECAY_DEPTH) ||
                                                       (decay >= METALA_DECAY_LRU && decay <= METALA_DECAY_DSS));
-        expect(count % rows == 0 || constant, "%s has %zu numbers for %zu tokens", name, count, rows);
+        int shared = decay >= METALA_DECAY_LRU && decay <= METALA_DECAY_DSS && (!strcmp(names[i], "q") || !strcmp(names[i], "k"));
+        expect(count % rows == 0 || constant || shared, "%s has %zu numbers for %zu tokens", name, count, rows);
         if (!strcmp(names[i], "gated")) expect(count >= rows * D, "%zu numbers of %s", count, name);
         found++;
     }
@@ -5304,7 +5305,7 @@ static void check_twins(void) {
         {1, 20, 0, 1, 130, 65, 0, MIXED + 4}, {1, 18, 0, 1, 256, 40, 0, HARD + 4}, {1, 17, 0, 1, 300, 33, 0, SOFT + 4},
         {2, 19, 0, 40, 16, 1, 0, SOFT + SHARED_Q + SHARED_K}, {2, 70, 0, 3, 1, 2, 0, MIXED + 4 + SHARED_Q + SHARED_A},
         {1, 66, 0, 3, 5, 65, 0, SOFT + SHARED_A}, {2, 33, 0, 2, 40, 7, 0, HARD + 4 + SHARED_K + SHARED_A},
-        {3, 35, 0, 5, 6, 1, 0, SOFT + 4 + SHARED_B + SHARED_A}, {2, 20, 0, 2, 17, 66, 0, MIXED + SHARED_B}};
+        {3, 35, 0, 5, 6, 1, 0, SOFT + 4 + SHARED_B + SHARED_A}, {3, 35, 0, 5, 6, 1, 0, SOFT + SHARED_B}, {2, 20, 0, 2, 17, 66, 0, MIXED + SHARED_B}};
     // B T D H K V N variant of the other rows' kernels: variants 0 to 7, T of one and beyond strips of 64 rows
     static const shape others[] = {{1, 1, 2, 1, 1, 1, 0, 0}, {2, 3, 3, 2, 2, 1, 0, 1}, {3, 5, 40, 3, 4, 5, 0, 2},
         {1, 64, 33, 1, 16, 33, 0, 3}, {2, 33, 9, 5, 5, 3, 0, 4}, {1, 65, 130, 2, 3, 64, 0, 5}, {3, 44, 24, 4, 8, 7, 0, 6},
@@ -5447,20 +5448,20 @@ STAGED(mask_rows, (ctx_t *c, real *x, const uint8_t *m, size_t r, size_t D), (c,
 STAGED(gate_forward, (ctx_t *c, real *a, real *k, in_t *z, size_t n, double tau), (c, W(a, n), W(k, n), R(z, n), n, tau))
 STAGED(gate_backward, (ctx_t *c, real *dz, in_t *da, in_t *dk, in_t *z, in_t *a, size_t n, double tau),
        (c, W(dz, n), R(da, n), R(dk, n), R(z, n), R(a, n), n, tau))
-#define SCAN_Q (B * T * H * K / (n & METALA_SHARED_QUERY ? H : n & METALA_SHARED_SEQUENCES ? B : 1))
-#define SCAN_K (B * T * H * K / (n & METALA_SHARED_KEY ? H : n & METALA_SHARED_SEQUENCES ? B : 1))
-#define SCAN_A (n & METALA_CONSTANT_DECAY ? H * K : B * T * H * K)
+#define SCAN_Q (B * T * H * K / (shared & METALA_SHARED_QUERY ? H : shared & METALA_SHARED_SEQUENCES ? B : 1))
+#define SCAN_K (B * T * H * K / (shared & METALA_SHARED_KEY ? H : shared & METALA_SHARED_SEQUENCES ? B : 1))
+#define SCAN_A (shared & METALA_CONSTANT_DECAY ? H * K : B * T * H * K)
 STAGED(scan_forward,
        (ctx_t *c, metala_form f, real *o, real *S, real *states, in_t *q, in_t *k, in_t *v, in_t *a, size_t B, size_t T,
-        size_t H, size_t K, size_t V, double s, int n),
+        size_t H, size_t K, size_t V, double s, int shared),
        (c, f, W(o, B * T * H * V), W(S, B * H * K * V), W(states, B * H * ((T + METALA_CHUNK - 1) / METALA_CHUNK) * K * V),
-        R(q, SCAN_Q), R(k, SCAN_K), R(v, B * T * H * V), R(a, SCAN_A), B, T, H, K, V, s, n))
+        R(q, SCAN_Q), R(k, SCAN_K), R(v, B * T * H * V), R(a, SCAN_A), B, T, H, K, V, s, shared))
 STAGED(scan_backward,
        (ctx_t *c, metala_form f, real *dq, real *dk, real *dv, real *da, real *dS, in_t *dO, in_t *states, in_t *q,
-        in_t *k, in_t *v, in_t *a, size_t B, size_t T, size_t H, size_t K, size_t V, double s, int n),
+        in_t *k, in_t *v, in_t *a, size_t B, size_t T, size_t H, size_t K, size_t V, double s, int shared),
        (c, f, W(dq, SCAN_Q), W(dk, SCAN_K), W(dv, B * T * H * V), W(da, SCAN_A), W(dS, B * H * K * V),
         R(dO, B * T * H * V), R(states, B * H * ((T + METALA_CHUNK - 1) / METALA_CHUNK) * K * V), R(q, SCAN_Q),
-        R(k, SCAN_K), R(v, B * T * H * V), R(a, SCAN_A), B, T, H, K, V, s, n))
+        R(k, SCAN_K), R(v, B * T * H * V), R(a, SCAN_A), B, T, H, K, V, s, shared))
 STAGED(augment_forward,
        (ctx_t *c, real *p, in_t *o, in_t *q, in_t *k, in_t *v, in_t *b, size_t r, size_t H, size_t K, size_t V),
        (c, W(p, r * H * V), R(o, r * H * V), R(q, r * H * K), R(k, r * H * K), R(v, r * H * V), R(b, H * K), r, H, K, V))

@@ -1278,11 +1278,11 @@ CLOCKED(gate_backward, GATE, 1, 0,
         (ctx_t *c, real *dz, in_t *da, in_t *dk, in_t *z, in_t *a, size_t n, double tau), (c, dz, da, dk, z, a, n, tau))
 CLOCKED(scan_forward, SCAN, 0, 4.0 * (double)(B * T * H * K) * (double)V,
         (ctx_t *c, metala_form f, real *o, real *S, real *states, in_t *q, in_t *k, in_t *v, in_t *a, size_t B, size_t T,
-         size_t H, size_t K, size_t V, double s, int n), (c, f, o, S, states, q, k, v, a, B, T, H, K, V, s, n))
+         size_t H, size_t K, size_t V, double s, int shared), (c, f, o, S, states, q, k, v, a, B, T, H, K, V, s, shared))
 CLOCKED(scan_backward, SCAN, 1, 12.0 * (double)(B * T * H * K) * (double)V,
         (ctx_t *c, metala_form f, real *dq, real *dk, real *dv, real *da, real *dS, in_t *dO, in_t *states, in_t *q,
-         in_t *k, in_t *v, in_t *a, size_t B, size_t T, size_t H, size_t K, size_t V, double s, int n),
-        (c, f, dq, dk, dv, da, dS, dO, states, q, k, v, a, B, T, H, K, V, s, n))
+         in_t *k, in_t *v, in_t *a, size_t B, size_t T, size_t H, size_t K, size_t V, double s, int shared),
+        (c, f, dq, dk, dv, da, dS, dO, states, q, k, v, a, B, T, H, K, V, s, shared))
 CLOCKED(augment_forward, AUGMENT, 0, 0,
         (ctx_t *c, real *p, in_t *o, in_t *q, in_t *k, in_t *v, in_t *b, size_t r, size_t H, size_t K, size_t V),
         (c, p, o, q, k, v, b, r, H, K, V))

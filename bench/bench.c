@@ -276,7 +276,7 @@ static void bench_scan(call_data *c, const size_t (*shapes)[5], size_t count) {
 // The shapes that other linear models bring: SSMs have V = 1, linear RNNs K = 1, and a normaliser is a value channel more.
 // How many state elements (H·K·V for each token) are updated in a second, how many times as many they are of MetaLA's shape,
 // which is first, and GB/s of tensors that are read or written, each counted once: for narrow heads memory is the limit.
-enum { Q = METALA_SHARED_QUERY, K = METALA_SHARED_KEY, A = METALA_CONSTANT_DECAY, B = METALA_SHARED_SEQUENCES };
+enum { ONE_Q = METALA_SHARED_QUERY, ONE_K = METALA_SHARED_KEY, ONE_A = METALA_CONSTANT_DECAY, ONE_B = METALA_SHARED_SEQUENCES };
 static void bench_shapes(call_data *c, const size_t (*shapes)[6], size_t count) {
     double first[2] = {0, 0};
     for (size_t s = 0; s < count; s++)
@@ -286,10 +286,10 @@ static void bench_shapes(call_data *c, const size_t (*shapes)[6], size_t count) 
             c->B = shapes[s][0], c->T = shapes[s][1], c->H = shapes[s][2], c->K = shapes[s][3], c->V = shapes[s][4];
             c->form = METALA_CHUNKWISE, c->shared = (int)shapes[s][5];
             if (!strstr(name, only)) continue;
-            double own = (c->shared & B ? 2.0 / (double)c->B : !(c->shared & Q) + !(c->shared & K)) + !(c->shared & A);
+            double own = (c->shared & ONE_B ? 2.0 / (double)c->B : !(c->shared & ONE_Q) + !(c->shared & ONE_K)) + !(c->shared & ONE_A);
             snprintf(shape, sizeof shape, "B%zu T%zu H%zu K%zu V%zu%s%s%s%s%s", c->B, c->T, c->H, c->K, c->V,
-                     c->shared ? " one " : "", c->shared & Q ? "q" : "", c->shared & K ? "k" : "", c->shared & A ? "α" : "",
-                     c->shared & B ? " B" : "");
+                     c->shared ? " one " : "", c->shared & ONE_Q ? "q" : "", c->shared & ONE_K ? "k" : "", c->shared & ONE_A ? "α" : "",
+                     c->shared & ONE_B ? " B" : "");
             double time = median_time(backward ? scan_backward : scan_forward, c), tokens = (double)(c->B * c->T);
             double rate = 1e-9 * tokens * (double)(c->H * c->K * c->V) / time;
             double numbers = (double)c->H * (own * (double)c->K * (backward ? 2 : 1) + (double)(c->V * (backward ? 3 : 2)));
@@ -346,12 +346,12 @@ static const size_t cpu_products[][2] = {{256, 256}, {512, 512}, {1024, 1024}, {
                                          {704, 256}, {1408, 512}};
 static const size_t cpu_scans[][5] = {{8, 256, 4, 32, 64}, {4, 256, 8, 32, 64}, {1, 1024, 8, 64, 128}, {1, 16384, 8, 64, 128}};
 static const size_t other_scans[][6] = {{8, 256, 4, 32, 64, 0}, {4, 256, 4, 64, 128, 0},
-    {4, 256, 512, 16, 1, Q + K},                                     // mamba, twice as many heads as D
-    {4, 256, 256, 32, 1, B + A},                                     // s4d, dss, h3
-    {8, 256, 256, 1, 2, 0},                                          // rwkv4: a value and the ones
-    {8, 256, 256, 1, 2, Q}, {8, 256, 256, 1, 2, Q + K + A},          // glru; lru, s5: a complex number
-    {4, 256, 8, 273, 33, A}, {4, 256, 4, 64, 65, A},                 // based; linear
-    {4, 256, 256, 16, 1, 0}, {4, 256, 256, 32, 1, 0}};               // with nothing shared
+    {4, 256, 512, 16, 1, ONE_Q + ONE_K},                                      // mamba, twice as many heads as D
+    {4, 256, 256, 32, 1, ONE_B + ONE_A},                                      // s4d, dss, h3
+    {8, 256, 256, 1, 2, 0},                                                   // rwkv4: a value and the ones
+    {8, 256, 256, 1, 2, ONE_Q}, {8, 256, 256, 1, 2, ONE_Q + ONE_K + ONE_A},   // glru; lru, s5: a complex number
+    {4, 256, 8, 273, 33, ONE_A}, {4, 256, 4, 64, 65, ONE_A},                  // based; linear
+    {4, 256, 256, 16, 1, 0}, {4, 256, 256, 32, 1, 0}};                        // with nothing shared
 static const size_t gpu_products[][2] = {{512, 1024}, {1024, 1024}, {2816, 1024}, {1024, 2816}, {4096, 4096}};
 static const size_t gpu_scans[][5] = {{8, 2048, 8, 64, 128}, {8, 2048, 8, 128, 256}, {1, 16384, 8, 64, 128}};
 #define LIST(x) x, sizeof(x) / sizeof *(x)
