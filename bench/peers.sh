@@ -5,7 +5,8 @@
 #
 # LLAMA2C is where llama2.c was built (make runomp) and has its tokenizer.bin and a model, the largest .bin file. LLMC is where
 # llm.c was built (make train_gpt2) and has gpt2_124M.bin and data. Ours are models of the same width, layers, heads,
-# vocabulary and GLU, so with about as many parameters. ROUNDS=5 rounds, THREADS=one per core, OMP_WAIT_POLICY=passive for all.
+# vocabulary and GLU, so with about as many parameters. ROUNDS=5 rounds, THREADS=one per core. Each waits for its threads as it
+# does by itself, unless OMP_WAIT_POLICY says how.
 # Decoding writes TOKENS=100 tokens, the likeliest; GB/s counts the float32 weights that each token reads, 4 · parameters ·
 # tokens/s. A training step of llm.c's B sequences of T tokens is timed, its steps 1 to 3 each round; GFLOP/s counts 6 ·
 # parameters · tokens/s.
@@ -13,7 +14,6 @@ set -u
 ours=$(dirname "$0")/..
 rounds=${ROUNDS:-5}
 tokens=${TOKENS:-100}
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 stop() { echo "peers.sh: $*" >&2; exit 1; }
 
