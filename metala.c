@@ -3639,7 +3639,7 @@ typedef struct {
     real *shift_k, *shift_v;                                  // token shift for the key and the value
     real *conv_in, *conv_out;                                 // c and u
     real *q_proj, *k_proj, *v_proj, *low, *z, *g;             // linear maps of u
-    real *ssm;                                                // complex decay: α, θ (HN each), b (2HN)
+    real *ssm;                                                // complex decay: α, θ (HN each), b (2HN), α as the scan takes it (2HN)
     real *q, *k, *v, *alpha, *bonus;                          // what the scan takes
     real *states, *scan_out, *lse;                            // S at the start of each chunk; o; of softmax
     real *aug_out;                                            // p
@@ -3719,7 +3719,7 @@ static size_t member_count(const metala_config *c, enum width width, size_t B, s
         case PER_LOW: each = s.low; break;
         case PER_Z: each = s.z; break;
         case PER_G: each = s.g; break;
-        case PER_SSM: return times(4, times(s.H, s.states));
+        case PER_SSM: return times(6, times(s.H, s.states));
         case PER_Q: case PER_K:
             if (s.shared & METALA_SHARED_SEQUENCES) return times(T, HK);
             each = s.shared & (width == PER_Q ? METALA_SHARED_QUERY : METALA_SHARED_KEY) ? s.K : HK;
@@ -3945,7 +3945,10 @@ static void decay_forward(metala_context *ctx, const metala_model *m, int layer,
             be->selective_forward(ctx, a->alpha, a->v, a->z, a->conv_out, P + w->A, rows, H, K);
             break;
     }
-    if (r->phase == METALA_PHASE_DECAY) be->copy_heads_forward(ctx, a->alpha, a->ssm, H * N, K / N, 1);
+    if (r->phase == METALA_PHASE_DECAY) {
+        if (!p->ssm_ready) be->copy_heads_forward(ctx, a->ssm + 4 * H * N, a->ssm, H * N, K / N, 1);
+        be->copy(ctx, a->alpha, a->ssm + 4 * H * N, HK * sizeof(real));
+    }
 }
 
 // f_v. last_v: the state of the bonus, or NULL.
