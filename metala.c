@@ -2060,7 +2060,7 @@ typedef struct {
     int shared;
     real scale;
     const real *q, *k, *v, *alpha, *dO, *states;
-    real *o, *S, *keep_states, *dq, *dk, *dv, *da, *dS;
+    real *o, *keep_states, *dq, *dk, *dv, *da;
 } head;
 
 // da of channel i at token t: set, or added to that of all tokens.
@@ -2728,8 +2728,8 @@ static void column_backward(const head *h, real *G, real *work) {
 
 // ---- All heads of all sequences.
 
-// What one thread computes at a time: how many sequences, and how many neighbouring heads of each.
-// All sequences where these share q, k and α; then of fewer heads, for a chunk of their q and k to stay in the level-2 cache.
+// What one thread computes at a time: how many sequences (all, where they share q, k and α) and how many neighbouring heads of
+// each (with several sequences fewer, for a chunk of their q and k to stay in the level-2 cache). groups: of heads.
 typedef struct { size_t sequences, heads, groups; } portion;
 static portion portion_of(metala_form form, size_t B, size_t H, size_t K, size_t V, int shared) {
     int same = METALA_SHARED_SEQUENCES | METALA_CONSTANT_DECAY;
@@ -2802,21 +2802,22 @@ static void scan_forward(metala_context *ctx, metala_form form, real *o, real *S
 // Where a gradient is a sum over heads, sequences or tokens of several portions, each portion has a part of it: of dq and dk
 // (B,T,groups,K), or (B,T,H,K) where sequences share them and each is a portion of its own; of da (B/sequences,H,K).
 typedef struct { size_t rows, copies, n; } parts;          // rows of n numbers, each a sum of `copies`; 0 copies: no parts
-static parts key_parts(portion p, size_t B, size_t T, size_t H, size_t K, int shared, int bit) {
-    parts of_heads = {B * T, p.groups, K}, of_sequences = {1, B, T * H * K}, none = {0, 0, 0};
-    return shared & bit ? of_heads : shared & METALA_SHARED_SEQUENCES && p.sequences == 1 ? of_sequences : none;
-}
-static parts decay_parts(portion p, size_t B, size_t H, size_t K, int shared) {
-    parts all = {1, B / p.sequences, H * K}, none = {0, 0, 0};
-    return shared & METALA_CONSTANT_DECAY ? all : none;
-}
+typedef struct { parts q, k, a; size_t count; } all_parts;
+
 static size_t parts_count(parts x) { return times(x.rows, times(x.copies, x.n)); }
+
+static all_parts parts_of(portion p, size_t B, size_t T, size_t H, size_t K, int shared) {
+    parts heads = {times(B, T), p.groups, K}, sequences = {1, B, times(T, times(H, K))};
+    parts tokens = {1, B / p.sequences, times(H, K)}, none = {0, 0, 0};
+    parts keys = shared & METALA_SHARED_SEQUENCES && p.sequences == 1 ? sequences : none;
+    all_parts all = {shared & METALA_SHARED_QUERY ? heads : keys, shared & METALA_SHARED_KEY ? heads : keys,
+                     shared & METALA_CONSTANT_DECAY ? tokens : none, 0};
+    all.count = plus(plus(parts_count(all.q), parts_count(all.k)), parts_count(all.a));
+    return all;
+}
+
 static void add_parts(metala_context *ctx, real *to, const real *part, parts x) {
     if (x.copies) copy_heads_backward(ctx, to, part, x.rows, x.copies, x.n);
-}
-static size_t scan_parts(portion p, size_t B, size_t T, size_t H, size_t K, int shared) {
-    return plus(plus(parts_count(key_parts(p, B, T, H, K, shared, METALA_SHARED_QUERY)),
-                     parts_count(key_parts(p, B, T, H, K, shared, METALA_SHARED_KEY))), parts_count(decay_parts(p, B, H, K, shared)));
 }
 
 // dS (B,H,K,V): gradient of the final state in, of the initial state out; NULL for zero and no interest. da: NULL for no
@@ -2827,12 +2828,10 @@ static void scan_backward(metala_context *ctx, metala_form form, real *dq, real 
     portion p = portion_of(form, B, H, K, V, shared);
     int one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
     size_t each = scan_scratch(form, p, T, K, V, 1), room = p.sequences * p.heads * K * V;
-    parts of_q = key_parts(p, B, T, H, K, shared, METALA_SHARED_QUERY), of_k = key_parts(p, B, T, H, K, shared, METALA_SHARED_KEY);
-    parts of_a = decay_parts(p, B, H, K, shared);
-    size_t all = scan_parts(p, B, T, H, K, shared);
-    real *part = scratch(ctx, times(plus(all, times((size_t)ctx->threads, each)), sizeof(real)));
-    if (!part) return;
-    real *part_k = part + parts_count(of_q), *part_a = part_k + parts_count(of_k), *work = part_a + parts_count(of_a);
+    all_parts of = parts_of(p, B, T, H, K, shared);
+    real *part_q = scratch(ctx, times(plus(of.count, times((size_t)ctx->threads, each)), sizeof(real)));
+    if (!part_q) return;
+    real *part_k = part_q + parts_count(of.q), *part_a = part_k + parts_count(of.k), *work = part_q + of.count;
     PARALLEL_FOR(B * T * H * K * V)
     for (size_t i = 0; i < B / p.sequences * p.groups; i++) {
         size_t first;
@@ -2842,8 +2841,8 @@ static void scan_backward(metala_context *ctx, metala_form form, real *dq, real 
         h.states = states + first * chunks(T) * K * V;
         h.dO = dO + (h.v - v), h.dv = dv + (h.v - v);
         h.dq_step = one_q ? p.groups * K : H * K, h.dk_step = one_k ? p.groups * K : H * K;
-        h.dq = (of_q.copies ? part : dq) + (one_q ? own_part : own_heads) * K;
-        h.dk = (of_k.copies ? part_k : dk) + (one_k ? own_part : own_heads) * K;
+        h.dq = (of.q.copies ? part_q : dq) + (one_q ? own_part : own_heads) * K;
+        h.dk = (of.k.copies ? part_k : dk) + (one_k ? own_part : own_heads) * K;
         if (da) h.da = one_a ? part_a + first * K : da + (h.alpha - alpha);
         if (da && one_a) memset(h.da, 0, h.heads * K * sizeof(real));
         if (form == METALA_RECURRENT) recurrent_backward(&h, G, rest);
@@ -2852,9 +2851,9 @@ static void scan_backward(metala_context *ctx, metala_form form, real *dq, real 
         else if (V == 1) column_backward(&h, G, rest);
         else chunkwise_backward(&h, G, rest);
     }
-    add_parts(ctx, dq, part, of_q);
-    add_parts(ctx, dk, part_k, of_k);
-    if (da) add_parts(ctx, da, part_a, of_a);
+    add_parts(ctx, dq, part_q, of.q);
+    add_parts(ctx, dk, part_k, of.k);
+    if (da) add_parts(ctx, da, part_a, of.a);
 }
 
 // ============================================================== 6. The backend table
@@ -4484,7 +4483,7 @@ metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T
         size_t V = s.V + s.ones, conv = times(times((size_t)B, T), s.u);
         portion p = portion_of(METALA_CHUNKWISE, (size_t)B, s.H, s.K, V, s.shared);
         size_t scan = plus(times((size_t)ctx->threads, scan_scratch(METALA_CHUNKWISE, p, T, s.K, V, 1)),
-                           scan_parts(p, (size_t)B, T, s.H, s.K, s.shared));
+                           parts_of(p, (size_t)B, T, s.H, s.K, s.shared).count);
         memory.parameters = memory.gradients = times(m->size, sizeof(real));
         memory.moments = times(2, memory.parameters);
         memory.activations = times(place_trainer(&t, NULL), sizeof(real));

@@ -832,7 +832,6 @@ static int check_outputs(const settings *s) {
     return s->log ? check_log(s) : 0;
 }
 
-// What may surprise, once nothing is in the way any more.
 // An option that the row has no use for is no error, but whoever gives one should know.
 static void say_unused(const settings *s) {
     const metala_row *r = &s->config.row;
@@ -848,6 +847,7 @@ static void say_unused(const settings *s) {
             complain("--%s changes nothing in model %s", some[i].option, metala_config_row_name(&s->config));
 }
 
+// What may surprise, once nothing is in the way any more.
 static void say_notices(const program *p) {
     const settings *s = p->s;
     FILE *stream = s->quiet || s->resume || s->bench ? NULL : fopen(s->out, "rb");
