@@ -195,6 +195,14 @@ bool fits(metala_context *ctx, Kernel *kernel, const char *name, extent grid, si
     return false;
 }
 
+// Bytes of shared memory that a block can have: 227 KB on an H100, 163 KB on an A100, 99 KB on GPUs for desktops. Where a
+// kernel would want more, a smaller or slower one is taken.
+size_t shared_room() {
+    int bytes = 0;
+    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) != cudaSuccess) cudaGetLastError();
+    return (size_t)bytes;
+}
+
 // RUN(kernel, grid, block, shared bytes, arguments...): checks the limits, launches, checks the launch.
 #define RUN(kernel, grid, block, shared, ...)                                         \
     do {                                                                              \
@@ -289,10 +297,10 @@ enum { STRIP = 16 };
 // Which tile a block computes. Blocks that run at the same time should share operands, which then come from the cache:
 // a group of 8 tiles in height is gone through column by column.
 struct place { size_t i, j; };
-__device__ place place_of(size_t block, size_t M, size_t N, size_t tile) {
-    const size_t rows = ceil_div(M, tile), columns = ceil_div(N, tile), first = block / (8 * columns) * 8;
+__device__ place place_of(size_t block, size_t M, size_t N, size_t tile_rows, size_t tile_columns) {
+    const size_t rows = ceil_div(M, tile_rows), columns = ceil_div(N, tile_columns), first = block / (8 * columns) * 8;
     const size_t height = least(rows - first, 8), n = block - first * columns;
-    place p = {(first + n % height) * tile, n / height * tile};
+    place p = {(first + n % height) * tile_rows, n / height * tile_columns};
     return p;
 }
 
@@ -339,7 +347,7 @@ matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weigh
     enum { R = TILE / 16, PITCH = TILE + 4 };
     alignas(16) __shared__ float a_strip[STRIP][PITCH], b_strip[STRIP][PITCH];
     const unsigned thread = threadIdx.x, row = thread / 16 * 4, column = thread % 16 * 4;
-    const place tile = place_of(blockIdx.x, M, N, TILE);
+    const place tile = place_of(blockIdx.x, M, N, TILE, TILE);
     const size_t i0 = tile.i, j0 = tile.j;
     const size_t first = blockIdx.z * k_each, last = least(K, first + k_each);
     float next_a[R], next_b[R], sum[R][R] = {};
@@ -414,43 +422,46 @@ size_t splits_of(size_t tiles, size_t K) {
 }
 
 // ---- The same on tensor cores, with operands rounded to tf32 or bfloat16 on their way from shared memory to
-// registers, and sums in float. A tile of 128 × 128 by 8 warps of 64 × 32 each; strips of 32 values of k come by
-// asynchronous copies, two of them on their way while the third is used.
+// registers, and sums in float. A tile of 128 × COLUMNS by 8 warps of 64 × COLUMNS/4 each; strips of 32 values of k come
+// by asynchronous copies, `stages` - 1 of them on their way while another is used.
 //
 //   A(i,k) = a[i·a_step + k] when A_BY_K, else a[k·a_step + i]
 //   B(k,j) = b[j·b_step + k] when B_BY_K, else b[k·b_step + j]
 //   EACH: numbers of one copy, 4 when all rows start at multiples of 16 bytes, else 1
 //
-// A strip lies in shared memory as it does in global memory: rows of k with 4 numbers of padding, or rows of i with 8,
-// so that the lanes of a warp read from different banks. Where k is contiguous, ldmatrix moves four 8×4 pieces of
-// floats.
+// A wider tile is more work for what it reads: with COLUMNS 256 the 64 × 64 of a warp take 128 numbers from shared memory
+// for each k, and not 192, and the tile 384 from the cache, and not 512. It needs 128 registers of a thread for the sums.
+//
+// A strip of `width` rows of A or columns of B lies in shared memory as it does in global memory: rows of k with 4
+// numbers of padding, or rows of i with 8, so that the lanes of a warp read from different banks. Where k is contiguous,
+// ldmatrix moves four 8×4 pieces of floats.
 
-enum { TENSOR_TILE = 128, TENSOR_STRIP = 32, STAGES = 3, PITCH_BY_K = TENSOR_STRIP + 4, PITCH = TENSOR_TILE + 8,
-       STRIP_FLOATS = TENSOR_TILE * PITCH_BY_K };
-static_assert(TENSOR_STRIP * PITCH <= STRIP_FLOATS, "either kind of strip has room");
+enum { TENSOR_ROWS = 128, TENSOR_STRIP = 32, PITCH_BY_K = TENSOR_STRIP + 4 };
+__host__ __device__ constexpr size_t strip_floats(size_t width) { return width * PITCH_BY_K; }
+static_assert(TENSOR_STRIP * (TENSOR_ROWS + 8) <= strip_floats(TENSOR_ROWS), "either kind of strip has room");
 
-template <bool BY_K, int EACH>
+template <bool BY_K, int EACH, int WIDTH>
 __device__ void copy_strip(float *strip, const float *x, size_t step, size_t i0, size_t rows, size_t k0, size_t last) {
-    enum { ROW = (BY_K ? TENSOR_STRIP : TENSOR_TILE) / EACH };       // copies of a row
-    for (unsigned n = threadIdx.x; n < TENSOR_TILE * TENSOR_STRIP / EACH; n += THREADS) {
+    enum { ROW = (BY_K ? TENSOR_STRIP : WIDTH) / EACH };             // copies of a row
+    for (unsigned n = threadIdx.x; n < WIDTH * TENSOR_STRIP / EACH; n += THREADS) {
         unsigned i = BY_K ? n / ROW : n % ROW * EACH, k = BY_K ? n % ROW * EACH : n / ROW;
         bool real = i0 + i < rows && k0 + k < last;
         const float *from = !real ? x : BY_K ? x + (i0 + i) * step + k0 + k : x + (k0 + k) * step + i0 + i;
-        float *to = strip + (BY_K ? i * PITCH_BY_K + k : k * PITCH + i);
+        float *to = strip + (BY_K ? i * PITCH_BY_K + k : k * (WIDTH + 8) + i);
         if (EACH == 4) copy16_async(to, from, real);
         else copy4_async(to, from, real);
     }
 }
 
 // 16 rows and 8 values of k: r[e] is row g + 8(e%2), k t + 4(e/2).
-template <bool BY_K>
+template <bool BY_K, int WIDTH>
 __device__ void load_rows(unsigned *r, const float *strip, unsigned row, unsigned k) {
     const unsigned lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     if (BY_K) ldmatrix_x4(r, strip + (row + lane % 16) * PITCH_BY_K + k + lane / 16 * 4);
     else
 #pragma unroll
         for (unsigned e = 0; e < 4; e++)
-            r[e] = __float_as_uint(strip[(k + t + e / 2 * 4) * PITCH + row + g + e % 2 * 8]);
+            r[e] = __float_as_uint(strip[(k + t + e / 2 * 4) * (WIDTH + 8) + row + g + e % 2 * 8]);
 }
 
 // Two floats as bfloat16 in one register, the first in the lower half.
@@ -462,73 +473,69 @@ __device__ unsigned pack(unsigned first, unsigned second) {
     return pack(__uint_as_float(first), __uint_as_float(second));
 }
 
-template <metala_math MATH, bool A_BY_K, bool B_BY_K, int EACH>
+// 16 rows and one mma's values of k, 8 of tf32 or 16 of bfloat16: the left operand r, or two right ones of 8 columns each,
+// r[0] with r[2] and r[1] with r[3]. For bfloat16, k t and t + 4 go to the two halves of one register: halves multiply with
+// each other whatever k they are called.
+template <metala_math MATH, bool BY_K, int WIDTH>
+__device__ void load_operand(unsigned *r, const float *strip, unsigned row, unsigned k) {
+    load_rows<BY_K, WIDTH>(r, strip, row, k);
+    if (MATH == METALA_BFLOAT16) {
+        unsigned more[4];
+        load_rows<BY_K, WIDTH>(more, strip, row, k + 8);
+        r[0] = pack(r[0], r[2]), r[1] = pack(r[1], r[3]), r[2] = pack(more[0], more[2]), r[3] = pack(more[1], more[3]);
+    } else
+#pragma unroll
+        for (int e = 0; e < 4; e++) r[e] = to_tf32(__uint_as_float(r[e]));
+}
+
+template <metala_math MATH, bool A_BY_K, bool B_BY_K, int EACH, int COLUMNS>
 __global__ void __launch_bounds__(THREADS)
 tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, size_t b_step, const float *bias,
-                       size_t M, size_t N, size_t K, size_t k_each, int accumulate) {
+                       size_t M, size_t N, size_t K, size_t k_each, unsigned stages, int accumulate) {
+    enum { MMA_K = MATH == METALA_BFLOAT16 ? 16 : 8, STAGE = strip_floats(TENSOR_ROWS) + strip_floats(COLUMNS) };
     DYNAMIC_SHARED(float, memory);
-    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp / 4 * 64, column = warp % 4 * 32;
-    const place tile = place_of(blockIdx.x, M, N, TENSOR_TILE);
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const unsigned row = warp / 4 * (TENSOR_ROWS / 2), column = warp % 4 * (COLUMNS / 4);
+    const place tile = place_of(blockIdx.x, M, N, TENSOR_ROWS, COLUMNS);
     const size_t i0 = tile.i, j0 = tile.j;
     const size_t first = blockIdx.z * k_each, last = least(K, first + k_each);
     const size_t steps = ceil_div(last - first, TENSOR_STRIP);
-    float sum[4][4][4] = {};                                         // 16 × 8 pieces
+    float sum[4][COLUMNS / 32][4] = {};                              // 16 × 8 pieces
 
-    auto copy = [&](size_t step) {                                   // an empty group beyond the end keeps the count
-        float *to = memory + step % STAGES * 2 * STRIP_FLOATS;
+    auto copy = [&](size_t step, unsigned stage) {                   // an empty group beyond the end keeps the count
+        float *to = memory + stage * STAGE;
         size_t k0 = first + step * TENSOR_STRIP;
         if (step < steps) {
-            copy_strip<A_BY_K, EACH>(to, a, a_step, i0, M, k0, last);
-            copy_strip<B_BY_K, EACH>(to + STRIP_FLOATS, b, b_step, j0, N, k0, last);
+            copy_strip<A_BY_K, EACH, TENSOR_ROWS>(to, a, a_step, i0, M, k0, last);
+            copy_strip<B_BY_K, EACH, COLUMNS>(to + strip_floats(TENSOR_ROWS), b, b_step, j0, N, k0, last);
         }
         copy_commit();
     };
-    for (size_t step = 0; step < STAGES - 1; step++) copy(step);
-    for (size_t step = 0; step < steps; step++) {
-        copy_wait<STAGES - 2>();
+    for (unsigned stage = 0; stage < stages - 1; stage++) copy(stage, stage);
+    for (unsigned step = 0, stage = 0; step < steps; step++, stage = (stage + 1) % stages) {
+        if (stages == 3) copy_wait<1>();
+        else copy_wait<0>();
         __syncthreads();                                             // this strip is there for all, the last one is free
-        copy(step + STAGES - 1);
-        const float *of_a = memory + step % STAGES * 2 * STRIP_FLOATS, *of_b = of_a + STRIP_FLOATS;
+        copy(step + stages - 1, (stage + stages - 1) % stages);
+        const float *of_a = memory + stage * STAGE, *of_b = of_a + strip_floats(TENSOR_ROWS);
 #pragma unroll
-        for (unsigned k = 0; k < TENSOR_STRIP; k += 16) {
-            unsigned x[4][2][4], y[2][2][4];                         // [piece][half of k][register]
+        for (unsigned k = 0; k < TENSOR_STRIP; k += MMA_K) {
+            unsigned left[4][4];
 #pragma unroll
-            for (unsigned half = 0; half < 2; half++) {
+            for (int i = 0; i < 4; i++) load_operand<MATH, A_BY_K, TENSOR_ROWS>(left[i], of_a, row + 16 * i, k);
 #pragma unroll
-                for (int i = 0; i < 4; i++) load_rows<A_BY_K>(x[i][half], of_a, row + 16 * i, k + 8 * half);
+            for (int j = 0; j < COLUMNS / 64; j++) {
+                unsigned right[4];
+                load_operand<MATH, B_BY_K, COLUMNS>(right, of_b, column + 16 * j, k);
 #pragma unroll
-                for (int j = 0; j < 2; j++) load_rows<B_BY_K>(y[j][half], of_b, column + 16 * j, k + 8 * half);
-            }
-            // Registers e and e + 2 of a piece are the same row at k t and t + 4. For bfloat16 they go to the two
-            // halves of one register, which multiply with each other whatever k they are called.
-            if (MATH == METALA_BFLOAT16) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const unsigned e = j % 2, (*of_y)[4] = y[j / 2];
-                    const unsigned in_b[2] = {pack(of_y[0][e], of_y[0][e + 2]), pack(of_y[1][e], of_y[1][e + 2])};
+                for (int half = 0; half < 2; half++) {
+                    const unsigned of_piece[2] = {right[half], right[half + 2]};
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        const unsigned in_a[4] = {pack(x[i][0][0], x[i][0][2]), pack(x[i][0][1], x[i][0][3]),
-                                                  pack(x[i][1][0], x[i][1][2]), pack(x[i][1][1], x[i][1][3])};
-                        mma_bf16(sum[i][j], in_a, in_b);
+                        if (MATH == METALA_BFLOAT16) mma_bf16(sum[i][2 * j + half], left[i], of_piece);
+                        else mma_tf32(sum[i][2 * j + half], left[i], of_piece);
                     }
                 }
-            } else {
-#pragma unroll
-                for (unsigned half = 0; half < 2; half++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        unsigned in_a[4];
-#pragma unroll
-                        for (int e = 0; e < 4; e++) in_a[e] = to_tf32(__uint_as_float(x[i][half][e]));
-#pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            const unsigned *of_y = y[j / 2][half];
-                            const unsigned in_b[2] = {to_tf32(__uint_as_float(of_y[j % 2])),
-                                                      to_tf32(__uint_as_float(of_y[j % 2 + 2]))};
-                            mma_tf32(sum[i][j], in_a, in_b);
-                        }
-                    }
             }
         }
     }
@@ -537,7 +544,7 @@ tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, 
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < COLUMNS / 32; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 size_t at_i = i0 + row + 16 * i + lane / 4 + e / 2 * 8, at_j = j0 + column + 8 * j + lane % 4 * 2 + e % 2;
@@ -568,22 +575,30 @@ void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row
         RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
 }
 
+// The wide tile is taken where 128 of them are to be computed and three strips have room. Neither the width nor the number of
+// strips changes the order of a sum.
 template <metala_math MATH, bool A_BY_K, bool B_BY_K>
 void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
                      const float *bias, size_t M, size_t N, size_t K, int accumulate) {
     if (M == 0 || N == 0) return;
-    size_t splits = splits_of(ceil_div(M, TENSOR_TILE) * ceil_div(N, TENSOR_TILE), K);
-    size_t k_each = round_up(ceil_div(K, splits), TENSOR_STRIP), shared = STAGES * 2 * STRIP_FLOATS * sizeof(float);
+    auto shared = [](size_t columns, unsigned stages) {
+        return stages * (strip_floats(TENSOR_ROWS) + strip_floats(columns)) * sizeof(float);
+    };
+    size_t down = ceil_div(M, TENSOR_ROWS), splits = splits_of(down * ceil_div(N, 128), K), room = shared_room();
+    size_t k_each = round_up(ceil_div(K, splits), TENSOR_STRIP);
     splits = K ? ceil_div(K, k_each) : 1;
     float *to = splits > 1 ? scratch(ctx, splits * M * N) : c;
     if (!to) return;
-    extent grid(ceil_div(M, TENSOR_TILE) * ceil_div(N, TENSOR_TILE), 1, splits);
-    if (a_step % 4 == 0 && b_step % 4 == 0 && (uintptr_t)a % 16 == 0 && (uintptr_t)b % 16 == 0)
-        RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 4>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M,
-            N, K, k_each, accumulate);
-    else
-        RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, 1>), grid, THREADS, shared, to, a, a_step, b, b_step, bias, M,
-            N, K, k_each, accumulate);
+    bool wide = down * ceil_div(N, 256) >= 128 && room >= shared(256, 3);
+    bool four = a_step % 4 == 0 && b_step % 4 == 0 && (uintptr_t)a % 16 == 0 && (uintptr_t)b % 16 == 0;
+    unsigned stages = room >= shared(128, 3) ? 3 : 2;
+#define TENSOR(EACH, COLUMNS)                                                                                         \
+    RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, EACH, COLUMNS>), extent(down * ceil_div(N, COLUMNS), 1, splits), \
+        THREADS, shared(COLUMNS, stages), to, a, a_step, b, b_step, bias, M, N, K, k_each, stages, accumulate)
+    if (wide && four) TENSOR(4, 256);
+    else if (four) TENSOR(4, 128);
+    else TENSOR(1, 128);
+#undef TENSOR
     if (splits > 1)
         RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
 }
@@ -2840,9 +2855,9 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
 
 // ---- All heads of all sequences.
 
-// The chunkwise kernels have room for K up to 256 (the backward takes narrower tiles of V beyond 128); the recurrent
-// ones for 512, and do the work of both beyond 256. The parallel form is the chunkwise one: its T×T map is for reading.
-enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_TENSOR_K = 128, MOST_CHUNKWISE_K = 256, MOST_K = 512 };
+// The chunkwise kernels have room for K up to 256 (the backward takes narrower tiles of V beyond 128), where a block can have
+// enough shared memory; the recurrent ones for 512, and do the work of both for what is left. The parallel form is the chunkwise one: its T×T map is for reading.
+enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_CHUNKWISE_K = 256, MOST_K = 512 };
 
 bool head_fits(metala_context *ctx, size_t K) {
     if (K > MOST_K)
@@ -2897,7 +2912,8 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
         if (!room) return;
         copy_shared<MATH>(ctx, &q, &k, &alpha, room, B, T, H, K, shared);
     }
-    if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || T == 1) {
+    size_t room = shared_room(), wanted = chunkwise_forward_shared<WIDE>(K) * sizeof(float);
+    if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || wanted > room || T == 1) {
 #define FORWARD(ROWS, GROUPS)                                                                                     \
     RUN((recurrent_forward_kernel<ROWS, GROUPS>), extent(ceil_div(V, RECURRENT_COLUMNS), B * H), dim3(WARP, GROUPS), \
         0, o, S, states, q, k, v, alpha, T, H, K, V, (float)scale)
@@ -2907,17 +2923,19 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
     }
     if constexpr (MATH != METALA_EXACT) {
         extent grid(ceil_div(V, TENSOR_COLUMNS), B * H);
-#define FORWARD(MOST)                                                                                            \
-    RUN((tensor_forward_kernel<MATH, MOST>), grid, THREADS, tensor_forward_shared<MOST>() * sizeof(float), o, S, \
-        states, q, k, v, alpha, T, H, K, V, (float)scale)
-        if (K <= 32) FORWARD(32);
-        else if (K <= 64) FORWARD(64);
-        else if (K <= MOST_TENSOR_K) FORWARD(128);
-#undef FORWARD
-        if (K <= MOST_TENSOR_K) return;
+#define FORWARD(MOST)                                                                                                 \
+    if (K <= MOST && tensor_forward_shared<MOST>() * sizeof(float) <= room) {                                         \
+        RUN((tensor_forward_kernel<MATH, MOST>), grid, THREADS, tensor_forward_shared<MOST>() * sizeof(float), o, S,  \
+            states, q, k, v, alpha, T, H, K, V, (float)scale);                                                        \
+        return;                                                                                                       \
     }
-    RUN((chunkwise_forward_kernel<WIDE>), extent(ceil_div(V, WIDE), B * H), THREADS,
-            chunkwise_forward_shared<WIDE>(K) * sizeof(float), o, S, states, q, k, v, alpha, T, H, K, V, (float)scale);
+        FORWARD(32)
+        FORWARD(64)
+        FORWARD(128)
+#undef FORWARD
+    }
+    RUN((chunkwise_forward_kernel<WIDE>), extent(ceil_div(V, WIDE), B * H), THREADS, wanted, o, S, states, q, k, v, alpha,
+        T, H, K, V, (float)scale);
 }
 
 // Scratch: `states_each` states of each head, for some heads at a time so that they stay below 256 MB; the tiles' parts of
@@ -2927,8 +2945,12 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
                    const float *dO, const float *states, const float *q, const float *k, const float *v,
                    const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale, int shared) {
     if (!head_fits(ctx, K) || !B || !T || !H) return;
-    bool recurrent = form == METALA_RECURRENT || K > MOST_CHUNKWISE_K;
-    size_t width = recurrent ? (size_t)RECURRENT_COLUMNS : K <= MOST_WIDE_K ? (size_t)WIDE : (size_t)NARROW;
+    auto chunkwise_fits = [=](size_t most_K, size_t columns) {
+        return K <= most_K && chunkwise_backward_shared(MATH, K, columns) * sizeof(float) <= shared_room();
+    };
+    bool wide = chunkwise_fits(MOST_WIDE_K, WIDE);
+    bool recurrent = form == METALA_RECURRENT || !(wide || chunkwise_fits(MOST_CHUNKWISE_K, NARROW));
+    size_t width = recurrent ? (size_t)RECURRENT_COLUMNS : wide ? (size_t)WIDE : (size_t)NARROW;
     size_t states_each = recurrent ? METALA_CHUNK : METALA_CHUNK / BLOCK - 1;
     size_t tiles = ceil_div(V, width), count = B * T * H * K, tile_step = tiles > 1 ? 3 * count : 0;
     size_t most = (size_t)64 << 20, heads = most / (states_each * K * V);
@@ -2954,7 +2976,7 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
 #define BACKWARD(ROWS, GROUPS) \
     RUN((recurrent_backward_kernel<ROWS, GROUPS>), grid, dim3(WARP, GROUPS), 0, ARGUMENTS)
         if (recurrent) FOR_ROWS(K, BACKWARD);
-        else if (width == WIDE)
+        else if (wide)
             RUN((chunkwise_backward_kernel<MATH, WIDE>), grid, THREADS,
                 chunkwise_backward_shared(MATH, K, WIDE) * sizeof(float), ARGUMENTS);
         else
