@@ -380,15 +380,17 @@ static inline real total(const real *a, size_t n) {
 //   Tile.  A block of 6 × 2·LANES elements of C stays in 12 vector registers while k runs: 8 loads feed 12 vector
 //          multiply-adds, and the multiplier never waits for memory. 12 + 2 (a row of B) + 1 (an element of A) = 15
 //          registers fit the 16 of x86-64, and more than fit the 32 of AVX-512 and ARM.
-//   Pack.  Beforehand, B is copied in strips of 2·LANES columns, so that a tile reads it from beginning to end; so is
-//          A in strips of 6 rows, unless its rows are contiguous already. The strides of the source are free, and so
-//          the three variants are one function.
+//   Pack.  Beforehand, B is copied in strips of 2·LANES columns, so that a tile reads it from beginning to end. A is read
+//          in place where its rows are contiguous; where its columns are, they are copied side by side, as many rows of
+//          them as a block has. What is contiguous in the source is a matter of strides, and so the three variants are
+//          one function.
 //   Block. k is cut in pieces of DEPTH, B in BLOCK_COLUMNS and A in BLOCK_ROWS, such that what is packed stays in the
 //          level-2 cache, from which one strip of B after the other comes to level 1 and meets all strips of A.
 //
 // Every element of C is summed in the same order whatever the number of threads: they share out tiles of C.
 
-enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LANES, DEPTH = 512, BLOCK_ROWS = 96, BLOCK_COLUMNS = 512, PIECE_DEPTH = 16 };
+enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LANES, DEPTH = 512, BLOCK_ROWS = 96, BLOCK_COLUMNS = 512, PIECE_DEPTH = 16,
+       AHEAD = 32, CACHE_LINE = 64 / sizeof(real) };
 
 // tile_R: C[R × TILE_COLUMNS] = start + Σ_k A(0..R, k) b[k][0..TILE_COLUMNS), for R = 1 … 6 rows, with
 // A(i,k) = a[i·a_row + k·a_k]. start is C itself (accumulate), or one row (a bias, zeros) with row stride 0. Named
@@ -448,24 +450,25 @@ static void tile_at_edge(size_t rows, size_t columns, real *c, size_t c_stride, 
     for (size_t i = 0; i < rows; i++) memcpy(c + i * c_stride, buffer + i * TILE_COLUMNS, columns * sizeof(real));
 }
 
-// packed[k][i] = source[i·row_stride + k·k_stride] for i < rows, zeros up to `width`. Where rows are contiguous, a constant
-// number of them becomes a few moves of registers; their steps in k may be too long for the processor to foresee.
-#define COPY_ROWS(R)                                                                  \
-    for (size_t k = 0; k < depth; k++) {                                              \
-        PREFETCH(source + k * k_stride, 2 * PIECE_DEPTH * k_stride * sizeof(real));   \
-        memcpy(packed + k * R, source + k * k_stride, R * sizeof(real));              \
+// packed[k][0..n) = source[k·k_stride + 0..n). The steps in k may be too long for the processor to foresee.
+static inline void pack_columns(real *packed, size_t packed_stride, const real *source, size_t k_stride, size_t n,
+                                size_t depth) {
+    for (size_t k = 0; k < depth; k++, source += k_stride) {
+        for (size_t i = 0; i < n; i += CACHE_LINE) PREFETCH(source + i, AHEAD * k_stride * sizeof(real));
+        memcpy(packed + k * packed_stride, source, n * sizeof(real));
     }
-static void pack_strip(real *packed, size_t width, const real *source, size_t row_stride, size_t k_stride,
-                       size_t rows, size_t depth) {
-    if (row_stride == 1 && rows == width && rows == TILE_COLUMNS) COPY_ROWS(TILE_COLUMNS)
-    else if (row_stride == 1 && rows == width && rows == TILE_ROWS) COPY_ROWS(TILE_ROWS)
+}
+
+// A strip of B: packed[k][j] = source[j·column_stride + k·k_stride] for j < columns, zeros up to TILE_COLUMNS.
+static void pack_strip(real *packed, const real *source, size_t column_stride, size_t k_stride, size_t columns, size_t depth) {
+    if (column_stride == 1 && columns == TILE_COLUMNS) pack_columns(packed, TILE_COLUMNS, source, k_stride, TILE_COLUMNS, depth);
     else
         for (size_t k0 = 0; k0 < depth; k0 += PIECE_DEPTH) {                // a piece of `packed` stays in the cache
             size_t end = depth - k0 < PIECE_DEPTH ? depth : k0 + PIECE_DEPTH;
-            for (size_t i = 0; i < rows; i++)
-                for (size_t k = k0; k < end; k++) packed[k * width + i] = source[i * row_stride + k * k_stride];
-            for (size_t i = rows; i < width; i++)
-                for (size_t k = k0; k < end; k++) packed[k * width + i] = 0;
+            for (size_t j = 0; j < columns; j++)
+                for (size_t k = k0; k < end; k++) packed[k * TILE_COLUMNS + j] = source[j * column_stride + k * k_stride];
+            for (size_t j = columns; j < TILE_COLUMNS; j++)
+                for (size_t k = k0; k < end; k++) packed[k * TILE_COLUMNS + j] = 0;
         }
 }
 
@@ -587,8 +590,8 @@ static void pack_quantized(real *packed, const quantized *weights, size_t j0, si
     }
 }
 
-// C[M×N] = A B, or C += A B.   A(i,k) = a[i·a_row + k·a_k],  B(k,j) = b[k·b_k + j·b_column], or
-// B(k,j) = W'[j][k] of quantized weights when those are not NULL.
+// C[M×N] = A B, or C += A B.   A(i,k) = a[i·a_row + k·a_k], one of the two strides being 1;  B(k,j) = b[k·b_k + j·b_column],
+// or B(k,j) = W'[j][k] of quantized weights when those are not NULL.
 typedef struct {
     real *c;
     const real *a, *b, *start_row;      // what C starts from when it is not added to: (N) a bias, or zeros
@@ -602,19 +605,14 @@ typedef struct {
 static void multiply_block(const product *m, size_t i0, size_t i1, size_t j0, size_t j1, size_t k0, size_t depth,
                            const real *packed_b, real *packed_a) {
     int from_c = m->accumulate || k0 > 0;
-    for (size_t k = 0; k < depth && m->a_k != 1; k += PIECE_DEPTH)          // what strips share of a cache line is read once
-        for (size_t i = i0; i < i1; i += TILE_ROWS) {
-            size_t rows = i1 - i < TILE_ROWS ? i1 - i : TILE_ROWS, most = depth - k < PIECE_DEPTH ? depth - k : PIECE_DEPTH;
-            pack_strip(packed_a + (i - i0) * depth + k * rows, rows, m->a + i * m->a_row + (k0 + k) * m->a_k, m->a_row,
-                       m->a_k, rows, most);
-        }
+    if (m->a_k != 1) pack_columns(packed_a, BLOCK_ROWS, m->a + i0 + k0 * m->a_k, m->a_k, i1 - i0, depth);
     for (size_t j = j0; j < j1; j += TILE_COLUMNS)
         for (size_t i = i0; i < i1; i += TILE_ROWS) {
             size_t rows = i1 - i < TILE_ROWS ? i1 - i : TILE_ROWS;
             real *to = m->c + i * m->N + j;
             const real *start = from_c ? to : m->start_row + j, *strip_b = packed_b + (j - j0) * depth;
-            const real *strip_a = m->a_k == 1 ? m->a + i * m->a_row + k0 : packed_a + (i - i0) * depth;
-            size_t row_step = m->a_k == 1 ? m->a_row : 1, k_step = m->a_k == 1 ? 1 : rows, start_step = from_c ? m->N : 0;
+            const real *strip_a = m->a_k == 1 ? m->a + i * m->a_row + k0 : packed_a + (i - i0);
+            size_t row_step = m->a_k == 1 ? m->a_row : 1, k_step = m->a_k == 1 ? 1 : BLOCK_ROWS, start_step = from_c ? m->N : 0;
             if (j1 - j >= TILE_COLUMNS)
                 tile[rows](to, m->N, start, start_step, strip_a, row_step, k_step, strip_b, TILE_COLUMNS, depth);
             else tile_at_edge(rows, j1 - j, to, m->N, start, start_step, strip_a, row_step, k_step, strip_b, depth);
@@ -633,7 +631,7 @@ static void multiply_part(const product *m, size_t first, size_t last, size_t le
                 real *strip = work + (j - j0) * depth;
                 if (m->weights) pack_quantized(strip, m->weights, j, columns, k0, depth);
                 else
-                    pack_strip(strip, TILE_COLUMNS, m->b + k0 * m->b_k + j * m->b_column, m->b_column, m->b_k, columns, depth);
+                    pack_strip(strip, m->b + k0 * m->b_k + j * m->b_column, m->b_column, m->b_k, columns, depth);
             }
             for (size_t i = first; i < last; i += BLOCK_ROWS)
                 multiply_block(m, i, last - i < BLOCK_ROWS ? last : i + BLOCK_ROWS, j0, j1, k0, depth, work, packed_a);
