@@ -1,6 +1,6 @@
 # metala.c - a C compiler, make and libc are all that is needed.
 #
-#   make                the programs: ./train ./run ./test data/stories
+#   make                the programs: ./train ./run ./test data/stories data/tasks
 #   make demo           a corpus of stories, two minutes of training, a story told
 #   make test           all checks             make test64   the same in double precision, with tighter tolerances
 #   make asan           all checks under the address and undefined-behaviour sanitizers; then each allocation is refused once
@@ -69,7 +69,7 @@ FOUND := $(notdir $(CC)), $(or $(NATIVE),any machine of this kind), OpenMP: $(if
 BUILT_WITH = $(CC) $(CFLAGS) $(LDFLAGS)$(if $(GPU), $(NVCC) $(NVCCFLAGS) $(DEFINES))
 LINK  = $(CC) $(CFLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LDLIBS)
 
-all: train run build/test data/stories
+all: train run build/test data/stories data/tasks
 
 build/%.o: %.c metala.h build/flags
 	$(CC) $(CFLAGS) $(DEFINES) -c -o $@ $<
@@ -82,7 +82,7 @@ run: build/run.o build/metala.o $(GPU)
 build/test: build/test.o build/metala.o $(GPU)   # and ./test: the name "test" is the target below
 	$(LINK)
 	cp $@ test
-data/stories: data/stories.c build/flags
+data/stories data/tasks: %: %.c data/common.h build/flags
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $<
 
 # Rewritten when the compiler or its flags change; everything is then built anew.
@@ -118,7 +118,8 @@ mutants: build/flags
 	CC='$(CC)' CFLAGS='$(WARNINGS) -O1 $(NATIVE)' tests/mutants.sh $(COUNT)
 
 # The kernels of cuda_metala.cu on the CPU, where emulator/cuda_on_cpu.h makes each of their threads a fiber: in three orders
-# of threads and blocks, in the three kinds of arithmetic, and under the sanitizers for addresses and undefined behaviour.
+# of threads and blocks, in the three kinds of arithmetic, under the sanitizers for addresses and undefined behaviour, and with
+# as little shared memory as a GPU for desktops has (compute capability 8.6).
 EMU_WITH_address := -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_WITH_thread  := -fsanitize=thread
 EMU_WITH_gdb     := -O0 -ggdb3
@@ -137,6 +138,7 @@ build/emu-%/selftest: emulator/selftest.cu emulator/cuda_on_cpu.h build/flags
 EMU_RUNS := emu-forward emu-reverse emu-random emu-tf32 emu-bf16 emu-address
 emu-forward: ORDER = forward
 emu-reverse: ORDER = reverse
+emu-reverse emu-tf32: CAPABILITY = 86
 emu-tf32:    MATH = tf32
 emu-bf16:    MATH = bf16
 emu-address: KIND = address
@@ -144,12 +146,13 @@ emu-thread:  KIND = thread
 KIND  = plain
 ORDER = random
 MATH  = exact
+CAPABILITY = 90
 test-emu: $(EMU_RUNS)
 emu-address: build/emu-address/test build/emu-address/selftest
 emu-thread: build/emu-thread/test build/emu-thread/selftest
 $(filter-out emu-address,$(EMU_RUNS)): build/emu-plain/test build/emu-plain/selftest
 $(EMU_RUNS) emu-thread:
-	@build/emu-$(KIND)/selftest > build/$@.log 2>&1 && CUDA_ORDER=$(ORDER) CUDA_ASYNC=1 CUDA_LEAKS=fail \
+	@build/emu-$(KIND)/selftest > build/$@.log 2>&1 && CUDA_ORDER=$(ORDER) CUDA_ASYNC=1 CUDA_LEAKS=fail CUDA_CAPABILITY=$(CAPABILITY) \
 	    ASAN_OPTIONS=allocator_may_return_null=1 build/emu-$(KIND)/test --device cuda --math $(MATH) $(WITH_GOLDEN) \
 	    >> build/$@.log 2>&1 || { grep -a -A 6 -E 'FAILED|cuda_on_cpu|Sanitizer' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
 	@echo "$@ ($(KIND), $(ORDER) order, $(MATH)): $$(tail -n 1 build/$@.log)"
@@ -191,7 +194,7 @@ demo: train run data/stories
 	./run build/stories.safetensors "One day, " --tokens 900 --temperature 0.3 --seed 1
 
 clean:
-	rm -rf build train run test data/stories
+	rm -rf build train run test data/stories data/tasks
 
 .PHONY: all test bench-cuda test-cuda test64 asan test-programs mutants bench bench-peers demo clean FORCE
 .PHONY: test-emu $(EMU_RUNS) emu-thread cuda-mutants

@@ -1,6 +1,6 @@
 // stories.c - writes endless short stories for children: the corpus of `make demo`.
 //
-//     cc -std=c99 -O2 -o stories stories.c && ./stories --bytes 4M --seed 1 > stories.txt
+//     cc -std=c99 -O2 -o stories data/stories.c && ./stories --bytes 4M --seed 1 > stories.txt
 //
 // A model that reads them byte by byte learns to spell, then grammar, then who has what. The last is the point: things
 // are given, lost, found and swapped, and every story ends with questions that only its reader can answer. The language
@@ -11,17 +11,7 @@
 // Reading order: the words, the telling, main. The same seed gives the same bytes everywhere: integers only, a generator
 // of its own, no locale.
 
-#include <errno.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <string.h>
-#ifdef _WIN32
-#include <fcntl.h>
-#include <io.h>
-#endif
-
-#define COUNT(table) ((int)(sizeof(table) / sizeof((table)[0])))
+#include "common.h"
 
 // ============================================================== 1. The words
 //
@@ -100,18 +90,10 @@ typedef struct {
     char text[4096];
 } story;
 
-// splitmix64, and from it a number in [0, n): the high half, scaled.
-static int below(story *s, int n) {
-    uint64_t z = (s->random += 0x9E3779B97F4A7C15u);
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return (int)(((z ^ (z >> 31)) >> 32) * (uint64_t)n >> 32);
-}
-
 // A number in [0, n) that is not among the bits of `taken`, and now is.
 static int draw(story *s, int n, unsigned *taken) {
     int i;
-    do i = below(s, n); while (*taken >> i & 1);
+    do i = below(&s->random, n); while (*taken >> i & 1);
     *taken |= 1u << i;
     return i;
 }
@@ -158,7 +140,7 @@ static void put_field(story *s, const char *text, size_t length) {
     else if (!strcmp(name, "who")) put_word(s, s->who[s->giver]);
     else if (!strcmp(name, "friends")) put_friends(s);
     else if (!strcmp(name, "at")) put_word(s, places[s->place].at);
-    else if (!strcmp(name, "spot")) put_word(s, places[s->place].spots[below(s, COUNT(places[0].spots))]);
+    else if (!strcmp(name, "spot")) put_word(s, places[s->place].spots[below(&s->random, COUNT(places[0].spots))]);
     else if (!strcmp(name, "elder")) put_word(s, s->elder);
     else if (!strcmp(name, "moral")) put_word(s, s->moral);
     else put(s, text - 1, length + 2);
@@ -192,7 +174,7 @@ static const char *put_alternative(story *s, const char *text) {
         depth += (*text == '[') - (*text == ']');
         if ((depth == 0 || (depth == 1 && *text == '|')) && n < MOST) start[++n] = text + 1;
     }
-    int chosen = below(s, n);
+    int chosen = below(&s->random, n);
     expand(s, start[chosen], start[chosen + 1] - 1);
     return text;
 }
@@ -206,10 +188,10 @@ static void say(story *s, const char *text) {               // after a space, or
 
 // Somebody does something with a thing, if the world allows it: a swap needs something in return.
 static void happen(story *s) {
-    int e = below(s, COUNT(events));
-    s->thing = below(s, s->people);
+    int e = below(&s->random, COUNT(events));
+    s->thing = below(&s->random, s->people);
     s->giver = s->owner[s->thing];
-    do s->receiver = below(s, s->people); while (s->receiver == s->giver);
+    do s->receiver = below(&s->random, s->people); while (s->receiver == s->giver);
     if (events[e].change == SWAPS) {
         for (s->other = 0; s->other < s->people && s->owner[s->other] != s->receiver; s->other++) {}
         if (s->other == s->people) return;
@@ -229,7 +211,7 @@ static bool can_ask(const story *s, int question) {
 static void ask(story *s, int thing, const char *before) {
     int q;
     s->thing = thing;
-    do q = below(s, COUNT(questions)); while (!can_ask(s, q));
+    do q = below(&s->random, COUNT(questions)); while (!can_ask(s, q));
     say(s, before);
     size_t at = s->length;
     put_text(s, questions[q].ask);
@@ -243,14 +225,14 @@ static void ask(story *s, int thing, const char *before) {
 static void tell(story *s) {
     unsigned names = 0, things = 0;
     *s = (story){.random = s->random};
-    s->people = 2 + below(s, PEOPLE - 1);
-    s->place = below(s, COUNT(places));
-    s->elder = elders[below(s, COUNT(elders))];
-    s->moral = morals[below(s, COUNT(morals))];
+    s->people = 2 + below(&s->random, PEOPLE - 1);
+    s->place = below(&s->random, COUNT(places));
+    s->elder = elders[below(&s->random, COUNT(elders))];
+    s->moral = morals[below(&s->random, COUNT(morals))];
     for (int i = 0; i < s->people; i++) {
         s->who[i] = children[draw(s, COUNT(children), &names)];
         s->things[i] = nouns[draw(s, COUNT(nouns), &things)];
-        s->sizes[i] = sizes[below(s, COUNT(sizes))];
+        s->sizes[i] = sizes[below(&s->random, COUNT(sizes))];
         s->owner[i] = i;
     }
     say(s, opening);
@@ -258,8 +240,8 @@ static void tell(story *s) {
         s->thing = s->giver = i;
         say(s, bringing);
     }
-    for (int n = 2 + below(s, 3); n > 0; n--) happen(s);
-    int first = below(s, s->people);
+    for (int n = 2 + below(&s->random, 3); n > 0; n--) happen(s);
+    int first = below(&s->random, s->people);
     ask(s, first, first_question);
     ask(s, (first + 1) % s->people, next_question);
     say(s, closing);
@@ -276,64 +258,23 @@ static const char help[] =
     "  --seed S    the same number tells the same stories on every machine (default 1)\n"
     "  --help      this text\n";
 
-// Not strtoull, which accepts signs and spaces.
-static bool parse(const char *text, bool suffix, uint64_t *number) {
-    uint64_t value = 0, unit = 1;
-    size_t digits = strspn(text, "0123456789");
-    for (size_t i = 0; i < digits; i++) {
-        uint64_t digit = (uint64_t)(text[i] - '0');
-        if (value > (UINT64_MAX - digit) / 10) return false;
-        value = value * 10 + digit;
-    }
-    const char *end = text + digits;
-    if (suffix && *end && strchr("kMG", *end)) {
-        unit = *end == 'k' ? 1000 : *end == 'M' ? 1000000 : 1000000000;
-        end++;
-    }
-    *number = value * unit;
-    return digits && !*end && value <= UINT64_MAX / unit;
-}
-
-// Wrong usage: one line, whatever the arguments contain.
-static int complain(const char *what, size_t length, const char *got, const char *expected) {
-    char line[256];
-    snprintf(line, sizeof line, "%.*s%s'%.99s', expected %s", (int)length, what, length ? ": got " : "got ", got, expected);
-    for (char *c = line; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
-    fprintf(stderr, "stories: %s; see stories --help\n", line);
-    return 2;
-}
-
 int main(int count, char **arguments) {
     uint64_t bytes = 4000000, written = 0;
     story s = {.random = 1};
-    for (int i = 1; i < count; i++) {
-        const char *argument = arguments[i];
-        size_t length = strcspn(argument, "=");
-        bool is_bytes = length == 7 && !strncmp(argument, "--bytes", 7);
-        bool is_seed = length == 6 && !strncmp(argument, "--seed", 6);
-        if (!strcmp(argument, "--help") || !strcmp(argument, "-h")) {
-            fputs(help, stdout);
-            goto finish;
-        }
-        if (!is_bytes && !is_seed) return complain("", 0, argument, "--bytes N or --seed S");
-        const char *value = argument[length] ? argument + length + 1 : i + 1 < count ? arguments[++i] : "nothing";
-        if (!parse(value, is_bytes, is_bytes ? &bytes : &s.random))
-            return complain(argument, length, value, is_bytes ? "a number such as 500000, 500k or 4M" : "a number such as 1");
+    const option options[] = {{"--bytes", &bytes, true}, {"--seed", &s.random, false}};
+    if (asks_for_help(count, arguments)) {
+        fputs(help, stdout);
+        return finish("stories");
     }
-#ifdef _WIN32
-    _setmode(1, _O_BINARY);                                 // a newline is one byte everywhere
-#endif
+    int status = read_options("stories", count, arguments, 1, options, COUNT(options), "--bytes N or --seed S");
+    if (status) return status;
+    write_bytes_as_they_are();
     for (;;) {
         tell(&s);
         size_t gap = written > 0;                           // the blank line between two stories
         if (gap && (written > bytes || s.length + gap > bytes - written)) break;
-        if ((gap && putchar('\n') == EOF) || fwrite(s.text, 1, s.length, stdout) != s.length) goto failed;
+        if ((gap && putchar('\n') == EOF) || fwrite(s.text, 1, s.length, stdout) != s.length) break;
         written += gap + s.length;
     }
-finish:
-    if (fflush(stdout) == 0 && !ferror(stdout)) return 0;
-failed:
-    fprintf(stderr, "stories: cannot write to standard output: %s; make room or write elsewhere\n", strerror(errno));
-    return 1;
+    return finish("stories");
 }

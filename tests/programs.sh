@@ -1,17 +1,17 @@
 #!/bin/sh
-# Do the programs do what their --help says? Tries every flag of ./train, ./run, ./test and data/stories, and every way
-# in which they can fail, on models so small that all of it takes seconds.
+# Do the programs do what their --help says? Tries every flag of ./train, ./run, ./test, data/stories and data/tasks, and
+# every way in which they can fail, on models so small that all of it takes seconds.
 #
 #   make test-programs             a line per check, "N passed, N failed" last; exit status 0 when none failed
 #
-# Needs the built programs and POSIX tools. Reading order: the checking, files that are made, then stories, train, run, test.
+# Needs the built programs and POSIX tools. Reading order: the checking, files that are made, then stories, tasks, train, run, test.
 set -u
 LC_ALL=C
 export LC_ALL
 : "${OMP_WAIT_POLICY=passive}"           # or each program would start itself once more to set it
 export OMP_WAIT_POLICY
 root=$(cd "$(dirname "$0")/.." && pwd) || exit 1
-for program in train run test data/stories build/train-failing; do
+for program in train run test data/stories data/tasks build/train-failing; do
     [ -x "$root/$program" ] || { echo "programs.sh: $program is not there; start it with make test-programs" >&2; exit 1; }
 done
 work=$root/build/programs.$$
@@ -67,6 +67,7 @@ train()   { printf '%s\n' "$@" >> used.train; $limit "$root/train" "$@"; }
 run()     { printf '%s\n' "$@" >> used.run; $limit "$root/run" "$@"; }
 checks()  { printf '%s\n' "$@" >> used.checks; $limit "$root/test" "$@"; }
 stories() { printf '%s\n' "$@" >> used.stories; $limit "$root/data/stories" "$@"; }
+tasks()   { printf '%s\n' "$@" >> used.tasks; $limit "$root/data/tasks" "$@"; }
 
 works() {                                # DESCRIPTION COMMAND...: exit status 0; the output is in out and err
     name=$1
@@ -261,6 +262,70 @@ if [ -c /dev/full ]; then
     done
 fi
 tried stories stories
+
+# ============================================================== tasks
+
+# The numbers of a file behind its header: FILE TYPE (of od: u2, d4, u1) FIRST COUNT, bytes from the first number on.
+numbers_of() {
+    dd if="$1" bs=1 skip=$((8 + $(od -A n -t u4 -N 4 "$1") + $3)) count="$4" 2> /dev/null | od -A n -v -t "$2" | tr -s ' ' '\n' |
+        sed '/^$/d'
+}
+works "tasks recall" tasks recall --sequences 40 --length 24 --pairs 6 --vocab 20 --seed 5
+cp out recall.st
+equal "tasks recall: the file ends with its last target" $((8 + $(od -A n -t u4 -N 4 recall.st) + 40 * 24 * 6)) "$(size recall.st)"
+{ numbers_of recall.st u2 0 $((40 * 24 * 2)); numbers_of recall.st d4 $((40 * 24 * 2)) $((40 * 24 * 4)); } > numbers
+equal "tasks recall: each key comes twice, at its second place is its value, elsewhere no target" "40 sequences, 240 targets" \
+    "$(awk '{ x[NR - 1] = $1 } END { for (n = 0; n < 40; n++) { split("", value); split("", asked); right = 1
+        for (i = 0; i < 24; i++) { token = x[n * 24 + i]; target = x[960 + n * 24 + i]
+            if (i < 12 && i % 2 == 0) { right = right && token < 10 && !(token in value); value[token] = x[n * 24 + i + 1] }
+            else if (i < 12) right = right && token >= 10 && token < 20
+            if (i < 12 || token >= 10) right = right && target == -100
+            else { right = right && target == value[token] && !(token in asked); asked[token] = 1; targets++ } }
+        good += right }
+        printf "%d sequences, %d targets", good, targets }' numbers)"
+tasks recall --sequences=40 --length=24 --pairs=6 --vocab=20 --seed=5 > again
+same_bytes "tasks recall: the same seed, the same bytes" recall.st again
+tasks recall --sequences 40 --length 24 --pairs 6 --vocab 20 --seed 6 > again
+other_bytes "tasks recall --seed 6: another file" recall.st again
+tasks recall > again
+equal "tasks recall: 20k sequences of 128 tokens unless told" $((8 + $(od -A n -t u4 -N 4 again) + 20000 * 128 * 6)) "$(size again)"
+tasks recall --sequences 1 --length 30 --pairs 10 --vocab 20 > again
+equal "tasks recall: as many pairs as keys and places" "10 0" \
+    "$(numbers_of again d4 60 120 | awk '$1 != -100 { n++ } END { print n, 0 }')"
+works "train learns to recall" train recall.st --val recall.st --width 32 --layers 1 --heads 2 --batch 8 --max-steps 30 --threads 1 --quiet --out again
+works "tasks listops" tasks listops --sequences 60 --length 33
+cp out listops.st
+{ numbers_of listops.st u2 0 3960; numbers_of listops.st d4 3960 240; numbers_of listops.st u1 4200 1980; } > numbers
+equal "tasks listops: every label is the value of its sequence, padding is on the left and masked" "60 right" \
+    "$(awk 'function value(    op, v, n, i, s, j) { op = x[at++]; if (op < 10) return op
+            while (x[at] != 14) { v[++n] = value(); for (i = n; i > 1 && v[i - 1] > v[i]; i--) { j = v[i]; v[i] = v[i - 1]; v[i - 1] = j } }
+            at++; for (i = 1; i <= n; i++) s += v[i]
+            return op == 10 ? v[1] : op == 11 ? v[n] : op == 12 ? int((v[int((n + 1) / 2)] + v[int(n / 2) + 1]) / 2) : s % 10 }
+        { x[NR - 1] = $1 }
+        END { for (n = 0; n < 60; n++) { at = n * 33; while (x[at] == 15) { masks += x[2040 + at]; at++ }
+            for (i = at; i < n * 33 + 33; i++) masks += 1 - x[2040 + i]
+            good += value() == x[1980 + n] && at == n * 33 + 33 }
+        printf "%d right", good - masks }' numbers)"
+works "train learns listops" train listops.st --width 32 --layers 1 --heads 2 --batch 4 --max-steps 5 --threads 1 --quiet --out again
+works "tasks --help" tasks --help
+has "tasks --help explains every flag" out --sequences --length --pairs --vocab --seed --help
+fails 2 "got 'nothing', expected recall or listops" "tasks without a task" tasks
+fails 2 "got 'other', expected recall or listops" "tasks with another task" tasks other
+fails 2 "got '--pairs', expected --sequences N, --length T or --seed S" "tasks listops --pairs" tasks listops --pairs 3
+fails 2 "got '4x'" "tasks --length 4x" tasks recall --length 4x
+fails 2 "got 'nothing'" "tasks --vocab without a value" tasks recall --vocab
+fails 2 "got '0', expected 1 to 2^40" "tasks --sequences 0" tasks recall --sequences 0
+fails 2 "got '2', expected 3 to 65536" "tasks --length 2" tasks listops --length 2
+fails 2 "got '65537', expected 3 to 65536" "tasks --length beyond the most" tasks listops --length 65537
+fails 2 "got '11', expected 1 to a third of --length" "tasks --pairs for which there is no place" tasks recall --pairs 11 --length 32
+fails 2 "got '11', expected 1 to half of --vocab" "tasks --pairs for which there are no keys" tasks recall --pairs 11 --vocab 21
+fails 2 "got '1', expected 2 to 65536" "tasks --vocab 1" tasks recall --vocab 1
+if [ -c /dev/full ]; then
+    want=1 text="cannot write to standard output" name="tasks > /dev/full: exit 1, one clear line"
+    tasks recall > /dev/full 2> err
+    complained $?
+fi
+tried tasks tasks
 
 # ============================================================== train: data, model, optimisation
 
