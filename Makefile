@@ -155,7 +155,7 @@ $(EMU_RUNS) emu-thread:
 	@build/emu-$(KIND)/selftest > build/$@.log 2>&1 && CUDA_ORDER=$(ORDER) CUDA_ASYNC=1 CUDA_LEAKS=fail CUDA_CAPABILITY=$(CAPABILITY) \
 	    ASAN_OPTIONS=allocator_may_return_null=1 build/emu-$(KIND)/test --device cuda --math $(MATH) $(WITH_GOLDEN) \
 	    >> build/$@.log 2>&1 || { grep -a -A 6 -E 'FAILED|cuda_on_cpu|Sanitizer' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
-	@echo "$@ ($(KIND), $(ORDER) order, $(MATH)): $$(tail -n 1 build/$@.log)"
+	@echo "$@ ($(KIND), $(ORDER) order, $(MATH), $(CAPABILITY)): $$(tail -n 1 build/$@.log)"
 
 # Of the checks, those of single kernels; of the compiler's time, what debug information takes is saved.
 cuda-mutants: build/emu-plain/test

@@ -198,8 +198,10 @@ bool fits(metala_context *ctx, Kernel *kernel, const char *name, extent grid, si
 // Bytes of shared memory that a block can have: 227 KB on an H100, 163 KB on an A100, 99 KB on GPUs for desktops. Where a
 // kernel would want more, a smaller or slower one is taken.
 size_t shared_room() {
-    int bytes = 0;
-    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) != cudaSuccess) cudaGetLastError();
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+        cudaGetLastError();                                      // the launch will say more
     return (size_t)bytes;
 }
 
@@ -575,8 +577,8 @@ void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row
         RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
 }
 
-// The wide tile is taken where 128 of them are to be computed and three strips have room. Neither the width nor the number of
-// strips changes the order of a sum.
+// The wide tile is taken where there are 128 of them, hardly more of C to compute, rows that are aligned, and room for three
+// stages. Neither the width nor the number of stages changes the order of a sum.
 template <metala_math MATH, bool A_BY_K, bool B_BY_K>
 void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
                      const float *bias, size_t M, size_t N, size_t K, int accumulate) {
@@ -584,12 +586,13 @@ void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_ste
     auto shared = [](size_t columns, unsigned stages) {
         return stages * (strip_floats(TENSOR_ROWS) + strip_floats(columns)) * sizeof(float);
     };
-    size_t down = ceil_div(M, TENSOR_ROWS), splits = splits_of(down * ceil_div(N, 128), K), room = shared_room();
+    size_t down = ceil_div(M, TENSOR_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
+    size_t splits = splits_of(down * across, K), room = shared_room();
     size_t k_each = round_up(ceil_div(K, splits), TENSOR_STRIP);
     splits = K ? ceil_div(K, k_each) : 1;
     float *to = splits > 1 ? scratch(ctx, splits * M * N) : c;
     if (!to) return;
-    bool wide = down * ceil_div(N, 256) >= 128 && room >= shared(256, 3);
+    bool wide = down * across_wide >= 128 && 16 * across_wide <= 9 * across && room >= shared(256, 3);
     bool four = a_step % 4 == 0 && b_step % 4 == 0 && (uintptr_t)a % 16 == 0 && (uintptr_t)b % 16 == 0;
     unsigned stages = room >= shared(128, 3) ? 3 : 2;
 #define TENSOR(EACH, COLUMNS)                                                                                         \
@@ -2855,8 +2858,9 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
 
 // ---- All heads of all sequences.
 
-// The chunkwise kernels have room for K up to 256 (the backward takes narrower tiles of V beyond 128), where a block can have
-// enough shared memory; the recurrent ones for 512, and do the work of both for what is left. The parallel form is the chunkwise one: its T×T map is for reading.
+// The chunkwise kernels have room for K up to 256, the backward with narrower tiles of V beyond 128, and for less where a block
+// has less shared memory; the recurrent ones for 512, and do the work of both for what is left. The parallel form is the
+// chunkwise one: its T×T map is for reading.
 enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_CHUNKWISE_K = 256, MOST_K = 512 };
 
 bool head_fits(metala_context *ctx, size_t K) {
@@ -2912,8 +2916,8 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
         if (!room) return;
         copy_shared<MATH>(ctx, &q, &k, &alpha, room, B, T, H, K, shared);
     }
-    size_t room = shared_room(), wanted = chunkwise_forward_shared<WIDE>(K) * sizeof(float);
-    if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || wanted > room || T == 1) {
+    const size_t most_shared = shared_room(), wanted = chunkwise_forward_shared<WIDE>(K) * sizeof(float);
+    if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || wanted > most_shared || T == 1) {
 #define FORWARD(ROWS, GROUPS)                                                                                     \
     RUN((recurrent_forward_kernel<ROWS, GROUPS>), extent(ceil_div(V, RECURRENT_COLUMNS), B * H), dim3(WARP, GROUPS), \
         0, o, S, states, q, k, v, alpha, T, H, K, V, (float)scale)
@@ -2924,7 +2928,7 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
     if constexpr (MATH != METALA_EXACT) {
         extent grid(ceil_div(V, TENSOR_COLUMNS), B * H);
 #define FORWARD(MOST)                                                                                                 \
-    if (K <= MOST && tensor_forward_shared<MOST>() * sizeof(float) <= room) {                                         \
+    if (K <= MOST && tensor_forward_shared<MOST>() * sizeof(float) <= most_shared) {                                  \
         RUN((tensor_forward_kernel<MATH, MOST>), grid, THREADS, tensor_forward_shared<MOST>() * sizeof(float), o, S,  \
             states, q, k, v, alpha, T, H, K, V, (float)scale);                                                        \
         return;                                                                                                       \

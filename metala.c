@@ -381,16 +381,15 @@ static inline real total(const real *a, size_t n) {
 //          multiply-adds, and the multiplier never waits for memory. 12 + 2 (a row of B) + 1 (an element of A) = 15
 //          registers fit the 16 of x86-64, and more than fit the 32 of AVX-512 and ARM.
 //   Pack.  Beforehand, B is copied in strips of 2·LANES columns, so that a tile reads it from beginning to end. A is read
-//          in place where its rows are contiguous; where its columns are, they are copied side by side, as many rows of
-//          them as a block has. What is contiguous in the source is a matter of strides, and so the three variants are
-//          one function.
+//          in place where its rows are contiguous; where its columns are, what a block has of them is copied, one k
+//          after the other. Either is a matter of strides, and so the three variants are one function.
 //   Block. k is cut in pieces of DEPTH, B in BLOCK_COLUMNS and A in BLOCK_ROWS, such that what is packed stays in the
-//          level-2 cache, from which one strip of B after the other comes to level 1 and meets all strips of A.
+//          level-2 cache, from which one strip of B after the other comes to level 1 and meets all rows of A.
 //
 // Every element of C is summed in the same order whatever the number of threads: they share out tiles of C.
 
 enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LANES, DEPTH = 512, BLOCK_ROWS = 96, BLOCK_COLUMNS = 512, PIECE_DEPTH = 16,
-       AHEAD = 32, CACHE_LINE = 64 / sizeof(real) };
+       AHEAD = 32, CACHE_LINE = 64 / sizeof(real) };          // a line in numbers
 
 // tile_R: C[R × TILE_COLUMNS] = start + Σ_k A(0..R, k) b[k][0..TILE_COLUMNS), for R = 1 … 6 rows, with
 // A(i,k) = a[i·a_row + k·a_k]. start is C itself (accumulate), or one row (a bias, zeros) with row stride 0. Named

@@ -3,8 +3,8 @@
 //     cc -std=c99 -O2 -o tasks data/tasks.c && ./tasks recall > recall.safetensors && ./train recall.safetensors
 //
 // recall: multi-query associative recall (Arora et al., "Zoology", 2023), the first experiment of the MetaLA paper. A
-// sequence tells pairs of a key and a value. Behind them, among values that belong to nobody, each key comes once more,
-// most of them soon, some much later, and there the target is its value:
+// sequence tells pairs of a key and a value. Behind them, among values drawn at random, each key comes once more, most of
+// them soon, some much later, and there the target is its value:
 //
 //     inputs    3 93  1 88  5 71 | 1 64 90  3 75 62  5 81        keys are below vocab/2, values are not
 //     targets   .  .  .  .  .  . |88  .  . 93  .  . 71  .
@@ -78,8 +78,8 @@ static int value_of(const int **at) {
     return op == MIN ? value[0] : op == MAX ? value[n - 1] : op == MED ? (value[(n - 1) / 2] + value[n / 2]) / 2 : sum % 10;
 }
 
-// An expression grows from one digit: again and again, one of its digits becomes an operator with 2 to 5 new digits, as long as
-// there is room for half to all of the length, decided beforehand.
+// An expression grows from one digit: again and again, one of its digits becomes an operator with 2 to 5 new digits, until one
+// does not fit into a length drawn beforehand, half to all of T.
 static void draw_listops(task *t) {
     int *x = t->inputs, n = 1, most = t->length / 2 + below(&t->random, t->length - t->length / 2 + 1);
     x[0] = below(&t->random, DIGITS);
@@ -117,11 +117,14 @@ static int mask_of(const task *t, int i) { return i >= t->first; }
 static const struct {
     const char *name;
     void (*draw)(task *t);
+    int least_length, options;                              // how many of those in main it has
+    const char *flags;
     tensor tensors[3];
 } kinds[] = {
-    {"recall",  draw_recall,  {{"inputs", "U16", 2, false, input_of}, {"targets", "I32", 4, false, target_of}}},
-    {"listops", draw_listops, {{"inputs", "U16", 2, false, input_of}, {"labels", "I32", 4, true, label_of},
-                               {"mask", "U8", 1, false, mask_of}}},
+    {"recall", draw_recall, 3, 5, "--sequences N, --length T, --seed S, --pairs P or --vocab V",
+     {{"inputs", "U16", 2, false, input_of}, {"targets", "I32", 4, false, target_of}}},
+    {"listops", draw_listops, 12, 3, "--sequences N, --length T or --seed S",
+     {{"inputs", "U16", 2, false, input_of}, {"labels", "I32", 4, true, label_of}, {"mask", "U8", 1, false, mask_of}}},
 };
 
 // Safetensors: the length of the header in 8 bytes, the header, the numbers with their lowest byte first.
@@ -165,15 +168,15 @@ static const char help[] =
     "  recall         pairs of a key and a value are told, then values are asked for\n"
     "  listops        the value of a nested expression\n"
     "  --sequences N  how many; k, M and G behind N are thousands, millions and thousand millions (default 20k)\n"
-    "  --length T     tokens of a sequence, up to 65536 (default 128)\n"
-    "  --pairs P      pairs that are told, each is asked for once; up to a third of T (default 16)\n"
-    "  --vocab V      keys and values, half of each; at least 2 P, up to 65536 (default 256)\n"
+    "  --length T     tokens of a sequence, 3 (listops 12) to 65536 (default 128)\n"
+    "  --pairs P      pairs that are told, each is asked for once; up to T/3 and V/2 (default T/8, if V has as many keys)\n"
+    "  --vocab V      keys and values, half of each; up to 65536 (default 256)\n"
     "  --seed S       the same number draws the same sequences on every machine (default 1)\n"
     "  --help         this text\n";
 
 int main(int count, char **arguments) {
     static task t;
-    uint64_t sequences = 20000, length = 128, seed = 1, pairs = 16, vocab = 256;
+    uint64_t sequences = 20000, length = 128, seed = 1, vocab = 256, pairs = UINT64_MAX;     // not given
     const option options[] = {{"--sequences", &sequences, true}, {"--length", &length, false}, {"--seed", &seed, false},
                               {"--pairs", &pairs, false}, {"--vocab", &vocab, false}};
     int kind = 0;
@@ -184,25 +187,24 @@ int main(int count, char **arguments) {
     const char *name = count > 1 ? arguments[1] : "nothing";
     while (kind < COUNT(kinds) && strcmp(name, kinds[kind].name)) kind++;
     if (kind == COUNT(kinds)) return complain("tasks", "", name, "recall or listops first");
-    bool recall = kinds[kind].draw == draw_recall;
-    int status = read_options("tasks", count, arguments, 2, options, recall ? 5 : 3,
-                              recall ? "--sequences N, --length T, --pairs P, --vocab V or --seed S"
-                                     : "--sequences N, --length T or --seed S");
+    int status = read_options("tasks", count, arguments, 2, options, kinds[kind].options, kinds[kind].flags);
     if (status) return status;
+    if (pairs == UINT64_MAX) pairs = length < 16 ? 1 : length / 8 < vocab / 2 ? length / 8 : vocab / 2;
     const struct { const char *name; uint64_t value, least, most; const char *range; } limits[] = {
         {"--sequences", sequences, 1, (uint64_t)1 << 40, "1 to 2^40"},
-        {"--length", length, 3, MOST_LENGTH, "3 to 65536"},
+        {"--length", length, (uint64_t)kinds[kind].least_length, MOST_LENGTH, "at least 3, of listops 12, at most 65536"},
         {"--vocab", vocab, 2, 1 << 16, "2 to 65536"},
         {"--pairs", pairs, 1, length / 3, "1 to a third of --length"},
         {"--pairs", pairs, 1, vocab / 2, "1 to half of --vocab"},
     };
-    for (int i = 0; i < (recall ? 5 : 2); i++)
+    for (int i = 0; i < COUNT(limits); i++)
         if (limits[i].value < limits[i].least || limits[i].value > limits[i].most) {
             char got[30];
             snprintf(got, sizeof got, "%llu", (unsigned long long)limits[i].value);
             return complain("tasks", limits[i].name, got, limits[i].range);
         }
-    t.random = seed, t.length = (int)length, t.pairs = (int)pairs, t.vocab = recall ? (int)vocab : LISTOPS_VOCAB;
+    t.random = seed, t.length = (int)length, t.pairs = (int)pairs;
+    t.vocab = kinds[kind].draw == draw_recall ? (int)vocab : LISTOPS_VOCAB;
     write_bytes_as_they_are();
     write_file(&t, kind, sequences);
     return finish("tasks");
