@@ -389,7 +389,7 @@ static inline real total(const real *a, size_t n) {
 // Every element of C is summed in the same order whatever the number of threads: they share out tiles of C.
 
 enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LANES, DEPTH = 512, BLOCK_ROWS = 96, BLOCK_COLUMNS = 512, PIECE_DEPTH = 16,
-       AHEAD = 32, CACHE_LINE = 64 / sizeof(real) };          // a line in numbers
+       AHEAD = 8, CACHE_LINE = 64 / sizeof(real) };          // a line in numbers
 
 // tile_R: C[R × TILE_COLUMNS] = start + Σ_k A(0..R, k) b[k][0..TILE_COLUMNS), for R = 1 … 6 rows, with
 // A(i,k) = a[i·a_row + k·a_k]. start is C itself (accumulate), or one row (a bias, zeros) with row stride 0. Named
