@@ -147,6 +147,16 @@ static void show_element(const char *part, const size_t *dims, size_t index, dou
     problem("%s[%s]: got %.9g, expected %.9g; %zu elements are wrong", part, at, got, expected, wrong);
 }
 
+// The largest size of n numbers. Not by fmax, over which gcc 12 for ARM breaks down where it makes vectors of it.
+static double largest(const real *x, size_t n) {
+    double most = 0;
+    for (size_t i = 0; i < n; i++) {
+        double size = fabs((double)x[i]);
+        most = size > most ? size : most;
+    }
+    return most;
+}
+
 // Compares a tensor with the reference: got (real) or got64 (double), dims ends with 0.
 static void compare_numbers(const char *part, const real *got, const double *got64, const double *expected,
                             const size_t *dims, double tolerance) {
@@ -1620,8 +1630,8 @@ static void check_quantized(void) {
         for (size_t o = 0; o < OUT; o++)
             for (size_t i = 0; i < IN; i++) {
                 size_t g = i / METALA_GROUP * METALA_GROUP;
-                double most = 0, error = fabs((double)(got[o * IN + i] - w[o * IN + i]));
-                for (size_t j = g; j < IN && j < g + METALA_GROUP; j++) most = fmax(most, fabs((double)w[o * IN + j]));
+                double most = largest(w + o * IN + g, IN - g < METALA_GROUP ? IN - g : METALA_GROUP);
+                double error = fabs((double)(got[o * IN + i] - w[o * IN + i]));
                 double s = (float)(most / 127), bound = s / 2 * (1 + 1e-5);
                 if (most < 1e-36) bound = most;
                 if (!(error <= bound)) problem("[%zu,%zu] %g becomes %g, with scale %g", o, i, (double)w[o * IN + i],
@@ -2623,9 +2633,8 @@ static void check_model(const char *what, const metala_config *c, metala_form fo
         const metala_tensor *p = metala_model_tensor(m, i);
         real *gradient = reals(p->count);
         size_t n = p->count < 6 ? p->count : 6;
-        double most = 0, error = 0;
         metala_trainer_gradient(ctx, t, p->name, gradient);
-        for (size_t j = 0; j < p->count; j++) most = fmax(most, fabs((double)gradient[j]));
+        double most = largest(gradient, p->count), error = 0;
         for (size_t j = 0; j < n; j++) {
             size_t at = n > 1 ? j * (p->count - 1) / (n - 1) : 0;
             double expected = slope(&r.theta[p->offset + at], 3e-5, reference_loss, &r), got = (double)gradient[at];
@@ -2699,11 +2708,11 @@ static void check_models(void) {
         for (int i = 0; i < metala_model_tensors(a); i++) {
             const metala_tensor *t = metala_model_tensor(a, i);
             real *x = reals(t->count), *y = reals(t->count);
-            double sum = 0, square = 0, most = 0;
+            double sum = 0, square = 0;
             metala_model_get(ctx, a, t->name, x), metala_model_get(ctx, b, t->name, y);
             same_bits(t->name, x, y, t->count);
-            for (size_t j = 0; j < t->count; j++)
-                sum += (double)x[j], square += (double)x[j] * (double)x[j], most = fmax(most, fabs((double)x[j]));
+            for (size_t j = 0; j < t->count; j++) sum += (double)x[j], square += (double)x[j] * (double)x[j];
+            double most = largest(x, t->count);
             double mean = sum / (double)t->count, std = sqrt(square / (double)t->count), expected = 0.05;
             if (strstr(t->name, "out_proj") || strstr(t->name, "l3.")) expected = 0.025;
             if (strstr(t->name, "conv1d")) expected = sqrt(1.0 / 12);
@@ -3329,8 +3338,7 @@ static void check_row_forms(const metala_named_row *row, int masked) {
         if (f == 0) first = gradient, check_activations(t, &c, B * T);
         for (int i = 0; i < metala_model_tensors(m); i++) {          // each tensor by its own size
             const metala_tensor *p = metala_model_tensor(m, i);
-            double most = 0;
-            for (size_t j = p->offset; j < p->offset + p->count; j++) most = fmax(most, fabs((double)first[j]));
+            double most = largest(first + p->offset, p->count);
             for (size_t j = p->offset; j < p->offset + p->count; j++) {
                 double error = fabs((double)gradient[j] - (double)first[j]) / most;
                 if (!(error <= worst)) worst = error;
@@ -3684,8 +3692,7 @@ static double check_own_row(const metala_config *c, uint64_t seed) {
     if (s) read_in_pieces(&r, s, METALA_CHUNKWISE, below(2), logits[3]);
     else problem("%s: %s", text, metala_error(ctx));
     metala_state_free(s), metala_model_free(loaded);
-    most = 0;
-    for (size_t i = 0; i < B * T * N; i++) most = fmax(most, fabs((double)logits[0][i]));
+    most = largest(logits[0], B * T * N);
     for (int f = 1; f < 4; f++)
         for (size_t i = 0; i < B * T * N; i++) {
             double error = fabs((double)logits[f][i] - (double)logits[0][i]) / most;
@@ -4700,9 +4707,8 @@ static void compare_tensor(const tensor *t, double *worst, char *where) {
         return;
     }
     const real *cpu = (const void *)bytes[CPU], *device = (const void *)bytes[DEVICE];
-    double most = 0;
+    double most = largest(cpu, t->count);
     size_t wrong = 0, first = 0;
-    for (size_t i = 0; i < t->count; i++) most = fmax(most, fabs((double)cpu[i]));
     for (size_t i = 0; i < t->count; i++) {
         double error = fabs((double)device[i] - (double)cpu[i]) / (most > 0 ? most : 1);
         if (!(error <= *worst)) {

@@ -14,6 +14,7 @@
 
 #include "metala.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -93,7 +94,7 @@ enum { VEC_BYTES = 32 };
 #else
 enum { VEC_BYTES = 16 };
 #endif
-#ifdef __GNUC__
+#if defined __GNUC__ && (FLT_EVAL_METHOD == 0 || FLT_EVAL_METHOD == 16)      // as in metala.c
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 enum { LANES = VEC_BYTES / sizeof(real) };
 #else
@@ -141,7 +142,7 @@ static void run_reads(void *unused) {
 #endif
     for (int part = 0; part < 64; part++) {
         const real *x = big + (size_t)part * (BIG / 64);
-        vec s[4] = {{0}, {0}, {0}, {0}}, v;
+        vec zero = {0}, s[4] = {zero, zero, zero, zero}, v;
         for (size_t i = 0; i < BIG / 64; i += 4 * LANES)
             for (int j = 0; j < 4; j++) {
                 memcpy(&v, x + i + j * LANES, sizeof v);
