@@ -3322,7 +3322,9 @@ static void check_activations(const metala_trainer *t, const metala_config *c, s
 // T is longer than METALA_CHUNK.
 static void check_row_forms(const metala_named_row *row, int masked) {
     enum { B = 2, T = 70 };
-    double tolerance = row->row.decay == METALA_DECAY_SELECTIVE ? TOLERANCE(6e-4, 2e-12) : TOLERANCE(2e-4, 2e-12);
+    // Gradients of A in a selective decay, and of angles in the first layer, are small differences of large sums.
+    int cancels = row->row.decay == METALA_DECAY_SELECTIVE || row->row.phase == METALA_PHASE_FIRST;
+    double tolerance = cancels ? TOLERANCE(6e-4, 2e-12) : TOLERANCE(2e-4, 2e-12);
     if (!begin(tolerance, "row %s: forms%s", row->name, masked ? " masked" : "")) return;
     metala_config c = row_config(row);
     metala_model *m = random_model(&c, 51);
