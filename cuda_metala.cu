@@ -557,7 +557,7 @@ tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, 
             }
 }
 
-// ---- C = A B, or C += A B; operands as above.
+// ---- C = A B, or C += A B, with A(i,k) = a[i·a_row + k·a_k] and B(k,j) = b.at(k,j).
 template <bool A_BY_K, bool B_BY_K, class Weights>
 void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row, size_t a_k, Weights b,
                      const float *bias, size_t M, size_t N, size_t K, int accumulate) {

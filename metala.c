@@ -383,8 +383,8 @@ static inline real total(const real *a, size_t n) {
 //   Pack.  Beforehand, B is copied in strips of 2·LANES columns, so that a tile reads it from beginning to end. A is read
 //          in place where its rows are contiguous; where its columns are, what a block has of them is copied, one k
 //          after the other. Either is a matter of strides, and so the three variants are one function.
-//   Block. k is cut in pieces of DEPTH, B in BLOCK_COLUMNS and A in BLOCK_ROWS, such that what is packed stays in the
-//          level-2 cache, from which one strip of B after the other comes to level 1 and meets all rows of A.
+//   Block. k is cut in pieces of DEPTH, B in BLOCK_COLUMNS and A in BLOCK_ROWS, such that what is packed stays near, in the
+//          caches of level 2 and 3, from which one strip of B after the other comes to level 1 and meets a block of A.
 //
 // Every element of C is summed in the same order whatever the number of threads: they share out tiles of C.
 

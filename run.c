@@ -103,8 +103,8 @@ static const option options[] = {        // letter, name, argument, help, kind, 
     {0, "General", 0, 0, HEADING, 0, 0, 0, 0},
     {0, "form", "NAME", "chunkwise, recurrent or parallel: how a prompt or a text is read; the\n"
      "numbers are the same [chunkwise]", TEXT, AT(form_name), 0, 0, 0},
-    {0, "weights", "TYPE", "f32, bf16 (half the memory) or int8 (a quarter): writing is about twice\n"
-     "as fast, the text a little worse; --eval tells how much [as the file]", TEXT, AT(weights), 0, 0, 0},
+    {0, "weights", "TYPE", "f32, bf16 (half the memory) or int8 (a quarter): writing is two to four\n"
+     "times as fast, the text a little worse; --eval tells how much [as the file]", TEXT, AT(weights), 0, 0, 0},
     {0, "device", "NAME", "cpu, or cuda: an NVIDIA GPU, where the programs were built with CUDA=1 [cpu]", TEXT,
      AT(device), 0, 0, 0},
     {0, "math", "NAME", "of large matrix products on the GPU: exact, or tensor cores: tf32 or bf16 [exact]", TEXT,

@@ -1,18 +1,19 @@
 #!/bin/sh
 # Associative recall: which rows of the general form learn it? One line of a table each, in Markdown.
 #
-#   bench/recall.sh [options of data/tasks recall]      ROWS="metala gla" for some of them, OUT=folder for the models
+#   bench/recall.sh [--length T --pairs P --vocab V]      ROWS="metala gla" for some of them, OUT=folder for the models
 #
 # Equal width, layers, steps and data; the better of two learning rates, by the accuracy on sequences that were not trained on,
-# at the end and after each quarter of the steps. The gates start with long memories, where a row has gates.
+# at the end and after each quarter of the steps. Decays that are made as MetaLA's start with long memories, all else as always.
+# The state of softmax attention is that after 1024 tokens.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${OUT:-$(mktemp -d)} || exit 1
 rows=${ROWS:-metala metala-noconv metala-none gla retnet linear based rwkv4 h3 mamba transformer}
 steps=4000
 [ $# -gt 0 ] || set -- --length 64 --pairs 8 --vocab 128
-data/tasks recall --sequences 100k --seed 1 "$@" > "$out/recall.safetensors" &&
-data/tasks recall --sequences 1k --seed 2 "$@" > "$out/recall-test.safetensors" || exit 1
+data/tasks recall "$@" --sequences 100k --seed 1 > "$out/recall.safetensors" &&
+data/tasks recall "$@" --sequences 1k --seed 2 > "$out/recall-test.safetensors" || exit 1
 echo "| row | learning rate | after $((steps / 4)) steps | $((steps / 2)) | $((steps * 3 / 4)) | $steps | state |"
 echo "|---|---|---|---|---|---|---|"
 for row in $rows; do
