@@ -276,8 +276,8 @@ static void bench_scan(call_data *c, const size_t (*shapes)[5], size_t count) {
 
 enum { ONE_Q = METALA_SHARED_QUERY, ONE_K = METALA_SHARED_KEY, ONE_A = METALA_CONSTANT_DECAY, ONE_B = METALA_SHARED_SEQUENCES };
 
-// The shapes that other linear models bring, with what they share: SSMs have V = 1, linear RNNs K = 1, and a normaliser is a value channel more.
-// How many state elements (H·K·V for each token) are updated in a second, how many times as many they are of MetaLA's shape,
+// The shapes that other linear models bring, with what they share: SSMs have V = 1, linear RNNs K = 1, and a normaliser is a
+// value channel more. How many state elements (H·K·V for each token) are updated in a second, how many times as many they are of MetaLA's shape,
 // which is first, and GB/s of tensors that are read or written, each counted once: for narrow heads memory is the limit.
 static void bench_shapes(call_data *c, const size_t (*shapes)[6], size_t count) {
     double first[2] = {0, 0};

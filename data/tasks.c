@@ -36,7 +36,7 @@ typedef struct {
 
 // ============================================================== 1. Recall
 
-// One of the places 0 … n-1 that is not taken, place i with weight 1/(i+1).
+// One of the places 0 … n-1 that is not taken, place i with weight 1/(i+1), nearly the power law of Zoology.
 static int draw_place(task *t, const int *taken, int n) {
     int total = 0, i = 0;
     for (int j = 0; j < n; j++) total += taken[j] < 0 ? (1 << 24) / (j + 1) : 0;
@@ -44,6 +44,7 @@ static int draw_place(task *t, const int *taken, int n) {
     return i;
 }
 
+// The pairs, each key once more at a drawn place, and values where nothing is yet.
 static void draw_recall(task *t) {
     const int keys = t->vocab / 2, values = t->vocab - keys, start = 2 * t->pairs;
     for (int i = 0; i < t->length; i++) t->inputs[i] = -1, t->targets[i] = NO_TARGET;
