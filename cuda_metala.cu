@@ -92,10 +92,6 @@ __device__ __forceinline__ void copy16_async(void *shared, const void *global, b
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
                  "l"(global), "r"(real ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void copy4_async(void *shared, const void *global, bool real) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-                 "l"(global), "r"(real ? 4 : 0) : "memory");
-}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
@@ -423,112 +419,118 @@ size_t splits_of(size_t tiles, size_t K) {
     return splits ? splits : 1;
 }
 
-// ---- The same on tensor cores, with operands rounded to tf32 or bfloat16 on their way from shared memory to
-// registers, and sums in float. A tile of 128 × COLUMNS by 8 warps of 64 × COLUMNS/4 each; strips of 32 values of k come
-// by asynchronous copies, `stages` - 1 of them on their way while another is used.
-//
-//   A(i,k) = a[i·a_step + k] when A_BY_K, else a[k·a_step + i]
-//   B(k,j) = b[j·b_step + k] when B_BY_K, else b[k·b_step + j]
-//   EACH: numbers of one copy, 4 when all rows start at multiples of 16 bytes, else 1
-//
-// A wider tile is more work for what it reads: with COLUMNS 256 the 64 × 64 of a warp take 128 numbers from shared memory
-// for each k, and not 192, and the tile 384 from the cache, and not 512. It needs 128 registers of a thread for the sums.
-//
-// A strip of `width` rows of A or columns of B lies in shared memory as it does in global memory: rows of k with 4
-// numbers of padding, or rows of i with 8, so that the lanes of a warp read from different banks. Where k is contiguous,
-// ldmatrix moves four 8×4 pieces of floats.
+// ---- The same on tensor cores, in two steps. First both operands are copied to scratch memory: rounded to tf32 (4 bytes)
+// or bfloat16 (2 bytes), transposed where k is not what lies contiguous, and filled up with zeros to whole lines of
+// 128 bytes, 32 or 64 values of k. Then one kernel does for all forms and alignments, and moves half as much for bfloat16.
 
-enum { TENSOR_ROWS = 128, TENSOR_STRIP = 32, PITCH_BY_K = TENSOR_STRIP + 4 };
-__host__ __device__ constexpr size_t strip_floats(size_t width) { return width * PITCH_BY_K; }
-static_assert(TENSOR_STRIP * (TENSOR_ROWS + 8) <= strip_floats(TENSOR_ROWS), "either kind of strip has room");
-
-template <bool BY_K, int EACH, int WIDTH>
-__device__ void copy_strip(float *strip, const float *x, size_t step, size_t i0, size_t rows, size_t k0, size_t last) {
-    enum { ROW = (BY_K ? TENSOR_STRIP : WIDTH) / EACH };             // copies of a row
-    for (unsigned n = threadIdx.x; n < WIDTH * TENSOR_STRIP / EACH; n += THREADS) {
-        unsigned i = BY_K ? n / ROW : n % ROW * EACH, k = BY_K ? n % ROW * EACH : n / ROW;
-        bool real = i0 + i < rows && k0 + k < last;
-        const float *from = !real ? x : BY_K ? x + (i0 + i) * step + k0 + k : x + (k0 + k) * step + i0 + i;
-        float *to = strip + (BY_K ? i * PITCH_BY_K + k : k * (WIDTH + 8) + i);
-        if (EACH == 4) copy16_async(to, from, real);
-        else copy4_async(to, from, real);
-    }
-}
-
-// 16 rows and 8 values of k: r[e] is row g + 8(e%2), k t + 4(e/2).
-template <bool BY_K, int WIDTH>
-__device__ void load_rows(unsigned *r, const float *strip, unsigned row, unsigned k) {
-    const unsigned lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    if (BY_K) ldmatrix_x4(r, strip + (row + lane % 16) * PITCH_BY_K + k + lane / 16 * 4);
-    else
-#pragma unroll
-        for (unsigned e = 0; e < 4; e++)
-            r[e] = __float_as_uint(strip[(k + t + e / 2 * 4) * (WIDTH + 8) + row + g + e % 2 * 8]);
-}
+enum { LINE = 128 };
+template <metala_math MATH>
+constexpr size_t line_numbers = LINE / (MATH == METALA_BFLOAT16 ? 2 : 4);
 
 // Two floats as bfloat16 in one register, the first in the lower half.
 __device__ unsigned pack(float first, float second) {
     __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
     return (unsigned)__bfloat16_as_ushort(both.y) << 16 | __bfloat16_as_ushort(both.x);
 }
-__device__ unsigned pack(unsigned first, unsigned second) {
-    return pack(__uint_as_float(first), __uint_as_float(second));
-}
 
-// 16 rows and one mma's values of k, 8 of tf32 or 16 of bfloat16: the left operand r, or two right ones of 8 columns each,
-// r[0] with r[2] and r[1] with r[3]. For bfloat16, k t and t + 4 go to the two halves of one register: halves multiply with
-// each other whatever k they are called.
-template <metala_math MATH, bool BY_K, int WIDTH>
-__device__ void load_operand(unsigned *r, const float *strip, unsigned row, unsigned k) {
-    load_rows<BY_K, WIDTH>(r, strip, row, k);
-    if (MATH == METALA_BFLOAT16) {
-        unsigned more[4];
-        load_rows<BY_K, WIDTH>(more, strip, row, k + 8);
-        r[0] = pack(r[0], r[2]), r[1] = pack(r[1], r[3]), r[2] = pack(more[0], more[2]), r[3] = pack(more[1], more[3]);
-    } else
-#pragma unroll
-        for (int e = 0; e < 4; e++) r[e] = to_tf32(__uint_as_float(r[e]));
-}
-
-template <metala_math MATH, bool A_BY_K, bool B_BY_K, int EACH, int COLUMNS>
+// copy[i][k] = X(i,k) rounded, 0 from K on;  X(i,k) = x[i·step + k] when BY_K, else x[k·step + i]. A block turns 32 rows of
+// one line over in shared memory, from where each thread takes 16 bytes.
+template <metala_math MATH, bool BY_K>
 __global__ void __launch_bounds__(THREADS)
-tensor_multiply_kernel(float *c, const float *a, size_t a_step, const float *b, size_t b_step, const float *bias,
-                       size_t M, size_t N, size_t K, size_t k_each, unsigned stages, int accumulate) {
-    enum { MMA_K = MATH == METALA_BFLOAT16 ? 16 : 8, STAGE = strip_floats(TENSOR_ROWS) + strip_floats(COLUMNS) };
-    DYNAMIC_SHARED(float, memory);
+round_operand_kernel(unsigned *copy, const float *x, size_t step, size_t rows, size_t K) {
+    enum { SIDE = 32, NUMBERS = line_numbers<MATH>, EACH = NUMBERS / 8 };
+    __shared__ float tile[NUMBERS][SIDE + 1];
+    const unsigned row = threadIdx.x / 8, piece = threadIdx.x % 8;
+    const size_t lines = ceil_div(K, NUMBERS);
+    FOR_EACH_ROW(block, ceil_div(rows, SIDE) * lines) {
+        const size_t i0 = block / lines * SIDE, k0 = block % lines * NUMBERS;
+#pragma unroll
+        for (unsigned n = threadIdx.x; n < SIDE * NUMBERS; n += THREADS) {
+            unsigned i = BY_K ? n / NUMBERS : n % SIDE, k = BY_K ? n % NUMBERS : n / SIDE;
+            bool real = i0 + i < rows && k0 + k < K;
+            tile[k][i] = !real ? 0 : BY_K ? x[(i0 + i) * step + k0 + k] : x[(k0 + k) * step + i0 + i];
+        }
+        __syncthreads();                                             // the line is there for all
+        unsigned to[4];
+#pragma unroll
+        for (unsigned e = 0; e < 4; e++) {
+            const float *from = &tile[piece * EACH + e * EACH / 4][row];
+            to[e] = MATH == METALA_BFLOAT16 ? pack(from[0], from[SIDE + 1]) : to_tf32(from[0]);
+        }
+        if (i0 + row < rows) {
+            float4 whole = {__uint_as_float(to[0]), __uint_as_float(to[1]), __uint_as_float(to[2]), __uint_as_float(to[3])};
+            *(float4 *)(copy + ((i0 + row) * lines + block % lines) * (LINE / 4) + piece * 4) = whole;
+        }
+        __syncthreads();                                             // the tile may be written again
+    }
+}
+
+// C = A Bᵀ of two such copies, of `lines` lines a row, sums in float. A tile of 128 × COLUMNS by 8 warps of
+// 64 × COLUMNS/4 each; lines come by asynchronous copies, two on their way while a third is used. A wider tile is more
+// work for what it reads, and needs 128 registers of a thread for the sums.
+//
+// In shared memory, piece p of 16 bytes of row i lies at place p ^ i%8 of the row: the rows that ldmatrix reads at a time are
+// then in different banks.
+//
+// gridDim.z > 1: block z sums lines from z·lines_each on and leaves its part in c + z·M·N.
+enum { TENSOR_ROWS = 128, STAGES = 3 };
+
+template <int ROWS>
+__device__ void copy_line(unsigned *strip, const unsigned *x, size_t lines, size_t line, size_t i0, size_t rows) {
+    const unsigned piece = threadIdx.x % 8, row = threadIdx.x / 8;
+    const unsigned *from = x + ((i0 + row) * lines + line) * (LINE / 4) + piece * 4;
+    unsigned *to = strip + row * (LINE / 4) + (piece ^ row % 8) * 4;
+#pragma unroll
+    for (unsigned i = 0; i < ROWS; i += THREADS / 8) {
+        bool real = i0 + row + i < rows;
+        copy16_async(to + i * (LINE / 4), real ? from + i * lines * (LINE / 4) : x, real);
+    }
+}
+
+// 16 rows and the 32 bytes of one mma, 8 values of k in tf32 or 16 in bfloat16: the left operand r, or two right ones of 8
+// columns each, r[0] with r[2] and r[1] with r[3].
+__device__ void load_operand(unsigned *r, const unsigned *strip, unsigned row, unsigned step) {
+    const unsigned lane = threadIdx.x % WARP, i = row + lane % 16, piece = 2 * step + lane / 16;
+    ldmatrix_x4(r, strip + i * (LINE / 4) + (piece ^ i % 8) * 4);
+}
+
+template <metala_math MATH, int COLUMNS>
+__global__ void __launch_bounds__(THREADS)
+tensor_multiply_kernel(float *c, const unsigned *a, const unsigned *b, const float *bias, size_t M, size_t N, size_t lines,
+                       size_t lines_each, int accumulate) {
+    enum { STAGE = (TENSOR_ROWS + COLUMNS) * LINE / 4 };
+    DYNAMIC_SHARED(unsigned, memory);
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const unsigned row = warp / 4 * (TENSOR_ROWS / 2), column = warp % 4 * (COLUMNS / 4);
     const place tile = place_of(blockIdx.x, M, N, TENSOR_ROWS, COLUMNS);
     const size_t i0 = tile.i, j0 = tile.j;
-    const size_t first = blockIdx.z * k_each, last = least(K, first + k_each);
-    const size_t steps = ceil_div(last - first, TENSOR_STRIP);
+    const size_t first = blockIdx.z * lines_each, last = least(lines, first + lines_each);
     float sum[4][COLUMNS / 32][4] = {};                              // 16 × 8 pieces
 
-    auto copy = [&](size_t step, unsigned stage) {                   // an empty group beyond the end keeps the count
-        float *to = memory + stage * STAGE;
-        size_t k0 = first + step * TENSOR_STRIP;
-        if (step < steps) {
-            copy_strip<A_BY_K, EACH, TENSOR_ROWS>(to, a, a_step, i0, M, k0, last);
-            copy_strip<B_BY_K, EACH, COLUMNS>(to + strip_floats(TENSOR_ROWS), b, b_step, j0, N, k0, last);
+    auto copy = [&](size_t line, unsigned stage) {                   // an empty group beyond the end keeps the count
+        unsigned *to = memory + stage * STAGE;
+        if (line < last) {
+            copy_line<TENSOR_ROWS>(to, a, lines, line, i0, M);
+            copy_line<COLUMNS>(to + TENSOR_ROWS * LINE / 4, b, lines, line, j0, N);
         }
         copy_commit();
     };
-    for (unsigned stage = 0; stage < stages - 1; stage++) copy(stage, stage);
-    for (unsigned step = 0, stage = 0; step < steps; step++, stage = (stage + 1) % stages) {
-        if (stages == 3) copy_wait<1>();
-        else copy_wait<0>();
-        __syncthreads();                                             // this strip is there for all, the last one is free
-        copy(step + stages - 1, (stage + stages - 1) % stages);
-        const float *of_a = memory + stage * STAGE, *of_b = of_a + strip_floats(TENSOR_ROWS);
+    for (unsigned stage = 0; stage < STAGES - 1; stage++) copy(first + stage, stage);
+    unsigned stage = 0;
+    for (size_t line = first; line < last; line++, stage = (stage + 1) % STAGES) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();                                             // this line is there for all, the last one is free
+        copy(line + STAGES - 1, (stage + STAGES - 1) % STAGES);
+        const unsigned *of_a = memory + stage * STAGE, *of_b = of_a + TENSOR_ROWS * LINE / 4;
 #pragma unroll
-        for (unsigned k = 0; k < TENSOR_STRIP; k += MMA_K) {
+        for (unsigned step = 0; step < LINE / 32; step++) {
             unsigned left[4][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) load_operand<MATH, A_BY_K, TENSOR_ROWS>(left[i], of_a, row + 16 * i, k);
+            for (int i = 0; i < 4; i++) load_operand(left[i], of_a, row + 16 * i, step);
 #pragma unroll
             for (int j = 0; j < COLUMNS / 64; j++) {
                 unsigned right[4];
-                load_operand<MATH, B_BY_K, COLUMNS>(right, of_b, column + 16 * j, k);
+                load_operand(right, of_b, column + 16 * j, step);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const unsigned of_piece[2] = {right[half], right[half + 2]};
@@ -577,47 +579,17 @@ void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row
         RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
 }
 
-// The wide tile is taken where there are 128 of them, hardly more of C to compute, rows that are aligned, and room for three
-// stages. Neither the width nor the number of stages changes the order of a sum.
-template <metala_math MATH, bool A_BY_K, bool B_BY_K>
-void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
-                     const float *bias, size_t M, size_t N, size_t K, int accumulate) {
-    if (M == 0 || N == 0) return;
-    auto shared = [](size_t columns, unsigned stages) {
-        return stages * (strip_floats(TENSOR_ROWS) + strip_floats(columns)) * sizeof(float);
-    };
-    size_t down = ceil_div(M, TENSOR_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
-    size_t splits = splits_of(down * across, K), room = shared_room();
-    size_t k_each = round_up(ceil_div(K, splits), TENSOR_STRIP);
-    splits = K ? ceil_div(K, k_each) : 1;
-    float *to = splits > 1 ? scratch(ctx, splits * M * N) : c;
-    if (!to) return;
-    bool wide = down * across_wide >= 128 && 16 * across_wide <= 9 * across && room >= shared(256, 3);
-    bool four = a_step % 4 == 0 && b_step % 4 == 0 && (uintptr_t)a % 16 == 0 && (uintptr_t)b % 16 == 0;
-    unsigned stages = room >= shared(128, 3) ? 3 : 2;
-#define TENSOR(EACH, COLUMNS)                                                                                         \
-    RUN((tensor_multiply_kernel<MATH, A_BY_K, B_BY_K, EACH, COLUMNS>), extent(down * ceil_div(N, COLUMNS), 1, splits), \
-        THREADS, shared(COLUMNS, stages), to, a, a_step, b, b_step, bias, M, N, K, k_each, stages, accumulate)
-    if (wide && four) TENSOR(4, 256);
-    else if (four) TENSOR(4, 128);
-    else TENSOR(1, 128);
-#undef TENSOR
-    if (splits > 1)
-        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
-}
-
 #ifdef METALA_CUBLAS
-// ---- The same by the library of the CUDA Toolkit (make CUDA=1 CUBLAS=1), to compare with. Its handle is the one thing
-// in this file that outlives a call: each thread makes its own and keeps it.
+// ---- The same by the library of the CUDA Toolkit (make CUDA=1 CUBLAS=1), to compare with: A and B in float, or the copies
+// in bfloat16. Its handle is the one thing in this file that outlives a call: each thread makes its own and keeps it.
 __global__ void start_rows_kernel(float *c, const float *bias, size_t M, size_t N) {
     FOR_EACH(i, M * N) c[i] = bias[i % N];
 }
-template <metala_math MATH, bool A_BY_K, bool B_BY_K>
-void library_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
-                      const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+void library_multiply(metala_context *ctx, metala_math math, float *c, const void *a, size_t a_step, bool a_by_k,
+                      const void *b, size_t b_step, bool b_by_k, const float *bias, size_t M, size_t N, size_t K,
+                      int accumulate) {
     static thread_local cublasHandle_t handle = NULL;
     const float one = 1, start = accumulate || bias ? 1.0f : 0.0f;
-    if (M == 0 || N == 0) return;
     if (M > INT_MAX || N > INT_MAX || K > INT_MAX || a_step > INT_MAX || b_step > INT_MAX) {
         metala_context_fail(ctx, "%s:%d: cuBLAS takes sizes up to %d; use a smaller batch", __FILE__, __LINE__,
                             INT_MAX);
@@ -625,13 +597,14 @@ void library_multiply(metala_context *ctx, float *c, const float *a, size_t a_st
     }
     if (bias) RUN(start_rows_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, bias, M, N);
     cublasStatus_t status = handle ? CUBLAS_STATUS_SUCCESS : cublasCreate(&handle);
+    const cudaDataType type = math == METALA_BFLOAT16 ? CUDA_R_16BF : CUDA_R_32F;
     // Its matrices are stored by columns: our C is its Cᵀ = Bᵀ Aᵀ.
     if (status == CUBLAS_STATUS_SUCCESS)
-        status = cublasGemmEx(handle, B_BY_K ? CUBLAS_OP_T : CUBLAS_OP_N, A_BY_K ? CUBLAS_OP_N : CUBLAS_OP_T, (int)N,
-                              (int)M, (int)K, &one, b, CUDA_R_32F, (int)(b_step ? b_step : 1), a, CUDA_R_32F,
+        status = cublasGemmEx(handle, b_by_k ? CUBLAS_OP_T : CUBLAS_OP_N, a_by_k ? CUBLAS_OP_N : CUBLAS_OP_T, (int)N,
+                              (int)M, (int)K, &one, b, type, (int)(b_step ? b_step : 1), a, type,
                               (int)(a_step ? a_step : 1), &start, c, CUDA_R_32F, (int)N,
-                              MATH == METALA_TF32       ? CUBLAS_COMPUTE_32F_FAST_TF32
-                              : MATH == METALA_BFLOAT16 ? CUBLAS_COMPUTE_32F_FAST_16BF
+                              math == METALA_TF32       ? CUBLAS_COMPUTE_32F_FAST_TF32
+                              : math == METALA_BFLOAT16 ? CUBLAS_COMPUTE_32F
                                                         : CUBLAS_COMPUTE_32F_PEDANTIC,
                               CUBLAS_GEMM_DEFAULT);
     if (status != CUBLAS_STATUS_SUCCESS)
@@ -640,20 +613,57 @@ void library_multiply(metala_context *ctx, float *c, const float *a, size_t a_st
 }
 #endif
 
+template <metala_math MATH, bool BY_K>
+void round_operand(metala_context *ctx, unsigned *copy, const float *x, size_t step, size_t rows, size_t K) {
+    size_t blocks = ceil_div(rows, 32) * ceil_div(K, line_numbers<MATH>);
+    RUN((round_operand_kernel<MATH, BY_K>), blocks_for(blocks, 1), THREADS, 0, copy, x, step, rows, K);
+}
+
+// The wide tile is taken where there are 128 of them, hardly more of C to compute, and room for the stages. The width does
+// not change the order of a sum.
+template <metala_math MATH, bool A_BY_K, bool B_BY_K>
+void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
+                     const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+    auto shared = [](size_t columns) { return STAGES * LINE * (TENSOR_ROWS + columns); };
+    size_t down = ceil_div(M, TENSOR_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
+    size_t lines = ceil_div(K, line_numbers<MATH>), lines_each = ceil_div(lines, splits_of(down * across, K));
+    size_t splits = K ? ceil_div(lines, lines_each) : 1, row = lines * LINE / sizeof(float);
+    unsigned *copy_a = (unsigned *)scratch(ctx, (M + N) * row + (splits > 1 ? splits * M * N : 0)), *copy_b = copy_a + M * row;
+    if (K && !copy_a) return;
+    round_operand<MATH, A_BY_K>(ctx, copy_a, a, a_step, M, K);
+    round_operand<MATH, B_BY_K>(ctx, copy_b, b, b_step, N, K);
+#ifdef METALA_CUBLAS
+    const size_t step = lines * line_numbers<MATH>;
+    library_multiply(ctx, MATH, c, copy_a, step, true, copy_b, step, true, bias, M, N, K, accumulate);
+#else
+    float *to = splits > 1 ? (float *)(copy_b + N * row) : c;
+    bool wide = down * across_wide >= 128 && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
+    extent grid(down * (wide ? across_wide : across), 1, splits);
+    if (wide) RUN((tensor_multiply_kernel<MATH, 256>), grid, THREADS, shared(256), to, copy_a, copy_b, bias, M, N, lines,
+                  lines_each, accumulate);
+    else RUN((tensor_multiply_kernel<MATH, 128>), grid, THREADS, shared(128), to, copy_a, copy_b, bias, M, N, lines,
+             lines_each, accumulate);
+    if (splits > 1)
+        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
+#endif
+}
+
 // C = A B, or C += A B, of tensors in float, the way that MATH says.
 template <metala_math MATH, bool A_BY_K, bool B_BY_K>
 void multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
               const float *bias, size_t M, size_t N, size_t K, int accumulate) {
-#ifdef METALA_CUBLAS
-    library_multiply<MATH, A_BY_K, B_BY_K>(ctx, c, a, a_step, b, b_step, bias, M, N, K, accumulate);
-#else
-    real_weights weights = {b, B_BY_K ? 1 : b_step, B_BY_K ? b_step : 1};
+    if (M == 0 || N == 0) return;
     if constexpr (MATH != METALA_EXACT)
         tensor_multiply<MATH, A_BY_K, B_BY_K>(ctx, c, a, a_step, b, b_step, bias, M, N, K, accumulate);
-    else
+    else {
+#ifdef METALA_CUBLAS
+        library_multiply(ctx, MATH, c, a, a_step, A_BY_K, b, b_step, B_BY_K, bias, M, N, K, accumulate);
+#else
+        real_weights weights = {b, B_BY_K ? 1 : b_step, B_BY_K ? b_step : 1};
         matrix_multiply<A_BY_K, B_BY_K>(ctx, c, a, A_BY_K ? a_step : 1, A_BY_K ? 1 : a_step, weights, bias, M, N, K,
                                         accumulate);
 #endif
+    }
 }
 
 // y = x Wᵀ + bias for a few rows of x, as in generation: memory is the limit, each weight is read once. A warp for each
@@ -3012,6 +3022,7 @@ template <metala_math MATH>
 const metala_backend *backend() {
     static const metala_backend table = {
         MATH == METALA_TF32 ? NAME " tf32" : MATH == METALA_BFLOAT16 ? NAME " bf16" : NAME,
+        (size_t)1 << 27,
         cuda_alloc, cuda_free, cuda_upload, cuda_download, cuda_copy, cuda_zero,
         embedding_forward, embedding_backward,
         rms_forward, rms_backward,

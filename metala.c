@@ -2868,7 +2868,7 @@ static void cpu_zero(metala_context *ctx, void *memory, size_t bytes) {
 }
 
 static const metala_backend cpu_backend = {
-    "cpu", cpu_alloc, cpu_free, cpu_copy, cpu_copy, cpu_copy, cpu_zero,
+    "cpu", (size_t)1 << 22, cpu_alloc, cpu_free, cpu_copy, cpu_copy, cpu_copy, cpu_zero,
     embedding_forward, embedding_backward,
     rms_forward, rms_backward,
     conv_forward, conv_backward, conv_tail,
@@ -4413,8 +4413,8 @@ static int check_tokens(metala_context *ctx, const metala_config *c, const int *
 }
 
 // Rows of logits that are formed at a time: with a large vocabulary they outweigh everything else.
-static size_t head_rows(const metala_config *c, size_t rows) {
-    size_t some = ((size_t)1 << 22) / (size_t)c->vocab_size + 64;
+static size_t head_rows(const metala_model *m, size_t rows) {
+    size_t some = m->backend->logits / (size_t)m->config.vocab_size + 64;
     return rows < some ? rows : some;
 }
 
@@ -4445,7 +4445,7 @@ static size_t place_trainer(metala_trainer *t, real *block) {
     struct { real **pointer; size_t count; } parts[] = {
         {&t->final_input, times(rows, D)}, {&t->final_r, rows}, {&t->final_norm, times(rows, D)},
         {&t->dx, times(rows, D)}, {&t->d_final, times(rows, D)},
-        {&t->logits, times(head_rows(c, rows), (size_t)c->vocab_size)}, {&t->loss, rows}, {&t->lse, rows},
+        {&t->logits, times(head_rows(t->model, rows), (size_t)c->vocab_size)}, {&t->loss, rows}, {&t->lse, rows},
         {&t->bounds, bounds_count(c)}, {&t->dbounds, bounds_count(c)},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
@@ -4469,9 +4469,10 @@ static size_t place_trainer(metala_trainer *t, real *block) {
     return used;
 }
 
-metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, metala_keep keep, int threads) {
+metala_memory metala_trainer_memory(const metala_backend *backend, const metala_config *config, int B, size_t T,
+                                    metala_keep keep, int threads) {
     metala_memory memory = {0};
-    metala_context *ctx = metala_open(NULL, threads);
+    metala_context *ctx = metala_open(backend, threads);
     metala_model *m = ctx ? model_outline(ctx, config, REAL_TYPE) : NULL;
     if (m) {
         metala_trainer t = {0};
@@ -4544,7 +4545,7 @@ metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, 
 static void head_loss(metala_context *ctx, metala_trainer *t, real *grads, size_t rows, double weight) {
     const metala_backend *be = t->backend;
     const metala_model *m = t->model;
-    size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width, most = head_rows(&m->config, t->B * t->T);
+    size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width, most = head_rows(m, t->B * t->T);
     for (size_t row = 0; row < rows; row += most) {
         size_t n = rows - row < most ? rows - row : most;
         const real *in = t->final_norm + row * D;
@@ -4790,7 +4791,7 @@ static int reserve(metala_context *ctx, metala_state *s, size_t n) {
     const metala_backend *be = s->backend;
     const metala_config *c = &s->model->config;
     size_t rows = times(s->B, n), D = (size_t)c->width, N = (size_t)c->vocab_size;
-    size_t layer = place_activations(&s->a, NULL, c, s->B, n, CHEAP, NEEDED, 0), logits = head_rows(c, rows);
+    size_t layer = place_activations(&s->a, NULL, c, s->B, n, CHEAP, NEEDED, 0), logits = head_rows(s->model, rows);
     if (logits < s->B) logits = s->B;
     size_t numbers = plus(plus(layer, times(rows, D + 3)), plus(times(s->B, D), times(logits, N)));
     free_buffers(s);
@@ -4996,7 +4997,7 @@ static int read_tokens(metala_context *ctx, metala_state *s, metala_form form, c
             if (targets) memcpy(s->host_targets + b * n, targets + b * T + t0, n * sizeof(int));
         }
         if (read_segment(ctx, s, form, n, masked)) return -1;
-        size_t most = head_rows(&m->config, rows);
+        size_t most = head_rows(m, rows);
         for (size_t b = 0; b < B && logits; b++)
             for (size_t t = 0; t < n; t += most) {
                 size_t count = n - t < most ? n - t : most;

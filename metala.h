@@ -329,9 +329,10 @@ typedef enum {
     METALA_KEEP_INPUTS         // the input of each layer, D; every layer but the last runs forward twice, a third more work
 } metala_keep;
 
-// scratch is that of the chunkwise form on the CPU; METALA_PARALLEL takes 2·T² numbers for each thread. All 0 for a configuration
+// backend: NULL for the CPU. scratch is that of the chunkwise form on the CPU; METALA_PARALLEL takes 2·T² numbers for each thread. All 0 for a configuration
 // that cannot be.
-metala_memory metala_trainer_memory(const metala_config *config, int B, size_t T, metala_keep keep, int threads);
+metala_memory metala_trainer_memory(const metala_backend *backend, const metala_config *config, int B, size_t T,
+                                    metala_keep keep, int threads);
 // The model is updated in place and must outlive the trainer.
 metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, int B, size_t T, metala_keep keep);
 void metala_trainer_free(metala_trainer *trainer);
@@ -428,6 +429,7 @@ enum { METALA_SHARED_QUERY = 1, METALA_SHARED_KEY = 2, METALA_CONSTANT_DECAY = 4
 // comment says host.
 struct metala_backend {
     const char *name;                                                                     // "cpu"
+    size_t logits;                                      // as many are formed at a time: few fit into a cache, many fill a GPU
     void *(*alloc)(size_t bytes);                                                         // zeroed; NULL: no memory
     void (*free)(void *memory);
     void (*upload)(metala_context *ctx, void *to, const void *host, size_t bytes);

@@ -900,7 +900,7 @@ static void print_models(const metala_config *of) {
         metala_row row = r->row;
         char text[24];
         c.row = r->row, c.expand = r->expand;
-        size_t parameters = metala_trainer_memory(&c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real);
+        size_t parameters = metala_trainer_memory(NULL, &c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real);
         printf("%-14s %s\n%15s", r->name, r->equation, "");
         for (int i = 0; i < METALA_COLUMNS; i++)
             printf("%s %s%s", columns[i].name, columns[i].values[*metala_row_column(&row, i)],
@@ -1176,7 +1176,7 @@ static int print_conditions(program *p) {
     for (const metala_named_row *r = metala_rows(); r->name; r++) {
         metala_config c = metala_config_default();
         c.row = r->row, c.expand = r->expand, c.width = 512, c.layers = 1;
-        size_t bytes = metala_trainer_memory(&c, 1, 1, METALA_KEEP_INPUTS, 1).parameters;
+        size_t bytes = metala_trainer_memory(NULL, &c, 1, 1, METALA_KEEP_INPUTS, 1).parameters;
         double all = (double)(bytes / sizeof(metala_real)), D = c.width;
         double mixer = all - 2.0 * c.vocab_size * D - 3.0 * c.glu_dim * D;
         int softmax = r->row.decay == METALA_DECAY_SOFTMAX, one = r->row.query == METALA_QUERY_EXP;

@@ -2684,11 +2684,13 @@ static void check_models(void) {
     check_model("other constants", &c, METALA_CHUNKWISE, 1, 70, 0, metala_tolerance);
 
     if (begin(0, "model configurations that cannot be are refused")) {
-        metala_config bad[13];
+        metala_config bad[17];
         for (size_t i = 0; i < COUNT(bad); i++) bad[i] = metala_config_default();
         bad[0].vocab_size = 0, bad[1].width = 255, bad[2].layers = 0, bad[3].heads = 3, bad[4].glu_dim = -5;
         bad[5].heads = 256, bad[6].tau = 0, bad[7].norm_eps = -1, bad[8].head_norm_eps = NAN, bad[9].width = 1 << 30;
         bad[10].heads = -4, bad[11].tau = NAN, bad[12].norm_eps = INFINITY;
+        bad[13].row.decay = -1, bad[14].row.norm = 99, bad[15].row.phase = METALA_PHASE_ROPE, bad[15].width = 200;  // K = 25
+        bad[16].row.norm = METALA_NORM_LAYER, bad[16].heads = bad[16].width = 64, bad[16].row.channels = METALA_CHANNELS_FULL;
         for (size_t i = 0; i < COUNT(bad); i++) {
             expect(metala_config_check(ctx, &bad[i]) == -1, "configuration %zu is refused", i);
             expect(metala_model_create(ctx, &bad[i]) == NULL, "no model of configuration %zu", i);
@@ -3135,7 +3137,7 @@ static void check_training(void) {
                 for (int p = 0; p < metala_model_tensors(m); p++)
                     metala_trainer_gradient(ctx, t, metala_model_tensor(m, p)->name,
                                             gradients[keep] + metala_model_tensor(m, p)->offset);
-                numbers[keep] = metala_trainer_memory(&c, 2, 70, (metala_keep)keep, 1).activations;
+                numbers[keep] = metala_trainer_memory(NULL, &c, 2, 70, (metala_keep)keep, 1).activations;
                 expect(keep == METALA_KEEP_ALL || metala_trainer_activation(ctx, t, "layer0.q", NULL, NULL),
                        "activations only where all are kept");
                 metala_trainer_free(t);
@@ -3235,7 +3237,7 @@ static void check_training(void) {
                metala_trainer_activation(ctx, t, "layer0.no", NULL, &count) &&
                metala_trainer_activation(ctx, t, "q", NULL, &count), "unknown activations");
         expect(metala_checkpoint_save(ctx, t, "no/such/folder/x", NULL, 0) != 0, "a folder that is not there");
-        metala_memory memory = metala_trainer_memory(&c, 2, 4, METALA_KEEP_ALL, 1);
+        metala_memory memory = metala_trainer_memory(NULL, &c, 2, 4, METALA_KEEP_ALL, 1);
         expect(memory.total == memory.parameters + memory.gradients + memory.moments + memory.activations +
                memory.scratch && memory.parameters == metala_model_size(m) * sizeof(real), "memory adds up");
         metala_trainer_free(t);
@@ -4043,14 +4045,15 @@ static void check_headers(void) {
     }
     if (begin(0, "file: headers of other writers are accepted")) {
         const char *path = scratch_path("other.tmp");
-        write_safetensors(path, " { \"\\u0061\\ud83d\\ude00\\/\" :\t{\"shape\" : [ ] ,\"data_offsets\":[ 0 , 8 ], \"dtype\":\"F64\"}"
+        write_safetensors(path, " { \"\\u0061\\u00e9\\u20ac\\ud83d\\ude00\\/\" :\t{\"shape\" : [ ] ,"
+                          "\"data_offsets\":[ 0 , 8 ], \"dtype\":\"F64\"}"
                           ",\n\"empty\":{\"dtype\":\"I8\",\"shape\":[0],\"data_offsets\":[8,8]} ,"
                           "\"__metadata__\":{\"k\":\"v\"}}   ", "\0\0\0\0\0\0\xf0?", 8);
         metala_file *f = metala_file_open(ctx, path);
         double x = 0;
         if (!f) problem("%s", metala_error(ctx));
         else {
-            const metala_tensor *t = metala_file_find(f, "a\xf0\x9f\x98\x80/");
+            const metala_tensor *t = metala_file_find(f, "a\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80/");
             expect(t && t->ndim == 0 && t->count == 1, "a scalar under an escaped name");
             expect(t && !metala_file_read(ctx, f, t, METALA_F64, &x) && x == 1, "which is 1, not %g", x);
             expect(metala_file_metadata(f, "k") && !strcmp(metala_file_metadata(f, "k"), "v"), "metadata at the end");

@@ -576,7 +576,7 @@ static void complete_config(program *p) {
 }
 
 static size_t parameters_of(const metala_config *c) {
-    return metala_trainer_memory(c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real);
+    return metala_trainer_memory(NULL, c, 1, 1, METALA_KEEP_INPUTS, 1).parameters / sizeof(metala_real);
 }
 
 // --match-params: three more parameters for every layer, channel and channel of the GLU.
@@ -661,9 +661,11 @@ static const char *count_text(char text[ROOM], double n) {
 }
 
 static metala_memory memory_of(const program *p, size_t T) {
+    const settings *s = p->s;
     int threads = metala_context_threads(p->ctx);
-    metala_memory m = metala_trainer_memory(&p->s->config, p->s->batch, T, kept_activations(p->s), threads);
-    if (m.total && p->s->form == METALA_PARALLEL) {           // the map and its gradient, T x T each
+    metala_memory m = metala_trainer_memory(metala_context_backend(p->ctx), &s->config, s->batch, T, kept_activations(s),
+                                            threads);
+    if (m.total && s->form == METALA_PARALLEL) {              // the map and its gradient, T x T each
         double maps = 2.0 * (double)T * (double)T * threads * sizeof(metala_real);
         size_t more = maps < (double)(SIZE_MAX / 2 - m.total) ? (size_t)maps : SIZE_MAX / 2 - m.total;
         m.scratch += more, m.total += more;

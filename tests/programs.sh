@@ -472,8 +472,9 @@ for model in $(run --models | sed -n 's/^\([a-z][a-z0-9-]*\)  .*/\1/p'); do
         fails 1 "its decay is lru, this model's is zoh" "run --load-state of another row" run row.st --load-state lru.state
     fi
     train text.txt $six --model "$model" --match-params --stop-at 3 --out half.st --log row.csv 2> err
-    train --resume --out half.st --quiet 2> err
-    same_bytes "train --model $model: a resumed run is the same" row.st half.st
+    train --resume --out half.st --quiet --profile > out 2> err
+    same_bytes "train --model $model: a resumed run, its kernels timed, is the same" row.st half.st
+    has "train --model $model --profile" out "kernel, ms of a step" "matrix products"
 done
 fails 2 "metala, metala-noconv" "train --model: a row that is not" train text.txt --model nosuch
 fails 2 "dynamic|lowrank|fixed" "train --decay: a value that is not" train text.txt --decay nosuch
