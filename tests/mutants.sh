@@ -6,7 +6,7 @@
 #   SOURCE=file LIST=list BUILD=command CHECK=command tests/mutants.sh       another file than metala.c: the command BUILD
 #       makes $dir/test of $dir/file, and CHECK, which runs in $dir, fails when the fault is noticed (make cuda-mutants)
 #
-# Two faults are tried at a time (JOBS=2). Exit status 0 when every fault was noticed.
+# Two folders are worked on at a time (JOBS=2). Exit status 0 when every fault was noticed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CFLAGS=${CFLAGS:--std=c99 -O1} JOBS=${JOBS:-2}
@@ -26,11 +26,8 @@ try() {                                  # in the folder of one fault: writes to
     rm -f "$1/test"
 }
 
-mkdir -p "$work/000"                     # without a fault they must pass, or noticing one would mean nothing
+mkdir -p "$work/000"                     # without a fault the tests must pass, or noticing one would mean nothing
 cp "$SOURCE" "$work/000/$SOURCE"
-try "$work/000"
-[ "$(cat "$work/000/result")" = "NOT NOTICED" ] || { echo "the tests fail without any fault: $(cat "$work/000/result")"; exit 1; }
-rm -r "$work/000"
 
 # One folder for each fault: its name, and the source with the fault in it.
 awk -v work="$work" -v what="$SOURCE" -v list="$LIST" -v count="${1:-0}" -v only="${ONLY:-}" '
@@ -64,13 +61,19 @@ awk -v work="$work" -v what="$SOURCE" -v list="$LIST" -v count="${1:-0}" -v only
         }
     }' "$SOURCE" "$LIST" || exit 1
 
-noticed=0 missed=0 running=0
-for folder in "$work"/*/; do
-    try "${folder%/}" &
-    running=$((running + 1))
-    [ "$running" -lt "$JOBS" ] || { wait; running=0; }
-done
+worker() {                               # takes the next folder that nobody has, until the tests fail without a fault
+    for folder in "$work"/*/; do
+        if [ -s "$work/000/result" ] && ! grep -q '^NOT NOTICED' "$work/000/result"; then return; fi
+        mkdir "${folder}taken" 2> /dev/null && try "${folder%/}"
+    done
+}
+jobs=0
+while [ "$jobs" -lt "$JOBS" ]; do jobs=$((jobs + 1)); worker & done
 wait
+unfaulted=$(cat "$work/000/result")
+[ "$unfaulted" = "NOT NOTICED" ] || { echo "the tests fail without any fault: $unfaulted"; exit 1; }
+rm -r "$work/000"
+noticed=0 missed=0
 for folder in "$work"/*/; do
     result=$(cat "$folder/result")
     printf '%-72s %s\n' "$(cat "$folder/name")" "$result"
