@@ -502,7 +502,8 @@ EMU_UNWATCHED inline void warp_operation(const char *what, unsigned mask, void *
         arguments[i] = warp[i].argument;
     }
     for (int i = 0; i < 32; i++)
-        if ((mask >> i & 1) && (warp[i].operation != operation || warp[i].line != line || (warp[i].file != file && strcmp(warp[i].file, file))))
+        if ((mask >> i & 1) && (warp[i].operation != operation || warp[i].line != line ||
+                                (warp[i].file != file && strcmp(warp[i].file, file))))
             stop(false, "the lanes of one warp are in different operations");
     operation(arguments, mask);
     for (int i = 0; i < 32; i++)
