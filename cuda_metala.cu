@@ -628,8 +628,9 @@ void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_ste
     size_t down = ceil_div(M, TENSOR_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
     size_t lines = ceil_div(K, line_numbers<MATH>), lines_each = ceil_div(lines, splits_of(down * across, K));
     size_t splits = K ? ceil_div(lines, lines_each) : 1, row = lines * LINE / sizeof(float);
-    unsigned *copy_a = (unsigned *)scratch(ctx, (M + N) * row + (splits > 1 ? splits * M * N : 0)), *copy_b = copy_a + M * row;
+    unsigned *copy_a = (unsigned *)scratch(ctx, (M + N) * row + (splits > 1 ? splits * M * N : 0));
     if (K && !copy_a) return;
+    unsigned *copy_b = copy_a + M * row;
     round_operand<MATH, A_BY_K>(ctx, copy_a, a, a_step, M, K);
     round_operand<MATH, B_BY_K>(ctx, copy_b, b, b_step, N, K);
 #ifdef METALA_CUBLAS
@@ -1004,8 +1005,9 @@ __global__ void augment_balance_kernel(float *parts, const float *dw, const floa
 void augment_backward(metala_context *ctx, float *dq, float *dk, float *dv, float *db, const float *dp, const float *q,
                       const float *k, const float *v, const float *b, size_t rows, size_t H, size_t K, size_t V) {
     size_t strips = ceil_div(rows, ROWS_OF_STRIP);
-    float *dw = scratch(ctx, rows * H + strips * H * K), *parts = dw + rows * H;
+    float *dw = scratch(ctx, rows * H + strips * H * K);
     if (!dw) return;
+    float *parts = dw + rows * H;
     RUN(augment_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dq, dk, dv, dw, dp, q, k, v, b, rows, H, K,
         V);
     RUN(augment_balance_kernel, blocks_for(strips * H * K, THREADS), THREADS, 0, parts, dw, q, k, rows, H, K);

@@ -803,8 +803,9 @@ static const real *conv_input(const real *n, const real *tail, const real *zeros
 
 static void conv_forward(metala_context *ctx, real *u, real *c, const real *n, const real *w, const real *tail,
                          size_t B, size_t T, size_t D) {
-    real *taps = scratch(ctx, (METALA_CONV + 1) * D * sizeof(real)), *zeros = taps + METALA_CONV * D;
+    real *taps = scratch(ctx, (METALA_CONV + 1) * D * sizeof(real));
     if (!taps) return;
+    real *zeros = taps + METALA_CONV * D;
     for (size_t d = 0; d < D; d++) {
         for (size_t j = 0; j < METALA_CONV; j++) taps[j * D + d] = w[d * METALA_CONV + j];
         zeros[d] = 0;
@@ -828,8 +829,9 @@ static void conv_forward(metala_context *ctx, real *u, real *c, const real *n, c
 static void conv_backward(metala_context *ctx, real *dn, real *dw, const real *du, const real *c, const real *n,
                           const real *w, const real *tail, size_t B, size_t T, size_t D) {
     enum { STRIP = 32 };
-    real *taps = scratch(ctx, ((c ? B * T : 0) + METALA_CONV + 1) * D * sizeof(real)), *zeros = taps + METALA_CONV * D;
+    real *taps = scratch(ctx, ((c ? B * T : 0) + METALA_CONV + 1) * D * sizeof(real));
     if (!taps) return;
+    real *zeros = taps + METALA_CONV * D;
     real *slopes = zeros + D;
     const real *dc = c ? slopes : du;
     for (size_t d = 0; d < D; d++) {
@@ -1259,8 +1261,9 @@ static void bounds_forward(metala_context *ctx, real *gamma, const real *G, size
 
 // dp_m = Σ_{l>=m} dγ_l for m >= 1, dp_0 = 0      dG_l += p_l (dp_l - Σ_m p_m dp_m)
 static void bounds_backward(metala_context *ctx, real *dG, const real *dgamma, const real *G, size_t L, size_t n) {
-    double *p = scratch(ctx, 2 * L * sizeof(double)), *dp = p + L;
+    double *p = scratch(ctx, 2 * L * sizeof(double));
     if (!p) return;
+    double *dp = p + L;
     for (size_t i = 0; i < n; i++) {
         double later = 0, mean = 0;
         bounds_softmax(p, G + i, L, n);
@@ -4884,7 +4887,7 @@ int metala_state_copy(metala_context *ctx, metala_state *to, const metala_state 
 }
 
 // The tensors of one layer in a state's file, number `which` of STATE_TENSORS: its name, and its shape, of which the first is
-// 0 where the row has no such thing. Returns where the state has it.
+// 0 where the row has no such thing. Returns where the state has it, or NULL.
 enum { STATE_TENSORS = 4 };
 static real *state_tensor(const metala_state *s, int layer, int which, metala_tensor *t) {
     static const char *const names[STATE_TENSORS] = {"state", "conv_state", "keys", "values"};
@@ -4903,7 +4906,10 @@ static real *state_tensor(const metala_state *s, int layer, int which, metala_te
     t->count = 1;
     for (int d = 0; d < t->ndim; d++) t->count *= t->shape[d] = shapes[which][d];
     if (shift && which == 1) t->ndim = 2, t->shape[1] = METALA_CONV * z.D;
-    if (!there) t->count = t->shape[0] = 0;
+    if (!there) {
+        t->count = t->shape[0] = 0;
+        return NULL;
+    }
     return which == 0 ? s->S + l * s->B * state_count(c) : which == 1 ? s->tails + l * s->B * tail_count(c)
          : (which == 2 ? s->keys : s->values) + l * s->B * s->room * z.H * channels;
 }
