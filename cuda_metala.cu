@@ -218,10 +218,14 @@ __host__ __device__ constexpr size_t least(size_t a, size_t b) { return a < b ? 
 __host__ __device__ constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Blocks for n independent numbers or rows. Each thread, or warp, takes one and then every so many further on, so that
-// the grid stays small whatever n is.
+// the grid stays small whatever n is: very small in the emulator, which tries these loops on small shapes.
+#ifdef __CUDACC__
+enum { MOST_BLOCKS = 1 << 16 };
+#else
+enum { MOST_BLOCKS = 7 };
+#endif
 size_t blocks_for(size_t n, size_t in_block) {
-    size_t blocks = ceil_div(n, in_block);
-    return blocks < 1 << 16 ? blocks : 1 << 16;
+    return least(ceil_div(n, in_block), MOST_BLOCKS);
 }
 #define FOR_EACH(i, n) \
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (n); i += (size_t)gridDim.x * blockDim.x)
@@ -291,6 +295,14 @@ __global__ void sum_parts_kernel(float *to, const float *parts, size_t count, si
 // gridDim.z > 1 shares out k: block z sums k from z·k_each on and leaves its part in c + z·M·N.
 
 enum { STRIP = 16 };
+
+// From how many tiles on the larger ones are taken: all multiprocessors should have one. The emulator takes them early, so
+// that small shapes try them.
+#ifdef __CUDACC__
+enum { LARGE_FROM = 64, WIDE_FROM = 128 };
+#else
+enum { LARGE_FROM = 4, WIDE_FROM = 2 };
+#endif
 
 // Which tile a block computes. Blocks that run at the same time should share operands, which then come from the cache:
 // a group of 8 tiles in height is gone through column by column.
@@ -389,17 +401,21 @@ matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weigh
         __syncthreads();
     }
     float *to = c + blockIdx.z * M * N;
-    bool whole = gridDim.z == 1;
+    const bool whole = gridDim.z == 1;
 #pragma unroll
-    for (int i = 0; i < R; i++)
+    for (int i = 0; i < R; i++) {                                // of a row first all loads: after a store they would wait for it
+        const size_t at_i = i0 + row + 64 * (i / 4) + i % 4;
 #pragma unroll
         for (int j = 0; j < R; j++) {
-            size_t at_i = i0 + row + 64 * (i / 4) + i % 4, at_j = j0 + column + 64 * (j / 4) + j % 4;
-            if (at_i < M && at_j < N) {
-                float start = !whole ? 0 : accumulate ? to[at_i * N + at_j] : bias ? bias[at_j] : 0;
-                to[at_i * N + at_j] = start + sum[i][j];
-            }
+            const size_t at_j = j0 + column + 64 * (j / 4) + j % 4;
+            if (whole && at_i < M && at_j < N) sum[i][j] += accumulate ? to[at_i * N + at_j] : bias ? bias[at_j] : 0;
         }
+#pragma unroll
+        for (int j = 0; j < R; j++) {
+            const size_t at_j = j0 + column + 64 * (j / 4) + j % 4;
+            if (at_i < M && at_j < N) to[at_i * N + at_j] = sum[i][j];
+        }
+    }
 }
 
 // C = start + Σ_z parts[z], where the start is C itself, the bias, or 0.
@@ -412,20 +428,23 @@ __global__ void sum_splits_kernel(float *c, const float *parts, const float *bia
     }
 }
 
-// A long sum with few tiles, as dW has, is cut into parts so that the GPU is full: about 128 blocks, and at least 512
-// values of k each. Only the shape decides, or the bits would differ from GPU to GPU.
+// A long sum with few tiles, as dW has, is cut into parts so that the GPU is full: 128 blocks or more where there are at
+// least 512 values of k for each part. Only the shape decides, or the bits would differ from GPU to GPU.
 size_t splits_of(size_t tiles, size_t K) {
-    size_t most = K / 512, wanted = tiles < 128 ? 128 / tiles : 1, splits = wanted < most ? wanted : most;
+    size_t most = K / 512, wanted = tiles && tiles < 128 ? ceil_div(128, tiles) : 1, splits = least(wanted, most);
     return splits ? splits : 1;
 }
 
-// ---- The same on tensor cores, in two steps. First both operands are copied to scratch memory: rounded to tf32 (4 bytes)
-// or bfloat16 (2 bytes), transposed where k is not what lies contiguous, and filled up with zeros to whole lines of
-// 128 bytes, 32 or 64 values of k. Then one kernel does for all forms and alignments, and moves half as much for bfloat16.
+// ---- The same on tensor cores, in two steps. First each operand is copied to scratch memory so that its rows run along k:
+// turned over where k is not what lies contiguous, rounded to tf32 (4 bytes) or bfloat16 (2 bytes), and filled up with zeros
+// to whole lines of 128 bytes. Then one kernel does all products, whatever their form and alignment, and for bfloat16 moves
+// half of what floats would take.
 
 enum { LINE = 128 };
 template <metala_math MATH>
-constexpr size_t line_numbers = LINE / (MATH == METALA_BFLOAT16 ? 2 : 4);
+constexpr size_t numbers_of_line = LINE / (MATH == METALA_BFLOAT16 ? 2 : 4);
+template <metala_math MATH>
+__host__ __device__ constexpr size_t lines_of(size_t k) { return ceil_div(k, numbers_of_line<MATH>); }
 
 // Two floats as bfloat16 in one register, the first in the lower half.
 __device__ unsigned pack(float first, float second) {
@@ -433,130 +452,146 @@ __device__ unsigned pack(float first, float second) {
     return (unsigned)__bfloat16_as_ushort(both.y) << 16 | __bfloat16_as_ushort(both.x);
 }
 
-// copy[i][k] = X(i,k) rounded, 0 from K on;  X(i,k) = x[i·step + k] when BY_K, else x[k·step + i]. A block turns 32 rows of
-// one line over in shared memory, from where each thread takes 16 bytes.
-template <metala_math MATH, bool BY_K>
+// 16 bytes of rounded numbers, which lie `stride` apart: 4 of tf32 or 8 of bfloat16.
+template <metala_math MATH>
+__device__ uint4 rounded(const float *x, unsigned stride) {
+    unsigned to[4];
+#pragma unroll
+    for (unsigned e = 0; e < 4; e++)
+        to[e] = MATH == METALA_BFLOAT16 ? pack(x[2 * e * stride], x[(2 * e + 1) * stride]) : to_tf32(x[e * stride]);
+    return make_uint4(to[0], to[1], to[2], to[3]);
+}
+
+// straight[i][j] = turned[j][i] = x[i][j] rounded, up to whole lines zeros; NULL for what is not wanted.
+//   x (rows,columns)   straight (rows, lines of columns)   turned (columns, lines of rows)
+// A block takes 32 rows of one line to shared memory, from where each thread takes 16 bytes for either copy.
+template <metala_math MATH>
 __global__ void __launch_bounds__(THREADS)
-round_operand_kernel(unsigned *copy, const float *x, size_t step, size_t rows, size_t K) {
-    enum { SIDE = 32, NUMBERS = line_numbers<MATH>, EACH = NUMBERS / 8 };
-    __shared__ float tile[NUMBERS][SIDE + 1];
-    const unsigned row = threadIdx.x / 8, piece = threadIdx.x % 8;
-    const size_t lines = ceil_div(K, NUMBERS);
-    FOR_EACH_ROW(block, ceil_div(rows, SIDE) * lines) {
-        const size_t i0 = block / lines * SIDE, k0 = block % lines * NUMBERS;
+round_operand_kernel(uint4 *straight, uint4 *turned, const float *x, size_t rows, size_t columns) {
+    enum { SIDE = 32, NUMBERS = numbers_of_line<MATH>, EACH = NUMBERS / 8, PITCH = NUMBERS + 1 };   // EACH: in 16 bytes
+    __shared__ float tile[SIDE][PITCH];
+    const size_t lines = lines_of<MATH>(columns), turned_lines = lines_of<MATH>(rows);
+    FOR_EACH_ROW(block, turned_lines * (NUMBERS / SIDE) * lines) {
+        const size_t i0 = block / lines * SIDE, line = block % lines, j0 = line * NUMBERS;
 #pragma unroll
-        for (unsigned n = threadIdx.x; n < SIDE * NUMBERS; n += THREADS) {
-            unsigned i = BY_K ? n / NUMBERS : n % SIDE, k = BY_K ? n % NUMBERS : n / SIDE;
-            bool real = i0 + i < rows && k0 + k < K;
-            tile[k][i] = !real ? 0 : BY_K ? x[(i0 + i) * step + k0 + k] : x[(k0 + k) * step + i0 + i];
+        for (unsigned e = 0; e < SIDE * NUMBERS / THREADS; e++) {
+            unsigned n = e * THREADS + threadIdx.x, i = n / NUMBERS, j = n % NUMBERS;
+            tile[i][j] = i0 + i < rows && j0 + j < columns ? x[(i0 + i) * columns + j0 + j] : 0;
         }
-        __syncthreads();                                             // the line is there for all
-        unsigned to[4];
-#pragma unroll
-        for (unsigned e = 0; e < 4; e++) {
-            const float *from = &tile[piece * EACH + e * EACH / 4][row];
-            to[e] = MATH == METALA_BFLOAT16 ? pack(from[0], from[SIDE + 1]) : to_tf32(from[0]);
+        __syncthreads();                                             // the tile is there for all
+        if (straight) {
+            unsigned i = threadIdx.x / 8, at = threadIdx.x % 8;
+            if (i0 + i < rows) straight[((i0 + i) * lines + line) * 8 + at] = rounded<MATH>(&tile[i][at * EACH], 1);
         }
-        if (i0 + row < rows) {
-            float4 whole = {__uint_as_float(to[0]), __uint_as_float(to[1]), __uint_as_float(to[2]), __uint_as_float(to[3])};
-            *(float4 *)(copy + ((i0 + row) * lines + block % lines) * (LINE / 4) + piece * 4) = whole;
+        if (turned) {
+            unsigned j = threadIdx.x / (SIDE / EACH), at = threadIdx.x % (SIDE / EACH);
+            if (j0 + j < columns)
+                turned[(j0 + j) * turned_lines * 8 + i0 / EACH + at] = rounded<MATH>(&tile[at * EACH][j], PITCH);
         }
         __syncthreads();                                             // the tile may be written again
     }
 }
 
-// C = A Bᵀ of two such copies, of `lines` lines a row, sums in float. A tile of 128 × COLUMNS by 8 warps of
-// 64 × COLUMNS/4 each; lines come by asynchronous copies, two on their way while a third is used. A wider tile is more
-// work for what it reads, and needs 128 registers of a thread for the sums.
+// C = A Bᵀ of two such copies with rows of `lines` lines, sums in float. A block has a warp for each 64 × 64 of a tile of
+// 128 × COLUMNS, COLUMNS threads: the wider one is more work for what it reads. Lines come by asynchronous copies, two on their way while a
+// third is used.
 //
-// In shared memory, piece p of 16 bytes of row i lies at place p ^ i%8 of the row: the rows that ldmatrix reads at a time are
-// then in different banks.
+// In shared memory, the 16 bytes number p of row i lie at place p ^ i%8 of the row: what the lanes of ldmatrix read at a time
+// is then in different banks.
 //
 // gridDim.z > 1: block z sums lines from z·lines_each on and leaves its part in c + z·M·N.
 enum { TENSOR_ROWS = 128, STAGES = 3 };
 
-template <int ROWS>
-__device__ void copy_line(unsigned *strip, const unsigned *x, size_t lines, size_t line, size_t i0, size_t rows) {
-    const unsigned piece = threadIdx.x % 8, row = threadIdx.x / 8;
-    const unsigned *from = x + ((i0 + row) * lines + line) * (LINE / 4) + piece * 4;
-    unsigned *to = strip + row * (LINE / 4) + (piece ^ row % 8) * 4;
+template <int ROWS, int BLOCK_THREADS>
+__device__ void copy_line(uint4 *strip, const uint4 *x, size_t lines, size_t line, size_t i0, size_t rows) {
+    const unsigned row = threadIdx.x / 8, p = threadIdx.x % 8;
+    const uint4 *from = x + ((i0 + row) * lines + line) * 8 + p;
+    uint4 *to = strip + row * 8 + (p ^ row % 8);
 #pragma unroll
-    for (unsigned i = 0; i < ROWS; i += THREADS / 8) {
+    for (unsigned i = 0; i < ROWS; i += BLOCK_THREADS / 8, from += BLOCK_THREADS * lines) {
         bool real = i0 + row + i < rows;
-        copy16_async(to + i * (LINE / 4), real ? from + i * lines * (LINE / 4) : x, real);
+        copy16_async(to + i * 8, real ? from : x, real);
     }
 }
 
 // 16 rows and the 32 bytes of one mma, 8 values of k in tf32 or 16 in bfloat16: the left operand r, or two right ones of 8
 // columns each, r[0] with r[2] and r[1] with r[3].
-__device__ void load_operand(unsigned *r, const unsigned *strip, unsigned row, unsigned step) {
-    const unsigned lane = threadIdx.x % WARP, i = row + lane % 16, piece = 2 * step + lane / 16;
-    ldmatrix_x4(r, strip + i * (LINE / 4) + (piece ^ i % 8) * 4);
+__device__ void load_operand(unsigned *r, const uint4 *strip, unsigned row, unsigned mma) {
+    const unsigned lane = threadIdx.x % WARP, i = row + lane % 16, p = 2 * mma + lane / 16;
+    ldmatrix_x4(r, strip + i * 8 + (p ^ i % 8));
 }
 
 template <metala_math MATH, int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
-tensor_multiply_kernel(float *c, const unsigned *a, const unsigned *b, const float *bias, size_t M, size_t N, size_t lines,
+__global__ void __launch_bounds__(COLUMNS, 256 / COLUMNS)
+tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bias, size_t M, size_t N, size_t lines,
                        size_t lines_each, int accumulate) {
-    enum { STAGE = (TENSOR_ROWS + COLUMNS) * LINE / 4 };
-    DYNAMIC_SHARED(unsigned, memory);
-    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const unsigned row = warp / 4 * (TENSOR_ROWS / 2), column = warp % 4 * (COLUMNS / 4);
+    enum { STAGE = (TENSOR_ROWS + COLUMNS) * LINE / sizeof(uint4) };
+    DYNAMIC_SHARED(uint4, memory);
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp % 2 * 64, column = warp / 2 * 64;
     const place tile = place_of(blockIdx.x, M, N, TENSOR_ROWS, COLUMNS);
     const size_t i0 = tile.i, j0 = tile.j;
     const size_t first = blockIdx.z * lines_each, last = least(lines, first + lines_each);
-    float sum[4][COLUMNS / 32][4] = {};                              // 16 × 8 pieces
+    float sum[4][8][4] = {};                                         // 16 × 8 pieces
 
-    auto copy = [&](size_t line, unsigned stage) {                   // an empty group beyond the end keeps the count
-        unsigned *to = memory + stage * STAGE;
+    auto fetch = [&](size_t line, unsigned stage) {                  // an empty group beyond the end keeps the count
+        uint4 *to = memory + stage * STAGE;
         if (line < last) {
-            copy_line<TENSOR_ROWS>(to, a, lines, line, i0, M);
-            copy_line<COLUMNS>(to + TENSOR_ROWS * LINE / 4, b, lines, line, j0, N);
+            copy_line<TENSOR_ROWS, COLUMNS>(to, a, lines, line, i0, M);
+            copy_line<COLUMNS, COLUMNS>(to + TENSOR_ROWS * 8, b, lines, line, j0, N);
         }
         copy_commit();
     };
-    for (unsigned stage = 0; stage < STAGES - 1; stage++) copy(first + stage, stage);
+    for (unsigned stage = 0; stage < STAGES - 1; stage++) fetch(first + stage, stage);
     unsigned stage = 0;
     for (size_t line = first; line < last; line++, stage = (stage + 1) % STAGES) {
         copy_wait<STAGES - 2>();
         __syncthreads();                                             // this line is there for all, the last one is free
-        copy(line + STAGES - 1, (stage + STAGES - 1) % STAGES);
-        const unsigned *of_a = memory + stage * STAGE, *of_b = of_a + TENSOR_ROWS * LINE / 4;
+        fetch(line + STAGES - 1, (stage + STAGES - 1) % STAGES);
+        const uint4 *of_a = memory + stage * STAGE, *of_b = of_a + TENSOR_ROWS * 8;
 #pragma unroll
-        for (unsigned step = 0; step < LINE / 32; step++) {
+        for (unsigned mma = 0; mma < LINE / 32; mma++) {
             unsigned left[4][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) load_operand(left[i], of_a, row + 16 * i, step);
+            for (int i = 0; i < 4; i++) load_operand(left[i], of_a, row + 16 * i, mma);
 #pragma unroll
-            for (int j = 0; j < COLUMNS / 64; j++) {
-                unsigned right[4];
-                load_operand(right, of_b, column + 16 * j, step);
+            for (int j = 0; j < 8; j += 2) {
+                unsigned both[4];
+                load_operand(both, of_b, column + 8 * j, mma);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const unsigned of_piece[2] = {right[half], right[half + 2]};
+                    const unsigned right[2] = {both[half], both[half + 2]};
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        if (MATH == METALA_BFLOAT16) mma_bf16(sum[i][2 * j + half], left[i], of_piece);
-                        else mma_tf32(sum[i][2 * j + half], left[i], of_piece);
+                        if (MATH == METALA_BFLOAT16) mma_bf16(sum[i][j + half], left[i], right);
+                        else mma_tf32(sum[i][j + half], left[i], right);
                     }
                 }
             }
         }
     }
     float *to = c + blockIdx.z * M * N;
-    const bool whole = gridDim.z == 1;
+    auto each = [&](int i, auto use) {                               // two neighbours of a row, if both are in C
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+        for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 32; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                size_t at_i = i0 + row + 16 * i + lane / 4 + e / 2 * 8, at_j = j0 + column + 8 * j + lane % 4 * 2 + e % 2;
-                if (at_i < M && at_j < N) {
-                    float start = !whole ? 0 : accumulate ? to[at_i * N + at_j] : bias ? bias[at_j] : 0;
-                    to[at_i * N + at_j] = start + sum[i][j][e];
-                }
+            for (int j = 0; j < 8; j++) {
+                size_t at_i = i0 + row + 16 * i + 8 * half + lane / 4, at_j = j0 + column + 8 * j + lane % 4 * 2;
+                if (at_i < M && at_j < N) use(&sum[i][j][2 * half], to + at_i * N + at_j, at_j, at_j + 1 < N);
             }
+    };
+    const bool pairs = N % 2 == 0 && (uintptr_t)to % 8 == 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {                                    // first all loads: after a store they would wait for it
+        if (gridDim.z == 1 && accumulate)
+            each(i, [&](float *x, const float *y, size_t, bool both) { x[0] += y[0], x[1] += both ? y[1] : 0; });
+        else if (gridDim.z == 1 && bias)
+            each(i, [&](float *x, const float *, size_t j, bool both) { x[0] += bias[j], x[1] += both ? bias[j + 1] : 0; });
+        each(i, [&](const float *x, float *y, size_t, bool both) {
+            if (pairs) *(float2 *)y = make_float2(x[0], x[1]);
+            else if (both) y[0] = x[0], y[1] = x[1];
+            else y[0] = x[0];
+        });
+    }
 }
 
 // ---- C = A B, or C += A B, with A(i,k) = a[i·a_row + k·a_k] and B(k,j) = b.at(k,j).
@@ -564,7 +599,7 @@ template <bool A_BY_K, bool B_BY_K, class Weights>
 void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row, size_t a_k, Weights b,
                      const float *bias, size_t M, size_t N, size_t K, int accumulate) {
     if (M == 0 || N == 0) return;
-    bool large = ceil_div(M, 128) * ceil_div(N, 128) >= 64;      // enough tiles of 128 to go around
+    bool large = ceil_div(M, 128) * ceil_div(N, 128) >= LARGE_FROM;
     size_t tile = large ? 128 : 64, splits = splits_of(ceil_div(M, tile) * ceil_div(N, tile), K);
     size_t k_each = round_up(ceil_div(K, splits), STRIP);
     splits = K ? ceil_div(K, k_each) : 1;
@@ -580,8 +615,8 @@ void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row
 }
 
 #ifdef METALA_CUBLAS
-// ---- The same by the library of the CUDA Toolkit (make CUDA=1 CUBLAS=1), to compare with: A and B in float, or the copies
-// in bfloat16. Its handle is the one thing in this file that outlives a call: each thread makes its own and keeps it.
+// ---- The same by the library of the CUDA Toolkit (make CUDA=1 CUBLAS=1), to compare with: of the operands as they are, or of
+// their rounded copies. Its handle is the one thing in this file that outlives a call: each thread makes its own and keeps it.
 __global__ void start_rows_kernel(float *c, const float *bias, size_t M, size_t N) {
     FOR_EACH(i, M * N) c[i] = bias[i % N];
 }
@@ -590,6 +625,7 @@ void library_multiply(metala_context *ctx, metala_math math, float *c, const voi
                       int accumulate) {
     static thread_local cublasHandle_t handle = NULL;
     const float one = 1, start = accumulate || bias ? 1.0f : 0.0f;
+    if (M == 0 || N == 0) return;
     if (M > INT_MAX || N > INT_MAX || K > INT_MAX || a_step > INT_MAX || b_step > INT_MAX) {
         metala_context_fail(ctx, "%s:%d: cuBLAS takes sizes up to %d; use a smaller batch", __FILE__, __LINE__,
                             INT_MAX);
@@ -613,58 +649,59 @@ void library_multiply(metala_context *ctx, metala_math math, float *c, const voi
 }
 #endif
 
-template <metala_math MATH, bool BY_K>
-void round_operand(metala_context *ctx, unsigned *copy, const float *x, size_t step, size_t rows, size_t K) {
-    size_t blocks = ceil_div(rows, 32) * ceil_div(K, line_numbers<MATH>);
-    RUN((round_operand_kernel<MATH, BY_K>), blocks_for(blocks, 1), THREADS, 0, copy, x, step, rows, K);
+// C = A B, or C += A B, of tensors in float.
+template <bool A_BY_K, bool B_BY_K>
+void exact_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
+                    const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+#ifdef METALA_CUBLAS
+    library_multiply(ctx, METALA_EXACT, c, a, a_step, A_BY_K, b, b_step, B_BY_K, bias, M, N, K, accumulate);
+#else
+    real_weights weights = {b, B_BY_K ? 1 : b_step, B_BY_K ? b_step : 1};
+    matrix_multiply<A_BY_K, B_BY_K>(ctx, c, a, A_BY_K ? a_step : 1, A_BY_K ? 1 : a_step, weights, bias, M, N, K, accumulate);
+#endif
 }
 
-// The wide tile is taken where there are 128 of them, hardly more of C to compute, and room for the stages. The width does
-// not change the order of a sum.
-template <metala_math MATH, bool A_BY_K, bool B_BY_K>
-void tensor_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
-                     const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+// How the lines of a row are shared out, and the memory for the parts of C.
+struct portions { size_t lines, each, count, floats; };
+template <metala_math MATH>
+portions portions_of(size_t M, size_t N, size_t K) {
+    portions p = {lines_of<MATH>(K), lines_of<MATH>(K), 1, 0};
+#ifndef METALA_CUBLAS
+    p.each = ceil_div(p.lines, splits_of(ceil_div(M, TENSOR_ROWS) * ceil_div(N, 128), K));
+    p.count = K ? ceil_div(p.lines, p.each) : 1;
+    p.floats = p.count > 1 ? p.count * M * N : 0;
+#endif
+    return p;
+}
+
+// C = A Bᵀ, or C += A Bᵀ, of rounded copies. The wide tile is taken where there are enough of them, hardly more of C to compute,
+// and room for its stages; it does not change the order of a sum.
+template <metala_math MATH>
+void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 *b, float *parts, const float *bias, size_t M,
+                     size_t N, size_t K, int accumulate) {
+    const portions p = portions_of<MATH>(M, N, K);
+#ifdef METALA_CUBLAS
+    const size_t step = p.lines * numbers_of_line<MATH>;
+    library_multiply(ctx, MATH, c, a, step, true, b, step, true, bias, M, N, K, accumulate);
+#else
     auto shared = [](size_t columns) { return STAGES * LINE * (TENSOR_ROWS + columns); };
-    size_t down = ceil_div(M, TENSOR_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
-    size_t lines = ceil_div(K, line_numbers<MATH>), lines_each = ceil_div(lines, splits_of(down * across, K));
-    size_t splits = K ? ceil_div(lines, lines_each) : 1, row = lines * LINE / sizeof(float);
-    unsigned *copy_a = (unsigned *)scratch(ctx, (M + N) * row + (splits > 1 ? splits * M * N : 0));
-    if (K && !copy_a) return;
-    unsigned *copy_b = copy_a + M * row;
-    round_operand<MATH, A_BY_K>(ctx, copy_a, a, a_step, M, K);
-    round_operand<MATH, B_BY_K>(ctx, copy_b, b, b_step, N, K);
-#ifdef METALA_CUBLAS
-    const size_t step = lines * line_numbers<MATH>;
-    library_multiply(ctx, MATH, c, copy_a, step, true, copy_b, step, true, bias, M, N, K, accumulate);
-#else
-    float *to = splits > 1 ? (float *)(copy_b + N * row) : c;
-    bool wide = down * across_wide >= 128 && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
-    extent grid(down * (wide ? across_wide : across), 1, splits);
-    if (wide) RUN((tensor_multiply_kernel<MATH, 256>), grid, THREADS, shared(256), to, copy_a, copy_b, bias, M, N, lines,
-                  lines_each, accumulate);
-    else RUN((tensor_multiply_kernel<MATH, 128>), grid, THREADS, shared(128), to, copy_a, copy_b, bias, M, N, lines,
-             lines_each, accumulate);
-    if (splits > 1)
-        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
+    const size_t down = ceil_div(M, TENSOR_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
+    float *to = p.count > 1 ? parts : c;
+    if (down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256))
+        RUN((tensor_multiply_kernel<MATH, 256>), extent(down * across_wide, 1, p.count), 256, shared(256), to, a, b, bias, M, N,
+            p.lines, p.each, accumulate);
+    else
+        RUN((tensor_multiply_kernel<MATH, 128>), extent(down * across, 1, p.count), 128, shared(128), to, a, b, bias, M, N,
+            p.lines, p.each, accumulate);
+    if (p.count > 1)
+        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, parts, bias, p.count, M, N, accumulate);
 #endif
 }
 
-// C = A B, or C += A B, of tensors in float, the way that MATH says.
-template <metala_math MATH, bool A_BY_K, bool B_BY_K>
-void multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
-              const float *bias, size_t M, size_t N, size_t K, int accumulate) {
-    if (M == 0 || N == 0) return;
-    if constexpr (MATH != METALA_EXACT)
-        tensor_multiply<MATH, A_BY_K, B_BY_K>(ctx, c, a, a_step, b, b_step, bias, M, N, K, accumulate);
-    else {
-#ifdef METALA_CUBLAS
-        library_multiply(ctx, MATH, c, a, a_step, A_BY_K, b, b_step, B_BY_K, bias, M, N, K, accumulate);
-#else
-        real_weights weights = {b, B_BY_K ? 1 : b_step, B_BY_K ? b_step : 1};
-        matrix_multiply<A_BY_K, B_BY_K>(ctx, c, a, A_BY_K ? a_step : 1, A_BY_K ? 1 : a_step, weights, bias, M, N, K,
-                                        accumulate);
-#endif
-    }
+template <metala_math MATH>
+void round_operand(metala_context *ctx, uint4 *straight, uint4 *turned, const float *x, size_t rows, size_t columns) {
+    size_t blocks = lines_of<MATH>(rows) * numbers_of_line<MATH> / 32 * lines_of<MATH>(columns);
+    RUN((round_operand_kernel<MATH>), blocks_for(blocks, 1), THREADS, 0, straight, turned, x, rows, columns);
 }
 
 // y = x Wᵀ + bias for a few rows of x, as in generation: memory is the limit, each weight is read once. A warp for each
@@ -674,16 +711,20 @@ template <bool FOUR, class Weights>
 __global__ void matmul_few_rows_kernel(float *y, const float *x, Weights w, const float *bias, size_t rows, size_t out,
                                        size_t in) {
     enum { EACH = FOUR ? 4 : 1 };
+    const real_weights of_x = {x, 1, in};
     FOR_EACH_WARP(o, out) {
         float sum[FEW_ROWS] = {};
         for (size_t k = threadIdx.x % WARP * EACH; k < in; k += WARP * EACH) {
-            float weight[EACH];
+            float weight[EACH], number[EACH];
             if (FOUR) w.four(weight, k, o);
             else weight[0] = w.at(k, o);
 #pragma unroll
             for (size_t row = 0; row < FEW_ROWS; row++)
-                if (row < rows)
-                    for (int e = 0; e < EACH; e++) sum[row] += x[row * in + k + e] * weight[e];
+                if (row < rows) {
+                    if (FOUR) of_x.four(number, k, row);
+                    else number[0] = of_x.at(k, row);
+                    for (int e = 0; e < EACH; e++) sum[row] += number[e] * weight[e];
+                }
         }
 #pragma unroll
         for (size_t row = 0; row < FEW_ROWS; row++) {
@@ -696,7 +737,7 @@ __global__ void matmul_few_rows_kernel(float *y, const float *x, Weights w, cons
 template <class Weights>
 void matmul_few_rows(metala_context *ctx, float *y, const float *x, Weights w, const void *memory, const float *bias,
                      size_t rows, size_t out, size_t in) {
-    if (in % 4 == 0 && (uintptr_t)memory % 16 == 0)
+    if (in % 4 == 0 && (uintptr_t)memory % 16 == 0 && (uintptr_t)x % 16 == 0)
         RUN((matmul_few_rows_kernel<true, Weights>), blocks_for(out, WARPS), THREADS, 0, y, x, w, bias, rows, out, in);
     else
         RUN((matmul_few_rows_kernel<false, Weights>), blocks_for(out, WARPS), THREADS, 0, y, x, w, bias, rows, out, in);
@@ -704,11 +745,24 @@ void matmul_few_rows(metala_context *ctx, float *y, const float *x, Weights w, c
 
 // Linear layer:  y = x Wᵀ + bias.    y (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
 template <metala_math MATH>
+void tensor_forward(metala_context *ctx, float *y, const float *x, const float *w, const float *bias, size_t rows, size_t out,
+                    size_t in) {
+    const size_t row = lines_of<MATH>(in) * 8;                       // of 16 bytes
+    uint4 *of_x = (uint4 *)scratch(ctx, (rows + out) * row * 4 + portions_of<MATH>(rows, out, in).floats);
+    if (row && !of_x) return;
+    uint4 *of_w = of_x + rows * row, *end = of_w + out * row;
+    round_operand<MATH>(ctx, of_x, NULL, x, rows, in);
+    round_operand<MATH>(ctx, of_w, NULL, w, out, in);
+    tensor_multiply<MATH>(ctx, y, of_x, of_w, (float *)end, bias, rows, out, in, 0);
+}
+template <metala_math MATH>
 void matmul_forward(metala_context *ctx, float *y, const float *x, const float *w, const float *bias, size_t rows,
                     size_t out, size_t in) {
     real_weights weights = {w, 1, in};
     if (rows <= FEW_ROWS) matmul_few_rows(ctx, y, x, weights, w, bias, rows, out, in);
-    else multiply<MATH, true, true>(ctx, y, x, in, w, in, bias, rows, out, in, 0);
+    else if constexpr (MATH == METALA_EXACT)
+        exact_multiply<true, true>(ctx, y, x, in, w, in, bias, rows, out, in, 0);
+    else tensor_forward<MATH>(ctx, y, x, w, bias, rows, out, in);
 }
 
 // sums[j] += Σ_row a[row][j], the gradient of a bias: strips of rows, then the strips.
@@ -738,10 +792,32 @@ void add_column_sums(metala_context *ctx, float *sums, const float *a, size_t ro
 // dx = dy W (or dx += dy W)      dW += dyᵀ x      dbias += Σ_rows dy
 //   dx (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
 template <metala_math MATH>
+void tensor_backward(metala_context *ctx, float *dx, float *dw, const float *dy, const float *x, const float *w, size_t rows,
+                     size_t out, size_t in, int accumulate) {
+    const size_t by_out = dx ? lines_of<MATH>(out) * 8 : 0, by_rows = dw ? lines_of<MATH>(rows) * 8 : 0;
+    const size_t parts_x = dx ? portions_of<MATH>(rows, in, out).floats : 0;
+    const size_t parts_w = dw ? portions_of<MATH>(out, in, rows).floats : 0, parts = parts_x > parts_w ? parts_x : parts_w;
+    uint4 *straight = (uint4 *)scratch(ctx, ((rows + in) * by_out + (out + in) * by_rows) * 4 + parts);
+    if (!straight) return;
+    uint4 *of_w = straight + rows * by_out, *turned = of_w + in * by_out, *of_x = turned + out * by_rows;
+    float *room = (float *)(of_x + in * by_rows);
+    round_operand<MATH>(ctx, dx ? straight : NULL, dw ? turned : NULL, dy, rows, out);
+    if (dx) {
+        round_operand<MATH>(ctx, NULL, of_w, w, out, in);
+        tensor_multiply<MATH>(ctx, dx, straight, of_w, room, NULL, rows, in, out, accumulate);
+    }
+    if (dw) {
+        round_operand<MATH>(ctx, NULL, of_x, x, rows, in);
+        tensor_multiply<MATH>(ctx, dw, turned, of_x, room, NULL, out, in, rows, 1);
+    }
+}
+template <metala_math MATH>
 void matmul_backward(metala_context *ctx, float *dx, float *dw, float *dbias, const float *dy, const float *x,
                      const float *w, size_t rows, size_t out, size_t in, int accumulate) {
-    if (dx) multiply<MATH, true, false>(ctx, dx, dy, out, w, in, NULL, rows, in, out, accumulate);
-    if (dw) multiply<MATH, false, false>(ctx, dw, dy, out, x, in, NULL, out, in, rows, 1);
+    if constexpr (MATH == METALA_EXACT) {
+        if (dx) exact_multiply<true, false>(ctx, dx, dy, out, w, in, NULL, rows, in, out, accumulate);
+        if (dw) exact_multiply<false, false>(ctx, dw, dy, out, x, in, NULL, out, in, rows, 1);
+    } else if (dx || dw) tensor_backward<MATH>(ctx, dx, dw, dy, x, w, rows, out, in, accumulate);
     if (dbias) add_column_sums(ctx, dbias, dy, rows, out);
 }
 

@@ -1422,7 +1422,7 @@ inline void mma_tf32(float *d, const unsigned *a, const unsigned *b, EMU_HERE) {
     emu::Multiply m = {d, a, b};
     emu::warp_operation("mma_tf32", ~0u, &m, emu::operate_mma_tf32, file, line);
 }
-inline unsigned to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xFFFFE000u; }          // cvt.rna.tf32.f32
+inline unsigned to_tf32(float x) { return x != x ? 0x7FFFE000u : (__float_as_uint(x) + 0x1000u) & 0xFFFFE000u; }  // cvt.rna.tf32.f32
 
 // 1, 2 or 4 matrices of 8×8 numbers of 16 bits.
 inline void ldmatrix_x1(unsigned *r, const void *row, EMU_HERE) { emu::load_matrices<1, false>(r, row, file, line); }
