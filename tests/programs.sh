@@ -166,6 +166,14 @@ for mask in ones left; do
     { put_header "{$inputs,$(tensor labels I32 12 48 96),$(tensor mask U8 12,4 96 144)}"; put_u8 "$tokens"
       put_i32 "$first"; eval "put_u8 \"\$$mask\""; } > $mask.safetensors
 done
+# 12 images of 4 patches of 3 bytes: the label is the number of the brightest patch.
+pixels=$(awk 'BEGIN { for (i = 0; i < 144; i++) print int(i / 3) % 4 == int(i / 12) * 3 % 4 ? 255 - i : i % 60 }' | tr '\n' ' ')
+bright=$(awk 'BEGIN { for (n = 0; n < 12; n++) print n * 3 % 4 }' | tr '\n' ' ')
+images=$(tensor inputs U8 12,4,3 0 144)
+{ put_header "{$images,$(tensor labels I32 12 144 192)}"; put_u8 "$pixels"; put_i32 "$bright"; } > images.safetensors
+{ put_header "{$images,$(tensor targets I32 12,4 144 336),$(tensor mask U8 12,4 336 384)}"; put_u8 "$pixels"; put_i32 "$next"
+  put_u8 "$left"; } > each.safetensors
+{ put_header "{$images,$(tensor targets I32 4,12 144 336)}"; put_u8 "$pixels"; put_i32 "$next"; } > unlike.safetensors
 { put_header "{$inputs}"; put_u8 "$tokens"; } > neither.safetensors
 { put_header "{$inputs,$(tensor labels I32 12 48 96),$(tensor targets I32 12,4 96 288)}"; put_u8 "$tokens"; put_i32 "$first"
   put_i32 "$next"; } > both.safetensors
@@ -793,10 +801,48 @@ fails 1 "vocab_size in the metadata is '4x', expected a number from 5" "train on
     train vocab.safetensors --width 16 --layers 1 --out new.st
 fails 1 "bad header" "train on a damaged header" train json.safetensors $six --out new.st
 fails 1 "no tensor called inputs" "train on a safetensors file without inputs" train zero.safetensors $six --out new.st
-fails 1 "is text and" "train on sequences, --val on a text" train labels.safetensors $six --val text.txt --out new.st
+fails 1 "labels.safetensors is tokens and text.txt is text" "train on sequences, --val on a text" \
+    train labels.safetensors $six --val text.txt --out new.st
 fails 2 "needs a vocabulary of 12, the model has 5; leave out --vocab" "train --vocab below what the data needs" \
     train labels.safetensors $six --vocab 5 --out new.st
 absent "train: what fails before it starts leaves no file" new.st
+
+# ============================================================== train: images patch by patch
+
+works "train on patches" train images.safetensors $six --out images.st --log images.csv
+has "train on patches: describes them" out "11 sequences of 4 patches of 3 bytes to train on, 1 for validation" "N4 C3:"
+train images.safetensors --val images.safetensors --width 32 --layers 1 --heads 2 --batch 6 --threads 1 --max-steps 150 \
+    --lr 0.02 --quiet --out bright.st --log bright.csv
+equal "train on patches: finds the brightest" 1 "$(last bright.csv val_accuracy)"
+train images.safetensors $six --stop-at 3 --out again.st --log images.csv 2> err
+works "train --resume on patches" train --resume --out again.st --threads 1
+same_bytes "train --resume on patches: the same bits" images.st again.st
+works "train --init on patches" train images.safetensors --init bright.st --max-steps 3 --threads 1 --out again.st
+has "train --init on patches: the configuration of the file holds" out "D32 L1" "N4 C3:"
+works "train on a target for each patch, with a mask" train each.safetensors $six --out each.st
+has "train on a target for each patch: their classes" out "N12 C3:"
+works "train --bench --init of patches" train --bench --init images.st --batch 2 --context 5 --threads 1
+fails 1 "targets has shape [4,12], expected [12,4]" "train on targets of another shape than patches" \
+    train unlike.safetensors $six --out new.st
+fails 1 "images.safetensors is patches of 3 bytes and labels.safetensors is tokens" "train on patches, --val on tokens" \
+    train images.safetensors $six --val labels.safetensors --out new.st
+fails 1 "images.safetensors is patches of 3 bytes, the model reads tokens; train anew" "train --init of tokens on patches" \
+    train images.safetensors --init labels.st --max-steps 6 --out new.st
+fails 1 "labels.safetensors is tokens, the model reads patches of 3 bytes" "train --init of patches on tokens" \
+    train labels.safetensors --init images.st --max-steps 6 --out new.st
+fails 1 "text.txt is text, the model reads patches of 3 bytes" "train --init of patches on a text" \
+    train text.txt --init images.st --max-steps 6 --out new.st
+fails 1 "text.txt is text, the model reads patches of 3 bytes" "train --resume of patches on a text" \
+    train text.txt --resume --out images.st --max-steps 9
+for flag in tie scale-embedding; do
+    fails 2 "needs an embedding, patches (patch_dim 3) have none; leave it out" "train --$flag on patches" \
+        train images.safetensors $six --$flag --out new.st
+done
+fails 2 "needs a vocabulary of 4, the model has 3; leave out --vocab" "train --vocab below the classes of patches" \
+    train images.safetensors $six --vocab 3 --out new.st
+fails 1 "each.safetensors needs a vocabulary of 12, the model has 4" "train --init of patches with fewer classes" \
+    train each.safetensors --init images.st --max-steps 6 --out new.st
+absent "train on patches: what fails before it starts leaves no file" new.st
 
 # ============================================================== train: what must fail
 
@@ -1176,6 +1222,29 @@ equal "run --eval of targets: without those that are -100" 36 "$(value predicted
 holds "run --eval of targets: each sequence from an empty state, the loss of train" \
     "($(value loss) - $(last half.csv val_loss)) ^ 2 < 1e-10"
 works "run --eval of labels with a mask" run recall.st --eval left.safetensors --quiet
+
+works "run --eval of patches" run bright.st --eval images.safetensors --quiet
+has "run --eval of patches: one target of each image" out "predicted    12 tokens of 12 sequences"
+holds "run --eval of patches: the loss of train" "($(value loss) - $(last bright.csv val_loss)) ^ 2 < 1e-8"
+loss=$(value loss)
+works "run --eval of a target for each patch" run each.st --eval each.safetensors --quiet --form recurrent
+equal "run --eval of a target for each patch: without those that are -100" 36 "$(value predicted)"
+works "run --quantize of patches" run bright.st --quantize small.safetensors --quiet
+run small.safetensors --eval images.safetensors --quiet > out
+holds "run --quantize of patches: nearly the same loss" "($(value loss) - $loss) ^ 2 < 1e-3"
+works "run --info of patches" run small.safetensors --info
+has "run --info of patches: says so" out "vocabulary   4 classes" "embedding    a linear map of patches of 3 bytes" \
+    "model.patch_embed.weight                             [32,3]           F32"
+fails 1 "bright.st: reads patches of 3 bytes and cannot write; --eval FILE scores" "run: text from patches" run bright.st "1 2"
+fails 1 "bright.st: reads patches of 3 bytes and cannot write" "run --chat with patches" run bright.st --chat
+fails 1 "text.txt: has tokens, the model reads patches of 3 bytes" "run --eval of a text with patches" \
+    run bright.st --eval text.txt
+fails 1 "labels.safetensors: has tokens, the model reads patches" "run --eval of tokens with patches" \
+    run bright.st --eval labels.safetensors
+fails 1 "images.safetensors: has patches of 3 bytes, the model reads tokens" "run --eval of patches with tokens" \
+    run recall.st --eval images.safetensors
+fails 1 "each.safetensors: has tokens up to 11, expected at most 3" "run --eval of patches with other classes" \
+    run bright.st --eval each.safetensors
 
 works "run --info" run base.st --info
 has "run --info: sizes" out "vocabulary   256 bytes" "width        16" "layers       1" \
