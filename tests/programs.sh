@@ -279,9 +279,11 @@ numbers_of() {
         sed '/^$/d'
 }
 works "tasks recall" tasks recall --sequences 40 --length 24 --pairs 6 --vocab 20 --seed 5
-cp out recall.st
-equal "tasks recall: the file ends with its last target" $((8 + $(od -A n -t u4 -N 4 recall.st) + 40 * 24 * 6)) "$(size recall.st)"
-{ numbers_of recall.st u2 0 $((40 * 24 * 2)); numbers_of recall.st d4 $((40 * 24 * 2)) $((40 * 24 * 4)); } > numbers
+cp out recall.safetensors
+equal "tasks recall: the file ends with its last target" \
+    $((8 + $(od -A n -t u4 -N 4 recall.safetensors) + 40 * 24 * 6)) "$(size recall.safetensors)"
+{ numbers_of recall.safetensors u2 0 $((40 * 24 * 2))
+  numbers_of recall.safetensors d4 $((40 * 24 * 2)) $((40 * 24 * 4)); } > numbers
 equal "tasks recall: each key comes twice, at its second place is its value, elsewhere no target" "40 sequences, 240 targets" \
     "$(awk '{ x[NR - 1] = $1 } END { for (n = 0; n < 40; n++) { split("", value); split("", asked); right = 1
         for (i = 0; i < 24; i++) { token = x[n * 24 + i]; target = x[960 + n * 24 + i]
@@ -292,19 +294,22 @@ equal "tasks recall: each key comes twice, at its second place is its value, els
         good += right }
         printf "%d sequences, %d targets", good, targets }' numbers)"
 tasks recall --sequences=40 --length=24 --pairs=6 --vocab=20 --seed=5 > again
-same_bytes "tasks recall: the same seed, the same bytes" recall.st again
+same_bytes "tasks recall: the same seed, the same bytes" recall.safetensors again
 tasks recall --sequences 40 --length 24 --pairs 6 --vocab 20 --seed 6 > again
-other_bytes "tasks recall --seed 6: another file" recall.st again
+other_bytes "tasks recall --seed 6: another file" recall.safetensors again
 tasks recall > again
 equal "tasks recall: 20k sequences of 128 tokens unless told" $((8 + $(od -A n -t u4 -N 4 again) + 20000 * 128 * 6)) "$(size again)"
 tasks recall --sequences 1 --length 30 --pairs 10 --vocab 20 > again
 equal "tasks recall: as many pairs as keys and places" 10 "$(numbers_of again d4 60 120 | grep -c -v -e -100)"
 tasks recall --sequences 1 --length 30 --vocab 4 > again
 equal "tasks recall: fewer pairs where there are few keys" 2 "$(numbers_of again d4 60 120 | grep -c -v -e -100)"
-works "train reads recall" train recall.st --val recall.st --width 32 --layers 1 --heads 2 --batch 8 --max-steps 30 --threads 1 --quiet --out again
+small="--width 32 --layers 1 --heads 2 --batch 4 --max-steps 5 --threads 1 --out again"
+works "train reads recall" train recall.safetensors --val recall.safetensors $small
+has "train reads recall: keys and values" out "of 24 tokens" "N20:"
 works "tasks listops" tasks listops --sequences 60 --length 33
-cp out listops.st
-{ numbers_of listops.st u2 0 3960; numbers_of listops.st d4 3960 240; numbers_of listops.st u1 4200 1980; } > numbers
+cp out listops.safetensors
+{ numbers_of listops.safetensors u2 0 3960
+  numbers_of listops.safetensors d4 3960 240; numbers_of listops.safetensors u1 4200 1980; } > numbers
 equal "tasks listops: every label is the value of its sequence, padding is on the left and masked" "60 right" \
     "$(awk 'function value(    op, v, n, i, s, j) { op = x[at++]; if (op < 10) return op
             while (x[at] != 14) { v[++n] = value(); for (i = n; i > 1 && v[i - 1] > v[i]; i--) { j = v[i]; v[i] = v[i - 1]; v[i - 1] = j } }
@@ -315,12 +320,46 @@ equal "tasks listops: every label is the value of its sequence, padding is on th
             for (i = at; i < n * 33 + 33; i++) masks += 1 - x[2040 + i]
             good += value() == x[1980 + n] && at == n * 33 + 33 }
         printf "%d right", good - masks }' numbers)"
-works "train reads listops" train listops.st --width 32 --layers 1 --heads 2 --batch 4 --max-steps 5 --threads 1 --quiet --out again
+works "train reads listops" train listops.safetensors $small
+has "train reads listops: its tokens" out "of 33 tokens" "N16:"
+works "tasks pathfinder" tasks pathfinder --sequences 60 --size 24 --patch 3
+cp out paths.safetensors
+{ numbers_of paths.safetensors u1 0 34560; numbers_of paths.safetensors d4 34560 240; } > numbers
+# From the middle of a dot, over what is grey and no more than 3 away: the next dash of a path is, another path is not.
+equal "tasks pathfinder: the dots of a label 1 are on one path, of a label 0 on two" "60 right, both labels" \
+    "$(awk 'function near(a, b) { return (a % 24 - b % 24) ^ 2 <= 9 && (int(a / 24) - int(b / 24)) ^ 2 <= 9 }
+        { x[NR - 1] = $1 }
+        END { for (n = 0; n < 60; n++) { split("", grey); dots = 0
+            for (i = 0; i < 576; i++) { p = int(i / 9); j = i % 9
+                picture[(int(p / 8) * 3 + int(j / 3)) * 24 + p % 8 * 3 + j % 3] = x[n * 576 + i] }
+            for (i = 0; i < 576; i++) { if (picture[i] == 128) grey[i]
+                if (picture[i] == 255 && picture[i - 25] == 255 && picture[i + 25] == 255) dot[dots++] = i }
+            reached = 1; at[0] = dot[0]
+            for (k = 0; k < reached; k++) for (i in grey) if (near(at[k], i)) { at[reached++] = i; delete grey[i] }
+            joined = 0
+            for (k = 0; k < reached; k++) joined += near(at[k], dot[1])
+            label = x[34560 + n]; labels[label]
+            good += dots == 2 && (joined > 0) == label }
+        printf "%d right%s", good, (0 in labels) && (1 in labels) ? ", both labels" : "" }' numbers)"
+works "train reads pathfinder" train paths.safetensors $small
+has "train reads pathfinder: patches, two classes" out "of 64 patches of 9 bytes" "N2 C9:"
+tasks pathfinder --sequences 2 --size 16 > again
+equal "tasks pathfinder: patches of 4 x 4 unless told" $((8 + $(od -A n -t u4 -N 4 again) + 2 * 16 * 16 + 8)) "$(size again)"
+has "tasks pathfinder: patches of 4 x 4, says the file" again '"shape":[2,16,16]'
+tasks pathfinder --sequences 20 --size 16 --patch 1 > paths.safetensors
+works "train reads pathfinder --patch 1" train paths.safetensors $small
+has "train reads pathfinder --patch 1: bytes" out "of 256 tokens" "N256"
 works "tasks --help" tasks --help
-has "tasks --help explains every flag" out --sequences --length --pairs --vocab --seed --help
-fails 2 "got 'nothing', expected recall or listops" "tasks without a task" tasks
-fails 2 "got 'other', expected recall or listops" "tasks with another task" tasks other
+has "tasks --help explains every flag" out --sequences --length --pairs --vocab --size --patch --seed --help
+fails 2 "got 'nothing', expected recall, listops or pathfinder" "tasks without a task" tasks
+fails 2 "got 'other', expected recall, listops or pathfinder" "tasks with another task" tasks other
 fails 2 "got '--pairs', expected --sequences N, --length T or --seed S" "tasks listops --pairs" tasks listops --pairs 3
+fails 2 "got '--length', expected --sequences N, --size S, --patch P or --seed S" "tasks pathfinder --length" \
+    tasks pathfinder --length 64
+fails 2 "got '15', expected 16 to 256" "tasks --size 15" tasks pathfinder --size 15
+fails 2 "got '257', expected 16 to 256" "tasks --size beyond the most" tasks pathfinder --size 257
+fails 2 "got '0', expected 1 to --size" "tasks --patch 0" tasks pathfinder --patch 0
+fails 2 "got '5', expected a divisor of --size" "tasks --patch that does not divide --size" tasks pathfinder --patch 5
 fails 2 "got '4x'" "tasks --length 4x" tasks recall --length 4x
 fails 2 "got 'nothing'" "tasks --vocab without a value" tasks recall --vocab
 fails 2 "got '0', expected 1 to 2^40" "tasks --sequences 0" tasks recall --sequences 0
