@@ -876,6 +876,12 @@ void embedding_backward(metala_context *ctx, float *dE, const float *dx, const i
         (float)scale, pad_token_id);
 }
 
+// Patches:  x = bytes/255      x, tokens (n)
+__global__ void patch_forward_kernel(float *x, const int *tokens, size_t n) { FOR_EACH(i, n) x[i] = (float)tokens[i] / 255; }
+void patch_forward(metala_context *ctx, float *x, const int *tokens, size_t n) {
+    RUN(patch_forward_kernel, blocks_for(n, THREADS), THREADS, 0, x, tokens, n);
+}
+
 // RMS norm:  n = m x r,  r = (mean_D(x²) + eps)^(-1/2)
 //   n, x (rows,D)   r (rows)   mask m (rows) of 0 and 1, or NULL: a warp for each row.
 __global__ void rms_forward_kernel(float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
@@ -3102,7 +3108,7 @@ const metala_backend *backend() {
         MATH == METALA_TF32 ? NAME " tf32" : MATH == METALA_BFLOAT16 ? NAME " bf16" : NAME,
         (size_t)1 << 27,
         cuda_alloc, cuda_free, cuda_upload, cuda_download, cuda_copy, cuda_zero,
-        embedding_forward, embedding_backward,
+        embedding_forward, embedding_backward, patch_forward,
         rms_forward, rms_backward,
         conv_forward, conv_backward, conv_tail,
         matmul_forward<MATH>, matmul_backward<MATH>, matmul_quantized,

@@ -17,7 +17,7 @@
 //     1. Context: errors, memory, threads
 //     2. Scalar functions: exp, sigmoid, log-sigmoid; sums
 //     3. Matrix products
-//     4. The kernels around the scan: embedding, norms, convolution, gate, augmentation, SwiGLU, cross-entropy, AdamW
+//     4. The kernels around the scan: embedding, patches, norms, convolution, gate, augmentation, SwiGLU, cross-entropy, AdamW
 //     5. The decay scan: recurrent, parallel, chunkwise
 //     6. The backend table
 //     7. The model: rows of the general form, configuration, parameters, initialisation
@@ -762,6 +762,12 @@ static void embedding_backward(metala_context *ctx, real *dE, const real *dx, co
             if (tokens[row] != pad_token_id)
                 for (size_t d = d0; d < d1; d++) dE[(size_t)tokens[row] * D + d] += c * dx[row * D + d];
     }
+}
+
+// Patches:  x = bytes/255, the input of the linear map that stands in the embedding's place      x, tokens (rows,C), n = rows·C
+static void patch_forward(metala_context *ctx, real *x, const int *tokens, size_t n) {
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) x[i] = (real)tokens[i] / 255;
 }
 
 // RMS norm without weights:  n = m x r,  r = (mean_D(x²) + eps)^(-1/2)
@@ -2872,7 +2878,7 @@ static void cpu_zero(metala_context *ctx, void *memory, size_t bytes) {
 
 static const metala_backend cpu_backend = {
     "cpu", (size_t)1 << 22, cpu_alloc, cpu_free, cpu_copy, cpu_copy, cpu_copy, cpu_zero,
-    embedding_forward, embedding_backward,
+    embedding_forward, embedding_backward, patch_forward,
     rms_forward, rms_backward,
     conv_forward, conv_backward, conv_tail,
     matmul_forward, matmul_backward, matmul_quantized,
@@ -3186,6 +3192,11 @@ int metala_config_check(metala_context *ctx, const metala_config *c) {
     for (size_t i = 0; i < sizeof whole / sizeof *whole; i++)
         if (whole[i].value < 1 || whole[i].value > whole[i].most)
             return fail(ctx, "configuration: %s must be 1 to %d, got %d", whole[i].name, whole[i].most, whole[i].value);
+    if (c->patch_dim < 0 || c->patch_dim > MOST)
+        return fail(ctx, "configuration: patch_dim must be 0, or 1 to %d, got %d", MOST, c->patch_dim);
+    if (c->patch_dim && (c->tie_word_embeddings || c->scale_embedding))
+        return fail(ctx, "configuration: %s needs an embedding, patches (patch_dim %d) have none; leave it out",
+                    c->tie_word_embeddings ? "tie_word_embeddings" : "scale_embedding", c->patch_dim);
     for (int i = 0; i < METALA_COLUMNS; i++) {
         int value = row_value(&c->row, i), count = 0;
         while (columns[i].values[count]) count++;
@@ -3235,6 +3246,7 @@ struct metala_model {
     int tensor_count;
     layer_offsets *layers;
     size_t embedding, head;             // the same when tied, unless quantized: the lookup needs reals
+    size_t patch_bias;                  // with patches, whose weights are at `embedding`
     size_t bounds;                      // logits of the lower bounds of decays
     real *constants;                    // the backend's memory: see fill_constants
     uint64_t version;                   // counts changes of the parameters
@@ -3297,7 +3309,10 @@ static void list_tensors(metala_model *m) {
     int conv = r->conv == METALA_CONV_ON || r->conv == METALA_CONV_VALUE || r->conv == METALA_CONV_KEY;
     int shift = r->conv == METALA_CONV_SHIFT, selective = r->decay == METALA_DECAY_SELECTIVE;
     int gate = r->decay == METALA_DECAY_DYNAMIC || r->decay == METALA_DECAY_BOUNDED;
-    m->embedding = add_tensor(m, "model.embed_tokens.weight", DECAYED, s.N, D, 0);
+    if (c->patch_dim) {
+        m->embedding = add_tensor(m, "model.patch_embed.weight", DECAYED, D, (size_t)c->patch_dim, 0);
+        m->patch_bias = add_tensor(m, "model.patch_embed.bias", PLAIN, D, 0, 0);
+    } else m->embedding = add_tensor(m, "model.embed_tokens.weight", DECAYED, s.N, D, 0);
     m->bounds = ABSENT;
     if (r->decay == METALA_DECAY_BOUNDED)
         m->bounds = add_tensor(m, "model.lower_bounds", PLAIN, (size_t)c->layers, HK, 0);
@@ -3363,8 +3378,8 @@ static metala_model *model_outline(metala_context *ctx, const metala_config *con
         m->backend = ctx->backend;
         m->weights = weights;
         m->layers = calloc(L, sizeof *m->layers);
-        m->tensors = calloc(L * TENSORS_OF_LAYER + 3, sizeof *m->tensors);
-        m->places = calloc(L * TENSORS_OF_LAYER + 3, sizeof *m->places);
+        m->tensors = calloc(L * TENSORS_OF_LAYER + 4, sizeof *m->tensors);
+        m->places = calloc(L * TENSORS_OF_LAYER + 4, sizeof *m->places);
     }
     if (!m || !m->layers || !m->tensors || !m->places) {
         fail_memory(ctx, "the list of tensors", (double)L * TENSORS_OF_LAYER * sizeof(metala_tensor));
@@ -3619,7 +3634,7 @@ int metala_model_init(metala_context *ctx, metala_model *m, uint64_t seed, const
         for (size_t j = 0; j < t->count; j++)
             values[j] = matrix ? (real)(slope * ((double)(j / D % K) + 0.5) + std * random_normal(&stream))
                                : initial_value(&m->config, t, j, layer, &stream);
-        if (i == 0 && m->config.pad_token_id >= 0 && m->config.pad_token_id < m->config.vocab_size)
+        if (i == 0 && !m->config.patch_dim && m->config.pad_token_id >= 0 && m->config.pad_token_id < m->config.vocab_size)
             memset(values + (size_t)m->config.pad_token_id * D, 0, D * sizeof(real));
         m->backend->upload(ctx, m->parameters + t->offset, values, t->count * sizeof(real));
     }
@@ -4406,8 +4421,41 @@ static int same_device(metala_context *ctx, const metala_backend *backend, const
 
 static double embedding_scale(const metala_config *c) { return c->scale_embedding ? sqrt((double)c->width) : 1; }
 
-// Tokens and targets come from outside: none may reach past the vocabulary.
+// The numbers of a token in the caller's arrays: one, or a patch.
+static size_t token_size(const metala_config *c) { return c->patch_dim ? (size_t)c->patch_dim : 1; }
+
+// What the first layer reads: rows of the embedding, or W_p patch + b_p, where `patches` (rows,C) keeps what dW_p needs.
+static void input_forward(metala_context *ctx, const metala_model *m, real *x, real *patches, const int *tokens, size_t rows) {
+    const metala_backend *be = m->backend;
+    const metala_config *c = &m->config;
+    const real *P = m->parameters;
+    size_t D = (size_t)c->width, C = (size_t)c->patch_dim;
+    if (!C) {
+        be->embedding_forward(ctx, x, tokens, P + m->embedding, rows, D, embedding_scale(c));
+        return;
+    }
+    be->patch_forward(ctx, patches, tokens, rows * C);
+    be->matmul_forward(ctx, x, patches, P + m->embedding, P + m->patch_bias, rows, D, C);
+}
+
+static void input_backward(metala_context *ctx, const metala_model *m, real *grads, const real *dx, const real *patches,
+                           const int *tokens, size_t rows) {
+    const metala_backend *be = m->backend;
+    const metala_config *c = &m->config;
+    size_t D = (size_t)c->width, C = (size_t)c->patch_dim;
+    if (!C) be->embedding_backward(ctx, grads + m->embedding, dx, tokens, rows, D, embedding_scale(c), c->pad_token_id);
+    else be->matmul_backward(ctx, NULL, grads + m->embedding, grads + m->patch_bias, dx, patches, m->parameters + m->embedding,
+                             rows, D, C, 0);
+}
+
+// Tokens and targets come from outside: none may reach past the vocabulary, and what is in a patch is a byte.
 static int check_tokens(metala_context *ctx, const metala_config *c, const int *tokens, size_t count, int targets) {
+    if (c->patch_dim && !targets) {
+        for (size_t i = 0; i < count * token_size(c); i++)
+            if (tokens[i] < 0 || tokens[i] > 255)
+                return fail(ctx, "number %zu of the patches is %d, expected 0 to 255", i, tokens[i]);
+        return 0;
+    }
     for (size_t i = 0; i < count; i++)
         if ((tokens[i] < 0 || tokens[i] >= c->vocab_size) && !(targets && tokens[i] == METALA_IGNORE))
             return fail(ctx, "%s %d at place %zu: the vocabulary has 0 to %d; retrain or convert the data with the"
@@ -4435,6 +4483,7 @@ struct metala_trainer {
     activations *layers;
     layer_gradients d;
     real *final_input, *final_r, *final_norm, *dx, *d_final, *bounds, *dbounds;
+    real *patches;                      // (rows,C)
     real *logits, *loss, *lse;          // (head_rows,N), (rows), (rows)
     int *tokens, *targets;              // the backend's memory
     uint8_t *mask;
@@ -4447,7 +4496,7 @@ static size_t place_trainer(metala_trainer *t, real *block) {
     size_t B = t->B, T = t->T, rows = times(B, T), D = (size_t)c->width, used = 0;
     struct { real **pointer; size_t count; } parts[] = {
         {&t->final_input, times(rows, D)}, {&t->final_r, rows}, {&t->final_norm, times(rows, D)},
-        {&t->dx, times(rows, D)}, {&t->d_final, times(rows, D)},
+        {&t->dx, times(rows, D)}, {&t->d_final, times(rows, D)}, {&t->patches, times(rows, (size_t)c->patch_dim)},
         {&t->logits, times(head_rows(t->model, rows), (size_t)c->vocab_size)}, {&t->loss, rows}, {&t->lse, rows},
         {&t->bounds, bounds_count(c)}, {&t->dbounds, bounds_count(c)},
     };
@@ -4487,7 +4536,8 @@ metala_memory metala_trainer_memory(const metala_backend *backend, const metala_
                            parts_of(p, (size_t)B, T, s.H, s.K, s.shared).count);
         memory.parameters = memory.gradients = times(m->size, sizeof(real));
         memory.moments = times(2, memory.parameters);
-        memory.activations = times(place_trainer(&t, NULL), sizeof(real));
+        size_t inputs = times(times(t.B, T), (token_size(config) + 1) * sizeof(int) + 1);     // tokens, targets, mask
+        memory.activations = plus(times(place_trainer(&t, NULL), sizeof(real)), inputs);
         memory.scratch = times(conv > scan ? conv : scan, sizeof(real));
         memory.total = plus(times(4, memory.parameters), plus(memory.activations, memory.scratch));
     }
@@ -4530,7 +4580,7 @@ metala_trainer *metala_trainer_create(metala_context *ctx, metala_model *model, 
         t->first = be->alloc(parameter_bytes);
         t->second = be->alloc(parameter_bytes);
         t->memory = be->alloc(times(numbers, sizeof(real)));
-        t->tokens = be->alloc(times(rows, sizeof(int)));
+        t->tokens = be->alloc(times(rows, token_size(&model->config) * sizeof(int)));
         t->targets = be->alloc(times(rows, sizeof(int)));
         t->mask = be->alloc(rows);
     }
@@ -4580,7 +4630,7 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
     for (size_t row = 0; row < rows; row++) counted += targets[row] != METALA_IGNORE;
     if (!counted) return fail(ctx, "gradient: no target in this batch counts, all are %d (ignored); try a larger batch",
                                METALA_IGNORE);
-    be->upload(ctx, t->tokens, inputs, rows * sizeof(int));
+    be->upload(ctx, t->tokens, inputs, rows * token_size(c) * sizeof(int));
     be->upload(ctx, t->targets, targets, rows * sizeof(int));
     if (mask) be->upload(ctx, t->mask, mask, rows);
     pass p = pass_of(c, B, T, mask ? t->mask : NULL, form, 0);
@@ -4591,8 +4641,7 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
         p.bounds = t->bounds, p.dbounds = t->dbounds;
     }
 
-    be->embedding_forward(ctx, t->layers[0].input, t->tokens, m->parameters + m->embedding, rows, D,
-                          embedding_scale(c));
+    input_forward(ctx, m, t->layers[0].input, t->patches, t->tokens, rows);
     for (int l = 0; l < c->layers; l++) layer_forward(ctx, m, l, &t->layers[l], &p, NULL);
     be->rms_forward(ctx, t->final_norm, t->final_r, t->final_input, NULL, rows, D, c->norm_eps);
     head_loss(ctx, t, t->grads, rows, weight / (double)counted);
@@ -4607,8 +4656,7 @@ int metala_gradient(metala_context *ctx, metala_trainer *t, metala_form form, co
     if (bounds)
         be->bounds_backward(ctx, t->grads + m->bounds, t->dbounds, m->parameters + m->bounds, (size_t)c->layers,
                             bounds / (size_t)c->layers);
-    be->embedding_backward(ctx, t->grads + m->embedding, t->dx, t->tokens, rows, D, embedding_scale(c),
-                           c->pad_token_id);
+    input_backward(ctx, m, t->grads, t->dx, t->patches, t->tokens, rows);
 
     be->download(ctx, t->host_loss, t->loss, rows * sizeof(real));       // a GPU's errors show here
     if (metala_context_failed(ctx)) {                         // half a gradient must not be taken for one
@@ -4703,6 +4751,7 @@ struct metala_state {
     uint64_t ssm_version;               // of the parameters that they were computed from
     real *memory;                       // one layer's activations, used by every layer in turn
     activations a;
+    real *patches;                      // (B,tokens_most,C)
     real *final_norm, *final_r, *last, *logits, *loss, *lse;
     int *tokens, *targets;
     uint8_t *mask;
@@ -4796,13 +4845,13 @@ static int reserve(metala_context *ctx, metala_state *s, size_t n) {
     size_t rows = times(s->B, n), D = (size_t)c->width, N = (size_t)c->vocab_size;
     size_t layer = place_activations(&s->a, NULL, c, s->B, n, CHEAP, NEEDED, 0), logits = head_rows(s->model, rows);
     if (logits < s->B) logits = s->B;
-    size_t numbers = plus(plus(layer, times(rows, D + 3)), plus(times(s->B, D), times(logits, N)));
+    size_t numbers = plus(plus(layer, times(rows, D + 3 + (size_t)c->patch_dim)), plus(times(s->B, D), times(logits, N)));
     free_buffers(s);
     s->memory = be->alloc(times(numbers, sizeof(real)));
-    s->tokens = be->alloc(times(rows, sizeof(int)));
+    s->tokens = be->alloc(times(rows, token_size(c) * sizeof(int)));
     s->targets = be->alloc(times(rows, sizeof(int)));
     s->mask = be->alloc(rows);
-    s->host_tokens = malloc(times(rows, sizeof(int)));
+    s->host_tokens = malloc(times(rows, token_size(c) * sizeof(int)));
     s->host_targets = malloc(times(rows, sizeof(int)));
     s->host_mask = malloc(rows);
     s->host_loss = malloc(times(rows, sizeof(real)));
@@ -4814,6 +4863,7 @@ static int reserve(metala_context *ctx, metala_state *s, size_t n) {
     memset(&s->a, 0, sizeof s->a);
     real *at = s->memory + place_activations(&s->a, s->memory, c, s->B, n, CHEAP, NEEDED, 0);
     s->a.output = s->a.input;                              // the residual stream is updated in place
+    s->patches = at, at += rows * (size_t)c->patch_dim;
     s->final_norm = at, at += rows * D;
     s->final_r = at, at += rows;
     s->loss = at, at += rows;
@@ -4957,14 +5007,14 @@ static int read_segment(metala_context *ctx, metala_state *s, metala_form form, 
     const metala_model *m = s->model;
     const metala_config *c = &m->config;
     size_t rows = s->B * n, D = (size_t)c->width;
-    be->upload(ctx, s->tokens, s->host_tokens, rows * sizeof(int));
+    be->upload(ctx, s->tokens, s->host_tokens, rows * token_size(c) * sizeof(int));
     if (masked) be->upload(ctx, s->mask, s->host_mask, rows);
     pass p = pass_of(c, s->B, n, masked ? s->mask : NULL, form, s->position);
     size_t bounds = bounds_count(c), L = (size_t)c->layers;
     if (bounds) be->bounds_forward(ctx, s->bounds, m->parameters + m->bounds, L, bounds / L);
     p.bounds = s->bounds;
     p.ssm_ready = s->ssm_version == m->version;
-    be->embedding_forward(ctx, s->a.input, s->tokens, m->parameters + m->embedding, rows, D, embedding_scale(c));
+    input_forward(ctx, m, s->a.input, s->patches, s->tokens, rows);
     for (size_t l = 0; l < L; l++) {
         size_t keys = s->room * p.s.H * p.s.K, values = s->room * p.s.H * p.s.V;
         memory_of_layer past = {s->S + l * s->B * state_count(c), s->tails + l * s->B * tail_count(c), NULL, NULL, s->seen,
@@ -4987,7 +5037,7 @@ static int read_tokens(metala_context *ctx, metala_state *s, metala_form form, c
                        size_t T, real *logits, real *last, const int *targets, double *nats, size_t *counted) {
     const metala_backend *be = s->backend;
     const metala_model *m = s->model;
-    size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width, B = s->B;
+    size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width, B = s->B, C = token_size(&m->config);
     if (T < 1) return fail(ctx, "state: no tokens to read");
     if (same_device(ctx, be, "state")) return -1;
     if (check_tokens(ctx, &m->config, tokens, B * T, 0)) return -1;
@@ -4997,7 +5047,7 @@ static int read_tokens(metala_context *ctx, metala_state *s, metala_form form, c
     for (size_t t0 = 0; t0 < T; t0 += SEGMENT) {
         size_t n = T - t0 < SEGMENT ? T - t0 : SEGMENT, rows = B * n;
         for (size_t b = 0; b < B; b++) {
-            memcpy(s->host_tokens + b * n, tokens + b * T + t0, n * sizeof(int));
+            memcpy(s->host_tokens + b * n * C, tokens + (b * T + t0) * C, n * C * sizeof(int));
             if (mask) memcpy(s->host_mask + b * n, mask + b * T + t0, n);
             else if (masked) memset(s->host_mask + b * n, 1, n);
             if (targets) memcpy(s->host_targets + b * n, targets + b * T + t0, n * sizeof(int));
@@ -5706,6 +5756,7 @@ static const struct config_key {
     {"decoder_attention_heads", WHOLE, offsetof(metala_config, heads)},
     {"glu_dim", WHOLE, offsetof(metala_config, glu_dim)},
     {"bias", TRUTH, offsetof(metala_config, glu_bias)},
+    {"patch_dim", WHOLE, offsetof(metala_config, patch_dim)},
     {"tie_word_embeddings", TRUTH, offsetof(metala_config, tie_word_embeddings)},
     {"no_scale_embedding", NOT_TRUTH, offsetof(metala_config, scale_embedding)},
     {"pad_token_id", WHOLE, offsetof(metala_config, pad_token_id)},
@@ -5922,6 +5973,7 @@ static void collect_config(collection *c, const metala_config *config) {
     for (int i = 0; i < CONFIG_KEYS; i++) {
         const struct config_key *k = &config_keys[i];
         const void *member = (const char *)config + k->member;
+        if (k->member == offsetof(metala_config, patch_dim) && !config->patch_dim) continue;     // a key of ours alone
         if (k->kind == NUMBER) collect_number(c, k->key, "%.17g", *(const double *)member);
         else if (k->kind == WHOLE) collect_number(c, k->key, "%.0f", *(const int *)member);
         else collect_pair(c, k->key, (*(const int *)member != 0) == (k->kind == TRUTH) ? "true" : "false");
@@ -6274,9 +6326,9 @@ done:
 typedef struct {                        // shared by the parts of a split
     int owners;
     unsigned char *text;                // a text's bytes, or NULL
-    int32_t *inputs, *targets, *labels; // (N,T), (N,T) or (N)
+    int32_t *inputs, *targets, *labels; // (N,T) or (N,T,C), (N,T) or (N)
     int32_t *mask;                      // (N,T) or NULL
-    int vocab;
+    int vocab, patch;                   // C, 0 of tokens
 } dataset_source;
 
 struct metala_dataset {
@@ -6334,18 +6386,7 @@ static int32_t *read_brightness(metala_context *ctx, metala_file *f, const metal
     return NULL;
 }
 
-// One integer tensor of the dataset, of shape [N,T] or [N] (T = 0), or an image.
-static int32_t *read_integers(metala_context *ctx, metala_file *f, const char *name, size_t N, size_t T) {
-    const metala_tensor *t = metala_file_find(f, name);
-    char got[100];
-    shape_text(got, sizeof got, t);
-    int image = T && is_image(t) && t->count == times(N, T) && (t->dtype == METALA_U8 || !strcmp(name, "inputs"));
-    if (!image && (t->ndim != (T ? 2 : 1) || t->shape[0] != N || (T && t->shape[1] != T))) {
-        if (T) fail(ctx, "%s: %s has shape %s, expected [%zu,%zu] as inputs have", f->path, name, got, N, T);
-        else fail(ctx, "%s: %s has shape %s, expected [%zu], one for each sequence", f->path, name, got, N);
-        return NULL;
-    }
-    if (image && is_floating(t->dtype)) return read_brightness(ctx, f, t);
+static int32_t *read_integers(metala_context *ctx, metala_file *f, const metala_tensor *t) {
     int32_t *numbers = malloc(times(t->count, sizeof *numbers));
     if (!numbers) fail_memory(ctx, f->path, (double)t->count * sizeof *numbers);
     else if (metala_file_read(ctx, f, t, METALA_I32, numbers)) {
@@ -6353,6 +6394,17 @@ static int32_t *read_integers(metala_context *ctx, metala_file *f, const char *n
         numbers = NULL;
     }
     return numbers;
+}
+
+// What belongs to the inputs, whole numbers of shape [N,T], or [N] (T = 0).
+static int32_t *read_beside(metala_context *ctx, metala_file *f, const char *name, size_t N, size_t T) {
+    const metala_tensor *t = metala_file_find(f, name);
+    if (t->ndim == (T ? 2 : 1) && t->shape[0] == N && (!T || t->shape[1] == T)) return read_integers(ctx, f, t);
+    char got[100];
+    shape_text(got, sizeof got, t);
+    if (T) fail(ctx, "%s: %s has shape %s, expected [%zu,%zu], one for each token of inputs", f->path, name, got, N, T);
+    else fail(ctx, "%s: %s has shape %s, expected [%zu], one for each sequence", f->path, name, got, N);
+    return NULL;
 }
 
 static int check_range(metala_context *ctx, const char *path, const char *name, const int32_t *numbers, size_t count,
@@ -6377,8 +6429,7 @@ static int read_sequences(metala_context *ctx, metala_dataset *d, const char *pa
         fail(ctx, "%s: no tensor called inputs; a dataset has inputs [N,T] and targets [N,T] or labels [N]", path);
         goto done;
     }
-    int image = is_image(inputs);                                    // its bytes, patch after patch
-    if (inputs->count < 1 || (!image && (inputs->ndim != 2 || is_floating(inputs->dtype)))) {
+    if (inputs->count < 1 || (!is_image(inputs) && (inputs->ndim != 2 || is_floating(inputs->dtype)))) {
         char got[100];
         shape_text(got, sizeof got, inputs);
         fail(ctx, "%s: inputs are %s %s, expected whole numbers of shape [N,T], or images of shape [N,P,C], U8 or floats"
@@ -6386,29 +6437,36 @@ static int read_sequences(metala_context *ctx, metala_dataset *d, const char *pa
         goto done;
     }
     d->count = inputs->shape[0];
-    d->T = inputs->count / d->count;
+    d->T = inputs->shape[1];
+    if (is_image(inputs) && inputs->shape[2] > 1 << 24) {
+        fail(ctx, "%s: inputs have patches of %zu bytes, expected at most %d; cut the images into more", path, inputs->shape[2],
+             1 << 24);
+        goto done;
+    }
+    if (is_image(inputs) && inputs->shape[2] > 1) s->patch = (int)inputs->shape[2];
     int has_targets = metala_file_find(f, "targets") != NULL, has_labels = metala_file_find(f, "labels") != NULL;
     if (has_targets == has_labels) {
         fail(ctx, "%s: a dataset needs either targets [N,T] or labels [N], this one has %s", path,
              has_targets ? "both" : "neither");
         goto done;
     }
-    s->inputs = read_integers(ctx, f, "inputs", d->count, d->T);
-    if (!s->inputs || check_range(ctx, path, "inputs", s->inputs, d->count * d->T, 0, &s->vocab)) goto done;
+    s->inputs = is_floating(inputs->dtype) ? read_brightness(ctx, f, inputs) : read_integers(ctx, f, inputs);
+    if (!s->inputs) goto done;
+    if (!s->patch && check_range(ctx, path, "inputs", s->inputs, d->count * d->T, 0, &s->vocab)) goto done;
     if (has_targets) {
-        s->targets = read_integers(ctx, f, "targets", d->count, d->T);
+        s->targets = read_beside(ctx, f, "targets", d->count, d->T);
         if (!s->targets || check_range(ctx, path, "targets", s->targets, d->count * d->T, 1, &s->vocab)) goto done;
     } else {
-        s->labels = read_integers(ctx, f, "labels", d->count, 0);
+        s->labels = read_beside(ctx, f, "labels", d->count, 0);
         if (!s->labels || check_range(ctx, path, "labels", s->labels, d->count, 0, &s->vocab)) goto done;
     }
-    if (metala_file_find(f, "mask") && !(s->mask = read_integers(ctx, f, "mask", d->count, d->T))) goto done;
+    if (metala_file_find(f, "mask") && !(s->mask = read_beside(ctx, f, "mask", d->count, d->T))) goto done;
     const char *stated = find_pair(f, "vocab_size");
     if (stated) {
         char *end;
         long vocab = strtol(stated, &end, 10);
         if (*end || end == stated || vocab < s->vocab || vocab > 1 << 24) {
-            fail(ctx, "%s: vocab_size in the metadata is '%.20s', expected a number from %d, which the tokens need, to %d",
+            fail(ctx, "%s: vocab_size in the metadata is '%.20s', expected a number from %d, which the data needs, to %d",
                  path, stated, s->vocab, 1 << 24);
             goto done;
         }
@@ -6474,7 +6532,10 @@ size_t metala_dataset_sequences(const metala_dataset *d) {
 }
 size_t metala_dataset_tokens(const metala_dataset *d) { return d->source->text ? d->count : d->count * d->T; }
 int metala_dataset_vocab(const metala_dataset *d) { return d->source->vocab; }
+int metala_dataset_patch(const metala_dataset *d) { return d->source->patch; }
 int metala_dataset_is_text(const metala_dataset *d) { return d->source->text != NULL; }
+
+static size_t token_numbers(const metala_dataset *d) { return d->source->patch ? (size_t)d->source->patch : 1; }
 
 // The window of a text that starts at byte `start` of this part.
 static void text_window(const metala_dataset *d, size_t start, int *inputs, int *targets, uint8_t *mask) {
@@ -6493,9 +6554,9 @@ void metala_dataset_sequence(const metala_dataset *d, size_t i, int *inputs, int
         text_window(d, i * d->T, inputs, targets, mask);
         return;
     }
-    size_t row = d->first + i;
+    size_t row = d->first + i, numbers = d->T * token_numbers(d);
+    for (size_t j = 0; j < numbers; j++) inputs[j] = s->inputs[row * numbers + j];
     for (size_t t = 0; t < d->T; t++) {
-        inputs[t] = s->inputs[row * d->T + t];
         targets[t] = s->targets ? s->targets[row * d->T + t] : t + 1 == d->T ? s->labels[row] : METALA_IGNORE;
         mask[t] = s->mask ? s->mask[row * d->T + t] != 0 : 1;
     }
@@ -6535,7 +6596,7 @@ void metala_dataset_batch(const metala_dataset *d, uint64_t seed, uint64_t index
             text_window(d, (size_t)(hash(seed, number) % starts), inputs + at, targets + at, mask + at);
         } else {
             size_t i = shuffled((size_t)(number % d->count), d->count, hash(seed, number / d->count));
-            metala_dataset_sequence(d, i, inputs + at, targets + at, mask + at);
+            metala_dataset_sequence(d, i, inputs + at * token_numbers(d), targets + at, mask + at);
         }
     }
 }

@@ -36,6 +36,8 @@
 //   Letters   B batch, T time, D width, H heads, K query and decay channels of a head, V value channels of a head
 //             (MetaLA: K = D/2/H, V = D/H), L layers, F GLU width, N vocabulary size.
 //   Tensors   row-major, last index contiguous. Linear weights are [out,in], y = x Wᵀ + b.
+//   Patches   A model with a `patch_dim` C reads images: each of its tokens is a patch of C numbers from 0 to 255, (B,T,C)
+//             where it says (B,T), and its N are the classes that targets and logits are of.
 //   Errors    A function that can fail returns 0 for success and -1 for failure (or NULL for a pointer); then
 //             metala_error(ctx) is one line that says what, where, what was expected and what to do. Nothing here
 //             prints or exits. A call refused for its arguments or its file changes nothing. When memory runs out
@@ -177,8 +179,9 @@ typedef struct {
     int heads;                 // H  `decoder_attention_heads`, divides D and D/2
     int glu_dim;               // F  `glu_dim`; -1 in a file means D
     int glu_bias;              // biases in the three GLU layers (`bias`)
-    int tie_word_embeddings;   // the output layer is the embedding
-    int scale_embedding;       // embeddings times sqrt(D) (`no_scale_embedding` is its negation)
+    int patch_dim;             // C  a token is a patch of C bytes, of which x = W_p (patch/255) + b_p; 0: it is one of the N
+    int tie_word_embeddings;   // the output layer is the embedding; not of patches, which have none
+    int scale_embedding;       // embeddings times sqrt(D) (`no_scale_embedding` is its negation); not of patches
     int pad_token_id;          // its embedding lookup passes no gradient; -1 for none
     int bos_token_id;          // -1 for none
     int eos_token_id;          // -1 for none
@@ -365,10 +368,10 @@ int metala_checkpoint_load(metala_context *ctx, metala_trainer *trainer, const c
 typedef struct metala_dataset metala_dataset;   // sequences of tokens with a target at each position
 
 // A text file is the sequence of its bytes (vocabulary 256), cut into windows of T tokens, target = next byte.
-// A safetensors file has `inputs` [N,T] (U8, U16, I32), or the patches of images [N,P,C] (U8, or floats x from 0 to 1
-// for the bytes 255·x), which are read as sequences of T = P·C bytes, and either `targets` [N,T] (I32, METALA_IGNORE =
-// no loss), or `labels` [N] (I32: the target of the last position), and optionally `mask` [N,T] (U8); T of the file is
-// used and the argument is only an upper bound to check against (0: none).
+// A safetensors file has `inputs` [N,T] (U8, U16, I32), or images [N,P,C] (U8, or floats x from 0 to 1 for the bytes
+// 255·x), which are sequences of T = P patches of C bytes, of single bytes where C is 1; and either `targets` [N,T] (I32,
+// METALA_IGNORE = no loss), or `labels` [N] (I32: the target of the last position), and optionally `mask` [N,T] (U8); T
+// of the file is used and the argument is only an upper bound to check against (0: none).
 metala_dataset *metala_dataset_open(metala_context *ctx, const char *path, size_t T);
 // Split off the last part (0 < fraction < 1) as a dataset of its own. Both must be freed, from one thread at a time.
 metala_dataset *metala_dataset_split(metala_context *ctx, metala_dataset *dataset, double fraction);
@@ -376,10 +379,11 @@ void metala_dataset_free(metala_dataset *dataset);
 size_t metala_dataset_length(const metala_dataset *dataset);       // T of a sequence
 size_t metala_dataset_sequences(const metala_dataset *dataset);    // disjoint sequences
 size_t metala_dataset_tokens(const metala_dataset *dataset);       // bytes of a text, N·T of a file
-int metala_dataset_vocab(const metala_dataset *dataset);           // smallest vocabulary that holds all of it
+int metala_dataset_vocab(const metala_dataset *dataset);           // smallest vocabulary that holds all of it, but for patches
+int metala_dataset_patch(const metala_dataset *dataset);           // C of patches, 0 of tokens
 int metala_dataset_is_text(const metala_dataset *dataset);
 // Sequence i in order, for evaluation; the last one of a text may be short: rest is METALA_IGNORE with mask 0.
-// inputs, targets, mask have T entries.
+// inputs, targets, mask have T entries, inputs of patches T·C.
 void metala_dataset_sequence(const metala_dataset *dataset, size_t i, int *inputs, int *targets, uint8_t *mask);
 // The index-th batch of B sequences of the stream that this seed stands for: windows at random places of a text,
 // shuffled epochs of a file. Depends on nothing else, which is what makes a resumed run continue exactly.
@@ -441,6 +445,7 @@ struct metala_backend {
         size_t rows, size_t D, double scale);
     void (*embedding_backward)(metala_context *ctx, metala_real *dE, const metala_real *dx, const int *tokens,
         size_t rows, size_t D, double scale, int pad_token_id);
+    void (*patch_forward)(metala_context *ctx, metala_real *x, const int *tokens, size_t n);
     void (*rms_forward)(metala_context *ctx, metala_real *n, metala_real *r, const metala_real *x,
         const uint8_t *mask, size_t rows, size_t D, double eps);
     void (*rms_backward)(metala_context *ctx, metala_real *dx, const metala_real *dn, const metala_real *x,

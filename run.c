@@ -749,11 +749,21 @@ static void show_progress(const program *p, size_t done, size_t total, double lo
     *shown = seconds();
 }
 
+// What the tokens are of a dataset or a model with this patch_dim.
+enum { KIND = 40 };
+static const char *kind_text(char text[KIND], int patch_dim) {
+    snprintf(text, KIND, patch_dim ? "patches of %d bytes" : "tokens", patch_dim);
+    return text;
+}
+
+// Numbers of a token in a dataset's inputs: one, or a patch.
+static size_t token_size(const program *p) { return p->config->patch_dim ? (size_t)p->config->patch_dim : 1; }
+
 // Adds up the cross-entropy of all sequences. A text is one sequence, cut into windows that continue each other, or,
 // with --context, start from nothing. The sequences of a safetensors dataset have nothing to do with each other.
 static int score_dataset(program *p, metala_state *state, const metala_dataset *d, int *inputs, int *targets,
                          uint8_t *mask, double *nats, size_t *counted) {
-    const size_t T = metala_dataset_length(d), total = metala_dataset_tokens(d);
+    const size_t T = metala_dataset_length(d), total = metala_dataset_tokens(d), C = token_size(p);
     const int is_text = metala_dataset_is_text(d);
     double shown = seconds();
     for (size_t i = 0; i < metala_dataset_sequences(d) && !interrupted; i++) {
@@ -763,7 +773,7 @@ static int score_dataset(program *p, metala_state *state, const metala_dataset *
         if ((!is_text || p->s->context) && metala_state_reset(p->ctx, state)) return library_failed(p);
         for (size_t t = 0; t < n && !interrupted; t += PIECE) {
             size_t most = n - t < PIECE ? n - t : PIECE;
-            if (metala_score(p->ctx, state, p->s->form, inputs + t, targets + t, mask + t, most, nats, counted))
+            if (metala_score(p->ctx, state, p->s->form, inputs + t * C, targets + t, mask + t, most, nats, counted))
                 return library_failed(p);
             p->tokens_read += most;
             show_progress(p, i * T + t + most, total, *nats / (double)(*counted ? *counted : 1), &shown);
@@ -785,7 +795,7 @@ static void print_score(const program *p, const metala_dataset *d, double loss, 
 // The mean cross-entropy of the model as it is now.
 static int score(program *p, metala_state *state, const metala_dataset *d, double *loss, size_t *counted) {
     size_t T = metala_dataset_length(d);
-    int *inputs = malloc(T * sizeof *inputs), *targets = malloc(T * sizeof *targets), status;
+    int *inputs = malloc(T * token_size(p) * sizeof *inputs), *targets = malloc(T * sizeof *targets), status;
     uint8_t *mask = malloc(T);
     double nats = 0;
     *counted = 0;
@@ -811,7 +821,11 @@ static int evaluate(program *p, metala_state *state) {
     if (!d) return library_failed(p);
     double loss, full = 0, start = seconds();
     int status = 0;
-    if (metala_dataset_vocab(d) > p->config->vocab_size)
+    if (metala_dataset_patch(d) != p->config->patch_dim) {
+        char its[KIND], ours[KIND];
+        status = complain("%s: has %s, the model reads %s", path, kind_text(its, metala_dataset_patch(d)),
+                          kind_text(ours, p->config->patch_dim));
+    } else if (metala_dataset_vocab(d) > p->config->vocab_size)
         status = complain("%s: has tokens up to %d, expected at most %d, the model's last one", path,
                           metala_dataset_vocab(d) - 1, p->config->vocab_size - 1);
     if (!status && twice) status = score(p, state, d, &full, &counted);
@@ -843,7 +857,7 @@ static const char *size_text(char text[24], double bytes) {
 static void print_config(const metala_config *c) {
     metala_row row = c->row;
     printf("vocabulary   %d%s; pad %d, begin %d, end %d (-1: none)\n", c->vocab_size,
-           c->vocab_size == 256 ? " bytes" : "", c->pad_token_id, c->bos_token_id, c->eos_token_id);
+           c->patch_dim ? " classes" : c->vocab_size == 256 ? " bytes" : "", c->pad_token_id, c->bos_token_id, c->eos_token_id);
     printf("width        %d\nlayers       %d\n", c->width, c->layers);
     if (c->row.query <= METALA_QUERY_TAYLOR) printf("heads        %d\n", c->heads);
     printf("model        %s:", metala_config_row_name(c));
@@ -851,8 +865,10 @@ static void print_config(const metala_config *c) {
         printf(" %s %s%s", metala_columns()[i].name, metala_columns()[i].values[*metala_row_column(&row, i)],
                i + 1 < METALA_COLUMNS ? "," : "\n");
     printf("GLU width    %d%s\n", c->glu_dim, c->glu_bias ? ", with biases" : "");
-    printf("embedding    %s, %s\n", c->tie_word_embeddings ? "also the output layer" : "apart from the output layer",
-           c->scale_embedding ? "times the root of the width" : "not scaled");
+    char kind[KIND];
+    if (c->patch_dim) printf("embedding    a linear map of %s\n", kind_text(kind, c->patch_dim));
+    else printf("embedding    %s, %s\n", c->tie_word_embeddings ? "also the output layer" : "apart from the output layer",
+                c->scale_embedding ? "times the root of the width" : "not scaled");
     printf("numerics     decay temperature %g, epsilon %g, of the head norm %g\n", c->tau, c->norm_eps,
            c->head_norm_eps);
 }
@@ -1214,6 +1230,9 @@ static int run(program *p) {
     if (!s->eval && quantize(p)) return -1;
     if (s->info) return inform(p);
     if (s->quantize) return write_quantized(p);
+    if (p->config->patch_dim && !s->eval)
+        return complain("%s: reads patches of %d bytes and cannot write; --eval FILE scores a dataset of them", s->model,
+                        p->config->patch_dim);
     size_t N = (size_t)p->config->vocab_size;
     p->logits = malloc(N * sizeof *p->logits);
     p->candidates = malloc(N * sizeof *p->candidates);

@@ -481,6 +481,24 @@ static void embedding_backward(const shape *s, real *const *in, real *const *out
     CALL(embedding_backward)(ctx, din[0], dout[0], token_list(s, token_at), rows_of(s), s->D, 1.5, pad_of(s));
 }
 
+// ---- Patches of D bytes.
+
+static int *byte_list(const shape *s) {
+    int *list = take(rows_of(s) * s->D, sizeof *list);
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) list[i] = (int)((i * 37 + i / 7 + 255) % 256);
+    return list;
+}
+static void patch_sizes(const shape *s, size_t *in, size_t *out) { (void)in, out[0] = rows_of(s) * s->D; }
+static void patch_reference(const shape *s, double *const *in, double *const *out) {
+    const int *bytes = byte_list(s);
+    (void)in;
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) out[0][i] = bytes[i] / 255.0;
+}
+static void patch_forward(const shape *s, real *const *in, real *const *out) {
+    (void)in;
+    CALL(patch_forward)(ctx, out[0], byte_list(s), rows_of(s) * s->D);
+}
+
 // ---- RMS norm; variant 1 with a mask. One row is so small that the epsilon matters.
 
 static void rms_sizes(const shape *s, size_t *in, size_t *out) {
@@ -672,6 +690,8 @@ static void check_kernels(void) {
     const operation operations[] = {
         {"embedding", {"E", "E"}, {"x"}, 2, 1, 1, 1, 1, 0, 1e-3, TOLERANCE(2e-7, 1e-15), TOLERANCE(3e-7, 1e-12),
          embedding_sizes, embedding_fill, embedding_reference, embedding_forward, embedding_backward},
+        {"patch", {NULL}, {"x"}, 0, 0, 1, 0, 0, 0, 1e-3, TOLERANCE(7e-8, 1e-16), 0,
+         patch_sizes, NULL, patch_reference, patch_forward, NULL},
         {"rms", {"x"}, {"n", "r"}, 1, 1, 2, 1, 1, 0, 1e-5, TOLERANCE(5e-7, 1e-15), TOLERANCE(2e-6, 1.5e-9),
          rms_sizes, rms_fill, rms_reference, rms_forward, rms_backward},
         {"conv", {"n", "w", "tail"}, {"u", "c"}, 3, 2, 2, 1, 2, 0, 1e-3, TOLERANCE(5e-7, 5e-16), TOLERANCE(9e-7, 4e-12),
@@ -1954,7 +1974,7 @@ struct mixing;
 typedef struct {
     const metala_model *model;
     double *theta;                       // the parameters, laid out as the model's
-    const int *tokens, *targets;         // (B,T)
+    const int *tokens, *targets;         // (B,T) or of patches (B,T,C), (B,T)
     const uint8_t *mask;                 // (B,T) or NULL
     size_t B, T;
     double *logits;                      // (B,T,N)
@@ -2467,10 +2487,16 @@ static void reference_forward(const reference *r) {
     size_t D = (size_t)c->width, N = (size_t)c->vocab_size, T = r->T, layers = (size_t)c->layers * r->B;
     double *x = malloc((3 * T * D + 2 * (size_t)c->glu_dim + D) * sizeof *x), *work = x + T * D;
     const double *E = theta_of(r, -1, "model.embed_tokens.weight"), *head = theta_of(r, -1, "lm_head.weight");
+    const double *W_p = theta_of(r, -1, "model.patch_embed.weight"), *b_p = theta_of(r, -1, "model.patch_embed.bias");
+    size_t C = (size_t)c->patch_dim;
     memset(r->S, 0, layers * STATE_ROOM * sizeof *r->S);
     memset(r->tails, 0, layers * TAIL_ROOM * sizeof *r->tails);
     for (size_t b = 0; b < r->B; b++) {
-        for (size_t i = 0; i < T * D; i++)
+        for (size_t i = 0; i < T * D && C; i++) {
+            x[i] = b_p[i % D];
+            for (size_t j = 0; j < C; j++) x[i] += W_p[i % D * C + j] * r->tokens[(b * T + i / D) * C + j] / 255.0;
+        }
+        for (size_t i = 0; i < T * D && !C; i++)
             x[i] = E[(size_t)r->tokens[b * T + i / D] * D + i % D] * (c->scale_embedding ? sqrt((double)D) : 1);
         for (int l = 0; l < c->layers; l++) reference_layer(r, l, b, x, work);
         for (size_t t = 0; t < T; t++) {
@@ -2522,15 +2548,18 @@ static metala_model *random_model(const metala_config *c, uint64_t seed) {
     return m;
 }
 
+// Numbers of a token: one, or a patch.
+static size_t token_size(const metala_config *c) { return c->patch_dim ? (size_t)c->patch_dim : 1; }
+
 // Random tokens for a model, with room for what a reference makes of them; sequence b starts with b masked tokens when
 // `masked`.
 static reference make_tokens(const metala_model *m, size_t B, size_t T, int masked) {
     const metala_config *c = metala_model_config(m);
-    size_t rows = B * T, L = (size_t)c->layers;
-    int *tokens = take(rows, sizeof *tokens), *targets = take(rows, sizeof *targets);
+    size_t rows = B * T, L = (size_t)c->layers, C = token_size(c);
+    int *tokens = take(rows * C, sizeof *tokens), *targets = take(rows, sizeof *targets);
     uint8_t *mask = take(rows, 1);
     for (size_t row = 0; row < rows; row++) {
-        tokens[row] = below(c->vocab_size);
+        for (size_t j = 0; j < C; j++) tokens[row * C + j] = below(c->patch_dim ? 256 : c->vocab_size);
         targets[row] = below(6) ? below(c->vocab_size) : METALA_IGNORE;
         mask[row] = row % T >= row / T && row % T != T - 2;
     }
@@ -2678,26 +2707,33 @@ static void check_models(void) {
             check_model(variants[i].name, &c, all_forms[f], 2, 19, i == 1 || i == 2, metala_tolerance);
         }
     metala_config c = small_config();
+    c.patch_dim = 5, c.pad_token_id = 1;                             // which patches have no use for
+    for (size_t f = 0; f < COUNT(all_forms); f++) check_model("patches", &c, all_forms[f], 2, 19, 1, metala_tolerance);
+    c = small_config();
     c.layers = 1, c.width = 6, c.heads = 3;                          // K = 1
     check_model("K1", &c, METALA_CHUNKWISE, 3, 9, 1, metala_tolerance);
     c.heads = 1, c.tau = 4, c.norm_eps = 0.1, c.head_norm_eps = 0.2;
     check_model("other constants", &c, METALA_CHUNKWISE, 1, 70, 0, metala_tolerance);
 
     if (begin(0, "model configurations that cannot be are refused")) {
-        metala_config bad[17];
+        metala_config bad[21];
         for (size_t i = 0; i < COUNT(bad); i++) bad[i] = metala_config_default();
         bad[0].vocab_size = 0, bad[1].width = 255, bad[2].layers = 0, bad[3].heads = 3, bad[4].glu_dim = -5;
         bad[5].heads = 256, bad[6].tau = 0, bad[7].norm_eps = -1, bad[8].head_norm_eps = NAN, bad[9].width = 1 << 30;
         bad[10].heads = -4, bad[11].tau = NAN, bad[12].norm_eps = INFINITY;
         bad[13].row.decay = -1, bad[14].row.norm = 99, bad[15].row.phase = METALA_PHASE_ROPE, bad[15].width = 200;  // K = 25
         bad[16].row.norm = METALA_NORM_LAYER, bad[16].heads = bad[16].width = 64, bad[16].row.channels = METALA_CHANNELS_FULL;
+        bad[17].patch_dim = -1, bad[18].patch_dim = (1 << 24) + 1;
+        bad[19].patch_dim = bad[19].tie_word_embeddings = bad[20].patch_dim = bad[20].scale_embedding = 4;
         for (size_t i = 0; i < COUNT(bad); i++) {
             expect(metala_config_check(ctx, &bad[i]) == -1, "configuration %zu is refused", i);
             expect(metala_model_create(ctx, &bad[i]) == NULL, "no model of configuration %zu", i);
             expect(strstr(metala_error(ctx), "configuration: ") != NULL, "a reason, not '%s'", metala_error(ctx));
         }
-        bad[0] = metala_config_default();
-        expect(metala_config_check(ctx, &bad[0]) == 0, "the default is accepted");
+        bad[0] = bad[1] = metala_config_default();
+        bad[1].patch_dim = 1;
+        expect(metala_config_check(ctx, &bad[0]) == 0 && metala_config_check(ctx, &bad[1]) == 0, "the default is accepted, and"
+               " patches");
         end_check();
     }
 
@@ -2745,6 +2781,15 @@ static void check_models(void) {
         metala_model_get(ctx, b, "model.embed_tokens.weight", x), memcpy(second, x, sizeof second);
         expect(memcmp(first, second, sizeof first) != 0, "another seed, other numbers");
         metala_model_free(a), metala_model_free(b);
+        of.patch_dim = 100;
+        a = metala_model_create(ctx, &of);
+        metala_model_init(ctx, a, 42, &init), metala_model_get(ctx, a, "model.patch_embed.weight", x);
+        double square = 0;
+        for (int j = 0; j < 6400; j++) expect(x[j] != 0, "no patch is padding"), square += (double)x[j] * (double)x[j];
+        expect(fabs(sqrt(square / 6400) / 0.05 - 1) < 0.05, "patch_embed has deviation 0.05, not %g", sqrt(square / 6400));
+        metala_model_get(ctx, a, "model.patch_embed.bias", x);
+        expect(largest(x, 64) == 0, "its bias is 0");
+        metala_model_free(a);
         end_check();
     }
     if (begin(0, "parameters by name")) {
@@ -2788,25 +2833,26 @@ static unsigned char *read_bytes(const char *path, size_t *n) {
 }
 
 // The same tokens read in pieces, whose sizes vary, give the logits of reading them at once.
-static void check_streaming(metala_form form, size_t T, int step, int masked) {
-    if (!begin(TOLERANCE(8e-5, 1e-13), "state %s in pieces of %d T%zu%s", form_name(form), step, T,
-               masked ? " masked" : ""))
+static void check_streaming(metala_form form, size_t T, int step, int masked, int patch_dim) {
+    if (!begin(TOLERANCE(8e-5, 1e-13), "state %s in pieces of %d T%zu%s%s", form_name(form), step, T, masked ? " masked" : "",
+               patch_dim ? " patches" : ""))
         return;
     metala_config c = small_config();
+    c.patch_dim = patch_dim;
     metala_model *m = random_model(&c, 8);
     reference r = make_reference(m, 2, T, masked);
-    size_t N = (size_t)c.vocab_size;
+    size_t N = (size_t)c.vocab_size, C = token_size(&c);
     metala_state *s = metala_state_create(ctx, m, 2);
     real *logits = reals(2 * T * N), *piece = reals(2 * T * N);
     reference_forward(&r);
     for (size_t t = 0, n; t < T; t += n) {
-        int *tokens = take(2 * T, sizeof *tokens);
+        int *tokens = take(2 * T * C, sizeof *tokens);
         uint8_t *mask = take(2 * T, 1);
         n = step ? (size_t)step : 1 + (size_t)below(40);
         if (n > T - t) n = T - t;
         for (size_t b = 0; b < 2; b++)
             for (size_t i = 0; i < n; i++) {
-                tokens[b * n + i] = r.tokens[b * T + t + i];
+                memcpy(tokens + (b * n + i) * C, r.tokens + (b * T + t + i) * C, C * sizeof *tokens);
                 mask[b * n + i] = r.mask ? r.mask[b * T + t + i] : 1;
             }
         int failed = n == 1 && !masked && form == METALA_RECURRENT ? metala_step(ctx, s, tokens, piece)
@@ -2823,11 +2869,14 @@ static void check_streaming(metala_form form, size_t T, int step, int masked) {
 
 static void check_states(void) {
     for (size_t f = 0; f < COUNT(all_forms); f++) {
-        check_streaming(all_forms[f], 100, 1, 0);
-        check_streaming(all_forms[f], 100, 0, 0);
-        check_streaming(all_forms[f], 60, 3, 1);
-        check_streaming(all_forms[f], 300, 300, 0);                  // longer than what goes through the layers at once
+        check_streaming(all_forms[f], 100, 1, 0, 0);
+        check_streaming(all_forms[f], 100, 0, 0, 0);
+        check_streaming(all_forms[f], 60, 3, 1, 0);
+        check_streaming(all_forms[f], 300, 300, 0, 0);               // longer than what goes through the layers at once
+        check_streaming(all_forms[f], 300, 300, 1, 3);
     }
+    check_streaming(METALA_RECURRENT, 100, 1, 0, 3);
+    check_streaming(METALA_CHUNKWISE, 100, 0, 1, 3);
     if (begin(TOLERANCE(3e-5, 6e-14), "state prefill, then steps")) {
         metala_config c = small_config();
         metala_model *m = random_model(&c, 9);
@@ -4121,7 +4170,9 @@ static void check_model_files(void) {
     if (begin(0, "file: every byte of a header damaged")) {
         const char *path = scratch_path("whole.tmp"), *damaged = scratch_path("damaged.tmp");
         static const unsigned char values[] = {0, '"', '{', '}', ']', ',', '\\', '0', '9', 'a', 0x80, 0xff};
-        metala_model *m = random_model(&c, 43);
+        metala_config of = c;                                        // with every key that there is
+        of.patch_dim = 3, of.scale_embedding = 0;
+        metala_model *m = random_model(&of, 43);
         size_t n, header, opened = 0, tried = 0;
         if (metala_model_save(ctx, m, path)) problem("%s", metala_error(ctx));
         unsigned char *bytes = read_bytes(path, &n);
@@ -4163,6 +4214,19 @@ static void check_model_files(void) {
              "\"tau\":\"x\"", "a number"},
             {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\"",
              "conv1d.weight is missing"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
+             "\"patch_dim\":\"-3\"", "patch_dim must be 0, or 1 to 16777216, got -3"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
+             "\"patch_dim\":\"99999999999\"", "patch_dim is \"99999999999\", expected a whole number"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
+             "\"patch_dim\":\"16777217\"", "got 16777217"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
+             "\"patch_dim\":\"4\"", "tie_word_embeddings needs an embedding, patches (patch_dim 4) have none"},
+            {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
+             "\"tie_word_embeddings\":\"false\",\"patch_dim\":\"4\"", "model.patch_embed.weight is missing"},
+            {"\"vocab_size\":\"16777216\",\"decoder_embed_dim\":\"16777216\",\"decoder_layers\":\"1\","
+             "\"decoder_attention_heads\":\"1\",\"tie_word_embeddings\":\"false\",\"patch_dim\":\"16777216\"",
+             "patch_embed.weight is missing"},
             {"\"vocab_size\":\"16777216\",\"decoder_embed_dim\":\"16777216\",\"decoder_layers\":\"100\","
              "\"decoder_attention_heads\":\"1\"", "100 layers"}};
         static const float data[20] = {0};
@@ -4234,11 +4298,14 @@ static void check_model_files(void) {
 // ------------------------------------------------------------------------------------------------ data
 
 // A quantized model computes with the numbers that metala_model_get gives, here, in a file, and after loading.
-static void check_quantized_model(metala_dtype type, int tied) {
-    if (!begin(TOLERANCE(5e-6, 1e-14), "quantized model %s%s", metala_dtype_name(type), tied ? " tied" : "")) return;
+static void check_quantized_model(metala_dtype type, int tied, int patch_dim) {
+    if (!begin(TOLERANCE(5e-6, 1e-14), "quantized model %s%s%s", metala_dtype_name(type), tied ? " tied" : "",
+               patch_dim ? " patches" : ""))
+        return;
     enum { T = 9 };
     metala_config c = small_config(), plain;
     c.width = 132, c.heads = 2, c.glu_dim = 70, c.glu_bias = 1, c.row.key = METALA_KEY_LINEAR, c.tie_word_embeddings = tied;
+    c.patch_dim = patch_dim;
     const char *path = scratch_path("quantized.tmp");
     metala_model *m = random_model(&c, 51), *back = NULL, *reference_model;
     plain = c, plain.tie_word_embeddings = 0;                        // the head of the reference is a tensor of its own
@@ -4269,8 +4336,8 @@ static void check_quantized_model(metala_dtype type, int tied) {
     for (int i = 0; i < 3; i++) {
         metala_model *model = i == 0 ? reference_model : i == 1 ? m : back;
         metala_state *s = model ? metala_state_create(ctx, model, 2) : NULL;
-        int tokens[2 * T];
-        for (int t = 0; t < 2 * T; t++) tokens[t] = t * 5 % (int)N;
+        int *tokens = take(2 * T * token_size(&c), sizeof *tokens);
+        for (int t = 0; t < 2 * T * (int)token_size(&c); t++) tokens[t] = t * 5 % (int)N;
         logits[i] = reals(2 * T * N), steps[i] = reals(2 * N);
         if (!s || metala_forward(ctx, s, METALA_CHUNKWISE, tokens, NULL, T, logits[i]) ||
             metala_step(ctx, s, tokens + 3, steps[i]))
@@ -4302,7 +4369,8 @@ static void check_quantized_model(metala_dtype type, int tied) {
 
 static void check_quantized_files(void) {
     static const metala_dtype types[] = {METALA_BF16, METALA_I8};
-    for (int i = 0; i < 4; i++) check_quantized_model(types[i / 2], i % 2);
+    for (int i = 0; i < 4; i++) check_quantized_model(types[i / 2], i % 2, 0);
+    check_quantized_model(METALA_I8, 0, 6);
 
     if (begin(0, "quantized models refuse what they cannot do")) {
         metala_config c = small_config();
@@ -4498,8 +4566,43 @@ static void check_data(void) {
         if (!d) problem("%s", metala_error(ctx));
         else {
             metala_dataset_sequence(d, 1, in, out, shown);
-            expect(metala_dataset_sequences(d) == 2 && metala_dataset_length(d) == 6, "an image is 6 bytes");
-            for (int t = 0; t < 6; t++) expect(in[t] == 7 + t && out[t] == (t < 5 ? METALA_IGNORE : 5), "byte %d", t);
+            expect(metala_dataset_sequences(d) == 2 && metala_dataset_length(d) == 3 && metala_dataset_patch(d) == 2 &&
+                   metala_dataset_tokens(d) == 6, "an image is 3 patches of 2 bytes");
+            expect(metala_dataset_vocab(d) == 6, "as many classes as the labels need, not %d", metala_dataset_vocab(d));
+            for (int j = 0; j < 6; j++) expect(in[j] == 7 + j, "byte %d is %d", j, in[j]);
+            expect(out[0] == METALA_IGNORE && out[1] == METALA_IGNORE && out[2] == 5 && shown[2], "the label at the end");
+            int two[12], ends[6], order;
+            metala_dataset_batch(d, 3, 0, 2, two, ends, shown);
+            order = two[0] == 7;
+            for (int j = 0; j < 12; j++) expect(two[j] == 1 + (j + 6 * order) % 12, "byte %d of a batch is %d", j, two[j]);
+            expect(ends[2] == 4 + order && ends[5] == 5 - order, "and its labels");
+            metala_dataset *part = metala_dataset_split(ctx, d, 0.5);
+            if (!part) problem("%s", metala_error(ctx));
+            else metala_dataset_sequence(part, 0, two, ends, shown);
+            expect(two[0] == 7 && metala_dataset_patch(part) == 2, "the second image split off");
+            metala_dataset_free(part);
+        }
+        metala_dataset_free(d);
+        write_safetensors(path, "{\"__metadata__\":{\"vocab_size\":\"9\"},\"inputs\":{\"dtype\":\"U8\",\"shape\":[1,2,3],"
+                          "\"data_offsets\":[0,6]},\"targets\":{\"dtype\":\"I8\",\"shape\":[1,2],\"data_offsets\":[6,8]},"
+                          "\"mask\":{\"dtype\":\"U8\",\"shape\":[1,2],\"data_offsets\":[8,10]}}",
+                          "\1\2\3\4\5\xff\x9c\7\0\1", 10);
+        d = metala_dataset_open(ctx, path, 2);
+        if (!d) problem("%s", metala_error(ctx));
+        else {
+            metala_dataset_sequence(d, 0, in, out, shown);
+            expect(in[0] == 1 && in[5] == 255 && out[0] == METALA_IGNORE && out[1] == 7 && !shown[0] && shown[1] &&
+                   metala_dataset_vocab(d) == 9, "a target and a mask for each patch");
+        }
+        metala_dataset_free(d);
+        write_safetensors(path, "{\"inputs\":{\"dtype\":\"U8\",\"shape\":[1,3,1],\"data_offsets\":[0,3]},\"labels\":{"
+                          "\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[3,4]}}", "\1\2\377\4", 4);
+        d = metala_dataset_open(ctx, path, 0);
+        if (!d) problem("%s", metala_error(ctx));
+        else {
+            metala_dataset_sequence(d, 0, in, out, shown);
+            expect(metala_dataset_patch(d) == 0 && metala_dataset_length(d) == 3 && metala_dataset_vocab(d) == 256 &&
+                   in[2] == 255, "patches of one byte are bytes");
         }
         metala_dataset_free(d);
         write_safetensors(path, "{\"inputs\":{\"dtype\":\"F16\",\"shape\":[1,1,3],\"data_offsets\":[0,6]},\"labels\":{"
@@ -4508,7 +4611,7 @@ static void check_data(void) {
         if (!d) problem("%s", metala_error(ctx));
         else {
             metala_dataset_sequence(d, 0, in, out, shown);
-            expect(in[0] == 0 && in[1] == 255 && in[2] == 128 && out[2] == 3, "brightness: %d %d %d", in[0], in[1], in[2]);
+            expect(in[0] == 0 && in[1] == 255 && in[2] == 128 && out[0] == 3, "brightness: %d %d %d", in[0], in[1], in[2]);
         }
         metala_dataset_free(d);
         static const struct { const char *header, *reason; } cases[] = {
@@ -4533,12 +4636,33 @@ static void check_data(void) {
             {"{\"inputs\":{\"dtype\":\"F16\",\"shape\":[1,1,1],\"data_offsets\":[0,2]},\"labels\":{\"dtype\":\"I16\","
              "\"shape\":[1],\"data_offsets\":[2,4]}}", "number 0 is nan, expected a brightness"},
             {"{\"inputs\":{\"dtype\":\"U16\",\"shape\":[1,1],\"data_offsets\":[0,2]},\"targets\":{\"dtype\":\"F16\","
-             "\"shape\":[1,1,1],\"data_offsets\":[2,4]}}", "targets has shape [1,1,1]"}};
+             "\"shape\":[1,1,1],\"data_offsets\":[2,4]}}", "targets has shape [1,1,1]"},
+            {"{\"inputs\":{\"dtype\":\"U16\",\"shape\":[1,1],\"data_offsets\":[0,2]},\"targets\":{\"dtype\":\"F16\","
+             "\"shape\":[1,1],\"data_offsets\":[2,4]}}", "targets has type F16 and cannot be read as I32"},
+            {"{\"inputs\":{\"dtype\":\"U8\",\"shape\":[1,1,2],\"data_offsets\":[0,2]},\"targets\":{\"dtype\":\"U8\","
+             "\"shape\":[1,1,2],\"data_offsets\":[2,4]}}", "targets has shape [1,1,2], expected [1,1]"},
+            {"{\"inputs\":{\"dtype\":\"U8\",\"shape\":[1,1,2],\"data_offsets\":[0,2]},\"targets\":{\"dtype\":\"U8\","
+             "\"shape\":[1,2],\"data_offsets\":[2,4]}}", "targets has shape [1,2], expected [1,1]"},
+            {"{\"inputs\":{\"dtype\":\"U8\",\"shape\":[1,1,2],\"data_offsets\":[0,2]},\"targets\":{\"dtype\":\"I8\","
+             "\"shape\":[1,1],\"data_offsets\":[2,3]},\"x\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[3,4]}}",
+             "targets: number 0 is -2"},
+            {"{\"inputs\":{\"dtype\":\"U8\",\"shape\":[1,1,2],\"data_offsets\":[0,2]},\"labels\":{\"dtype\":\"U8\","
+             "\"shape\":[1],\"data_offsets\":[2,3]},\"mask\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[3,4]}}",
+             "mask has shape [1], expected [1,1]"},
+            {"{\"__metadata__\":{\"vocab_size\":\"3\"},\"inputs\":{\"dtype\":\"U8\",\"shape\":[1,1,3],\"data_offsets\":[0,3]},"
+             "\"labels\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[3,4]}}",
+             "vocab_size in the metadata is '3', expected a number from 5"},
+            {"{\"inputs\":{\"dtype\":\"U8\",\"shape\":[2147483648,2147483648,4],\"data_offsets\":[0,0]},\"labels\":{"
+             "\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}", "inputs"}};
         for (size_t i = 0; i < COUNT(cases); i++) {
-            static const char *const bytes[] = {[7] = "\1\2\3\xff", [10] = "\1\x3c\0", [11] = "\1\x7e\0"};
+            static const char *const bytes[] = {[7] = "\1\2\3\xff", [10] = "\1\x3c\0", [11] = "\1\x7e\0", [16] = "\1\2\xfe\1"};
             write_safetensors(path, cases[i].header, i < COUNT(bytes) && bytes[i] ? bytes[i] : "\1\2\3\4", 4);
             refused(cases[i].header, !metala_dataset_open(ctx, path, 0), path, cases[i].reason);
         }
+        write_safetensors(path, "{\"inputs\":{\"dtype\":\"U8\",\"shape\":[1,1,16777217],\"data_offsets\":[0,16777217]},"
+                          "\"labels\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[16777217,16777218]}}",
+                          take(16777218, 1), 16777218);
+        refused("a patch that is too large", !metala_dataset_open(ctx, path, 0), path, "patches of 16777217 bytes, expected");
         remove(path);
         end_check();
     }
@@ -4552,6 +4676,125 @@ static void check_data(void) {
         }
         expect(fabs(sum / 100000 - 0.5) < 0.005 && least >= 0 && least < 1e-3 && most < 1 && most > 0.999,
                "uniform in [0,1): mean %g, %g to %g", sum / 100000, least, most);
+        end_check();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ patches
+
+static metala_config patch_config(void) {
+    metala_config c = small_config();
+    c.patch_dim = 6, c.vocab_size = 4;
+    return c;
+}
+
+// Steps first + 1 to last: of 5 patches, the label is that which is brightest in its second byte, if not the first.
+static double train_on_patches(metala_trainer *t, int first, int last) {
+    enum { B = 8, T = 5, C = 6 };
+    int inputs[B * T * C], targets[B * T];
+    double loss = 0, norm;
+    for (int step = first; step < last; step++) {
+        random_state = (uint64_t)step + 1;
+        for (int i = 0; i < B * T * C; i++) inputs[i] = below(100);
+        for (int i = 0; i < B * T; i++) targets[i] = METALA_IGNORE;
+        for (int b = 0; b < B; b++) {
+            int label = targets[b * T + T - 1] = below(4);
+            inputs[(b * T + 1 + label) * C + 1] = 255;
+        }
+        if (metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, B, T, 1, &loss) ||
+            metala_update(ctx, t, &training_adamw, &norm))
+            problem("%s", metala_error(ctx));
+    }
+    return loss;
+}
+
+static void check_patches(void) {
+    if (begin(0, "patches: learned; a resumed run has the same bits")) {
+        metala_config c = patch_config();
+        metala_model *models[2], *back;
+        metala_trainer *trainers[2];
+        int last = be == metala_cpu() ? 200 : 6;                     // an emulated GPU would take minutes
+        const char *path = scratch_path("patches.tmp");
+        for (int i = 0; i < 2; i++) {
+            models[i] = metala_model_create(ctx, &c);
+            metala_model_init(ctx, models[i], 1, &(metala_init){0.3, 1, 1, 0});
+            trainers[i] = metala_trainer_create(ctx, models[i], 8, 5, METALA_KEEP_COSTLY);
+        }
+        double loss = train_on_patches(trainers[0], 0, 3);
+        note(" %.2f", loss);
+        if (metala_checkpoint_save(ctx, trainers[0], path, NULL, 0) || !(back = metala_model_load(ctx, path)))
+            problem("%s", metala_error(ctx));
+        else {
+            metala_trainer *t = metala_trainer_create(ctx, back, 8, 5, METALA_KEEP_COSTLY);
+            expect(metala_model_config(back)->patch_dim == 6, "the file says what a patch is");
+            if (metala_checkpoint_load(ctx, t, path)) problem("%s", metala_error(ctx));
+            loss = train_on_patches(t, 3, last), train_on_patches(trainers[1], 0, last);
+            same_bits("parameters", all_parameters(back), all_parameters(models[1]), metala_model_size(back));
+            metala_trainer_free(t), metala_model_free(back);
+        }
+        note(" -> %.3f", loss);
+        expect(loss < 0.1 || last == 6, "learned");
+        for (int i = 0; i < 2; i++) metala_trainer_free(trainers[i]), metala_model_free(models[i]);
+        remove(path);
+        end_check();
+    }
+    if (begin(0, "patches: what is kept changes no bit")) {
+        metala_config c = patch_config();
+        metala_model *m = random_model(&c, 71);
+        reference r = make_reference(m, 2, 70, 1);
+        real *gradients[3];
+        for (int keep = METALA_KEEP_COSTLY; keep <= METALA_KEEP_INPUTS; keep++) {
+            metala_trainer *t = metala_trainer_create(ctx, m, 2, 70, (metala_keep)keep);
+            if (metala_gradient(ctx, t, METALA_CHUNKWISE, r.tokens, r.targets, r.mask, 2, 70, 1, NULL))
+                problem("%s", metala_error(ctx));
+            gradients[keep] = all_gradients(t, m);
+            same_bits("gradients", gradients[METALA_KEEP_COSTLY], gradients[keep], metala_model_size(m));
+            metala_trainer_free(t);
+        }
+        metala_model_free(m);
+        end_check();
+    }
+    if (begin(0, "patches: memory")) {
+        metala_config c = small_config(), patches = c;
+        patches.patch_dim = 10;
+        metala_memory a = metala_trainer_memory(NULL, &c, 2, 16, METALA_KEEP_COSTLY, 1);
+        metala_memory b = metala_trainer_memory(NULL, &patches, 2, 16, METALA_KEEP_COSTLY, 1);
+        size_t D = (size_t)c.width, N = (size_t)c.vocab_size;
+        expect(b.parameters - 11 * D * sizeof(real) == a.parameters - N * D * sizeof(real), "a linear map for the embedding");
+        expect(b.activations - a.activations == 2 * 16 * (10 * sizeof(real) + 9 * sizeof(int)), "bytes, and numbers of them");
+        metala_model *m = metala_model_create(ctx, &patches);
+        expect(metala_model_bytes(m) == b.parameters, "as much as the model takes");
+        metala_model_free(m);
+        end_check();
+    }
+    if (begin(0, "patches: misuse is refused")) {
+        metala_config c = patch_config(), plain = small_config();
+        metala_model *m = random_model(&c, 72);
+        metala_trainer *t = metala_trainer_create(ctx, m, 1, 2, METALA_KEEP_ALL);
+        metala_state *s = metala_state_create(ctx, m, 1);
+        int inputs[12] = {0}, targets[2] = {METALA_IGNORE, 3};
+        real logits[4];
+        inputs[7] = 256;
+        refused("a byte of 256", metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 1, 2, 1, NULL), "",
+                "number 7 of the patches is 256, expected 0 to 255");
+        inputs[7] = 255, inputs[11] = -1;
+        refused("a byte of -1", metala_prefill(ctx, s, inputs, NULL, 2, logits), "", "number 11 of the patches is -1");
+        expect(metala_state_position(s) == 0, "the state has not moved");
+        inputs[11] = 0, targets[1] = 4;
+        refused("a class too many", metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 1, 2, 1, NULL), "",
+                "target 4 at place 1");
+        targets[1] = 3;
+        expect(!metala_gradient(ctx, t, METALA_CHUNKWISE, inputs, targets, NULL, 1, 2, 1, NULL) &&
+               !metala_prefill(ctx, s, inputs, NULL, 2, logits), "the last byte and class are accepted: %s", metala_error(ctx));
+        metala_trainer_free(t), metala_state_free(s), metala_model_free(m);
+
+        const char *path = scratch_path("plain.tmp");                // a file of tokens is as it was
+        m = random_model(&plain, 73);
+        if (metala_model_save(ctx, m, path)) problem("%s", metala_error(ctx));
+        metala_file *f = metala_file_open(ctx, path);
+        expect(f && !metala_file_metadata(f, "patch_dim"), "no patch_dim where there are none");
+        metala_file_close(f), metala_model_free(m);
+        remove(path);
         end_check();
     }
 }
@@ -4570,11 +4813,11 @@ static void scarce_free(void *memory) {
     metala_cpu()->free(memory);
 }
 
-static int use_everything(const metala_backend *scarce, const metala_named_row *row) {
+static int use_everything(const metala_backend *scarce, const metala_named_row *row, int patch_dim) {
     static const metala_adamw a = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1};
-    int tokens[16] = {0}, failed = 1;
+    int tokens[32] = {0}, failed = 1;
     metala_config config = small_config();
-    config.row = row->row, config.expand = row->expand;
+    config.row = row->row, config.expand = row->expand, config.patch_dim = patch_dim;
     metala_context *c = metala_open(scarce, 1);
     metala_model *m = metala_model_create(c, &config);
     metala_trainer *t = m ? metala_trainer_create(c, m, 2, 8, METALA_KEEP_COSTLY) : NULL;
@@ -4600,10 +4843,10 @@ static void check_memory(void) {
         scarce.alloc = scarce_alloc, scarce.free = scarce_free;
         int all = 0;
         for (const metala_named_row *row = metala_rows(); row->name; row++) {
-            int failures = 0, failed = 1;
+            int failures = 0, failed = 1, patch_dim = all ? 0 : 2;   // of the first row
             for (long n = 0; failed && n < 1000; n++) {
                 allocations_left = n;
-                failed = use_everything(&scarce, row);
+                failed = use_everything(&scarce, row, patch_dim);
                 failures += failed != 0;
                 expect(allocations_alive == 0, "%s: after %ld allocations all is freed, %ld are not", row->name, n,
                        allocations_alive);
@@ -4771,6 +5014,10 @@ static void twin_embedding_backward(const shape *s) {
     const tensor *dE = ADDED("dE", "nd", s->N * s->D, s->N, s->D), *dx = IN("dx", "btd", s->B, s->T, s->D);
     const tensor *tokens = token_tensor(s, token_at);
     ALL(embedding_backward, REAL(dE), REAL(dx), INTS(tokens), rows_of(s), s->D, 1.5, pad_of(s));
+}
+static void twin_patch_forward(const shape *s) {
+    const tensor *x = OUT("x", "btc", s->B, s->T, s->D), *tokens = FILLED("tokens", "btc", 0, byte_list(s), s->B, s->T, s->D);
+    ALL(patch_forward, REAL(x), INTS(tokens), rows_of(s) * s->D);
 }
 static void twin_rms_forward(const shape *s) {
     const tensor *n = OUT("n", "btd", s->B, s->T, s->D), *inverse = OUT("r", "bt", s->B, s->T);
@@ -5360,6 +5607,7 @@ static void check_twins(void) {
         size_t count;
     } entries[] = {
         ENTRY(embedding_forward, 1e-7, common), ENTRY(embedding_backward, 2e-7, common),
+        ENTRY(patch_forward, 1e-7, common),
         ENTRY(rms_forward, 5e-7, common), ENTRY(rms_backward, 5e-7, common), ENTRY(conv_forward, 3e-7, common),
         ENTRY(conv_backward, 1e-6, common), ENTRY(conv_tail, 1e-30, common), ENTRY(matmul_forward, 3e-6, products),
         ENTRY(matmul_backward, 3e-6, products), ENTRY(matmul_quantized, 3e-6, products), ENTRY(mask_rows, 1e-30, common),
@@ -5459,6 +5707,7 @@ STAGED(embedding_forward, (ctx_t *c, real *x, const int *t, in_t *E, size_t r, s
        (c, W(x, r * D), R(t, r), R(E, table_rows(t, r) * D), r, D, s))
 STAGED(embedding_backward, (ctx_t *c, real *dE, in_t *dx, const int *t, size_t r, size_t D, double s, int pad),
        (c, W(dE, table_rows(t, r) * D), R(dx, r * D), R(t, r), r, D, s, pad))
+STAGED(patch_forward, (ctx_t *c, real *x, const int *t, size_t n), (c, W(x, n), R(t, n), n))
 STAGED(rms_forward, (ctx_t *c, real *n, real *s, in_t *x, const uint8_t *m, size_t r, size_t D, double eps),
        (c, W(n, r * D), W(s, r), R(x, r * D), R(m, r), r, D, eps))
 STAGED(rms_backward, (ctx_t *c, real *dx, in_t *dn, in_t *x, in_t *s, const uint8_t *m, size_t r, size_t D),
@@ -5629,7 +5878,7 @@ static metala_backend staged_backend(const metala_backend *device) {
     metala_backend b = *device;
     stage_of = device;
 #define USE(function) b.function = staged_##function
-    USE(embedding_forward), USE(embedding_backward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
+    USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
     USE(conv_backward), USE(conv_tail), USE(matmul_forward), USE(matmul_backward), USE(matmul_quantized), USE(mask_rows);
     USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(augment_forward);
     USE(augment_backward), USE(head_norm_forward), USE(head_norm_backward), USE(silu_gate_forward);
@@ -6084,6 +6333,7 @@ static void check_cpu(void) {
     check_model_files();
     check_quantized_files();
     check_data();
+    check_patches();
     check_memory();
     check_table();
 }
@@ -6100,6 +6350,7 @@ static void check_device(void) {
         check_states();
     }
     check_training();
+    check_patches();
     check_table();
 }
 

@@ -470,7 +470,7 @@ typedef struct {
     metala_trainer *trainer;
     metala_state *state;                 // of a batch of validation sequences
     metala_real *logits;                 // (B,T,N) of such a batch, when their accuracy is counted; or NULL
-    int *inputs, *targets;               // (B,T)
+    int *inputs, *targets;               // (B,T) or of patches (B,T,C), (B,T)
     uint8_t *mask;                       // (B,T)
     FILE *log;
     double start;                        // when the run would have started, had it run without a break
@@ -515,14 +515,22 @@ static int can_be_split(const metala_dataset *d) {
     return metala_dataset_is_text(d) ? metala_dataset_tokens(d) >= 100 : metala_dataset_sequences(d) >= 10;
 }
 
+// "text", "tokens", or "patches of 16 bytes".
+static const char *kind_text(const metala_dataset *d, char text[ROOM]) {
+    if (metala_dataset_patch(d)) snprintf(text, ROOM, "patches of %d bytes", metala_dataset_patch(d));
+    else snprintf(text, ROOM, "%s", metala_dataset_is_text(d) ? "text" : "tokens");
+    return text;
+}
+
 static int load_data(program *p) {
     settings *s = p->s;
     if (!(p->train = open_data(p, s->data))) return -1;
     if (s->val) {
         if (!(p->val = open_data(p, s->val))) return -1;
-        if (metala_dataset_is_text(p->val) != is_text(p))
-            return complain("%s is text and %s is not; expected the same kind", is_text(p) ? s->data : s->val,
-                            is_text(p) ? s->val : s->data);
+        char train[ROOM], val[ROOM];
+        if (metala_dataset_is_text(p->val) != is_text(p) || metala_dataset_patch(p->val) != metala_dataset_patch(p->train))
+            return complain("%s is %s and %s is %s; expected the same kind", s->data, kind_text(p->train, train), s->val,
+                            kind_text(p->val, val));
     } else if (s->val_fraction > 0 && can_be_split(p->train)) {
         p->val = metala_dataset_split(p->ctx, p->train, s->val_fraction);
         if (!p->val) return library_failed(p);
@@ -538,10 +546,11 @@ static size_t longest_sequence(const program *p) {
 
 static void describe_data(const program *p) {
     const char *unit = is_text(p) ? "bytes" : "sequences";
+    char kind[ROOM];
     size_t train = is_text(p) ? metala_dataset_tokens(p->train) : metala_dataset_sequences(p->train), val = 0;
     if (p->val) val = is_text(p) ? metala_dataset_tokens(p->val) : metala_dataset_sequences(p->val);
     say(p, "data     %s: %zu %s", p->s->data, train, unit);
-    if (!is_text(p)) say(p, " of %d tokens", p->s->context);
+    if (!is_text(p)) say(p, " of %d %s", p->s->context, kind_text(p->train, kind));
     if (p->val)
         say(p, " to train on, %zu for validation%s%s\n", val, p->s->val ? " in " : "", p->s->val ? p->s->val : "");
     else say(p, ", no validation%s\n", p->s->val_fraction > 0 ? ": too few to hold some out (--val FILE)" : "");
@@ -568,6 +577,7 @@ static int adopt_config(program *p, const char *path, const metala_config *confi
 static void complete_config(program *p) {
     metala_config *c = &p->s->config;
     if (c->length == 0) c->length = p->s->context;
+    if (p->train) c->patch_dim = metala_dataset_patch(p->train);
     if (c->glu_dim == 0) c->glu_dim = (int)((8.0 / 3 * c->width + 31) / 32) * 32;
     if (c->vocab_size == 0 && p->train) c->vocab_size = metala_dataset_vocab(p->train);
     if (c->vocab_size == 0) c->vocab_size = 256;
@@ -616,6 +626,11 @@ static int check_vocabulary(program *p) {
     const metala_dataset *const sets[] = {p->train, p->val};
     const char *const names[] = {p->s->data, p->s->val ? p->s->val : p->s->data};
     const int tokens[] = {c->pad_token_id, c->bos_token_id, c->eos_token_id};
+    if (metala_dataset_patch(p->train) != c->patch_dim) {
+        char kind[ROOM], reads[ROOM] = "tokens";
+        if (c->patch_dim) snprintf(reads, sizeof reads, "patches of %d bytes", c->patch_dim);
+        return complain("%s is %s, the model reads %s; train anew", p->s->data, kind_text(p->train, kind), reads);
+    }
     p->misused = !p->model && is_given(p->s, "vocab");
     for (int i = 0; i < 2; i++)
         if (sets[i] && metala_dataset_vocab(sets[i]) > c->vocab_size)
@@ -634,9 +649,12 @@ static metala_keep kept_activations(const settings *s) {
     return s->checkpoint_layers ? METALA_KEEP_INPUTS : METALA_KEEP_COSTLY;
 }
 
+// Numbers of a token in the inputs: one, or a patch.
+static size_t input_size(const program *p) { return p->s->config.patch_dim ? (size_t)p->s->config.patch_dim : 1; }
+
 static int allocate_batch(program *p, size_t T) {
     size_t rows = (size_t)p->s->batch * T;
-    p->inputs = calloc(rows, sizeof *p->inputs);
+    p->inputs = calloc(rows, input_size(p) * sizeof *p->inputs);
     p->targets = calloc(rows, sizeof *p->targets);
     p->mask = calloc(rows, 1);
     return p->inputs && p->targets && p->mask ? 0 : complain("out of memory: a batch of %zu tokens", rows);
@@ -704,6 +722,7 @@ static void describe_model(const program *p) {
     char count[ROOM];
     say(p, "model    %s D%d L%d H%d F%d N%d", metala_config_row_name(c), c->width, c->layers, c->heads, c->glu_dim,
         c->vocab_size);
+    if (c->patch_dim) say(p, " C%d", c->patch_dim);
     say(p, "%s%s: %s parameters\n", c->tie_word_embeddings ? " tied" : "", c->glu_bias ? " glu-bias" : "",
         count_text(count, (double)(m.parameters / sizeof(metala_real))));
     say(p, "memory   %.1f MB: parameters %.1f, gradients %.1f, moments %.1f, activations %.1f, scratch %.1f\n",
@@ -875,8 +894,8 @@ static void load_validation(program *p, size_t i, size_t wanted) {
     for (size_t b = 0; b < (size_t)p->s->batch; b++) {
         size_t j = i + b < wanted ? i + b : wanted - 1;       // beyond the end: any sequence, without targets
         int *targets = p->targets + b * T;
-        metala_dataset_sequence(p->val, (size_t)((double)j * (double)all / (double)wanted), p->inputs + b * T, targets,
-                                p->mask + b * T);
+        metala_dataset_sequence(p->val, (size_t)((double)j * (double)all / (double)wanted), p->inputs + b * T * input_size(p),
+                                targets, p->mask + b * T);
         for (size_t t = 0; t < T && i + b >= wanted; t++) targets[t] = METALA_IGNORE;
     }
 }
@@ -1259,6 +1278,7 @@ CLOCKED(embedding_forward, EMBEDDING, 0, 0, (ctx_t *c, real *x, const int *t, in
         (c, x, t, E, r, D, s))
 CLOCKED(embedding_backward, EMBEDDING, 1, 0,
         (ctx_t *c, real *dE, in_t *dx, const int *t, size_t r, size_t D, double s, int pad), (c, dE, dx, t, r, D, s, pad))
+CLOCKED(patch_forward, EMBEDDING, 0, 0, (ctx_t *c, real *x, const int *t, size_t n), (c, x, t, n))
 CLOCKED(rms_forward, RMS, 0, 0,
         (ctx_t *c, real *n, real *s, in_t *x, const uint8_t *m, size_t r, size_t D, double eps), (c, n, s, x, m, r, D, eps))
 CLOCKED(rms_backward, RMS, 1, 0,
@@ -1412,7 +1432,7 @@ static metala_backend clocked_backend(const metala_backend *device) {
     profiled = device;
     metala_backend b = *device;
 #define USE(function) b.function = clocked_##function
-    USE(embedding_forward), USE(embedding_backward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
+    USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
     USE(conv_backward), USE(matmul_forward), USE(matmul_backward), USE(mask_rows), USE(gate_forward), USE(gate_backward);
     USE(scan_forward), USE(scan_backward), USE(augment_forward), USE(augment_backward), USE(head_norm_forward);
     USE(head_norm_backward), USE(silu_gate_forward), USE(silu_gate_backward), USE(add), USE(cross_entropy_forward);
@@ -1474,10 +1494,10 @@ static int bench(program *p) {
     if (allocate_batch(p, (size_t)s->context) || allocate(p, (size_t)s->context)) return -1;
     say_notices(p);
     s->adamw.learning_rate = s->learning_rate;
-    for (int i = 0; i < s->batch * s->context; i++) {
-        p->inputs[i] = (int)(metala_random(&random) % (uint64_t)c->vocab_size);
+    for (size_t i = 0; i < (size_t)s->batch * (size_t)s->context * input_size(p); i++)
+        p->inputs[i] = (int)(metala_random(&random) % (uint64_t)(c->patch_dim ? 256 : c->vocab_size));
+    for (int i = 0; i < s->batch * s->context; i++)
         p->targets[i] = (int)(metala_random(&random) % (uint64_t)c->vocab_size);
-    }
     for (int i = 0; i < WARM + TIMED; i++) {
         double began = seconds();
         if (interrupted) return 0;
@@ -1510,7 +1530,10 @@ static int prepare(program *p) {
     if ((s->resume || s->init) && old_model(p, s->resume ? s->out : s->init)) return -1;
     if (!p->model) complete_config(p);
     if (!p->model && s->match_params && match_parameters(p)) return -1;
-    if (metala_config_check(p->ctx, &s->config)) return library_failed(p);
+    if (metala_config_check(p->ctx, &s->config)) {
+        p->misused = !p->model;                               // --tie or --scale-embedding of patches
+        return library_failed(p);
+    }
     if (check_vocabulary(p) || check_memory(p, longest_sequence(p)) || allocate_batch(p, longest_sequence(p)) ||
         check_targets(p))
         return -1;

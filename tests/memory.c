@@ -92,13 +92,13 @@ static int open_text(void) { return !(w.text = metala_dataset_open(w.ctx, text_p
 static int split_text(void) { return !(w.tail = metala_dataset_split(w.ctx, w.text, 0.25)); }
 static int write_images(void) {
     static const metala_tensor tensors[] = {{"inputs", METALA_F32, 3, {IMAGES / 4, 2, 2}, IMAGES, 0, 0},
-        {"labels", METALA_I32, 1, {IMAGES / 4}, IMAGES / 4, 0, 0}, {"mask", METALA_U8, 2, {IMAGES / 4, 4}, IMAGES, 0, 0}};
+        {"labels", METALA_I32, 1, {IMAGES / 4}, IMAGES / 4, 0, 0}, {"mask", METALA_U8, 2, {IMAGES / 4, 2}, IMAGES / 2, 0, 0}};
     static const metala_pair pairs[] = {{"vocab_size", "256"}, {"title", "four\tpixels"}};
     float pixels[IMAGES];
     int32_t labels[IMAGES / 4] = {3, 2, 1};
-    uint8_t mask[IMAGES];
+    uint8_t mask[IMAGES / 2];
     const void *data[] = {pixels, labels, mask};
-    for (int i = 0; i < IMAGES; i++) pixels[i] = (float)(i * 20) / 255, mask[i] = i % 4 > 0;
+    for (int i = 0; i < IMAGES; i++) pixels[i] = (float)(i * 20) / 255, mask[i / 2] = i / 2 % 2 > 0;
     return metala_file_write(w.ctx, images_path, tensors, data, 3, pairs, 2);
 }
 static int open_images(void) { return !(w.images = metala_dataset_open(w.ctx, images_path, 0)); }

@@ -166,6 +166,14 @@ for mask in ones left; do
     { put_header "{$inputs,$(tensor labels I32 12 48 96),$(tensor mask U8 12,4 96 144)}"; put_u8 "$tokens"
       put_i32 "$first"; eval "put_u8 \"\$$mask\""; } > $mask.safetensors
 done
+# 12 images of 4 patches of 3 bytes: the label is the number of the brightest patch.
+pixels=$(awk 'BEGIN { for (i = 0; i < 144; i++) print int(i / 3) % 4 == int(i / 12) * 3 % 4 ? 255 - i : i % 60 }' | tr '\n' ' ')
+bright=$(awk 'BEGIN { for (n = 0; n < 12; n++) print n * 3 % 4 }' | tr '\n' ' ')
+images=$(tensor inputs U8 12,4,3 0 144)
+{ put_header "{$images,$(tensor labels I32 12 144 192)}"; put_u8 "$pixels"; put_i32 "$bright"; } > images.safetensors
+{ put_header "{$images,$(tensor targets I32 12,4 144 336),$(tensor mask U8 12,4 336 384)}"; put_u8 "$pixels"; put_i32 "$next"
+  put_u8 "$left"; } > each.safetensors
+{ put_header "{$images,$(tensor targets I32 4,12 144 336)}"; put_u8 "$pixels"; put_i32 "$next"; } > unlike.safetensors
 { put_header "{$inputs}"; put_u8 "$tokens"; } > neither.safetensors
 { put_header "{$inputs,$(tensor labels I32 12 48 96),$(tensor targets I32 12,4 96 288)}"; put_u8 "$tokens"; put_i32 "$first"
   put_i32 "$next"; } > both.safetensors
@@ -271,9 +279,11 @@ numbers_of() {
         sed '/^$/d'
 }
 works "tasks recall" tasks recall --sequences 40 --length 24 --pairs 6 --vocab 20 --seed 5
-cp out recall.st
-equal "tasks recall: the file ends with its last target" $((8 + $(od -A n -t u4 -N 4 recall.st) + 40 * 24 * 6)) "$(size recall.st)"
-{ numbers_of recall.st u2 0 $((40 * 24 * 2)); numbers_of recall.st d4 $((40 * 24 * 2)) $((40 * 24 * 4)); } > numbers
+cp out recall.safetensors
+equal "tasks recall: the file ends with its last target" \
+    $((8 + $(od -A n -t u4 -N 4 recall.safetensors) + 40 * 24 * 6)) "$(size recall.safetensors)"
+{ numbers_of recall.safetensors u2 0 $((40 * 24 * 2))
+  numbers_of recall.safetensors d4 $((40 * 24 * 2)) $((40 * 24 * 4)); } > numbers
 equal "tasks recall: each key comes twice, at its second place is its value, elsewhere no target" "40 sequences, 240 targets" \
     "$(awk '{ x[NR - 1] = $1 } END { for (n = 0; n < 40; n++) { split("", value); split("", asked); right = 1
         for (i = 0; i < 24; i++) { token = x[n * 24 + i]; target = x[960 + n * 24 + i]
@@ -284,19 +294,22 @@ equal "tasks recall: each key comes twice, at its second place is its value, els
         good += right }
         printf "%d sequences, %d targets", good, targets }' numbers)"
 tasks recall --sequences=40 --length=24 --pairs=6 --vocab=20 --seed=5 > again
-same_bytes "tasks recall: the same seed, the same bytes" recall.st again
+same_bytes "tasks recall: the same seed, the same bytes" recall.safetensors again
 tasks recall --sequences 40 --length 24 --pairs 6 --vocab 20 --seed 6 > again
-other_bytes "tasks recall --seed 6: another file" recall.st again
+other_bytes "tasks recall --seed 6: another file" recall.safetensors again
 tasks recall > again
 equal "tasks recall: 20k sequences of 128 tokens unless told" $((8 + $(od -A n -t u4 -N 4 again) + 20000 * 128 * 6)) "$(size again)"
 tasks recall --sequences 1 --length 30 --pairs 10 --vocab 20 > again
 equal "tasks recall: as many pairs as keys and places" 10 "$(numbers_of again d4 60 120 | grep -c -v -e -100)"
 tasks recall --sequences 1 --length 30 --vocab 4 > again
 equal "tasks recall: fewer pairs where there are few keys" 2 "$(numbers_of again d4 60 120 | grep -c -v -e -100)"
-works "train reads recall" train recall.st --val recall.st --width 32 --layers 1 --heads 2 --batch 8 --max-steps 30 --threads 1 --quiet --out again
+small="--width 32 --layers 1 --heads 2 --batch 4 --max-steps 5 --threads 1 --out again"
+works "train reads recall" train recall.safetensors --val recall.safetensors $small
+has "train reads recall: keys and values" out "of 24 tokens" "N20:"
 works "tasks listops" tasks listops --sequences 60 --length 33
-cp out listops.st
-{ numbers_of listops.st u2 0 3960; numbers_of listops.st d4 3960 240; numbers_of listops.st u1 4200 1980; } > numbers
+cp out listops.safetensors
+{ numbers_of listops.safetensors u2 0 3960
+  numbers_of listops.safetensors d4 3960 240; numbers_of listops.safetensors u1 4200 1980; } > numbers
 equal "tasks listops: every label is the value of its sequence, padding is on the left and masked" "60 right" \
     "$(awk 'function value(    op, v, n, i, s, j) { op = x[at++]; if (op < 10) return op
             while (x[at] != 14) { v[++n] = value(); for (i = n; i > 1 && v[i - 1] > v[i]; i--) { j = v[i]; v[i] = v[i - 1]; v[i - 1] = j } }
@@ -307,12 +320,46 @@ equal "tasks listops: every label is the value of its sequence, padding is on th
             for (i = at; i < n * 33 + 33; i++) masks += 1 - x[2040 + i]
             good += value() == x[1980 + n] && at == n * 33 + 33 }
         printf "%d right", good - masks }' numbers)"
-works "train reads listops" train listops.st --width 32 --layers 1 --heads 2 --batch 4 --max-steps 5 --threads 1 --quiet --out again
+works "train reads listops" train listops.safetensors $small
+has "train reads listops: its tokens" out "of 33 tokens" "N16:"
+works "tasks pathfinder" tasks pathfinder --sequences 60 --size 24 --patch 3
+cp out paths.safetensors
+{ numbers_of paths.safetensors u1 0 34560; numbers_of paths.safetensors d4 34560 240; } > numbers
+# From the middle of a dot, over what is grey and no more than 3 away: the next dash of a path is, another path is not.
+equal "tasks pathfinder: the dots of a label 1 are on one path, of a label 0 on two" "60 right, both labels" \
+    "$(awk 'function near(a, b) { return (a % 24 - b % 24) ^ 2 <= 9 && (int(a / 24) - int(b / 24)) ^ 2 <= 9 }
+        { x[NR - 1] = $1 }
+        END { for (n = 0; n < 60; n++) { split("", grey); dots = 0
+            for (i = 0; i < 576; i++) { p = int(i / 9); j = i % 9
+                picture[(int(p / 8) * 3 + int(j / 3)) * 24 + p % 8 * 3 + j % 3] = x[n * 576 + i] }
+            for (i = 0; i < 576; i++) { if (picture[i] == 128) grey[i]
+                if (picture[i] == 255 && picture[i - 25] == 255 && picture[i + 25] == 255) dot[dots++] = i }
+            reached = 1; at[0] = dot[0]
+            for (k = 0; k < reached; k++) for (i in grey) if (near(at[k], i)) { at[reached++] = i; delete grey[i] }
+            joined = 0
+            for (k = 0; k < reached; k++) joined += near(at[k], dot[1])
+            label = x[34560 + n]; labels[label]
+            good += dots == 2 && (joined > 0) == label }
+        printf "%d right%s", good, (0 in labels) && (1 in labels) ? ", both labels" : "" }' numbers)"
+works "train reads pathfinder" train paths.safetensors $small
+has "train reads pathfinder: patches, two classes" out "of 64 patches of 9 bytes" "N2 C9:"
+tasks pathfinder --sequences 2 --size 16 > again
+equal "tasks pathfinder: patches of 4 x 4 unless told" $((8 + $(od -A n -t u4 -N 4 again) + 2 * 16 * 16 + 8)) "$(size again)"
+has "tasks pathfinder: patches of 4 x 4, says the file" again '"shape":[2,16,16]'
+tasks pathfinder --sequences 20 --size 16 --patch 1 > paths.safetensors
+works "train reads pathfinder --patch 1" train paths.safetensors $small
+has "train reads pathfinder --patch 1: bytes" out "of 256 tokens" "N256"
 works "tasks --help" tasks --help
-has "tasks --help explains every flag" out --sequences --length --pairs --vocab --seed --help
-fails 2 "got 'nothing', expected recall or listops" "tasks without a task" tasks
-fails 2 "got 'other', expected recall or listops" "tasks with another task" tasks other
+has "tasks --help explains every flag" out --sequences --length --pairs --vocab --size --patch --seed --help
+fails 2 "got 'nothing', expected recall, listops or pathfinder" "tasks without a task" tasks
+fails 2 "got 'other', expected recall, listops or pathfinder" "tasks with another task" tasks other
 fails 2 "got '--pairs', expected --sequences N, --length T or --seed S" "tasks listops --pairs" tasks listops --pairs 3
+fails 2 "got '--length', expected --sequences N, --size S, --patch P or --seed S" "tasks pathfinder --length" \
+    tasks pathfinder --length 64
+fails 2 "got '15', expected 16 to 256" "tasks --size 15" tasks pathfinder --size 15
+fails 2 "got '257', expected 16 to 256" "tasks --size beyond the most" tasks pathfinder --size 257
+fails 2 "got '0', expected 1 to --size" "tasks --patch 0" tasks pathfinder --patch 0
+fails 2 "got '5', expected a divisor of --size" "tasks --patch that does not divide --size" tasks pathfinder --patch 5
 fails 2 "got '4x'" "tasks --length 4x" tasks recall --length 4x
 fails 2 "got 'nothing'" "tasks --vocab without a value" tasks recall --vocab
 fails 2 "got '0', expected 1 to 2^40" "tasks --sequences 0" tasks recall --sequences 0
@@ -793,10 +840,48 @@ fails 1 "vocab_size in the metadata is '4x', expected a number from 5" "train on
     train vocab.safetensors --width 16 --layers 1 --out new.st
 fails 1 "bad header" "train on a damaged header" train json.safetensors $six --out new.st
 fails 1 "no tensor called inputs" "train on a safetensors file without inputs" train zero.safetensors $six --out new.st
-fails 1 "is text and" "train on sequences, --val on a text" train labels.safetensors $six --val text.txt --out new.st
+fails 1 "labels.safetensors is tokens and text.txt is text" "train on sequences, --val on a text" \
+    train labels.safetensors $six --val text.txt --out new.st
 fails 2 "needs a vocabulary of 12, the model has 5; leave out --vocab" "train --vocab below what the data needs" \
     train labels.safetensors $six --vocab 5 --out new.st
 absent "train: what fails before it starts leaves no file" new.st
+
+# ============================================================== train: images patch by patch
+
+works "train on patches" train images.safetensors $six --out images.st --log images.csv
+has "train on patches: describes them" out "11 sequences of 4 patches of 3 bytes to train on, 1 for validation" "N4 C3:"
+train images.safetensors --val images.safetensors --width 32 --layers 1 --heads 2 --batch 6 --threads 1 --max-steps 150 \
+    --lr 0.02 --quiet --out bright.st --log bright.csv
+equal "train on patches: finds the brightest" 1 "$(last bright.csv val_accuracy)"
+train images.safetensors $six --stop-at 3 --out again.st --log images.csv 2> err
+works "train --resume on patches" train --resume --out again.st --threads 1
+same_bytes "train --resume on patches: the same bits" images.st again.st
+works "train --init on patches" train images.safetensors --init bright.st --max-steps 3 --threads 1 --out again.st
+has "train --init on patches: the configuration of the file holds" out "D32 L1" "N4 C3:"
+works "train on a target for each patch, with a mask" train each.safetensors $six --out each.st
+has "train on a target for each patch: their classes" out "N12 C3:"
+works "train --bench --init of patches" train --bench --init images.st --batch 2 --context 5 --threads 1
+fails 1 "targets has shape [4,12], expected [12,4]" "train on targets of another shape than patches" \
+    train unlike.safetensors $six --out new.st
+fails 1 "images.safetensors is patches of 3 bytes and labels.safetensors is tokens" "train on patches, --val on tokens" \
+    train images.safetensors $six --val labels.safetensors --out new.st
+fails 1 "images.safetensors is patches of 3 bytes, the model reads tokens; train anew" "train --init of tokens on patches" \
+    train images.safetensors --init labels.st --max-steps 6 --out new.st
+fails 1 "labels.safetensors is tokens, the model reads patches of 3 bytes" "train --init of patches on tokens" \
+    train labels.safetensors --init images.st --max-steps 6 --out new.st
+fails 1 "text.txt is text, the model reads patches of 3 bytes" "train --init of patches on a text" \
+    train text.txt --init images.st --max-steps 6 --out new.st
+fails 1 "text.txt is text, the model reads patches of 3 bytes" "train --resume of patches on a text" \
+    train text.txt --resume --out images.st --max-steps 9
+for flag in tie scale-embedding; do
+    fails 2 "needs an embedding, patches (patch_dim 3) have none; leave it out" "train --$flag on patches" \
+        train images.safetensors $six --$flag --out new.st
+done
+fails 2 "needs a vocabulary of 4, the model has 3; leave out --vocab" "train --vocab below the classes of patches" \
+    train images.safetensors $six --vocab 3 --out new.st
+fails 1 "each.safetensors needs a vocabulary of 12, the model has 4" "train --init of patches with fewer classes" \
+    train each.safetensors --init images.st --max-steps 6 --out new.st
+absent "train on patches: what fails before it starts leaves no file" new.st
 
 # ============================================================== train: what must fail
 
@@ -1176,6 +1261,29 @@ equal "run --eval of targets: without those that are -100" 36 "$(value predicted
 holds "run --eval of targets: each sequence from an empty state, the loss of train" \
     "($(value loss) - $(last half.csv val_loss)) ^ 2 < 1e-10"
 works "run --eval of labels with a mask" run recall.st --eval left.safetensors --quiet
+
+works "run --eval of patches" run bright.st --eval images.safetensors --quiet
+has "run --eval of patches: one target of each image" out "predicted    12 tokens of 12 sequences"
+holds "run --eval of patches: the loss of train" "($(value loss) - $(last bright.csv val_loss)) ^ 2 < 1e-8"
+loss=$(value loss)
+works "run --eval of a target for each patch" run each.st --eval each.safetensors --quiet --form recurrent
+equal "run --eval of a target for each patch: without those that are -100" 36 "$(value predicted)"
+works "run --quantize of patches" run bright.st --quantize small.safetensors --quiet
+run small.safetensors --eval images.safetensors --quiet > out
+holds "run --quantize of patches: nearly the same loss" "($(value loss) - $loss) ^ 2 < 1e-3"
+works "run --info of patches" run small.safetensors --info
+has "run --info of patches: says so" out "vocabulary   4 classes" "embedding    a linear map of patches of 3 bytes" \
+    "model.patch_embed.weight                             [32,3]           F32"
+fails 1 "bright.st: reads patches of 3 bytes and cannot write; --eval FILE scores" "run: text from patches" run bright.st "1 2"
+fails 1 "bright.st: reads patches of 3 bytes and cannot write" "run --chat with patches" run bright.st --chat
+fails 1 "text.txt: has tokens, the model reads patches of 3 bytes" "run --eval of a text with patches" \
+    run bright.st --eval text.txt
+fails 1 "labels.safetensors: has tokens, the model reads patches" "run --eval of tokens with patches" \
+    run bright.st --eval labels.safetensors
+fails 1 "images.safetensors: has patches of 3 bytes, the model reads tokens" "run --eval of patches with tokens" \
+    run recall.st --eval images.safetensors
+fails 1 "each.safetensors: has tokens up to 11, expected at most 3" "run --eval of patches with other classes" \
+    run bright.st --eval each.safetensors
 
 works "run --info" run base.st --info
 has "run --info: sizes" out "vocabulary   256 bytes" "width        16" "layers       1" \
