@@ -159,7 +159,8 @@ void cuda_zero(metala_context *ctx, void *memory, size_t bytes) {
 // those of this one still wait in the stream: they run after them.
 float *scratch(metala_context *ctx, size_t floats) {
     float *memory = (float *)metala_context_scratch(ctx, floats * sizeof(float));
-#ifndef __CUDACC__                                               // the emulator shows who reads what nobody wrote
+#ifndef __CUDACC__                                               // the emulator shows who reads what nobody wrote, or goes too far
+    memory = (float *)emu::last_bytes(memory, floats * sizeof(float));
     if (memory) cudaMemset(memory, 0xFF, floats * sizeof(float));
 #endif
     return memory;

@@ -5607,7 +5607,6 @@ static void check_twins(void) {
         size_t count;
     } entries[] = {
         ENTRY(embedding_forward, 1e-7, common), ENTRY(embedding_backward, 2e-7, common),
-        ENTRY(patch_forward, 1e-7, common),
         ENTRY(rms_forward, 5e-7, common), ENTRY(rms_backward, 5e-7, common), ENTRY(conv_forward, 3e-7, common),
         ENTRY(conv_backward, 1e-6, common), ENTRY(conv_tail, 1e-30, common), ENTRY(matmul_forward, 3e-6, products),
         ENTRY(matmul_backward, 3e-6, products), ENTRY(matmul_quantized, 3e-6, products), ENTRY(mask_rows, 1e-30, common),
@@ -5639,7 +5638,7 @@ static void check_twins(void) {
         ENTRY(cross_entropy_forward, 5e-7, common), ENTRY(cross_entropy_backward, 5e-7, common),
         ENTRY(sum_squares, 5e-7, common), ENTRY(adamw, 5e-7, common),
         ENTRY(matmul_forward, 3e-6, large_y), ENTRY(matmul_backward, 3e-6, large_gradients),
-        ENTRY(matmul_quantized, 3e-6, large_y)};
+        ENTRY(matmul_quantized, 3e-6, large_y), ENTRY(patch_forward, 1e-7, common)};
     for (size_t e = 0; e < COUNT(entries); e++)
         for (size_t n = 0; n < 2 * entries[e].count; n++) {
             size_t i = n / 2;

@@ -849,6 +849,12 @@ inline bool intact(const Allocation &a) {
     return true;
 }
 
+// Of an allocation, its last so many bytes, from an aligned place on: what is beyond them is forbidden.
+inline void *last_bytes(void *memory, size_t bytes) {
+    auto at = heap.alive.find((uintptr_t)memory);
+    return at == heap.alive.end() ? memory : (char *)memory + (at->second.bytes - bytes) / ALIGN * ALIGN;
+}
+
 void drain();
 inline int release(void *p, bool pinned, const char *name, const char *file, int line) {
     if (!p) return 0;
