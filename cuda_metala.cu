@@ -877,10 +877,10 @@ void embedding_backward(metala_context *ctx, float *dE, const float *dx, const i
         (float)scale, pad_token_id);
 }
 
-// Patches:  x = bytes/255      x, tokens (n)
-__global__ void patch_forward_kernel(float *x, const int *tokens, size_t n) { FOR_EACH(i, n) x[i] = (float)tokens[i] / 255; }
-void patch_forward(metala_context *ctx, float *x, const int *tokens, size_t n) {
-    RUN(patch_forward_kernel, blocks_for(n, THREADS), THREADS, 0, x, tokens, n);
+// Patches:  x = bytes/255      x, bytes (n)
+__global__ void patch_forward_kernel(float *x, const int *bytes, size_t n) { FOR_EACH(i, n) x[i] = (float)bytes[i] / 255; }
+void patch_forward(metala_context *ctx, float *x, const int *bytes, size_t n) {
+    RUN(patch_forward_kernel, blocks_for(n, THREADS), THREADS, 0, x, bytes, n);
 }
 
 // RMS norm:  n = m x r,  r = (mean_D(x²) + eps)^(-1/2)

@@ -764,10 +764,10 @@ static void embedding_backward(metala_context *ctx, real *dE, const real *dx, co
     }
 }
 
-// Patches:  x = bytes/255, the input of the linear map that stands in the embedding's place      x, tokens (rows,C), n = rows·C
-static void patch_forward(metala_context *ctx, real *x, const int *tokens, size_t n) {
+// Patches:  x = bytes/255, the input of the linear map that stands in the embedding's place      x, bytes (rows,C), n = rows·C
+static void patch_forward(metala_context *ctx, real *x, const int *bytes, size_t n) {
     PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) x[i] = (real)tokens[i] / 255;
+    for (size_t i = 0; i < n; i++) x[i] = (real)bytes[i] / 255;
 }
 
 // RMS norm without weights:  n = m x r,  r = (mean_D(x²) + eps)^(-1/2)
@@ -3193,7 +3193,7 @@ int metala_config_check(metala_context *ctx, const metala_config *c) {
         if (whole[i].value < 1 || whole[i].value > whole[i].most)
             return fail(ctx, "configuration: %s must be 1 to %d, got %d", whole[i].name, whole[i].most, whole[i].value);
     if (c->patch_dim < 0 || c->patch_dim > MOST)
-        return fail(ctx, "configuration: patch_dim must be 0, or 1 to %d, got %d", MOST, c->patch_dim);
+        return fail(ctx, "configuration: patch_dim must be 0 for tokens, or 1 to %d, got %d", MOST, c->patch_dim);
     if (c->patch_dim && (c->tie_word_embeddings || c->scale_embedding))
         return fail(ctx, "configuration: %s needs an embedding, patches (patch_dim %d) have none; leave it out",
                     c->tie_word_embeddings ? "tie_word_embeddings" : "scale_embedding", c->patch_dim);
@@ -4465,7 +4465,7 @@ static int check_tokens(metala_context *ctx, const metala_config *c, const int *
 
 // Rows of logits that are formed at a time: with a large vocabulary they outweigh everything else.
 static size_t head_rows(const metala_model *m, size_t rows) {
-    size_t some = m->backend->logits / (size_t)m->config.vocab_size + 64;
+    size_t some = m->backend->logits_at_once / (size_t)m->config.vocab_size + 64;
     return rows < some ? rows : some;
 }
 
@@ -6444,6 +6444,7 @@ static int read_sequences(metala_context *ctx, metala_dataset *d, const char *pa
         goto done;
     }
     if (is_image(inputs) && inputs->shape[2] > 1) s->patch = (int)inputs->shape[2];
+    else if (is_image(inputs)) s->vocab = 256;                       // bytes, whether they are all there or not
     int has_targets = metala_file_find(f, "targets") != NULL, has_labels = metala_file_find(f, "labels") != NULL;
     if (has_targets == has_labels) {
         fail(ctx, "%s: a dataset needs either targets [N,T] or labels [N], this one has %s", path,

@@ -36,8 +36,8 @@
 //   Letters   B batch, T time, D width, H heads, K query and decay channels of a head, V value channels of a head
 //             (MetaLA: K = D/2/H, V = D/H), L layers, F GLU width, N vocabulary size.
 //   Tensors   row-major, last index contiguous. Linear weights are [out,in], y = x Wᵀ + b.
-//   Patches   A model with a `patch_dim` C reads images: each of its tokens is a patch of C numbers from 0 to 255, (B,T,C)
-//             where it says (B,T), and its N are the classes that targets and logits are of.
+//   Patches   A model with a `patch_dim` C reads images: each of its tokens is a patch of C numbers from 0 to 255. Tokens and
+//             inputs are then (B,T,C), in metala_step (B,C); targets and mask stay (B,T), and N is the number of classes.
 //   Errors    A function that can fail returns 0 for success and -1 for failure (or NULL for a pointer); then
 //             metala_error(ctx) is one line that says what, where, what was expected and what to do. Nothing here
 //             prints or exits. A call refused for its arguments or its file changes nothing. When memory runs out
@@ -332,8 +332,8 @@ typedef enum {
     METALA_KEEP_INPUTS         // the input of each layer, D; every layer but the last runs forward twice, a third more work
 } metala_keep;
 
-// backend: NULL for the CPU. scratch is that of the chunkwise form on the CPU; METALA_PARALLEL takes 2·T² numbers for each thread. All 0 for a configuration
-// that cannot be.
+// Bytes that a trainer takes; backend: NULL for the CPU. scratch is that of the chunkwise form on the CPU; METALA_PARALLEL takes
+// 2·T² numbers for each thread. All 0 for a configuration that cannot be.
 metala_memory metala_trainer_memory(const metala_backend *backend, const metala_config *config, int B, size_t T,
                                     metala_keep keep, int threads);
 // The model is updated in place and must outlive the trainer.
@@ -379,7 +379,7 @@ void metala_dataset_free(metala_dataset *dataset);
 size_t metala_dataset_length(const metala_dataset *dataset);       // T of a sequence
 size_t metala_dataset_sequences(const metala_dataset *dataset);    // disjoint sequences
 size_t metala_dataset_tokens(const metala_dataset *dataset);       // bytes of a text, N·T of a file
-int metala_dataset_vocab(const metala_dataset *dataset);           // smallest vocabulary that holds all of it, but for patches
+int metala_dataset_vocab(const metala_dataset *dataset);           // smallest vocabulary that holds all of it; of patches, the classes
 int metala_dataset_patch(const metala_dataset *dataset);           // C of patches, 0 of tokens
 int metala_dataset_is_text(const metala_dataset *dataset);
 // Sequence i in order, for evaluation; the last one of a text may be short: rest is METALA_IGNORE with mask 0.
@@ -433,7 +433,7 @@ enum { METALA_SHARED_QUERY = 1, METALA_SHARED_KEY = 2, METALA_CONSTANT_DECAY = 4
 // comment says host.
 struct metala_backend {
     const char *name;                                                                     // "cpu"
-    size_t logits;                                      // as many are formed at a time: few fit into a cache, many fill a GPU
+    size_t logits_at_once;                              // of the output layer: few, to fit into a CPU's cache; many fill a GPU
     void *(*alloc)(size_t bytes);                                                         // zeroed; NULL: no memory
     void (*free)(void *memory);
     void (*upload)(metala_context *ctx, void *to, const void *host, size_t bytes);
@@ -445,7 +445,7 @@ struct metala_backend {
         size_t rows, size_t D, double scale);
     void (*embedding_backward)(metala_context *ctx, metala_real *dE, const metala_real *dx, const int *tokens,
         size_t rows, size_t D, double scale, int pad_token_id);
-    void (*patch_forward)(metala_context *ctx, metala_real *x, const int *tokens, size_t n);
+    void (*patch_forward)(metala_context *ctx, metala_real *x, const int *bytes, size_t n);
     void (*rms_forward)(metala_context *ctx, metala_real *n, metala_real *r, const metala_real *x,
         const uint8_t *mask, size_t rows, size_t D, double eps);
     void (*rms_backward)(metala_context *ctx, metala_real *dx, const metala_real *dn, const metala_real *x,

@@ -823,11 +823,11 @@ static int evaluate(program *p, metala_state *state) {
     int status = 0;
     if (metala_dataset_patch(d) != p->config->patch_dim) {
         char its[KIND], ours[KIND];
-        status = complain("%s: has %s, the model reads %s", path, kind_text(its, metala_dataset_patch(d)),
-                          kind_text(ours, p->config->patch_dim));
+        status = complain("%s: has %s, %s reads %s; score data of the kind that it was trained on", path,
+                          kind_text(its, metala_dataset_patch(d)), p->s->model, kind_text(ours, p->config->patch_dim));
     } else if (metala_dataset_vocab(d) > p->config->vocab_size)
-        status = complain("%s: has tokens up to %d, expected at most %d, the model's last one", path,
-                          metala_dataset_vocab(d) - 1, p->config->vocab_size - 1);
+        status = complain("%s: has %s up to %d, expected at most %d, the model's last one", path,
+                          p->config->patch_dim ? "classes" : "tokens", metala_dataset_vocab(d) - 1, p->config->vocab_size - 1);
     if (!status && twice) status = score(p, state, d, &full, &counted);
     if (!status && twice && metala_state_reset(p->ctx, state)) status = library_failed(p);
     if (!status) status = quantize(p);

@@ -4215,7 +4215,7 @@ static void check_model_files(void) {
             {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\"",
              "conv1d.weight is missing"},
             {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
-             "\"patch_dim\":\"-3\"", "patch_dim must be 0, or 1 to 16777216, got -3"},
+             "\"patch_dim\":\"-3\"", "patch_dim must be 0 for tokens, or 1 to 16777216, got -3"},
             {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
              "\"patch_dim\":\"99999999999\"", "patch_dim is \"99999999999\", expected a whole number"},
             {"\"vocab_size\":\"5\",\"decoder_embed_dim\":\"4\",\"decoder_layers\":\"1\",\"decoder_attention_heads\":\"1\","
@@ -4596,13 +4596,13 @@ static void check_data(void) {
         }
         metala_dataset_free(d);
         write_safetensors(path, "{\"inputs\":{\"dtype\":\"U8\",\"shape\":[1,3,1],\"data_offsets\":[0,3]},\"labels\":{"
-                          "\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[3,4]}}", "\1\2\377\4", 4);
+                          "\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[3,4]}}", "\1\2\376\4", 4);
         d = metala_dataset_open(ctx, path, 0);
         if (!d) problem("%s", metala_error(ctx));
         else {
             metala_dataset_sequence(d, 0, in, out, shown);
             expect(metala_dataset_patch(d) == 0 && metala_dataset_length(d) == 3 && metala_dataset_vocab(d) == 256 &&
-                   in[2] == 255, "patches of one byte are bytes");
+                   in[2] == 254, "patches of one byte are bytes, of which there are 256");
         }
         metala_dataset_free(d);
         write_safetensors(path, "{\"inputs\":{\"dtype\":\"F16\",\"shape\":[1,1,3],\"data_offsets\":[0,6]},\"labels\":{"

@@ -225,7 +225,7 @@ static const char *choices_of(const option *o, char room[160]) {
 static void print_help(void) {
     puts("usage: train FILE [options]\n\n"
          "Trains a MetaLA model on the bytes of FILE, or on the sequences of a .safetensors file with the tensors\n"
-         "inputs [N,T] and targets [N,T] or labels [N], and writes it to model.safetensors.\n\n"
+         "inputs [N,T], or images in patches [N,P,C], and targets [N,T] or labels [N], and writes it to model.safetensors.\n\n"
          "  train corpus.txt\n"
          "  train corpus.txt --max-seconds 600 --layers 6 --out large.safetensors\n"
          "  train --resume --out large.safetensors          go on after Ctrl-C\n"
@@ -394,7 +394,7 @@ static int check_settings(settings *s) {
     if (s->bench && !is_given(s, "width")) s->config.width = 256;
     if (s->bench && !is_given(s, "layers")) s->config.layers = 6;
     if (s->bench && !is_given(s, "context")) s->context = 256;
-    if (s->bench) return s->init ? 0 : check_sizes(s);
+    if (s->bench) return check_sizes(s);
     if (!s->data && !s->resume) return complain("no data given; usage: train FILE [options], train --help says more");
     if (s->resume && s->init) return complain("got --resume and --init, expected one of them");
     for (int i = 0; i < 3; i++)
@@ -529,7 +529,7 @@ static int load_data(program *p) {
         if (!(p->val = open_data(p, s->val))) return -1;
         char train[ROOM], val[ROOM];
         if (metala_dataset_is_text(p->val) != is_text(p) || metala_dataset_patch(p->val) != metala_dataset_patch(p->train))
-            return complain("%s is %s and %s is %s; expected the same kind", s->data, kind_text(p->train, train), s->val,
+            return complain("%s holds %s and %s holds %s; expected the same kind", s->data, kind_text(p->train, train), s->val,
                             kind_text(p->val, val));
     } else if (s->val_fraction > 0 && can_be_split(p->train)) {
         p->val = metala_dataset_split(p->ctx, p->train, s->val_fraction);
@@ -629,13 +629,14 @@ static int check_vocabulary(program *p) {
     if (metala_dataset_patch(p->train) != c->patch_dim) {
         char kind[ROOM], reads[ROOM] = "tokens";
         if (c->patch_dim) snprintf(reads, sizeof reads, "patches of %d bytes", c->patch_dim);
-        return complain("%s is %s, the model reads %s; train anew", p->s->data, kind_text(p->train, kind), reads);
+        return complain("%s holds %s, the model reads %s; give data of this kind or train anew", p->s->data,
+                        kind_text(p->train, kind), reads);
     }
     p->misused = !p->model && is_given(p->s, "vocab");
     for (int i = 0; i < 2; i++)
         if (sets[i] && metala_dataset_vocab(sets[i]) > c->vocab_size)
-            return complain("%s needs a vocabulary of %d, the model has %d%s", names[i], metala_dataset_vocab(sets[i]),
-                            c->vocab_size, p->misused ? "; leave out --vocab" : "");
+            return complain("%s needs %s%d%s, the model has %d%s", names[i], c->patch_dim ? "" : "a vocabulary of ",
+                            metala_dataset_vocab(sets[i]), c->patch_dim ? " classes" : "", c->vocab_size, p->misused ? "; leave out --vocab" : "");
     p->misused = 1;
     for (int i = 0; i < 3; i++)
         if (is_given(p->s, specials[i]) && tokens[i] >= c->vocab_size)
@@ -657,7 +658,7 @@ static int allocate_batch(program *p, size_t T) {
     p->inputs = calloc(rows, input_size(p) * sizeof *p->inputs);
     p->targets = calloc(rows, sizeof *p->targets);
     p->mask = calloc(rows, 1);
-    return p->inputs && p->targets && p->mask ? 0 : complain("out of memory: a batch of %zu tokens", rows);
+    return p->inputs && p->targets && p->mask ? 0 : complain("out of memory: a batch of %zu tokens; try a smaller --batch", rows);
 }
 
 // Everything else that a step needs, and a validation.
@@ -1494,9 +1495,10 @@ static int bench(program *p) {
     if (allocate_batch(p, (size_t)s->context) || allocate(p, (size_t)s->context)) return -1;
     say_notices(p);
     s->adamw.learning_rate = s->learning_rate;
-    for (size_t i = 0; i < (size_t)s->batch * (size_t)s->context * input_size(p); i++)
+    const size_t rows = (size_t)s->batch * (size_t)s->context;
+    for (size_t i = 0; i < rows * input_size(p); i++)
         p->inputs[i] = (int)(metala_random(&random) % (uint64_t)(c->patch_dim ? 256 : c->vocab_size));
-    for (int i = 0; i < s->batch * s->context; i++)
+    for (size_t i = 0; i < rows; i++)
         p->targets[i] = (int)(metala_random(&random) % (uint64_t)c->vocab_size);
     for (int i = 0; i < WARM + TIMED; i++) {
         double began = seconds();

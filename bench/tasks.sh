@@ -1,8 +1,9 @@
 #!/bin/sh
 # Which rows of the general form learn a task of data/tasks? One line of a table each, in Markdown.
 #
-#   bench/tasks.sh recall [--length T --pairs P --vocab V]     pairs of a key and a value
-#   bench/tasks.sh listops [--length T]                        the value of a nested expression
+#   make; bench/tasks.sh recall [--length T --pairs P --vocab V]     pairs of a key and a value
+#   make; bench/tasks.sh listops [--length T]                        the value of a nested expression
+#   make; bench/tasks.sh pathfinder [--size S --patch P]             whether a path joins two dots
 #
 #   ROWS="metala gla"   some of the rows       STEPS=4000       OUT=folder, where data and models stay
 #   GATES=              recall: gates that start as usual, not with long memories as those of metala and metala-noconv do
@@ -18,11 +19,12 @@ case $task in
         [ $# -gt 0 ] || set -- --length 64 --pairs 8 --vocab 128
         gates=${GATES-"--gate-scale 16 --gate-mean 200"}
         rows=${ROWS:-metala metala-noconv metala-none gla retnet linear based rwkv4 h3 mamba transformer} ;;
-    *)
-        [ $# -gt 0 ] || set -- --length 64
+    listops | pathfinder)
+        [ $# -gt 0 ] || if [ "$task" = listops ]; then set -- --length 64; else set -- --size 16 --patch 4; fi
         rows=${ROWS:-metala metala-noconv gla retnet lru mamba transformer} ;;
+    *) echo "tasks.sh: got '$task', expected recall, listops or pathfinder first" >&2; exit 2 ;;
 esac
-out=${OUT:-$(mktemp -d)} || exit 1
+out=${OUT:-$(mktemp -d)} && mkdir -p "$out" || exit 1
 data/tasks $task "$@" --sequences 100k --seed 1 > "$out/$task.safetensors" &&
 data/tasks $task "$@" --sequences 1k --seed 2 > "$out/$task-test.safetensors" || exit 1
 echo "| row | learning rate | after $((steps / 4)) steps | $((steps / 2)) | $((steps * 3 / 4)) | $steps | state |"

@@ -201,7 +201,7 @@ static int mask_of(const task *t, int i) { return i >= t->first; }
 static const struct {
     const char *name;
     void (*draw)(task *t);
-    int least_length, first_option, options;                // how many of those in main it has, from which on
+    int least_length, first_option, options;                // its options: the first of those in main, and how many
     const char *flags;
     tensor tensors[3];
 } kinds[] = {

@@ -10,6 +10,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CFLAGS=${CFLAGS:--std=c99 -O1} JOBS=${JOBS:-2}
+[ "$JOBS" -ge 1 ] || { echo "mutants.sh: JOBS: got '$JOBS', expected 1 or more" >&2; exit 2; }
 SOURCE=${SOURCE:-metala.c} LIST=${LIST:-tests/mutants.txt}
 BUILD=${BUILD:-'$CC $CFLAGS -I. -o "$dir/test" test.c "$dir/$SOURCE" -lm'} CHECK=${CHECK:-./test --stop}
 work=build/mutants-$SOURCE

@@ -840,7 +840,7 @@ fails 1 "vocab_size in the metadata is '4x', expected a number from 5" "train on
     train vocab.safetensors --width 16 --layers 1 --out new.st
 fails 1 "bad header" "train on a damaged header" train json.safetensors $six --out new.st
 fails 1 "no tensor called inputs" "train on a safetensors file without inputs" train zero.safetensors $six --out new.st
-fails 1 "labels.safetensors is tokens and text.txt is text" "train on sequences, --val on a text" \
+fails 1 "labels.safetensors holds tokens and text.txt holds text" "train on sequences, --val on a text" \
     train labels.safetensors $six --val text.txt --out new.st
 fails 2 "needs a vocabulary of 12, the model has 5; leave out --vocab" "train --vocab below what the data needs" \
     train labels.safetensors $six --vocab 5 --out new.st
@@ -863,23 +863,23 @@ has "train on a target for each patch: their classes" out "N12 C3:"
 works "train --bench --init of patches" train --bench --init images.st --batch 2 --context 5 --threads 1
 fails 1 "targets has shape [4,12], expected [12,4]" "train on targets of another shape than patches" \
     train unlike.safetensors $six --out new.st
-fails 1 "images.safetensors is patches of 3 bytes and labels.safetensors is tokens" "train on patches, --val on tokens" \
+fails 1 "images.safetensors holds patches of 3 bytes and labels.safetensors holds tokens" "train on patches, --val on tokens" \
     train images.safetensors $six --val labels.safetensors --out new.st
-fails 1 "images.safetensors is patches of 3 bytes, the model reads tokens; train anew" "train --init of tokens on patches" \
+fails 1 "images.safetensors holds patches of 3 bytes, the model reads tokens; give data of this kind or train anew" "train --init of tokens on patches" \
     train images.safetensors --init labels.st --max-steps 6 --out new.st
-fails 1 "labels.safetensors is tokens, the model reads patches of 3 bytes" "train --init of patches on tokens" \
+fails 1 "labels.safetensors holds tokens, the model reads patches of 3 bytes" "train --init of patches on tokens" \
     train labels.safetensors --init images.st --max-steps 6 --out new.st
-fails 1 "text.txt is text, the model reads patches of 3 bytes" "train --init of patches on a text" \
+fails 1 "text.txt holds text, the model reads patches of 3 bytes" "train --init of patches on a text" \
     train text.txt --init images.st --max-steps 6 --out new.st
-fails 1 "text.txt is text, the model reads patches of 3 bytes" "train --resume of patches on a text" \
+fails 1 "text.txt holds text, the model reads patches of 3 bytes" "train --resume of patches on a text" \
     train text.txt --resume --out images.st --max-steps 9
 for flag in tie scale-embedding; do
     fails 2 "needs an embedding, patches (patch_dim 3) have none; leave it out" "train --$flag on patches" \
         train images.safetensors $six --$flag --out new.st
 done
-fails 2 "needs a vocabulary of 4, the model has 3; leave out --vocab" "train --vocab below the classes of patches" \
+fails 2 "needs 4 classes, the model has 3; leave out --vocab" "train --vocab below the classes of patches" \
     train images.safetensors $six --vocab 3 --out new.st
-fails 1 "each.safetensors needs a vocabulary of 12, the model has 4" "train --init of patches with fewer classes" \
+fails 1 "each.safetensors needs 12 classes, the model has 4" "train --init of patches with fewer classes" \
     train each.safetensors --init images.st --max-steps 6 --out new.st
 absent "train on patches: what fails before it starts leaves no file" new.st
 
@@ -1276,13 +1276,13 @@ has "run --info of patches: says so" out "vocabulary   4 classes" "embedding    
     "model.patch_embed.weight                             [32,3]           F32"
 fails 1 "bright.st: reads patches of 3 bytes and cannot write; --eval FILE scores" "run: text from patches" run bright.st "1 2"
 fails 1 "bright.st: reads patches of 3 bytes and cannot write" "run --chat with patches" run bright.st --chat
-fails 1 "text.txt: has tokens, the model reads patches of 3 bytes" "run --eval of a text with patches" \
+fails 1 "text.txt: has tokens, bright.st reads patches of 3 bytes" "run --eval of a text with patches" \
     run bright.st --eval text.txt
-fails 1 "labels.safetensors: has tokens, the model reads patches" "run --eval of tokens with patches" \
+fails 1 "labels.safetensors: has tokens, bright.st reads patches" "run --eval of tokens with patches" \
     run bright.st --eval labels.safetensors
-fails 1 "images.safetensors: has patches of 3 bytes, the model reads tokens" "run --eval of patches with tokens" \
+fails 1 "images.safetensors: has patches of 3 bytes, recall.st reads tokens" "run --eval of patches with tokens" \
     run recall.st --eval images.safetensors
-fails 1 "each.safetensors: has tokens up to 11, expected at most 3" "run --eval of patches with other classes" \
+fails 1 "each.safetensors: has classes up to 11, expected at most 3" "run --eval of patches with other classes" \
     run bright.st --eval each.safetensors
 
 works "run --info" run base.st --info
