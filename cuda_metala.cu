@@ -494,8 +494,8 @@ round_operand_kernel(uint4 *straight, uint4 *turned, const float *x, size_t rows
 }
 
 // C = A Bᵀ of two such copies with rows of `lines` lines, sums in float. A block has a warp for each 64 × 64 of a tile of
-// 128 × COLUMNS, COLUMNS threads: the wider one is more work for what it reads. Lines come by asynchronous copies, two on their way while a
-// third is used.
+// 128 × COLUMNS, COLUMNS threads: the wider one is more work for what it reads. Lines come by asynchronous copies, two on
+// their way while a third is used.
 //
 // In shared memory, the 16 bytes number p of row i lie at place p ^ i%8 of the row: what the lanes of ldmatrix read at a time
 // is then in different banks.
@@ -650,7 +650,8 @@ void library_multiply(metala_context *ctx, metala_math math, float *c, const voi
 }
 #endif
 
-// C = A B, or C += A B, of tensors in float.
+// C = A B + bias, or C += A B, in float.  A(i,k) = a[i·a_step + k] when A_BY_K, else a[k·a_step + i];  B(k,j) = b[j·b_step + k]
+// when B_BY_K, else b[k·b_step + j].      c (M,N)   bias [N] or NULL
 template <bool A_BY_K, bool B_BY_K>
 void exact_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
                     const float *bias, size_t M, size_t N, size_t K, int accumulate) {
@@ -662,7 +663,7 @@ void exact_multiply(metala_context *ctx, float *c, const float *a, size_t a_step
 #endif
 }
 
-// How the lines of a row are shared out, and the memory for the parts of C.
+// How the lines of a row are shared out: `each` to one part, `count` parts, and the floats that these take.
 struct portions { size_t lines, each, count, floats; };
 template <metala_math MATH>
 portions portions_of(size_t M, size_t N, size_t K) {
@@ -675,8 +676,8 @@ portions portions_of(size_t M, size_t N, size_t K) {
     return p;
 }
 
-// C = A Bᵀ, or C += A Bᵀ, of rounded copies. The wide tile is taken where there are enough of them, hardly more of C to compute,
-// and room for its stages; it does not change the order of a sum.
+// C = A Bᵀ + bias, or C += A Bᵀ, of rounded copies A (M,K) and B (N,K). The wide tile is taken where there are enough of
+// them, hardly more of C to compute, and room for its stages; it does not change the order of a sum.
 template <metala_math MATH>
 void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 *b, float *parts, const float *bias, size_t M,
                      size_t N, size_t K, int accumulate) {
@@ -699,6 +700,7 @@ void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 
 #endif
 }
 
+// The rounded copies of x (rows,columns), NULL for what is not wanted: round_operand_kernel on tiles of 32 rows.
 template <metala_math MATH>
 void round_operand(metala_context *ctx, uint4 *straight, uint4 *turned, const float *x, size_t rows, size_t columns) {
     size_t blocks = lines_of<MATH>(rows) * numbers_of_line<MATH> / 32 * lines_of<MATH>(columns);

@@ -395,17 +395,23 @@ void test_numbers() {
         0, 1, -1, 1.00390625f, 1.01171875f, 65504, 1e-7f, 5.9604645e-08f, 8.9406967e-08f, 6.1e-05f, 3.1415927f};
     for (unsigned i = 0; i < 2000; i++)
         x.push_back(std::ldexp((float)(i * 2654435761u >> 8) - 8388608.f, (int)(i % 36) - 43));
+    const unsigned unwritten = 0xFFFFFFFFu;                          // a NaN, and must remain one
+    x.push_back(0), memcpy(&x.back(), &unwritten, 4);
     float *from = upload(x);
     unsigned *out = device<unsigned>(4 * x.size());
     LAUNCH(numbers_kernel, (unsigned)(x.size() + 63) / 64, 64, 0, 0, out, from, (int)x.size());
     std::vector<unsigned> bits = download(out, 4 * x.size());
-    bool b = true, h = true, t = true;
+    bool b = true, h = true, t = true, n = false;
     for (size_t i = 0; i < x.size(); i++) {
         float as_bf16, as_tf32, as_half;
         unsigned u = bits[4 * i] << 16, half = bits[4 * i + 1];
         memcpy(&as_bf16, &u, 4);
         memcpy(&as_tf32, &bits[4 * i + 2], 4);
         memcpy(&as_half, &bits[4 * i + 3], 4);
+        if (x[i] != x[i]) {
+            n = as_bf16 != as_bf16 && as_tf32 != as_tf32 && as_half != as_half;
+            continue;
+        }
         int exponent = half >> 10 & 31;
         double of_bits = (exponent ? std::ldexp(1024 + (half & 1023), exponent - 25) : std::ldexp(half & 1023, -24)) *
                          (half >> 15 ? -1 : 1);
@@ -416,6 +422,7 @@ void test_numbers() {
     check("bfloat16 rounds to nearest even", b);
     check("half rounds to nearest even, denormals too", h);
     check("tf32 rounds to nearest", t);
+    check("what nobody wrote stays a NaN when it is rounded", n);
     CHECK(cudaFree(from));
 }
 
