@@ -19,7 +19,7 @@
 #
 #   make CC=clang       another compiler       make PORTABLE=1   for any machine with this instruction set
 #   make OPENMP=0       one thread             make CFLAGS=...   flags of your own in place of all those below
-#   make CUDA=1 CUDA_ARCH="80 90"   the GPUs to compile for; newer ones translate the last
+#   make CUDA=1 CUDA_ARCH="80 90"   the GPUs to compile for; newer ones translate the last. 90a: products of an H100's own (wgmma)
 #   make CUDA=1 CUBLAS=1            matrix products by cuBLAS, to compare with
 #   make GOLDEN=DIR test   compare with the golden files in DIR (default ../shared/golden, skipped when not there)
 
@@ -50,10 +50,10 @@ NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)
 ifdef NVCC
 CUDA_LIB  := $(dir $(NVCC))../lib64
 NVCCFLAGS := -std=c++17 -O3 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
-             -gencode arch=compute_$(lastword $(CUDA_ARCH)),code=compute_$(lastword $(CUDA_ARCH))
+             $(foreach a,$(patsubst %a,%,$(lastword $(CUDA_ARCH))),-gencode arch=compute_$(a),code=compute_$(a))
 GPU       := build/cuda_metala.o
 CUDA_LIBS := -lcudart_static -lstdc++ -lpthread -ldl -lrt
-DEFINES   := -DMETALA_CUDA
+DEFINES   := -DMETALA_CUDA $(if $(filter 90a,$(CUDA_ARCH)),-DMETALA_WGMMA)
 ifneq ($(filter-out 0,$(CUBLAS)),)
 DEFINES   += -DMETALA_CUBLAS
 NVCCFLAGS += -diag-suppress 177              # the kernels that it replaces stay in the file, unused
@@ -118,8 +118,9 @@ mutants: build/flags
 	CC='$(CC)' CFLAGS='$(WARNINGS) -O1 $(NATIVE)' tests/mutants.sh $(COUNT)
 
 # The kernels of cuda_metala.cu on the CPU, where emulator/cuda_on_cpu.h makes each of their threads a fiber: in three orders
-# of threads and blocks, in the three kinds of arithmetic, under the sanitizers for addresses and undefined behaviour, and with
-# as little shared memory as a GPU for desktops has (compute capability 8.6).
+# of threads and blocks, in the three kinds of arithmetic, under the sanitizers for addresses and undefined behaviour, and on
+# GPUs without the instructions for warpgroups (compute capability 8.0) or with as little shared memory as those for desktops
+# have (8.6).
 EMU_WITH_address := -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_WITH_thread  := -fsanitize=thread
 EMU_WITH_gdb     := -O0 -ggdb3
@@ -138,7 +139,8 @@ build/emu-%/selftest: emulator/selftest.cu emulator/cuda_on_cpu.h build/flags
 EMU_RUNS := emu-forward emu-reverse emu-random emu-tf32 emu-bf16 emu-address
 emu-forward: ORDER = forward
 emu-reverse: ORDER = reverse
-emu-reverse emu-tf32: CAPABILITY = 86
+emu-reverse: CAPABILITY = 86
+emu-tf32:    CAPABILITY = 80
 emu-tf32:    MATH = tf32
 emu-bf16:    MATH = bf16
 emu-address: KIND = address
@@ -164,7 +166,8 @@ cuda-mutants: build/emu-plain/test
 	    $(CXX) -o $$dir/test build/emu-plain/test.o build/emu-plain/metala.o $$dir/cuda_metala.o' \
 	CHECK='try() { CUDA_ORDER=$$1 ./test --device cuda --math $$2 --only "$$3" --stop || exit 1; }; \
 	    export CUDA_CAPABILITY=86; try random bf16 "kernel scan"; try random tf32 "kernel matmul_forward B1 T2030"; \
-	    unset CUDA_CAPABILITY; try forward exact "kernel "; try reverse tf32 "kernel "; try random exact "kernel "; try random bf16 "kernel "; \
+	    export CUDA_CAPABILITY=80; try random tf32 "kernel matmul"; unset CUDA_CAPABILITY; \
+	    try forward exact "kernel "; try reverse tf32 "kernel "; try random exact "kernel "; try random bf16 "kernel "; \
 	    try reverse exact "kernel "; try forward exact scalar; try forward exact matmul; try forward exact adamw' \
 	tests/mutants.sh $(COUNT)
 

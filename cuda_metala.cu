@@ -48,7 +48,7 @@
 #endif
 #define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #define DYNAMIC_SHARED(type, name)                                        \
-    extern __shared__ __align__(128) unsigned char name##_as_bytes[];     \
+    extern __shared__ __align__(1024) unsigned char name##_as_bytes[];    \
     type *name = (type *)name##_as_bytes
 #endif
 
@@ -95,6 +95,42 @@ __device__ __forceinline__ void copy16_async(void *shared, const void *global, b
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+// D += A Bᵀ by a warpgroup, four warps, on the tensor cores of compute capability 9.0, which read both operands from shared
+// memory: D 64×128 in float, A 64 rows and B 128 rows of 32 bytes, which are 8 numbers in tf32 or 16 in bfloat16. d[4j + i]
+// is row 16w + g + 8(i/2), column 8j + 2t + i%2, of warp w. It runs on its own: wgmma_commit makes a group of those so far,
+// wgmma_wait waits for all groups. What the threads wrote, or copied, must be shown to it by wgmma_show before the barrier.
+// wgmma_hold(d): d is in its registers now; to be called with each d, and then wgmma_start, before the first of a group, and
+// after the wait.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define PTX(...) asm volatile(__VA_ARGS__)
+#else
+#define PTX(...) __trap()                                        // another GPU's code, which nobody calls
+#endif
+#define D_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D_16(i) D_4(i), D_4(i + 4), D_4(i + 8), D_4(i + 12)
+#define D_64 D_16(0), D_16(16), D_16(32), D_16(48)
+#define D_NAMES                                                                                                     \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
+    "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"  \
+    "%56,%57,%58,%59,%60,%61,%62,%63}"
+__device__ __forceinline__ void wgmma_bf16(float *d, uint64_t a, uint64_t b) {
+    PTX("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " D_NAMES ",%64,%65,1,1,1,0,0;" : D_64 : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void wgmma_tf32(float *d, uint64_t a, uint64_t b) {
+    PTX("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " D_NAMES ",%64,%65,1,1,1;" : D_64 : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void wgmma_hold(float *d) { PTX("" : D_64 : : "memory"); }
+__device__ __forceinline__ void wgmma_start() { PTX("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { PTX("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_wait() { PTX("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_show() { PTX("fence.proxy.async.shared::cta;" ::: "memory"); }
+// An operand in shared memory: rows of 128 bytes, from a multiple of 1024 on, of which `bytes`, 0, 32, 64 or 96, come before
+// those to be read; the 16 bytes number p of row i lie at place p ^ i%8 ("128-byte swizzle"). Bits 0 to 13: address/16;
+// 16 to 29: 1, without meaning here; 32 to 45: the 1024 bytes from 8 rows to the next 8, /16; 62: this swizzle.
+__device__ __forceinline__ uint64_t wgmma_operand(const void *rows, unsigned bytes) {
+    uint64_t address = (unsigned)__cvta_generic_to_shared(rows) + bytes;
+    return (address & 0x3FFFF) >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
 #endif
 
 // ============================================================== 1. Context: errors, memory, launches
@@ -200,6 +236,16 @@ size_t shared_room() {
         cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
         cudaGetLastError();                                      // the launch will say more
     return (size_t)bytes;
+}
+
+// Compute capability: 80 for 8.0; 0 when nobody knows.
+int capability() {
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+        cudaGetLastError();
+    return 10 * major + minor;
 }
 
 // RUN(kernel, grid, block, shared bytes, arguments...): checks the limits, launches, checks the launch.
@@ -498,10 +544,15 @@ round_operand_kernel(uint4 *straight, uint4 *turned, const float *x, size_t rows
 // their way while a third is used.
 //
 // In shared memory, the 16 bytes number p of row i lie at place p ^ i%8 of the row: what the lanes of ldmatrix read at a time
-// is then in different banks.
+// is then in different banks. It is also what wgmma expects, by which WARPGROUPS of four warps multiply 128 × 128 each.
 //
 // gridDim.z > 1: block z sums lines from z·lines_each on and leaves its part in c + z·M·N.
 enum { TENSOR_ROWS = 128, STAGES = 3 };
+#if defined(METALA_WGMMA) || !defined(__CUDACC__)
+const bool HAS_WGMMA = true;                                     // compiled for sm_90a, or for the emulator
+#else
+const bool HAS_WGMMA = false;
+#endif
 
 template <int ROWS, int BLOCK_THREADS>
 __device__ void copy_line(uint4 *strip, const uint4 *x, size_t lines, size_t line, size_t i0, size_t rows) {
@@ -521,18 +572,64 @@ __device__ void load_operand(unsigned *r, const uint4 *strip, unsigned row, unsi
     const unsigned lane = threadIdx.x % WARP, i = row + lane % 16, p = 2 * mma + lane / 16;
     ldmatrix_x4(r, strip + i * 8 + (p ^ i % 8));
 }
+// sum += A Bᵀ of one line: by a warp, 64 rows of A with 64 of B …
+template <metala_math MATH>
+__device__ __forceinline__ void multiply_line(float (*sum)[8][4], const uint4 *a, const uint4 *b) {
+#pragma unroll
+    for (unsigned mma = 0; mma < LINE / 32; mma++) {
+        unsigned left[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) load_operand(left[i], a, 16 * i, mma);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            unsigned both[4];
+            load_operand(both, b, 8 * j, mma);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const unsigned right[2] = {both[half], both[half + 2]};
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    if (MATH == METALA_BFLOAT16) mma_bf16(sum[i][j + half], left[i], right);
+                    else mma_tf32(sum[i][j + half], left[i], right);
+                }
+            }
+        }
+    }
+}
+// … or by a warpgroup, 128 rows of A with 128 of B, which goes on while its threads do something else.
+template <metala_math MATH>
+__device__ __forceinline__ void start_line(float (*sum)[8][4], const uint4 *a, const uint4 *b) {
+    wgmma_hold(sum[0][0]), wgmma_hold(sum[2][0]);
+    wgmma_start();
+#pragma unroll
+    for (unsigned mma = 0; mma < LINE / 32; mma++)
+#pragma unroll
+        for (unsigned half = 0; half < 2; half++) {
+            const uint64_t left = wgmma_operand(a + half * 64 * 8, 32 * mma), right = wgmma_operand(b, 32 * mma);
+            if (MATH == METALA_BFLOAT16) wgmma_bf16(sum[2 * half][0], left, right);
+            else wgmma_tf32(sum[2 * half][0], left, right);
+        }
+    wgmma_commit();
+}
+__device__ __forceinline__ void finish_line(float (*sum)[8][4]) {
+    wgmma_wait();
+    wgmma_hold(sum[0][0]), wgmma_hold(sum[2][0]);
+}
 
-template <metala_math MATH, int COLUMNS>
+template <metala_math MATH, int COLUMNS, bool WARPGROUPS>
 __global__ void __launch_bounds__(COLUMNS, 256 / COLUMNS)
 tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bias, size_t M, size_t N, size_t lines,
                        size_t lines_each, int accumulate) {
     enum { STAGE = (TENSOR_ROWS + COLUMNS) * LINE / sizeof(uint4) };
     DYNAMIC_SHARED(uint4, memory);
-    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp % 2 * 64, column = warp / 2 * 64;
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const place tile = place_of(blockIdx.x, M, N, TENSOR_ROWS, COLUMNS);
     const size_t i0 = tile.i, j0 = tile.j;
     const size_t first = blockIdx.z * lines_each, last = least(lines, first + lines_each);
-    float sum[4][8][4] = {};                                         // 16 × 8 pieces
+    float sum[4][8][4] = {};                                         // four pieces of 16 × 64
+    // Where piece i lies in the tile: one below the other, or 16 rows of each 64 × 64 of the warpgroup's 128 × 128.
+    auto row_of = [&](unsigned i) { return WARPGROUPS ? i / 2 * 64 + warp % 4 * 16 : warp % 2 * 64 + i * 16; };
+    auto column_of = [&](unsigned i) { return WARPGROUPS ? warp / 4 * 128 + i % 2 * 64 : warp / 2 * 64; };
 
     auto fetch = [&](size_t line, unsigned stage) {                  // an empty group beyond the end keeps the count
         uint4 *to = memory + stage * STAGE;
@@ -545,30 +642,14 @@ tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bi
     for (unsigned stage = 0; stage < STAGES - 1; stage++) fetch(first + stage, stage);
     unsigned stage = 0;
     for (size_t line = first; line < last; line++, stage = (stage + 1) % STAGES) {
-        copy_wait<STAGES - 2>();
-        __syncthreads();                                             // this line is there for all, the last one is free
-        fetch(line + STAGES - 1, (stage + STAGES - 1) % STAGES);
         const uint4 *of_a = memory + stage * STAGE, *of_b = of_a + TENSOR_ROWS * 8;
-#pragma unroll
-        for (unsigned mma = 0; mma < LINE / 32; mma++) {
-            unsigned left[4][4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) load_operand(left[i], of_a, row + 16 * i, mma);
-#pragma unroll
-            for (int j = 0; j < 8; j += 2) {
-                unsigned both[4];
-                load_operand(both, of_b, column + 8 * j, mma);
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const unsigned right[2] = {both[half], both[half + 2]};
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        if (MATH == METALA_BFLOAT16) mma_bf16(sum[i][j + half], left[i], right);
-                        else mma_tf32(sum[i][j + half], left[i], right);
-                    }
-                }
-            }
-        }
+        copy_wait<STAGES - 2>();
+        if constexpr (WARPGROUPS) wgmma_show();
+        __syncthreads();                                             // this line is there for all, the last one is free
+        if constexpr (WARPGROUPS) start_line<MATH>(sum, of_a, of_b + column_of(0) * 8);
+        fetch(line + STAGES - 1, (stage + STAGES - 1) % STAGES);
+        if constexpr (WARPGROUPS) finish_line(sum);
+        else multiply_line<MATH>(sum, of_a + row_of(0) * 8, of_b + column_of(0) * 8);
     }
     float *to = c + blockIdx.z * M * N;
     auto each = [&](int i, auto use) {                               // two neighbours of a row, if both are in C
@@ -576,7 +657,7 @@ tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bi
         for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                size_t at_i = i0 + row + 16 * i + 8 * half + lane / 4, at_j = j0 + column + 8 * j + lane % 4 * 2;
+                size_t at_i = i0 + row_of(i) + 8 * half + lane / 4, at_j = j0 + column_of(i) + 8 * j + lane % 4 * 2;
                 if (at_i < M && at_j < N) use(&sum[i][j][2 * half], to + at_i * N + at_j, at_j, at_j + 1 < N);
             }
     };
@@ -688,13 +769,17 @@ void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 
 #else
     auto shared = [](size_t columns) { return STAGES * LINE * (TENSOR_ROWS + columns); };
     const size_t down = ceil_div(M, TENSOR_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
+    const bool wide = down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
+    const bool warpgroups = HAS_WGMMA && capability() == 90;
     float *to = p.count > 1 ? parts : c;
-    if (down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256))
-        RUN((tensor_multiply_kernel<MATH, 256>), extent(down * across_wide, 1, p.count), 256, shared(256), to, a, b, bias, M, N,
-            p.lines, p.each, accumulate);
-    else
-        RUN((tensor_multiply_kernel<MATH, 128>), extent(down * across, 1, p.count), 128, shared(128), to, a, b, bias, M, N,
-            p.lines, p.each, accumulate);
+#define MULTIPLY(COLUMNS, BY)                                                                                              \
+    RUN((tensor_multiply_kernel<MATH, COLUMNS, BY>), extent(down * ceil_div(N, COLUMNS), 1, p.count), COLUMNS, shared(COLUMNS), to, \
+        a, b, bias, M, N, p.lines, p.each, accumulate)
+    if (wide && warpgroups) MULTIPLY(256, HAS_WGMMA);
+    else if (wide) MULTIPLY(256, false);
+    else if (warpgroups) MULTIPLY(128, HAS_WGMMA);
+    else MULTIPLY(128, false);
+#undef MULTIPLY
     if (p.count > 1)
         RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, parts, bias, p.count, M, N, accumulate);
 #endif

@@ -10,10 +10,11 @@
 //     LAUNCH(kernel, grid, block, shared, stream, arguments...)    kernel<<<grid, block, shared, stream>>>(arguments...)
 //     DYNAMIC_SHARED(type, name)                                   extern __shared__ type name[]
 //     inline PTX stands in functions of one instruction each, which section 7 has as well, with the register layouts of
-//     the PTX ISA: mma_bf16, mma_tf32, ldmatrix_x4, …, copy16_async, copy_commit, copy_wait
+//     the PTX ISA: mma_bf16, mma_tf32, ldmatrix_x4, …, copy16_async, copy_commit, copy_wait, wgmma_bf16, wgmma_tf32, …
 //
 // What it notices by itself, in every build, named by kernel, block and thread:
 //     barriers that not all threads of the block reach; warp operations whose lanes do not meet
+//     operands of wgmma, and sums, that are touched while it runs; asynchronous copies that were not shown to it
 //     accesses beyond an allocation or the dynamic shared memory that reach the next page, and writes that do not
 //     host code that follows a device pointer; kernels that are given a host pointer; copies that overrun
 //     launches beyond a limit of the GPU; memory freed twice or never
@@ -22,7 +23,7 @@
 //     the threads between two barriers, and the blocks, run in an order that can be chosen
 //
 // It is one CPU's idea of a GPU: speed, bank conflicts, real concurrency and the last bits of expf are not its
-// business. wgmma, TMA, wmma, clusters, cooperative groups and blocks that wait for each other are not there. A kernel
+// business. TMA, wmma, clusters, cooperative groups and blocks that wait for each other are not there. A kernel
 // may not return early while other threads of its block still meet in barriers (on a GPU it may, since Volta).
 //
 // Environment
@@ -44,7 +45,7 @@
 //     4. Memory
 //     5. Launches
 //     6. Numbers
-//     7. Instructions: mma, ldmatrix, cp.async
+//     7. Instructions: mma, ldmatrix, cp.async, wgmma
 //     8. The runtime's functions
 
 #ifndef CUDA_ON_CPU_H
@@ -221,6 +222,16 @@ typedef void Operation(void **arguments, unsigned mask);        // does a warp o
 
 struct Copy { void *to; const void *from; int bytes, group; };  // a cp.async on its way; from NULL: zeros
 
+// What a thread has of the wgmma that run: sums of its own, which are NaN until it waits, and the parts of the operands that it
+// watches over.
+struct Wgmma {
+    struct Sum { float *d, value[64]; bool committed; };
+    struct Part { const void *at; unsigned char bytes[16]; };
+    std::vector<Sum> sums;
+    std::vector<Part> parts;
+    bool started, shown;                                         // by wgmma_start; by wgmma_show, what cp.async brought
+};
+
 struct Thread {
     uint3 thread;                                                // threadIdx
     int index, lane;                                             // in the block, in the warp
@@ -233,7 +244,8 @@ struct Thread {
     int vote;                                                    // its argument of __syncthreads_or and the like
     std::vector<Copy> *copies;
     int group;                                                   // of the next cp.async
-    unsigned char barriers, operations[8];                       // met so far, see tag_of
+    Wgmma *wgmma;
+    unsigned char barriers, operations[9];                       // met so far: their last bits choose a tag
     char *stack;
     size_t stack_bytes;
     void *tsan, *fake_stack;
@@ -279,7 +291,7 @@ struct Engine {
     char *dynamic;                                               // shared memory of this launch
     char *shared_end;                                            // behind it, where forbidden pages begin
     int any, all, count;                                         // of the last votes
-    char start_tag, end_tag, block_tag[2], warp_tag[32][8][2];   // see section 3
+    char start_tag, end_tag, block_tag[2], warp_tag[32][9][2];   // see section 3
     uint64_t random;
     long switches;
     bool warned;                                                 // of this launch's float atomics
@@ -435,7 +447,7 @@ inline void ready_engine(int n) {
         char *pages = (char *)map_pages(PAGE + STACK);
         mprotect(pages, PAGE, PROT_NONE);
         t.stack = pages + PAGE, t.stack_bytes = STACK;
-        t.copies = new std::vector<Copy>();
+        t.copies = new std::vector<Copy>(), t.wgmma = new Wgmma();
 #ifdef __SANITIZE_THREAD__
         t.tsan = __tsan_create_fiber(0);
 #endif
@@ -464,8 +476,8 @@ EMU_UNWATCHED inline void release_barrier() {
         Thread &t = E->threads[i];
         if (t.state == IN_WARP_OPERATION)
             stop(false,
-                 "a warp operation waits for lanes of its mask that never come; all lanes that the mask names must"
-                 " reach the same call");
+                 "a warp operation waits for lanes of its mask that never come; all lanes that the mask names, for wgmma"
+                 " four warps, must reach the same call");
         if (t.state == AT_BARRIER && !first) first = &t;
         if (t.state == RETURNED || t.line != first->line || strcmp(t.file, first->file))
             stop(false,
@@ -508,6 +520,31 @@ EMU_UNWATCHED inline void warp_operation(const char *what, unsigned mask, void *
     operation(arguments, mask);
     for (int i = 0; i < 32; i++)
         if (mask >> i & 1) warp[i].state = READY;
+    EMU_ACQUIRE(tag);
+}
+
+// All 128 threads of four warps meet here. The last one that comes does the operation for all.
+EMU_UNWATCHED inline void warpgroup_operation(const char *what, void *argument, Operation *operation, const char *file,
+                                              int line) {
+    Thread &t = *E->self, *group = &E->threads[t.index / 128 * 128];
+    char *tag = &E->warp_tag[group->index / 32][8][t.operations[8]++ & 1];
+    if (group->index + 128 > E->n)
+        stop(true, "%s:%d: %s by a block of %d threads; it takes four warps, from a multiple of four on", file, line, what,
+             E->n);
+    t.what = what, t.file = file, t.line = line, t.mask = ~0u, t.argument = argument, t.operation = operation;
+    t.state = IN_WARP_OPERATION;
+    EMU_RELEASE(tag);
+    void *arguments[128];
+    for (int i = 0; i < 128; i++) {
+        if (group[i].state != IN_WARP_OPERATION || group[i].operation != operation || group[i].line != line) {
+            yield();
+            EMU_ACQUIRE(tag);
+            return;
+        }
+        arguments[i] = group[i].argument;
+    }
+    operation(arguments, ~0u);
+    for (int i = 0; i < 128; i++) group[i].state = READY;
     EMU_ACQUIRE(tag);
 }
 
@@ -697,10 +734,11 @@ EMU_UNWATCHED inline bool in_shared_memory(const void *p, size_t bytes) {
 #endif
 }
 
-// Dynamic shared memory ends where its page ends, up to the alignment of 128 bytes, and the next page is forbidden.
+// Dynamic shared memory ends where its page ends, up to the alignment of 128 bytes, and the next page is forbidden. (It
+// begins at a multiple of 1024, as wgmma needs it, when it has a multiple of 1024 bytes, or under the address sanitizer.)
 // What lies between is filled and looked at after each block. The address sanitizer gets it as an allocation of its
 // own.
-const size_t SHARED_ALIGN = 128, SHARED_ROOM = 256 * 1024, FORBIDDEN = 1 << 20;
+const size_t SHARED_ALIGN = 128, WGMMA_ALIGN = 1024, SHARED_ROOM = 256 * 1024, FORBIDDEN = 1 << 20;
 const unsigned char UNWRITTEN = 0xFF;                            // in all bytes: NaN in every floating type
 
 EMU_UNWATCHED inline void fill_shared() {
@@ -709,7 +747,7 @@ EMU_UNWATCHED inline void fill_shared() {
 #ifdef __SANITIZE_ADDRESS__
     free(E->dynamic);
     E->dynamic = nullptr;
-    if (bytes && posix_memalign((void **)&E->dynamic, SHARED_ALIGN, bytes)) abort();
+    if (bytes && posix_memalign((void **)&E->dynamic, WGMMA_ALIGN, bytes)) abort();
     if (bytes) memset(E->dynamic, UNWRITTEN, bytes);
 #else
     size_t whole = (bytes + SHARED_ALIGN - 1) / SHARED_ALIGN * SHARED_ALIGN;
@@ -1011,7 +1049,7 @@ EMU_UNWATCHED inline void run_block() {
     for (int i = 0; i < E->n; i++) {
         Thread &t = E->threads[i];
         t.index = i, t.lane = i % 32, t.state = READY, t.group = 0, t.barriers = 0, t.fake_stack = nullptr;
-        t.copies->clear();
+        t.copies->clear(), *t.wgmma = {{}, {}, false, true};
         memset(t.operations, 0, sizeof t.operations);
         t.thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
         prepare(t);
@@ -1302,7 +1340,7 @@ inline float2 __half22float2(__half2 v) { return {v.x, v.y}; }
 inline float __low2float(__half2 v) { return v.x; }
 inline float __high2float(__half2 v) { return v.y; }
 
-// ============================================================== 7. Instructions: mma, ldmatrix, cp.async
+// ============================================================== 7. Instructions: mma, ldmatrix, cp.async, wgmma
 
 // Under the register layouts of the PTX ISA ("Matrix fragments"); lane = 4g + t, g = 0…7, t = 0…3. Products are exact
 // and summed in double, then rounded to float once: tensor cores keep fewer digits, in an order of their own.
@@ -1412,9 +1450,101 @@ inline void wait_async(int pending) {                            // until at mos
     size_t left = 0;
     for (const Copy &c : *t.copies) {
         if (c.group >= t.group - pending) (*t.copies)[left++] = c;
-        else move_words(c.to, c.from, 0, c.bytes);
+        else move_words(c.to, c.from, 0, c.bytes), t.wgmma->shown = false;
     }
     t.copies->resize(left);
+}
+
+// wgmma, m64n128: 64 rows of A and 128 rows of B, k being contiguous in both, with 32 bytes of each; sums as those of mma,
+// 16 rows of D to a warp, 8 columns after the other.
+//
+// An operand, in 64 bits: 0 to 13 its address in shared memory / 16; 32 to 45 the distance from 8 rows to the next / 16; 49 to
+// 51 zero, as rows start at a multiple of 1024; 62 and 63 how it is swizzled, 1: of the address of each byte, bits 7 to 9,
+// which is the row, are exchanged into bits 4 to 6.
+EMU_UNWATCHED inline const char *wgmma_part(uint64_t operand, int row, int part, const char *file, int line) {
+    size_t at = (operand & 0x3FFF) << 4, step = (operand >> 32 & 0x3FFF) << 4, end = E->launch->shared_bytes;
+    if (operand >> 62 != 1 || (operand >> 49 & 7))
+        stop(true, "%s:%d: wgmma with the operand 0x%016llx; only swizzles of 128 bytes are there", file, line,
+             (unsigned long long)operand);
+    at += row / 8 * step + row % 8 * 128 + part * 16;
+    at ^= at / 128 % 8 * 16;
+    if (at + 16 > end)
+        stop(true, "%s:%d: wgmma reads row %d of an operand at byte %zu of %zu bytes of dynamic shared memory", file, line, row,
+             at, end);
+    return E->dynamic + at;
+}
+
+struct Product { float *sum; uint64_t a, b; };
+template <bool BFLOAT16>
+EMU_UNWATCHED inline void operate_wgmma(void **x, unsigned) {
+    enum { EACH = BFLOAT16 ? 8 : 4, K = 2 * EACH };              // numbers in 16 bytes
+    const Product *first = (Product *)x[0];
+    float A[64][K], B[128][K];
+    auto read = [&](float (*to)[K], int rows, uint64_t operand) {
+        for (int i = 0; i < rows; i++)
+            for (int part = 0; part < 2; part++) {
+                unsigned word[4];
+                memcpy(word, wgmma_part(operand, i, part, E->self->file, E->self->line), 16);
+                for (int e = 0; e < EACH; e++)
+                    to[i][part * EACH + e] = !BFLOAT16 ? tf32(word[e]) : e % 2 ? high_half(word[e / 2]) : low_half(word[e / 2]);
+            }
+    };
+    read(A, 64, first->a);
+    read(B, 128, first->b);
+    for (int i = 0; i < 128; i++) {
+        const Product *p = (Product *)x[i];
+        if (p->a != first->a || p->b != first->b) stop(false, "wgmma with other operands in thread %d of the warpgroup", i);
+        for (int n = 0; n < 64; n++) {
+            int row = i / 32 * 16 + i % 32 / 4 + n % 4 / 2 * 8, column = n / 4 * 8 + i % 4 * 2 + n % 2;
+            double sum = p->sum[n];
+            for (int k = 0; k < K; k++) sum += (double)A[row][k] * B[column][k];
+            p->sum[n] = (float)sum;
+        }
+    }
+}
+template <bool BFLOAT16>
+void wgmma(float *d, uint64_t a, uint64_t b, const char *file, int line) {
+    Thread &t = *E->self;
+    if (heap.capability != 90) stop(true, "%s:%d: wgmma; only compute capability 9.0 has it", file, line);
+    if (!t.wgmma->started) stop(true, "%s:%d: wgmma without wgmma_start since the last wait", file, line);
+    for (int i = 0; i < E->n; i++)
+        if (!E->threads[i].wgmma->shown)
+            stop(true, "%s:%d: wgmma while copies of thread %d have come that no wgmma_show followed", file, line, i);
+    for (int part = 0; part < 4; part++) {                       // each thread watches over a row of A and one of B
+        const char *at = wgmma_part(part < 2 ? a : b, t.index % (part < 2 ? 64 : 128), part % 2, file, line);
+        Wgmma::Part p = {at, {}};
+        look_at(at, 16);
+        memcpy(p.bytes, at, 16);
+        t.wgmma->parts.push_back(p);
+    }
+    size_t s = 0;
+    std::vector<Wgmma::Sum> &sums = t.wgmma->sums;
+    while (s < sums.size() && sums[s].d != d) s++;
+    if (s == sums.size()) {
+        sums.push_back({d, {}, false});
+        memcpy(sums[s].value, d, sizeof sums[s].value);
+        memset(d, UNWRITTEN, sizeof sums[s].value);
+    }
+    sums[s].committed = false;
+    Product p = {sums[s].value, a, b};
+    warpgroup_operation("wgmma", &p, operate_wgmma<BFLOAT16>, file, line);
+}
+EMU_UNWATCHED inline void wgmma_wait(const char *file, int line) {
+    Wgmma &of = *E->self->wgmma;
+    for (const Wgmma::Part &p : of.parts)
+        if (memcmp(p.at, p.bytes, 16))
+            stop(true, "%s:%d: shared memory at byte %ld was written while wgmma read it", file, line,
+                 (long)((const char *)p.at - E->dynamic));
+    size_t left = 0;
+    for (Wgmma::Sum &s : of.sums) {
+        for (size_t i = 0; i < sizeof s.value; i++)
+            if (((unsigned char *)s.d)[i] != UNWRITTEN) stop(true, "%s:%d: a sum was written while wgmma computed it", file, line);
+        if (s.committed) memcpy(s.d, s.value, sizeof s.value);
+        else of.sums[left++] = s;
+    }
+    of.sums.resize(left);
+    of.parts.clear();
+    of.started = false;
 }
 
 }  // namespace emu
@@ -1459,6 +1589,25 @@ inline void copy4_async(void *shared, const void *global, bool real = true, EMU_
 inline void copy_commit() { emu::E->self->group++; }
 template <int PENDING> void copy_wait() { emu::wait_async(PENDING); }
 inline void copy_wait_all() { copy_commit(), emu::wait_async(0); }
+
+// d += a bᵀ by four warps, with operands in dynamic shared memory; d is there after wgmma_commit and wgmma_wait. Before: cp.async
+// waited for, wgmma_show, barrier, wgmma_start.
+inline void wgmma_bf16(float *d, uint64_t a, uint64_t b, EMU_HERE) { emu::wgmma<true>(d, a, b, file, line); }
+inline void wgmma_tf32(float *d, uint64_t a, uint64_t b, EMU_HERE) { emu::wgmma<false>(d, a, b, file, line); }
+inline void wgmma_hold(float *) {}                               // a word to the compiler, of nvcc
+inline void wgmma_start() { emu::E->self->wgmma->started = true; }
+inline void wgmma_commit() {
+    for (auto &s : emu::E->self->wgmma->sums) s.committed = true;
+}
+inline void wgmma_wait(EMU_HERE) { emu::wgmma_wait(file, line); }
+inline void wgmma_show() { emu::E->self->wgmma->shown = true; }
+inline uint64_t wgmma_operand(const void *rows, unsigned bytes, EMU_HERE) {
+    size_t at = (size_t)((const char *)rows - emu::E->dynamic);
+    if (((uintptr_t)rows | at) % emu::WGMMA_ALIGN)
+        emu::stop(true, "%s:%d: rows for wgmma at byte %zu of dynamic shared memory; they start at multiples of %zu", file, line,
+                  at, emu::WGMMA_ALIGN);
+    return (at + bytes) >> 4 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
 
 // ============================================================== 8. The runtime's functions
 

@@ -2,9 +2,10 @@
 //
 //     g++ -std=c++17 -O1 -g -x c++ -include emulator/cuda_on_cpu.h emulator/selftest.cu -o selftest && ./selftest
 //     nvcc -arch=sm_80 emulator/selftest.cu -o selftest && ./selftest        the first half, on a GPU
+//     nvcc -gencode arch=compute_90a,code=sm_90a -DMETALA_WGMMA emulator/selftest.cu ...     with wgmma, on an H100
 //
 // 1. Everything that is emulated, each result computed a second time by plain loops. A GPU must pass these as well: in
-//    particular what mma and ldmatrix expect in which register.
+//    particular what mma, ldmatrix and wgmma expect where.
 // 2. Mistakes, each in a process of its own, with the words that must appear about it. In a build with a sanitizer
 //    others appear than without. RUN_WITH="qemu-aarch64 -L /usr/aarch64-linux-gnu" in the environment when this program
 //    needs another one to run it.
@@ -15,7 +16,7 @@
 #include <cuda_runtime.h>
 #define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #define DYNAMIC_SHARED(type, name)                                        \
-    extern __shared__ __align__(128) unsigned char name##_as_bytes[];     \
+    extern __shared__ __align__(1024) unsigned char name##_as_bytes[];    \
     type *name = (type *)name##_as_bytes
 #endif
 #include <cmath>
@@ -80,6 +81,29 @@ __device__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memor
 template <int PENDING> __device__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+#ifdef METALA_WGMMA
+#define D_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define D_64 D_8(0), D_8(8), D_8(16), D_8(24), D_8(32), D_8(40), D_8(48), D_8(56)
+#define D_NAMES                                                                                                     \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
+    "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"  \
+    "%56,%57,%58,%59,%60,%61,%62,%63}"
+__device__ void wgmma_bf16(float *d, uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " D_NAMES ",%64,%65,1,1,1,0,0;" : D_64 : "l"(a), "l"(b));
+}
+__device__ void wgmma_tf32(float *d, uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " D_NAMES ",%64,%65,1,1,1;" : D_64 : "l"(a), "l"(b));
+}
+__device__ void wgmma_hold(float *d) { asm volatile("" : D_64 : : "memory"); }
+__device__ void wgmma_start() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+__device__ void wgmma_show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ uint64_t wgmma_operand(const void *rows, unsigned bytes) {
+    uint64_t address = (unsigned)__cvta_generic_to_shared(rows) + bytes;
+    return (address & 0x3FFFF) >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+#endif
 #endif
 
 namespace {
@@ -279,6 +303,72 @@ void test_mma() {
     CHECK(cudaFree(x));
     CHECK(cudaFree(y));
 }
+
+#if !defined(__CUDACC__) || defined(METALA_WGMMA)
+// Four warps: d[64][128] = a[64] b[128]ᵀ, rows of 128 bytes, 64 numbers in bfloat16 or 32 in tf32.
+enum { NOTHING, NOT_SHOWN, NOT_STARTED, OVERWRITTEN, READ_EARLY, NOT_COMMITTED, NOT_ALIGNED, THREE_WARPS, TWO_OPERANDS };
+template <bool BFLOAT16>
+__global__ void wgmma_kernel(float *d, const uint4 *a, const uint4 *b, int bug) {
+    DYNAMIC_SHARED(uint4, rows);
+    const unsigned thread = threadIdx.x, lane = thread % 32;
+    float sum[64] = {};
+#ifdef __CUDACC__
+    bug = NOTHING;                                               // so that the compiler knows
+#endif
+    for (unsigned n = thread; n < 192 * 8; n += 128)
+        copy16_async(rows + n / 8 * 8 + (n % 8 ^ n / 8 % 8), n < 64 * 8 ? a + n : b + n - 64 * 8, true);
+    copy_commit();
+    copy_wait<0>();
+    if (bug != NOT_SHOWN) wgmma_show();
+    __syncthreads();
+    if (bug == THREE_WARPS && thread >= 96) return;
+    wgmma_hold(sum);
+    if (bug != NOT_STARTED) wgmma_start();
+    for (unsigned part = 0; part < 4; part++) {
+        uint64_t left = wgmma_operand(rows + (bug == NOT_ALIGNED ? 8 : 0), 32 * part),
+                 right = wgmma_operand(rows + 64 * 8, 32 * (bug == TWO_OPERANDS && thread >= 64 ? 0 : part));
+        if (BFLOAT16) wgmma_bf16(sum, left, right);
+        else wgmma_tf32(sum, left, right);
+    }
+    if (bug != NOT_COMMITTED) wgmma_commit();
+    if (bug == OVERWRITTEN) rows[thread] = make_uint4(0, 0, 0, 0);
+    float early = bug == READ_EARLY ? sum[5] : 0;
+    wgmma_wait();
+    wgmma_hold(sum);
+    for (unsigned i = 0; i < 64; i++)
+        d[(thread / 32 * 16 + lane / 4 + i % 4 / 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sum[i] + early;
+}
+template <bool BFLOAT16>
+bool multiply_by_warpgroup(int bug) {
+    const int K = BFLOAT16 ? 64 : 32, bytes = 128 / K;
+    std::vector<unsigned char> x(192 * 128);
+    auto number = [](int row, int k) { return (float)((row * 37 + k * 11) % 61 - 30); };           // exact in 8 bits
+    for (int i = 0; i < 192; i++)
+        for (int k = 0; k < K; k++) {
+            float value = number(i, k);
+            memcpy(&x[i * 128 + k * bytes], (char *)&value + 4 - bytes, bytes);                    // of bfloat16 the upper half
+        }
+    uint4 *rows = (uint4 *)upload(x);
+    float *d = device<float>(64 * 128);
+    LAUNCH(wgmma_kernel<BFLOAT16>, 1, 128, 192 * 128, 0, d, rows, rows + 64 * 8, bug);
+    CHECK(cudaGetLastError());
+    std::vector<float> got = download(d, 64 * 128);
+    CHECK(cudaFree(rows));
+    for (int i = 0; i < 64; i++)
+        for (int j = 0; j < 128; j++) {
+            float sum = 0;
+            for (int k = 0; k < K; k++) sum += number(i, k) * number(64 + j, k);
+            if (got[i * 128 + j] != sum) return false;
+        }
+    return true;
+}
+void test_wgmma() {
+    check("wgmma m64n128k16 of bfloat16, four side by side", multiply_by_warpgroup<true>(NOTHING));
+    check("wgmma m64n128k8 of tf32, four side by side", multiply_by_warpgroup<false>(NOTHING));
+}
+#else
+void test_wgmma() {}
+#endif
 
 __global__ void ldmatrix_kernel(unsigned *out) {                 // matrix m, row i, column j is 1000m + 10i + j
     __shared__ __align__(16) uint16_t rows[32][8];
@@ -686,6 +776,15 @@ void ldmatrix_from_global_memory() {
     LAUNCH(ldmatrix_bug_kernel, 1, 32, 0, 0, device<unsigned>(32), device<uint16_t>(64), 1);
 }
 
+void wgmma_before_copies_are_shown() { multiply_by_warpgroup<true>(NOT_SHOWN); }
+void wgmma_without_a_start() { multiply_by_warpgroup<true>(NOT_STARTED); }
+void wgmma_operand_overwritten() { multiply_by_warpgroup<false>(OVERWRITTEN); }
+void wgmma_sum_read_before_the_wait() { result(multiply_by_warpgroup<true>(READ_EARLY)); }
+void wgmma_without_a_commit() { result(multiply_by_warpgroup<true>(NOT_COMMITTED)); }
+void wgmma_operand_not_aligned() { multiply_by_warpgroup<true>(NOT_ALIGNED); }
+void wgmma_by_three_warps() { multiply_by_warpgroup<true>(THREE_WARPS); }
+void wgmma_of_two_operands() { multiply_by_warpgroup<true>(TWO_OPERANDS); }
+
 __global__ void chain_kernel(float *x) {                         // block b needs what block b - 1 wrote
     if (blockIdx.x) x[blockIdx.x] = x[blockIdx.x - 1] + 1;
 }
@@ -764,6 +863,14 @@ const struct {
     M(load_what_is_still_read, "wrong result", "wrong result", "data race"),
     M(ldmatrix_not_aligned, "rows start at multiples of 16 bytes", "rows start at", "rows start at"),
     M(ldmatrix_from_global_memory, "which is not in shared memory", NULL, NULL),
+    M(wgmma_before_copies_are_shown, "no wgmma_show followed", "no wgmma_show", "no wgmma_show"),
+    M(wgmma_without_a_start, "wgmma without wgmma_start", "without wgmma_start", "without wgmma_start"),
+    M(wgmma_operand_overwritten, "was written while wgmma read it", "was written while", "was written while"),
+    M(wgmma_sum_read_before_the_wait, "wrong result", "wrong result", "wrong result"),
+    M(wgmma_without_a_commit, "wrong result", "wrong result", "wrong result"),
+    M(wgmma_operand_not_aligned, "at multiples of 1024", "at multiples of 1024", "at multiples of 1024"),
+    M(wgmma_by_three_warps, "for wgmma four warps", "for wgmma four warps", "for wgmma four warps"),
+    M(wgmma_of_two_operands, "other operands in thread 64", "other operands in", "other operands in"),
     M(blocks_that_need_each_other, "wrong result", "wrong result", "wrong result"),
     M(float_atomics, "adds floats atomically", "adds floats atomically", "adds floats atomically"),
     M(no_synchronisation, "wrong result", "wrong result", "wrong result"),
@@ -832,6 +939,7 @@ int main(int argc, char **argv) {
     test_warp_votes();
     test_shared();
     test_mma();
+    test_wgmma();
     test_ldmatrix();
     test_pipeline();
     test_atomics();
