@@ -14,6 +14,7 @@
 #   make test-cuda      the GPU against the CPU: every kernel, models, golden files (make CUDA=1 test-cuda)
 #   make test-emu       the kernels of cuda_metala.cu on the CPU, without nvcc or a GPU (make -j2 test-emu, needs a C++
 #                       compiler); make emu-thread looks for races with the thread sanitizer, which takes long
+#   make emu-traffic    what each line of the kernels costs in sectors of global memory and banks of shared memory, in one step
 #   make cuda-mutants   plants faults in cuda_metala.cu and requires that test-emu notices each
 #   make clean
 #
@@ -159,6 +160,21 @@ $(EMU_RUNS) emu-thread:
 	    >> build/$@.log 2>&1 || { grep -a -A 6 -E 'FAILED|cuda_on_cpu|Sanitizer' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
 	@echo "$@ ($(KIND), $(ORDER) order, $(MATH), $(CAPABILITY)): $$(tail -n 1 build/$@.log)"
 
+# The calls that the thread sanitizer has the compiler make before each access, answered by emulator/traffic.cpp.
+TRAFFIC_CU = $(EMU_CU) -fno-tree-sra -DEMU_TRAFFIC
+build/emu-traffic/train: train.c metala.c metala.h cuda_metala.cu emulator/cuda_on_cpu.h emulator/traffic.cpp build/flags
+	@mkdir -p $(@D)
+	$(EMU_C) -c -o $(@D)/train.o train.c
+	$(EMU_C) -c -o $(@D)/metala.o metala.c
+	$(TRAFFIC_CU) -fsanitize=thread -c -o $(@D)/cuda_metala.o cuda_metala.cu
+	$(TRAFFIC_CU) -c -o $(@D)/traffic.o emulator/traffic.cpp
+	$(CXX) -o $@ $(@D)/train.o $(@D)/metala.o $(@D)/cuda_metala.o $(@D)/traffic.o
+emu-traffic: MATH = bf16
+emu-traffic: build/emu-traffic/train data/stories
+	data/stories --bytes 20k > build/traffic.txt
+	build/emu-traffic/train build/traffic.txt --device cuda --math $(MATH) --width 256 --layers 1 --heads 2 -T 128 -B 1 \
+	    --max-steps 1 --val-fraction 0 --quiet --out build/traffic.safetensors
+
 # Of the checks, those of single kernels; of the compiler's time, what debug information takes is saved.
 cuda-mutants: build/emu-plain/test
 	SOURCE=cuda_metala.cu LIST=tests/cuda_mutants.txt \
@@ -201,5 +217,5 @@ clean:
 	rm -rf build train run test data/stories data/tasks
 
 .PHONY: all test bench-cuda test-cuda test64 asan test-programs mutants bench bench-peers demo clean FORCE
-.PHONY: test-emu $(EMU_RUNS) emu-thread cuda-mutants
+.PHONY: test-emu $(EMU_RUNS) emu-thread emu-traffic cuda-mutants
 .SECONDARY:

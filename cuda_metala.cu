@@ -448,19 +448,31 @@ matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weigh
         __syncthreads();
     }
     float *to = c + blockIdx.z * M * N;
-    const bool whole = gridDim.z == 1;
+    const bool whole = gridDim.z == 1, fours = N % 4 == 0 && (uintptr_t)to % 16 == 0;
 #pragma unroll
     for (int i = 0; i < R; i++) {                                // of a row first all loads: after a store they would wait for it
         const size_t at_i = i0 + row + 64 * (i / 4) + i % 4;
 #pragma unroll
-        for (int j = 0; j < R; j++) {
-            const size_t at_j = j0 + column + 64 * (j / 4) + j % 4;
-            if (whole && at_i < M && at_j < N) sum[i][j] += accumulate ? to[at_i * N + at_j] : bias ? bias[at_j] : 0;
+        for (int j = 0; j < R; j += 4) {
+            const size_t at_j = j0 + column + 16 * j;
+            float *here = to + at_i * N + at_j;
+            if (whole && accumulate && fours && at_i < M && at_j < N) {
+                const float4 old = *(const float4 *)here;
+                sum[i][j] += old.x, sum[i][j + 1] += old.y, sum[i][j + 2] += old.z, sum[i][j + 3] += old.w;
+            } else
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (whole && at_i < M && at_j + e < N) sum[i][j + e] += accumulate ? here[e] : bias ? bias[at_j + e] : 0;
         }
 #pragma unroll
-        for (int j = 0; j < R; j++) {
-            const size_t at_j = j0 + column + 64 * (j / 4) + j % 4;
-            if (at_i < M && at_j < N) to[at_i * N + at_j] = sum[i][j];
+        for (int j = 0; j < R; j += 4) {
+            const size_t at_j = j0 + column + 16 * j;
+            float *here = to + at_i * N + at_j;
+            if (fours && at_i < M && at_j < N) *(float4 *)here = make_float4(sum[i][j], sum[i][j + 1], sum[i][j + 2], sum[i][j + 3]);
+            else
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (at_i < M && at_j + e < N) here[e] = sum[i][j + e];
         }
     }
 }
@@ -665,7 +677,10 @@ tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bi
 #pragma unroll
     for (int i = 0; i < 4; i++) {                                    // first all loads: after a store they would wait for it
         if (gridDim.z == 1 && accumulate)
-            each(i, [&](float *x, const float *y, size_t, bool both) { x[0] += y[0], x[1] += both ? y[1] : 0; });
+            each(i, [&](float *x, const float *y, size_t, bool both) {
+                const float2 old = pairs ? *(const float2 *)y : make_float2(y[0], both ? y[1] : 0);
+                x[0] += old.x, x[1] += old.y;
+            });
         else if (gridDim.z == 1 && bias)
             each(i, [&](float *x, const float *, size_t j, bool both) { x[0] += bias[j], x[1] += both ? bias[j + 1] : 0; });
         each(i, [&](const float *x, float *y, size_t, bool both) {
@@ -1008,54 +1023,59 @@ void rms_backward(metala_context *ctx, float *dx, const float *dn, const float *
 }
 
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
-//   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read, NULL for zeros: a block for each row.
-// With u NULL the convolution alone.
-__device__ float conv_input(const float *n, const float *tail, size_t b, size_t t, size_t j, size_t d, size_t T,
-                            size_t D) {
-    enum { REACH = METALA_CONV - 1 };
-    if (t + j >= REACH) return n[(b * T + t + j - REACH) * D + d];
-    return tail ? tail[(b * METALA_CONV + t + j + 1) * D + d] : 0;
-}
-
+//   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read, NULL for zeros. With u NULL the convolution
+// alone. A thread takes one channel through a run of tokens of one sequence, with the last inputs in registers.
+enum { RUN_TOKENS = 32, REACH = METALA_CONV - 1 };
 __global__ void conv_forward_kernel(float *u, float *c, const float *n, const float *w, const float *tail, size_t B,
                                     size_t T, size_t D) {
-    FOR_EACH_ROW(row, B * T) {
-        size_t t = row % T, b = row / T;
-        for (size_t d = threadIdx.x; d < D; d += THREADS) {
+    const size_t runs = ceil_div(T, RUN_TOKENS);
+    FOR_EACH(i, B * runs * D) {
+        size_t d = i % D, b = i / D / runs, t0 = i / D % runs * RUN_TOKENS, end = least(T, t0 + RUN_TOKENS);
+        float taps[METALA_CONV], near[METALA_CONV] = {};         // near: n of t-3, t-2, t-1, t
+        for (size_t j = 0; j < METALA_CONV; j++) taps[j] = w[d * METALA_CONV + j];
+        for (size_t j = 1; j < METALA_CONV; j++) {
+            if (t0 + j >= METALA_CONV) near[j] = n[(b * T + t0 + j - METALA_CONV) * D + d];
+            else if (tail) near[j] = tail[(b * METALA_CONV + t0 + j) * D + d];
+        }
+        for (size_t t = t0; t < end; t++) {
+            size_t at = (b * T + t) * D + d;
+            near[0] = near[1], near[1] = near[2], near[2] = near[3], near[3] = n[at];
             float sum = 0;
-            for (size_t j = 0; j < METALA_CONV; j++)
-                sum += w[d * METALA_CONV + j] * conv_input(n, tail, b, t, j, d, T, D);
-            c[row * D + d] = sum;
-            if (u) u[row * D + d] = silu(sum);
+            for (size_t j = 0; j < METALA_CONV; j++) sum += taps[j] * near[j];
+            c[at] = sum;
+            if (u) u[at] = silu(sum);
         }
     }
 }
 void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const float *w, const float *tail, size_t B,
                   size_t T, size_t D) {
-    RUN(conv_forward_kernel, blocks_for(B * T, 1), THREADS, 0, u, c, n, w, tail, B, T, D);
+    RUN(conv_forward_kernel, blocks_for(B * ceil_div(T, RUN_TOKENS) * D, THREADS), THREADS, 0, u, c, n, w, tail, B, T, D);
 }
 
 // dc = du ⊙ silu'(c), or du where c is NULL      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)
-// dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
+// dw[:,j] += Σ_{b,t} n_t ⊙ dc_{t+3-j}, t from -3 on where there is a tail
 // A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of the next
 // three in registers, and leaves the run's part of dw in parts (runs,D,4).
-enum { RUN_TOKENS = 32 };
 __global__ void conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, const float *n,
                                      const float *w, const float *tail, size_t B, size_t T, size_t D) {
     const size_t runs = ceil_div(T, RUN_TOKENS);
     FOR_EACH(i, B * runs * D) {
         size_t d = i % D, b = i / D / runs, t0 = i / D % runs * RUN_TOKENS, end = least(T, t0 + RUN_TOKENS);
-        const float *taps = w + d * METALA_CONV;
-        float later[METALA_CONV] = {}, sum[METALA_CONV] = {};    // dc of t, t+1, t+2, t+3
-        for (size_t t = end + METALA_CONV - 1; t-- > t0;) {
+        float taps[METALA_CONV], later[METALA_CONV] = {}, sum[METALA_CONV] = {};     // later: dc of t, t+1, t+2, t+3
+        for (size_t j = 0; j < METALA_CONV; j++) taps[j] = w[d * METALA_CONV + j];
+        auto shift = [&](float dc) { later[3] = later[2], later[2] = later[1], later[1] = later[0], later[0] = dc; };
+        for (size_t t = end + REACH; t-- > t0;) {
             size_t at = (b * T + t) * D + d;
-            later[3] = later[2], later[2] = later[1], later[1] = later[0];
-            later[0] = t >= T ? 0 : c ? du[at] * silu_slope(c[at]) : du[at];
+            shift(t >= T ? 0 : c ? du[at] * silu_slope(c[at]) : du[at]);
             if (t >= end) continue;                              // the next run's, only looked at
             dn[at] = taps[3] * later[0] + taps[2] * later[1] + taps[1] * later[2] + taps[0] * later[3];
-            for (size_t j = 0; j < METALA_CONV; j++) sum[j] += later[0] * conv_input(n, tail, b, t, j, d, T, D);
+            for (size_t j = 0; j < METALA_CONV; j++) sum[j] += n[at] * later[REACH - j];
         }
-        for (size_t j = 0; j < METALA_CONV; j++) parts[i * METALA_CONV + j] = sum[j];
+        for (size_t t = REACH; tail && t0 == 0 && t > 0; t--) {
+            shift(0);
+            for (size_t j = 0; j < METALA_CONV; j++) sum[j] += tail[(b * METALA_CONV + t) * D + d] * later[REACH - j];
+        }
+        *(float4 *)&parts[i * METALA_CONV] = make_float4(sum[0], sum[1], sum[2], sum[3]);
     }
 }
 void conv_backward(metala_context *ctx, float *dn, float *dw, const float *du, const float *c, const float *n,
@@ -2493,24 +2513,24 @@ recurrent_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
 //
 // Tokens beyond the end have q = k = v = do = 0 and α = 1, which changes nothing.
 
-enum { BLOCK = 16, A_PITCH = BLOCK + 2 };
+enum { BLOCK = 16, BLOCKS = METALA_CHUNK / BLOCK, A_PITCH = BLOCK + 4 };
 
 // Distance of rows of q, k, α in shared memory: whole float4, and neighbours in other banks.
 __host__ __device__ constexpr size_t row_pitch(size_t K) { return round_up(K, 4) + 4; }
 
-// to (BLOCK, pitch) = the tokens t0 … t0+n-1 of one head of x (·,H,width), columns from…from+columns-1, which are
-// filled up with `rest`. A warp for each row.
+// to (tokens, pitch) = n tokens of one head of x, `step` apart, their first `width` columns; `rest` beyond either, up to
+// `columns`. A warp for each row.
 __device__ void load_tokens(float *to, size_t pitch, size_t columns, const float *x, size_t step, size_t n,
-                            size_t width, float rest) {
-    for (size_t t = threadIdx.x / WARP; t < BLOCK; t += WARPS)
+                            size_t width, float rest, size_t tokens = BLOCK) {
+    for (size_t t = threadIdx.x / WARP; t < tokens; t += WARPS)
         for (size_t i = threadIdx.x % WARP; i < columns; i += WARP)
             to[t * pitch + i] = t < n && i < width ? x[t * step + i] : rest;
 }
 
 // A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. 16 threads share a key j: each carries some of its
 // channels from t = j on, multiplying by α_t, and they add up their products.
-__device__ void block_map(float *A, const float *q, const float *k, const float *alpha, size_t K, size_t pitch,
-                          float scale) {
+__device__ void block_map(float *A, size_t a_pitch, const float *q, const float *k, const float *alpha, size_t K,
+                          size_t pitch, float scale) {
     const int j = threadIdx.x / 16, lane = threadIdx.x % 16;
     float sum[BLOCK] = {};
     for (size_t i = lane; i < K; i += 16) {
@@ -2525,12 +2545,12 @@ __device__ void block_map(float *A, const float *q, const float *k, const float 
     for (int t = 0; t < BLOCK; t++) {
         float all = sum[t];
         for (int distance = 8; distance > 0; distance /= 2) all += __shfl_xor_sync(ALL_LANES, all, distance);
-        if (lane == t) A[t * A_PITCH + j] = scale * all;
+        if (lane == t) A[t * a_pitch + j] = scale * all;
     }
 }
 
-// In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q may be NULL. A thread for each channel,
-// of several blocks one behind the other.
+// In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q or k may be NULL. A thread for each
+// channel, of several blocks one behind the other.
 __device__ void block_decay(float *q, float *k, const float *alpha, float *total, size_t K, size_t pitch, float scale,
                             size_t blocks = 1) {
     for (size_t task = threadIdx.x; task < blocks * K; task += THREADS) {
@@ -2540,7 +2560,7 @@ __device__ void block_decay(float *q, float *k, const float *alpha, float *total
             p *= alpha[at + t * pitch];
             if (q) q[at + t * pitch] *= scale * p;
         }
-        for (int t = BLOCK - 1; t >= 0; t--) {
+        for (int t = BLOCK - 1; k && t >= 0; t--) {
             k[at + t * pitch] *= rest;
             rest *= alpha[at + t * pitch];
         }
@@ -2548,85 +2568,33 @@ __device__ void block_decay(float *q, float *k, const float *alpha, float *total
     }
 }
 
-// ---- Small products on tensor cores, of operands in shared memory or in registers, which are rounded when they are
-// used. With g = lane/4, t = lane%4, a 16×8 piece of a left operand or of a result has in x[e] row g + 8(e/2), column
-// 2t + e%2, and two rows of a right operand are a float2, rows 2t and 2t+1 of column g. (tf32 takes other places; but
-// the columns of the left may be called what they will, if the rows of the right are called the same.)
-
-// D += [a0 a1] B:  16×8 += 16×16 times 16×8;  b1: the lower 8 rows of B
-template <metala_math MATH>
-__device__ void multiply_pieces(float *d, const float *a0, const float *a1, float2 b0, float2 b1) {
-    if (MATH == METALA_BFLOAT16) {
-        const unsigned a[4] = {pack(a0[0], a0[1]), pack(a0[2], a0[3]), pack(a1[0], a1[1]), pack(a1[2], a1[3])};
-        const unsigned b[2] = {pack(b0.x, b0.y), pack(b1.x, b1.y)};
-        mma_bf16(d, a, b);
-    } else {
-        const unsigned left[4] = {to_tf32(a0[0]), to_tf32(a0[2]), to_tf32(a0[1]), to_tf32(a0[3])};
-        const unsigned right[4] = {to_tf32(a1[0]), to_tf32(a1[2]), to_tf32(a1[1]), to_tf32(a1[3])};
-        const unsigned upper[2] = {to_tf32(b0.x), to_tf32(b0.y)}, lower[2] = {to_tf32(b1.x), to_tf32(b1.y)};
-        mma_tf32(d, left, upper);
-        mma_tf32(d, right, lower);
-    }
-}
-
-// Rows k…k+15 of column j of a right operand x[k][j], or of xᵀ.
-__device__ float2 down(const float *x, size_t pitch, unsigned k, unsigned j) {
-    return make_float2(x[k * pitch + j], x[(k + 1) * pitch + j]);
-}
-__device__ float2 along(const float *x, size_t pitch, unsigned k, unsigned j) {
-    return *(const float2 *)&x[j * pitch + k];                       // pitch and k are even
-}
-// A 16×8 piece of a left operand: of x[i][k], or of xᵀ, where x has k as its rows.
-__device__ void piece(float *a, const float *x, size_t pitch, unsigned i, unsigned k) {
-    for (int e = 0; e < 4; e++) a[e] = x[(i + e / 2 * 8) * pitch + k + e % 2];
-}
-__device__ void piece_transposed(float *a, const float *x, size_t pitch, unsigned i, unsigned k) {
-    for (int e = 0; e < 4; e++) a[e] = x[(k + e % 2) * pitch + i + e / 2 * 8];
-}
-
 // S = diag(total) S + aᵀ b:   S (K, COLUMNS), rows s_pitch apart   a (BLOCK, K)   b (BLOCK, COLUMNS), b_pitch apart.
-// A thread has 4 × 4 numbers of S at a time, or a warp 16 × 8. K is a multiple of 4, or 16: rows are padded with zeros.
-template <metala_math MATH, int COLUMNS>
+// A thread has 4 × 4 numbers of S at a time. K is a multiple of 4: rows are padded with zeros.
+template <int COLUMNS>
 __device__ void block_update(float *S, size_t s_pitch, const float *total, const float *a, size_t pitch, const float *b,
                              size_t b_pitch, size_t K) {
-    if constexpr (MATH != METALA_EXACT) {
-        const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-        for (unsigned tile = threadIdx.x / WARP; tile < K / 16 * (COLUMNS / 8); tile += WARPS) {
-            const unsigned i = tile / (COLUMNS / 8) * 16, j = tile % (COLUMNS / 8) * 8;
-            float a0[4], a1[4], sum[4];
-            for (unsigned e = 0; e < 4; e++) {
-                unsigned row = i + g + e / 2 * 8;
-                sum[e] = total[row] * S[row * s_pitch + j + 2 * t + e % 2];
-            }
-            piece_transposed(a0, a, pitch, i + g, 2 * t);
-            piece_transposed(a1, a, pitch, i + g, 2 * t + 8);
-            multiply_pieces<MATH>(sum, a0, a1, down(b, b_pitch, 2 * t, j + g), down(b, b_pitch, 2 * t + 8, j + g));
-            for (unsigned e = 0; e < 4; e++) S[(i + g + e / 2 * 8) * s_pitch + j + 2 * t + e % 2] = sum[e];
+    for (size_t task = threadIdx.x; task < K / 4 * (COLUMNS / 4); task += THREADS) {
+        size_t i = task / (COLUMNS / 4) * 4, j = task % (COLUMNS / 4) * 4;
+        float sum[4][4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            float4 x = *(const float4 *)&S[(i + e) * s_pitch + j];
+            float p = total[i + e];
+            sum[e][0] = p * x.x, sum[e][1] = p * x.y, sum[e][2] = p * x.z, sum[e][3] = p * x.w;
         }
-    } else {
-        for (size_t task = threadIdx.x; task < K / 4 * (COLUMNS / 4); task += THREADS) {
-            size_t i = task / (COLUMNS / 4) * 4, j = task % (COLUMNS / 4) * 4;
-            float sum[4][4];
+#pragma unroll
+        for (int t = 0; t < BLOCK; t++) {
+            float4 x = *(const float4 *)&a[t * pitch + i], y = *(const float4 *)&b[t * b_pitch + j];
+            const float of_a[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                float4 x = *(const float4 *)&S[(i + e) * s_pitch + j];
-                float p = total[i + e];
-                sum[e][0] = p * x.x, sum[e][1] = p * x.y, sum[e][2] = p * x.z, sum[e][3] = p * x.w;
+                sum[e][0] += of_a[e] * y.x, sum[e][1] += of_a[e] * y.y;
+                sum[e][2] += of_a[e] * y.z, sum[e][3] += of_a[e] * y.w;
             }
-#pragma unroll
-            for (int t = 0; t < BLOCK; t++) {
-                float4 x = *(const float4 *)&a[t * pitch + i], y = *(const float4 *)&b[t * b_pitch + j];
-                const float of_a[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    sum[e][0] += of_a[e] * y.x, sum[e][1] += of_a[e] * y.y;
-                    sum[e][2] += of_a[e] * y.z, sum[e][3] += of_a[e] * y.w;
-                }
-            }
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                *(float4 *)&S[(i + e) * s_pitch + j] = make_float4(sum[e][0], sum[e][1], sum[e][2], sum[e][3]);
         }
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            *(float4 *)&S[(i + e) * s_pitch + j] = make_float4(sum[e][0], sum[e][1], sum[e][2], sum[e][3]);
     }
 }
 
@@ -2675,7 +2643,7 @@ chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, cons
         if (states && t0 % METALA_CHUNK == 0)
             store_state<COLUMNS>(states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V + j0, state, COLUMNS, K, V,
                                  columns);
-        block_map(A, q_block, k_block, alpha_block, K, pitch, scale);
+        block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, scale);
         __syncthreads();
         block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
         __syncthreads();
@@ -2697,112 +2665,10 @@ chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, cons
                 if (t < n && j + e < columns) o[(at + t * H) * V + j0 + j + e] = sum[e];
         }
         __syncthreads();                                             // the old state is read
-        block_update<METALA_EXACT, COLUMNS>(state, COLUMNS, total, k_block, pitch, v_block, COLUMNS, Kp);
+        block_update<COLUMNS>(state, COLUMNS, total, k_block, pitch, v_block, COLUMNS, Kp);
         __syncthreads();                                             // the block's tokens are done with
     }
     if (S) store_state<COLUMNS>(S + b_h * K * V + j0, state, COLUMNS, K, V, columns);
-}
-
-// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128), forward. Everything that all columns share is
-// made for the four blocks of a chunk at once: the maps A and the decayed q and k, in float. Then every warp goes
-// through the blocks alone: it has 16 columns of S, as Sᵀ [16 × K] in the registers of the multiplier's results, where
-// a result of one product is the operand of the next one:
-//
-//     oᵀ = Sᵀ qpᵀ + vᵀ Aᵀ          Sᵀ <- Sᵀ diag(p_n) + vᵀ keys
-//
-// S stays in float, and is rounded each time that it is read.
-
-enum { TENSOR_COLUMNS = WARPS * 16 };
-template <int MOST>
-constexpr size_t tensor_forward_shared() {                           // in floats: q, k, α, v, total decays, A
-    return METALA_CHUNK * (3 * (MOST + 4) + TENSOR_COLUMNS + 4) + METALA_CHUNK / BLOCK * (MOST + BLOCK * A_PITCH);
-}
-
-template <metala_math MATH, int MOST>
-__global__ void __launch_bounds__(THREADS, 1)
-tensor_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
-                      const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
-    enum { PITCH = MOST + 4, V_PITCH = TENSOR_COLUMNS + 4, BLOCKS = METALA_CHUNK / BLOCK };
-    DYNAMIC_SHARED(float, memory);
-    const size_t b_h = blockIdx.y, j0 = blockIdx.x * (size_t)TENSOR_COLUMNS, columns = least(V - j0, TENSOR_COLUMNS);
-    const size_t row = first_row(b_h, T, H);
-    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, column = threadIdx.x / WARP * 16 + g;
-    const bool works = threadIdx.x / WARP * 16 < columns;
-    float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
-    float *v_chunk = alpha_chunk + METALA_CHUNK * PITCH, *total = v_chunk + METALA_CHUNK * V_PITCH;
-    float *A = total + BLOCKS * MOST;
-    float s[MOST / 8][4];                                            // Sᵀ: rows `column` and `column` + 8
-
-    // f(number in registers, its place in a state in global memory), for those that exist
-    auto for_state = [&](auto f) {
-#pragma unroll
-        for (int n = 0; n < MOST / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                size_t i = 8 * n + 2 * t + e % 2, j = column + e / 2 * 8;
-                if (i < K && j < columns) f(s[n][e], i * V + j0 + j);
-            }
-    };
-#pragma unroll
-    for (int n = 0; n < MOST / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) s[n][e] = 0;
-    if (S) for_state([&](float &x, size_t at) { x = S[b_h * K * V + at]; });
-
-    for (size_t t0 = 0; t0 < T; t0 += METALA_CHUNK) {
-        const size_t n = least(T - t0, METALA_CHUNK), at = row + t0 * H;
-        for (size_t b = 0; b < BLOCKS; b++) {
-            const size_t here = at + b * BLOCK * H, to = b * BLOCK * PITCH, left = n < b * BLOCK ? 0 : n - b * BLOCK;
-            load_tokens(q_chunk + to, PITCH, MOST, q + here * K, H * K, left, K, 0);
-            load_tokens(k_chunk + to, PITCH, MOST, k + here * K, H * K, left, K, 0);
-            load_tokens(alpha_chunk + to, PITCH, MOST, alpha + here * K, H * K, left, K, 1);
-            load_tokens(v_chunk + b * BLOCK * V_PITCH, V_PITCH, TENSOR_COLUMNS, v + here * V + j0, H * V, left,
-                        columns, 0);
-        }
-        if (states) {
-            float *to = states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V;
-            for_state([&](float &x, size_t place) { to[place] = x; });
-        }
-        __syncthreads();
-        for (int b = 0; b < BLOCKS; b++) {
-            size_t from = b * BLOCK * PITCH;
-            block_map(A + b * BLOCK * A_PITCH, q_chunk + from, k_chunk + from, alpha_chunk + from, K, PITCH, scale);
-        }
-        __syncthreads();
-        block_decay(q_chunk, k_chunk, alpha_chunk, total, MOST, PITCH, scale, BLOCKS);
-        __syncthreads();
-        for (size_t b = 0; works && b * BLOCK < n; b++) {
-            const float *q_block = q_chunk + b * BLOCK * PITCH, *k_block = k_chunk + b * BLOCK * PITCH;
-            const float *v_block = v_chunk + b * BLOCK * V_PITCH, *A_block = A + b * BLOCK * A_PITCH;
-            float v0[4], v1[4];
-            piece_transposed(v0, v_block, V_PITCH, column, 2 * t);
-            piece_transposed(v1, v_block, V_PITCH, column, 2 * t + 8);
-#pragma unroll
-            for (unsigned token = 0; token < BLOCK; token += 8) {
-                float out[4] = {};
-#pragma unroll
-                for (unsigned i = 0; i < MOST; i += 16)
-                    multiply_pieces<MATH>(out, s[i / 8], s[i / 8 + 1], along(q_block, PITCH, i + 2 * t, token + g),
-                                          along(q_block, PITCH, i + 2 * t + 8, token + g));
-                multiply_pieces<MATH>(out, v0, v1, along(A_block, A_PITCH, 2 * t, token + g),
-                                      along(A_block, A_PITCH, 2 * t + 8, token + g));
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    size_t i = b * BLOCK + token + 2 * t + e % 2, j = column + e / 2 * 8;
-                    if (i < n && j < columns) o[(at + i * H) * V + j0 + j] = out[e];
-                }
-            }
-#pragma unroll
-            for (unsigned i = 0; i < MOST; i += 8) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) s[i / 8][e] *= total[b * MOST + i + 2 * t + e % 2];
-                multiply_pieces<MATH>(s[i / 8], v0, v1, down(k_block, PITCH, 2 * t, i + g),
-                                      down(k_block, PITCH, 2 * t + 8, i + g));
-            }
-        }
-        __syncthreads();                                             // the chunk's tokens are done with
-    }
-    if (S) for_state([&](float &x, size_t at) { S[b_h * K * V + at] = x; });
 }
 
 // ---- Chunkwise, backward.
@@ -2826,85 +2692,51 @@ __device__ void block_products(float *D, const float *dO, const float *v, size_t
     D[t * A_PITCH + j] = j <= t ? scale * sum : 0;
 }
 
-// y[t][i] = Σ_l x[t][l] S[i][l]:   x (BLOCK, columns)   S (K, columns). One row of S and 4 tokens for each thread, or 8
-// rows and all tokens for each warp.
-template <metala_math MATH, int COLUMNS>
+// y[t][i] = Σ_l x[t][l] S[i][l]:   x (BLOCK, columns)   S (K, columns). One row of S and 4 tokens for each thread.
+template <int COLUMNS>
 __device__ void block_project(float *y, size_t pitch, const float *x, const float *S, size_t s_pitch, size_t K) {
-    if constexpr (MATH != METALA_EXACT) {
-        const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-        for (unsigned i = threadIdx.x / WARP * 8; i < K; i += WARPS * 8) {
-            float a0[4], a1[4], sum[4] = {};
-            for (unsigned l = 0; l < COLUMNS; l += 16) {
-                piece(a0, x, s_pitch, g, l + 2 * t);
-                piece(a1, x, s_pitch, g, l + 2 * t + 8);
-                multiply_pieces<MATH>(sum, a0, a1, along(S, s_pitch, l + 2 * t, i + g),
-                                      along(S, s_pitch, l + 2 * t + 8, i + g));
-            }
-            for (unsigned e = 0; e < 4; e++) y[(g + e / 2 * 8) * pitch + i + 2 * t + e % 2] = sum[e];
-        }
-    } else {
-        for (size_t task = threadIdx.x; task < K * (BLOCK / 4); task += THREADS) {
-            size_t i = task % K, t = task / K * 4;
-            float sum[4] = {};
-            for (int l = 0; l < COLUMNS; l += 4) {
-                float4 a = *(const float4 *)&S[i * s_pitch + l];
+    for (size_t task = threadIdx.x; task < K * (BLOCK / 4); task += THREADS) {
+        size_t i = task % K, t = task / K * 4;
+        float sum[4] = {};
+        for (int l = 0; l < COLUMNS; l += 4) {
+            float4 a = *(const float4 *)&S[i * s_pitch + l];
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    float4 b = *(const float4 *)&x[(t + e) * s_pitch + l];
-                    sum[e] += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
-                }
+            for (int e = 0; e < 4; e++) {
+                float4 b = *(const float4 *)&x[(t + e) * s_pitch + l];
+                sum[e] += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
             }
-            for (int e = 0; e < 4; e++) y[(t + e) * pitch + i] = sum[e];
         }
+        for (int e = 0; e < 4; e++) y[(t + e) * pitch + i] = sum[e];
     }
 }
 
 // dv_j = Σ_t A_tj do_t + Σ_i keys_ji Γ_i, to global memory, `step` from token to token, for n tokens and `columns`
-// columns: 4 columns of a token for each thread, or 8 of all tokens for each warp.
-template <metala_math MATH, int COLUMNS>
+// columns: 4 columns of a token for each thread.
+template <int COLUMNS>
 __device__ void block_values(float *dv, size_t step, size_t n, size_t columns, const float *A, const float *dO,
                              const float *keys, size_t pitch, const float *gamma, size_t g_pitch, size_t K) {
-    if constexpr (MATH != METALA_EXACT) {
-        const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-        for (unsigned l = threadIdx.x / WARP * 8; l < COLUMNS; l += WARPS * 8) {
-            float a0[4], a1[4], sum[4] = {};
-            piece_transposed(a0, A, A_PITCH, g, 2 * t);
-            piece_transposed(a1, A, A_PITCH, g, 2 * t + 8);
-            multiply_pieces<MATH>(sum, a0, a1, down(dO, g_pitch, 2 * t, l + g), down(dO, g_pitch, 2 * t + 8, l + g));
-            for (unsigned i = 0; i < K; i += 16) {
-                piece(a0, keys, pitch, g, i + 2 * t);
-                piece(a1, keys, pitch, g, i + 2 * t + 8);
-                multiply_pieces<MATH>(sum, a0, a1, down(gamma, g_pitch, i + 2 * t, l + g),
-                                      down(gamma, g_pitch, i + 2 * t + 8, l + g));
-            }
-            for (unsigned e = 0; e < 4; e++) {
-                unsigned j = g + e / 2 * 8, column = l + 2 * t + e % 2;
-                if (j < n && column < columns) dv[j * step + column] = sum[e];
-            }
+    for (unsigned task = threadIdx.x; task < BLOCK * (COLUMNS / 4); task += THREADS) {
+        const unsigned j = task / (COLUMNS / 4), l = task % (COLUMNS / 4) * 4;
+        float sum[4] = {};
+        for (unsigned t = j; t < BLOCK; t++) {
+            float x = A[t * A_PITCH + j];
+            float4 y = *(const float4 *)&dO[t * g_pitch + l];
+            sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
         }
-    } else {
-        for (unsigned task = threadIdx.x; task < BLOCK * (COLUMNS / 4); task += THREADS) {
-            const unsigned j = task / (COLUMNS / 4), l = task % (COLUMNS / 4) * 4;
-            float sum[4] = {};
-            for (unsigned t = j; t < BLOCK; t++) {
-                float x = A[t * A_PITCH + j];
-                float4 y = *(const float4 *)&dO[t * g_pitch + l];
-                sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
-            }
-            for (size_t i = 0; i < K; i++) {
-                float x = keys[j * pitch + i];
-                float4 y = *(const float4 *)&gamma[i * g_pitch + l];
-                sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
-            }
+        for (size_t i = 0; i < K; i++) {
+            float x = keys[j * pitch + i];
+            float4 y = *(const float4 *)&gamma[i * g_pitch + l];
+            sum[0] += x * y.x, sum[1] += x * y.y, sum[2] += x * y.z, sum[3] += x * y.w;
+        }
 #pragma unroll
-            for (unsigned e = 0; e < 4; e++)
-                if (j < n && l + e < columns) dv[j * step + l + e] = sum[e];
-        }
+        for (unsigned e = 0; e < 4; e++)
+            if (j < n && l + e < columns) dv[j * step + l + e] = sum[e];
     }
 }
 
-// One channel of dq, from y = S_0 do_t which it takes the place of: keys decay forwards.
-__device__ void channel_dq(float *y, const float *k, const float *alpha, const float *D, size_t pitch, float scale) {
+// One channel of dq_t = s p_t y_t + Σ_{j<=t} D_tj (k_j ⊙ Π_{j<r<=t} α_r), in the place of y: keys decay forwards.
+__device__ void channel_dq(float *y, const float *k, const float *alpha, size_t pitch, const float *D, size_t d_pitch,
+                           float scale) {
     float key[BLOCK], p = 1;
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
@@ -2915,14 +2747,15 @@ __device__ void channel_dq(float *y, const float *k, const float *alpha, const f
 #pragma unroll
         for (int j = 0; j < BLOCK; j++) {
             if (j < t) key[j] *= a;
-            if (j <= t) sum += D[t * A_PITCH + j] * key[j];
+            if (j <= t) sum += D[t * d_pitch + j] * key[j];
         }
         y[t * pitch] = sum;
     }
 }
 
-// One channel of dk, from y = Γ v_j which it takes the place of: queries decay backwards.
-__device__ void channel_dk(float *y, const float *q, const float *alpha, const float *D, size_t pitch) {
+// One channel of dk_j = Π_{j<r<=n} α_r y_j + Σ_{t>=j} D_tj (q_t ⊙ Π_{j<r<=t} α_r), in the place of y: queries decay
+// backwards.
+__device__ void channel_dk(float *y, const float *q, const float *alpha, size_t pitch, const float *D, size_t d_pitch) {
     float query[BLOCK], rest = 1;
 #pragma unroll
     for (int j = BLOCK - 1; j >= 0; j--) {
@@ -2930,7 +2763,7 @@ __device__ void channel_dk(float *y, const float *q, const float *alpha, const f
         query[j] = q[j * pitch];
 #pragma unroll
         for (int t = BLOCK - 1; t >= 0; t--)
-            if (t >= j) sum += D[t * A_PITCH + j] * query[t];
+            if (t >= j) sum += D[t * d_pitch + j] * query[t];
         y[j * pitch] = sum;
 #pragma unroll
         for (int t = 0; t < BLOCK; t++)
@@ -2939,26 +2772,21 @@ __device__ void channel_dk(float *y, const float *q, const float *alpha, const f
     }
 }
 
-// Rows of a state in shared memory: whole float4, or whole pieces of tensor cores.
-__host__ __device__ constexpr size_t padded(metala_math math, size_t K) {
-    return round_up(K, math == METALA_EXACT ? 4 : 16);
-}
-
 // Floats of shared memory: S and Γ, five tensors (BLOCK, K), do and v, A and D, two vectors (K).
-size_t chunkwise_backward_shared(metala_math math, size_t K, size_t columns) {
-    K = padded(math, K);
+size_t chunkwise_backward_shared(size_t K, size_t columns) {
+    K = round_up(K, 4);
     return 2 * K * (columns + 4 + 1) + 5 * BLOCK * row_pitch(K) + 2 * BLOCK * (columns + 4) +
            2 * BLOCK * A_PITCH;
 }
 
-template <metala_math MATH, int COLUMNS>
+template <int COLUMNS>
 __global__ void __launch_bounds__(THREADS, 1)
 chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, float *dv, float *dS, float *between,
                           const float *dO, const float *states, const float *q, const float *k, const float *v,
                           const float *alpha, size_t first_head, size_t T, size_t H, size_t K, size_t V, float scale) {
-    enum { PITCH = COLUMNS + 4, BLOCKS = METALA_CHUNK / BLOCK };
+    enum { PITCH = COLUMNS + 4 };
     DYNAMIC_SHARED(float, memory);
-    const size_t Kp = padded(MATH, K), pitch = row_pitch(Kp), b_h = first_head + blockIdx.y;
+    const size_t Kp = round_up(K, 4), pitch = row_pitch(K), b_h = first_head + blockIdx.y;
     const size_t j0 = blockIdx.x * (size_t)COLUMNS, columns = least(V - j0, COLUMNS);
     const size_t row = first_row(b_h, T, H), tile = blockIdx.x * tile_step;
     float *state = memory, *gamma = state + Kp * PITCH, *q_block = gamma + Kp * PITCH;
@@ -2983,7 +2811,7 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             if (b > 0) store_state<COLUMNS>(own + (b - 1) * K * V, state, PITCH, K, V, columns);
             block_decay(NULL, k_block, alpha_block, total, Kp, pitch, scale);
             __syncthreads();
-            block_update<MATH, COLUMNS>(state, PITCH, total, k_block, pitch, v_block, PITCH, Kp);
+            block_update<COLUMNS>(state, PITCH, total, k_block, pitch, v_block, PITCH, Kp);
             __syncthreads();
         }
         for (size_t b = blocks; b-- > 0;) {                          // backwards; `state` is now that after block b
@@ -3004,14 +2832,15 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             load_tokens(v_block, PITCH, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
             load_tokens(dO_block, PITCH, COLUMNS, dO + at * V + j0, H * V, n, columns, 0);
             __syncthreads();
-            block_map(A, q_block, k_block, alpha_block, K, pitch, scale);
+            block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, scale);
             block_products(D, dO_block, v_block, PITCH, COLUMNS, scale);
-            block_project<MATH, COLUMNS>(dq_block, pitch, dO_block, state, PITCH, Kp);
-            block_project<MATH, COLUMNS>(dk_block, pitch, v_block, gamma, PITCH, Kp);
+            block_project<COLUMNS>(dq_block, pitch, dO_block, state, PITCH, Kp);
+            block_project<COLUMNS>(dk_block, pitch, v_block, gamma, PITCH, Kp);
             __syncthreads();
             for (size_t task = threadIdx.x; task < 2 * Kp; task += THREADS) {
-                if (task < Kp) channel_dq(dq_block + task, k_block + task, alpha_block + task, D, pitch, scale);
-                else channel_dk(dk_block + task - Kp, q_block + task - Kp, alpha_block + task - Kp, D, pitch);
+                const size_t i = task % Kp;
+                if (task < Kp) channel_dq(dq_block + i, k_block + i, alpha_block + i, pitch, D, A_PITCH, scale);
+                else channel_dk(dk_block + i, q_block + i, alpha_block + i, pitch, D, A_PITCH);
             }
             __syncthreads();
             for (size_t i = threadIdx.x; i < K; i += THREADS) {
@@ -3028,22 +2857,453 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             __syncthreads();
             block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
             __syncthreads();
-            block_values<MATH, COLUMNS>(dv + at * V + j0, H * V, n, columns, A, dO_block, k_block, pitch, gamma, PITCH,
-                                        Kp);
+            block_values<COLUMNS>(dv + at * V + j0, H * V, n, columns, A, dO_block, k_block, pitch, gamma, PITCH, Kp);
             __syncthreads();
-            block_update<MATH, COLUMNS>(gamma, PITCH, total, q_block, pitch, dO_block, PITCH, Kp);
+            block_update<COLUMNS>(gamma, PITCH, total, q_block, pitch, dO_block, PITCH, Kp);
             __syncthreads();
         }
     }
     if (dS) store_state<COLUMNS>(dS + b_h * K * V + j0, gamma, PITCH, K, V, columns);
 }
 
+// ---- Small products on tensor cores, of operands in shared memory or in registers, which are rounded when they are
+// used. With g = lane/4, t = lane%4, a 16×8 piece of a result has in x[e] row g + 8(e/2), column 2t + e%2. Of the 16 values
+// of k of a product, a lane has four, which may be called 2t, 2t+1, 2t+8, 2t+9, as the columns of a result, or t, t+4, t+8,
+// t+12, if both operands call them the same. The first two and the last two are a float2 for a row of the left operand or
+// a column of the right one, from one of these. They read different banks when rows are 8 words further on (modulo 32).
+
+// x[j][k], x[j][k+1] for k = 2t      x[j][k], x[j][k+4] for k = t      x[k][j], x[k+4][j] for k = t
+__device__ float2 along(const float *x, size_t pitch, unsigned k, unsigned j) {
+    return *(const float2 *)&x[j * pitch + k];                       // pitch and k are even
+}
+__device__ float2 beside(const float *x, size_t pitch, unsigned k, unsigned j) {
+    return make_float2(x[j * pitch + k], x[j * pitch + k + 4]);
+}
+__device__ float2 down(const float *x, size_t pitch, unsigned k, unsigned j) {
+    return make_float2(x[k * pitch + j], x[(k + 4) * pitch + j]);
+}
+__device__ float2 times(float2 x, float2 y) { return make_float2(x.x * y.x, x.y * y.y); }
+
+// Rows g and g+8 of a left operand.
+__device__ void set_rows(float *a, float2 upper, float2 lower) {
+    a[0] = upper.x, a[1] = upper.y, a[2] = lower.x, a[3] = lower.y;
+}
+
+// 16 × 16 of a left operand, a[0] and a[1], from row `row` on: of x[i][k] with k = 2t, or of xᵀ, where it is x[k][i] with k = t.
+__device__ void load_along(float (*a)[4], const float *x, size_t pitch, unsigned k, unsigned row) {
+    for (int half = 0; half < 2; half++)
+        set_rows(a[half], along(x, pitch, k + 8 * half, row), along(x, pitch, k + 8 * half, row + 8));
+}
+__device__ void load_beside(float (*a)[4], const float *x, size_t pitch, unsigned k, unsigned row) {
+    for (int half = 0; half < 2; half++)
+        set_rows(a[half], beside(x, pitch, k + 8 * half, row), beside(x, pitch, k + 8 * half, row + 8));
+}
+__device__ void load_down(float (*a)[4], const float *x, size_t pitch, unsigned k, unsigned row) {
+    for (int half = 0; half < 2; half++)
+        set_rows(a[half], down(x, pitch, k + 8 * half, row), down(x, pitch, k + 8 * half, row + 8));
+}
+
+// D += [a0 a1] B:  16×8 += 16×16 times 16×8;  b1: the last two values of k of B
+template <metala_math MATH>
+__device__ void multiply_pieces(float *d, const float *a0, const float *a1, float2 b0, float2 b1) {
+    if (MATH == METALA_BFLOAT16) {
+        const unsigned a[4] = {pack(a0[0], a0[1]), pack(a0[2], a0[3]), pack(a1[0], a1[1]), pack(a1[2], a1[3])};
+        const unsigned b[2] = {pack(b0.x, b0.y), pack(b1.x, b1.y)};
+        mma_bf16(d, a, b);
+    } else {
+        const unsigned left[4] = {to_tf32(a0[0]), to_tf32(a0[2]), to_tf32(a0[1]), to_tf32(a0[3])};
+        const unsigned right[4] = {to_tf32(a1[0]), to_tf32(a1[2]), to_tf32(a1[1]), to_tf32(a1[3])};
+        const unsigned upper[2] = {to_tf32(b0.x), to_tf32(b0.y)}, lower[2] = {to_tf32(b1.x), to_tf32(b1.y)};
+        mma_tf32(d, left, upper);
+        mma_tf32(d, right, lower);
+    }
+}
+
+// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128), forward. Everything that all columns share is
+// made for the four blocks of a chunk at once: the maps A and the decayed q and k, in float. Then every warp goes
+// through the blocks alone: it has 16 columns of S, as Sᵀ [16 × K] in the registers of the multiplier's results, where
+// a result of one product is the operand of the next one:
+//
+//     oᵀ = Sᵀ qpᵀ + vᵀ Aᵀ          Sᵀ <- Sᵀ diag(p_n) + vᵀ keys
+//
+// S stays in float, and is rounded each time that it is read.
+
+enum { TENSOR_COLUMNS = WARPS * 16 };
+
+// The 16 columns of a warp, of which a thread has s[n][e]: channel 8n + 2t + e%2, column g + 8(e/2). f(number, its place in
+// a state (K,V) whose first column is the block's), for those that exist, of `columns` of the block.
+template <int MOST, class Use>
+__device__ __forceinline__ void for_state(float (*s)[4], size_t K, size_t V, size_t columns, Use f) {
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, column = threadIdx.x / WARP * 16 + g;
+#pragma unroll
+    for (int n = 0; n < MOST / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            size_t i = 8 * n + 2 * t + e % 2, j = column + e / 2 * 8;
+            if (i < K && j < columns) f(s[n][e], i * V + j);
+        }
+}
+// s <- s diag(total) + vᵀ keys over a block of tokens:   total [MOST]   v: columns of the warp, tokens   keys (BLOCK, MOST)
+template <metala_math MATH, int MOST>
+__device__ __forceinline__ void carry_state(float (*s)[4], const float *total, const float (*v)[4], const float *keys,
+                                            size_t pitch) {
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (unsigned i = 0; i < MOST; i += 8) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[i / 8][e] *= total[i + 2 * t + e % 2];
+        multiply_pieces<MATH>(s[i / 8], v[0], v[1], down(keys, pitch, t, i + g), down(keys, pitch, t + 8, i + g));
+    }
+}
+
+template <int MOST>
+constexpr size_t tensor_forward_shared() {                           // in floats: q, k, α, v, total decays, A
+    return METALA_CHUNK * (3 * (MOST + 8) + TENSOR_COLUMNS + 8) + BLOCKS * (MOST + BLOCK * A_PITCH);
+}
+
+template <metala_math MATH, int MOST>
+__global__ void __launch_bounds__(THREADS, 1)
+tensor_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
+                      const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
+    enum { PITCH = MOST + 8, V_PITCH = TENSOR_COLUMNS + 8 };
+    DYNAMIC_SHARED(float, memory);
+    const size_t b_h = blockIdx.y, j0 = blockIdx.x * (size_t)TENSOR_COLUMNS, columns = least(V - j0, TENSOR_COLUMNS);
+    const size_t row = first_row(b_h, T, H);
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, column = threadIdx.x / WARP * 16 + g;
+    const bool works = threadIdx.x / WARP * 16 < columns;
+    float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
+    float *v_chunk = alpha_chunk + METALA_CHUNK * PITCH, *total = v_chunk + METALA_CHUNK * V_PITCH;
+    float *A = total + BLOCKS * MOST;
+    float s[MOST / 8][4] = {};                                       // Sᵀ
+
+    if (S) for_state<MOST>(s, K, V, columns, [&](float &x, size_t at) { x = S[b_h * K * V + j0 + at]; });
+    for (size_t t0 = 0; t0 < T; t0 += METALA_CHUNK) {
+        const size_t n = least(T - t0, METALA_CHUNK), at = row + t0 * H;
+        load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
+        load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
+        load_tokens(alpha_chunk, PITCH, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
+        load_tokens(v_chunk, V_PITCH, TENSOR_COLUMNS, v + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
+        if (states) {
+            float *to = states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V + j0;
+            for_state<MOST>(s, K, V, columns, [&](float &x, size_t place) { to[place] = x; });
+        }
+        __syncthreads();
+        for (int b = 0; b < BLOCKS; b++) {
+            size_t from = b * BLOCK * PITCH;
+            block_map(A + b * BLOCK * A_PITCH, A_PITCH, q_chunk + from, k_chunk + from, alpha_chunk + from, K, PITCH, scale);
+        }
+        __syncthreads();
+        block_decay(q_chunk, k_chunk, alpha_chunk, total, MOST, PITCH, scale, BLOCKS);
+        __syncthreads();
+        for (size_t b = 0; works && b * BLOCK < n; b++) {
+            const float *q_block = q_chunk + b * BLOCK * PITCH, *A_block = A + b * BLOCK * A_PITCH;
+            float v_piece[2][4];
+            load_down(v_piece, v_chunk + b * BLOCK * V_PITCH, V_PITCH, t, column);
+#pragma unroll
+            for (unsigned token = 0; token < BLOCK; token += 8) {
+                float out[4] = {};
+#pragma unroll
+                for (unsigned i = 0; i < MOST; i += 16)
+                    multiply_pieces<MATH>(out, s[i / 8], s[i / 8 + 1], along(q_block, PITCH, i + 2 * t, token + g),
+                                          along(q_block, PITCH, i + 2 * t + 8, token + g));
+                multiply_pieces<MATH>(out, v_piece[0], v_piece[1], beside(A_block, A_PITCH, t, token + g),
+                                      beside(A_block, A_PITCH, t + 8, token + g));
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    size_t i = b * BLOCK + token + 2 * t + e % 2, j = column + e / 2 * 8;
+                    if (i < n && j < columns) o[(at + i * H) * V + j0 + j] = out[e];
+                }
+            }
+            carry_state<MATH, MOST>(s, total + b * MOST, v_piece, k_chunk + b * BLOCK * PITCH, PITCH);
+        }
+        __syncthreads();                                             // the chunk's tokens are done with
+    }
+    if (S) for_state<MOST>(s, K, V, columns, [&](float &x, size_t at) { S[b_h * K * V + j0 + at] = x; });
+}
+
+// ---- Chunkwise on tensor cores, backward: no blocks one after the other, but all chunks at the same time, once the gradients
+// of the states between them are known, which another kernel computes before. In a chunk, with the blocks I, J of its tokens
+// t and j, p_t = Π α from the beginning of I to t, r_j = Π α behind j to the end of J, and P(I,J) = Π α over the blocks I…J-1;
+// S is the state before the chunk, Γ the gradient of that after it:
+//
+//     dq_t = p_t ⊙ ( s P(0,I) ⊙ (S do_t) + Σ_{j, J<I} D_tj (k_j ⊙ r_j ⊙ P(J+1,I)) ) + what is in its own block
+//     dk_j = r_j ⊙ ( P(J+1,4) ⊙ (Γ v_j)  + Σ_{t, J<I} D_tj (q_t ⊙ p_t ⊙ P(J+1,I)) ) + what is in its own block
+//     dv_j = Σ_{t>=j} A_tj do_t + Γᵀ (k_j ⊙ r_j ⊙ P(J+1,4)),   A_tj = s (q_t ⊙ p_t) · (k_j ⊙ r_j ⊙ P(J+1,I)) for J < I
+//     rowsum(Γ ⊙ S_n) = P(0,4) ⊙ rowsum(Γ ⊙ S) + Σ_j k_j ⊙ r_j ⊙ P(J+1,4) ⊙ (Γ v_j)
+//
+// Nothing is ever divided by a decay. What is in its own block is computed as above, channel by channel in float.
+
+// gammas (heads, chunks c0…c1-1, K, V) = Γ of each; gamma (heads, K, V): that of chunk c1-1, and then that of the state
+// before c0:   Γ <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ, block by block from the last. The warps share the columns, as forward.
+template <int MOST>
+constexpr size_t tensor_gammas_shared() {                            // in floats: q, α, do, total decays
+    return METALA_CHUNK * (2 * (MOST + 8) + TENSOR_COLUMNS + 8) + BLOCKS * MOST;
+}
+template <metala_math MATH, int MOST>
+__global__ void __launch_bounds__(THREADS, 1)
+tensor_gammas_kernel(float *gammas, float *gamma, const float *dO, const float *q, const float *alpha, size_t c0, size_t c1,
+                     size_t T, size_t H, size_t K, size_t V, float scale) {
+    enum { PITCH = MOST + 8, V_PITCH = TENSOR_COLUMNS + 8 };
+    DYNAMIC_SHARED(float, memory);
+    const size_t b_h = blockIdx.y, j0 = blockIdx.x * (size_t)TENSOR_COLUMNS, columns = least(V - j0, TENSOR_COLUMNS);
+    float *q_chunk = memory, *alpha_chunk = q_chunk + METALA_CHUNK * PITCH, *dO_chunk = alpha_chunk + METALA_CHUNK * PITCH;
+    float *total = dO_chunk + METALA_CHUNK * V_PITCH;
+    const unsigned column = threadIdx.x / WARP * 16 + threadIdx.x % WARP / 4;
+    float s[MOST / 8][4] = {};                                       // Γᵀ
+
+    for_state<MOST>(s, K, V, columns, [&](float &x, size_t at) { x = gamma[b_h * K * V + j0 + at]; });
+    for (size_t c = c1; c-- > c0;) {
+        const size_t t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK), at = first_row(b_h, T, H) + t0 * H;
+        float *to = gammas + (b_h * (c1 - c0) + c - c0) * K * V + j0;
+        for_state<MOST>(s, K, V, columns, [&](float &x, size_t place) { to[place] = x; });
+        load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
+        load_tokens(alpha_chunk, PITCH, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
+        load_tokens(dO_chunk, V_PITCH, TENSOR_COLUMNS, dO + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
+        __syncthreads();
+        block_decay(q_chunk, NULL, alpha_chunk, total, MOST, PITCH, scale, BLOCKS);
+        __syncthreads();
+        for (size_t b = BLOCKS; b-- > 0;) {
+            float dO_piece[2][4];
+            load_down(dO_piece, dO_chunk + b * BLOCK * V_PITCH, V_PITCH, threadIdx.x % 4, column);
+            carry_state<MATH, MOST>(s, total + b * MOST, dO_piece, q_chunk + b * BLOCK * PITCH, PITCH);
+        }
+        __syncthreads();                                             // the tokens are done with
+    }
+    for_state<MOST>(s, K, V, columns, [&](float &x, size_t at) { gamma[b_h * K * V + j0 + at] = x; });
+}
+
+// All gradients of a chunk of one head, a block for each. The warps share the tokens and the channels of dq and dk, which they
+// sum over the columns of V in registers, a tile of columns at a time, and the tokens and the columns of dv.
+enum { TILE_COLUMNS = 32, D_PITCH = METALA_CHUNK + 8, TILE_PITCH = TILE_COLUMNS + 8 };
+template <int MOST>
+constexpr size_t tensor_backward_shared() {                          // in floats: q, k, α; decays, three vectors; D;
+    return 3 * METALA_CHUNK * (MOST + 8) + (2 * BLOCKS + 3) * MOST + METALA_CHUNK * D_PITCH +
+           2 * (METALA_CHUNK + MOST) * TILE_PITCH + METALA_CHUNK * D_PITCH;        // v, do, S, Γ, and A, or dq and dk
+}
+
+// P(from,to) of channel i.
+template <int MOST>
+__device__ float decay_over(const float *total, unsigned from, unsigned to, unsigned i) {
+    float p = 1;
+    for (unsigned b = from; b < to; b++) p *= total[b * MOST + i];
+    return p;
+}
+template <int MOST>
+__device__ float2 decays_over(const float *total, unsigned from, unsigned to, unsigned i, unsigned i1) {
+    return make_float2(decay_over<MOST>(total, from, to, i), decay_over<MOST>(total, from, to, i1));
+}
+
+template <metala_math MATH, int MOST>
+__global__ void __launch_bounds__(THREADS, 1)
+tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *gammas, const float *dO, const float *states,
+                       const float *q, const float *k, const float *v, const float *alpha, size_t c0, size_t T, size_t H,
+                       size_t K, size_t V, float scale) {
+    enum { PITCH = MOST + 8, PIECES = MOST / 32 };                   // PIECES: of 8 channels, in the quarter of a warp
+    DYNAMIC_SHARED(float, memory);
+    const size_t b_h = blockIdx.y, c = c0 + blockIdx.x, t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK);
+    const size_t at = first_row(b_h, T, H) + t0 * H;
+    const float *state = states + (b_h * chunks(T) + c) * K * V, *gamma = gammas + (b_h * gridDim.x + blockIdx.x) * K * V;
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
+    const unsigned half = warp % 2, quarter = warp / 2, channel = quarter * (MOST / 4);
+    float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
+    float *total = alpha_chunk + METALA_CHUNK * PITCH, *after = total + BLOCKS * MOST;           // after: P(J+1,4)
+    float *along_states = after + BLOCKS * MOST, *along_keys = along_states + MOST;
+    float *D = along_keys + 2 * MOST, *v_tile = D + METALA_CHUNK * D_PITCH, *dO_tile = v_tile + METALA_CHUNK * TILE_PITCH;
+    float *S_tile = dO_tile + METALA_CHUNK * TILE_PITCH, *gamma_tile = S_tile + MOST * TILE_PITCH;
+    float *A = gamma_tile + MOST * TILE_PITCH, *dq_chunk = v_tile, *dk_chunk = dq_chunk + METALA_CHUNK * PITCH;
+    float of_q[2][PIECES][4] = {}, of_k[2][PIECES][4] = {};          // of the blocks 2 half and 2 half + 1, from `channel` on
+    float of_D[4][4] = {};                                           // of block `quarter` with the tokens from 32 half on
+    float a[2][4];
+
+    load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
+    load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
+    load_tokens(alpha_chunk, PITCH, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
+    for (unsigned i = threadIdx.x; i < MOST; i += THREADS) along_states[i] = 0;
+    __syncthreads();
+    for (unsigned b = 0; b < BLOCKS; b++) {
+        const unsigned from = b * BLOCK * PITCH;
+        block_map(A + b * BLOCK * (D_PITCH + 1), D_PITCH, q_chunk + from, k_chunk + from, alpha_chunk + from, K, PITCH, scale);
+    }
+    __syncthreads();
+    block_decay(q_chunk, k_chunk, alpha_chunk, total, MOST, PITCH, 1, BLOCKS);
+    __syncthreads();
+    for (unsigned n = threadIdx.x; n < BLOCKS * MOST; n += THREADS)
+        after[n] = decay_over<MOST>(total, n / MOST + 1, BLOCKS, n % MOST);
+    for (unsigned task = warp; task < 12; task += WARPS) {           // A below its diagonal, 16 × 8 at a time
+        const unsigned pair = task / 2, I = pair < 1 ? 1 : pair < 3 ? 2 : 3, J = pair - I * (I - 1) / 2;
+        const unsigned row = I * BLOCK + g, column = J * BLOCK + task % 2 * 8;
+        float sum[4] = {};
+        for (unsigned i = 2 * t; i < MOST; i += 16) {
+            load_along(a, q_chunk, PITCH, i, row);
+            multiply_pieces<MATH>(sum, a[0], a[1],
+                                  times(along(k_chunk, PITCH, i, column + g), decays_over<MOST>(total, J + 1, I, i, i + 1)),
+                                  times(along(k_chunk, PITCH, i + 8, column + g), decays_over<MOST>(total, J + 1, I, i + 8, i + 9)));
+        }
+        for (unsigned e = 0; e < 4; e++) A[(row + e / 2 * 8) * D_PITCH + column + 2 * t + e % 2] = scale * sum[e];
+    }
+    __syncthreads();                                                 // A and `after` are there
+    float keys[MOST / 16][2][4];                                     // k_j ⊙ r_j ⊙ P(J+1,4) of block `quarter`
+#pragma unroll
+    for (unsigned i = 0; i < MOST; i += 16) {
+        load_beside(keys[i / 16], k_chunk, PITCH, i + t, quarter * BLOCK + g);
+#pragma unroll
+        for (unsigned e = 0; e < 8; e++)
+            keys[i / 16][e / 4][e % 4] *= after[quarter * MOST + i + t + 8 * (e / 4) + 4 * (e % 2)];
+    }
+    for (size_t j0 = 0; j0 < V; j0 += TILE_COLUMNS) {
+        const size_t columns = least(V - j0, TILE_COLUMNS);
+        __syncthreads();                                             // the tile is done with
+        load_tokens(v_tile, TILE_PITCH, TILE_COLUMNS, v + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
+        load_tokens(dO_tile, TILE_PITCH, TILE_COLUMNS, dO + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
+        load_state<TILE_COLUMNS>(S_tile, TILE_PITCH, state + j0, MOST, K, V, columns);
+        load_state<TILE_COLUMNS>(gamma_tile, TILE_PITCH, gamma + j0, MOST, K, V, columns);
+        __syncthreads();
+        for (unsigned n = threadIdx.x; n < 2 * MOST; n += THREADS) {     // rowsum(Γ ⊙ S), two threads for a row
+            const unsigned from = n / 2 * TILE_PITCH + n % 2 * 4;
+            float sum = 0;
+            for (unsigned l = 0; l < TILE_COLUMNS; l += 8) {
+                float4 x = *(const float4 *)&gamma_tile[from + l], y = *(const float4 *)&S_tile[from + l];
+                sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+            }
+            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+            if (n % 2 == 0) along_states[n / 2] += sum;
+        }
+#pragma unroll
+        for (unsigned l = 2 * t; l < TILE_COLUMNS; l += 16) {        // S do, Γ v, and do·v
+            float of_do[2][2][4], of_v[2][2][4];
+#pragma unroll
+            for (unsigned m = 0; m < 2; m++) {
+                load_along(of_do[m], dO_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
+                load_along(of_v[m], v_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
+            }
+#pragma unroll
+            for (unsigned p = 0; p < PIECES; p++) {
+                const unsigned i = channel + 8 * p + g;
+                const float2 s0 = along(S_tile, TILE_PITCH, l, i), s1 = along(S_tile, TILE_PITCH, l + 8, i);
+                const float2 g0 = along(gamma_tile, TILE_PITCH, l, i), g1 = along(gamma_tile, TILE_PITCH, l + 8, i);
+#pragma unroll
+                for (unsigned m = 0; m < 2; m++) {
+                    multiply_pieces<MATH>(of_q[m][p], of_do[m][0], of_do[m][1], s0, s1);
+                    multiply_pieces<MATH>(of_k[m][p], of_v[m][0], of_v[m][1], g0, g1);
+                }
+            }
+            load_along(a, dO_tile, TILE_PITCH, l, quarter * BLOCK + g);
+#pragma unroll
+            for (unsigned p = 0; p < 4; p++)
+                if (half * 2 + p / 2 <= quarter)
+                    multiply_pieces<MATH>(of_D[p], a[0], a[1], along(v_tile, TILE_PITCH, l, half * 32 + 8 * p + g),
+                                          along(v_tile, TILE_PITCH, l + 8, half * 32 + 8 * p + g));
+        }
+        float of_dv[2][4] = {};                                      // of block `quarter`, 16 columns
+        for (unsigned token = quarter * BLOCK + t; token < METALA_CHUNK; token += BLOCK) {
+            load_down(a, A, D_PITCH, token, quarter * BLOCK + g);
+#pragma unroll
+            for (unsigned p = 0; p < 2; p++)
+                multiply_pieces<MATH>(of_dv[p], a[0], a[1], down(dO_tile, TILE_PITCH, token, half * 16 + 8 * p + g),
+                                      down(dO_tile, TILE_PITCH, token + 8, half * 16 + 8 * p + g));
+        }
+#pragma unroll
+        for (unsigned i = 0; i < MOST; i += 16)
+#pragma unroll
+            for (unsigned p = 0; p < 2; p++)
+                multiply_pieces<MATH>(of_dv[p], keys[i / 16][0], keys[i / 16][1],
+                                      down(gamma_tile, TILE_PITCH, i + t, half * 16 + 8 * p + g),
+                                      down(gamma_tile, TILE_PITCH, i + t + 8, half * 16 + 8 * p + g));
+#pragma unroll
+        for (unsigned p = 0; p < 2; p++)
+#pragma unroll
+            for (unsigned e = 0; e < 4; e++) {
+                const unsigned j = quarter * BLOCK + g + e / 2 * 8, l = half * 16 + 8 * p + 2 * t + e % 2;
+                if (j < n && l < columns) dv[(at + j * H) * V + j0 + l] = of_dv[p][e];
+            }
+    }
+    // D, and what dq and dk have from outside of the chunk.
+    for (unsigned p = 0; p < 4; p++)
+        for (unsigned e = 0; e < 4; e++)
+            D[(quarter * BLOCK + g + e / 2 * 8) * D_PITCH + half * 32 + 8 * p + 2 * t + e % 2] = scale * of_D[p][e];
+#pragma unroll
+    for (unsigned p = 0; p < PIECES; p++)
+#pragma unroll
+        for (unsigned e = 0; e < 2; e++) {
+            const unsigned i = channel + 8 * p + 2 * t + e;
+            float sum = 0;                                           // Σ_j k_j ⊙ r_j ⊙ P(J+1,4) ⊙ (Γ v_j)
+#pragma unroll
+            for (unsigned m = 0; m < 2; m++) {
+                const unsigned block = 2 * half + m, row = block * BLOCK + g;
+                const float before = scale * decay_over<MOST>(total, 0, block, i), behind = after[block * MOST + i];
+                of_q[m][p][e] *= before, of_q[m][p][e + 2] *= before;
+                of_k[m][p][e] *= behind, of_k[m][p][e + 2] *= behind;
+                sum += k_chunk[row * PITCH + i] * of_k[m][p][e] + k_chunk[(row + 8) * PITCH + i] * of_k[m][p][e + 2];
+            }
+            for (int distance = 4; distance < WARP; distance *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+            if (g == 0) along_keys[half * MOST + i] = sum;
+        }
+    __syncthreads();                                                 // D is there; the tile and A are done with
+    // What they have from the other blocks.
+#pragma unroll
+    for (unsigned m = 0; m < 2; m++) {
+        const unsigned block = 2 * half + m, row = block * BLOCK + g;
+        for (unsigned J = 0; J < block; J++) {
+            const unsigned token = J * BLOCK + t;
+            load_beside(a, D, D_PITCH, token, row);
+#pragma unroll
+            for (unsigned p = 0; p < PIECES; p++) {
+                const unsigned i = channel + 8 * p + g;
+                const float2 over = decays_over<MOST>(total, J + 1, block, i, i);
+                multiply_pieces<MATH>(of_q[m][p], a[0], a[1], times(down(k_chunk, PITCH, token, i), over),
+                                      times(down(k_chunk, PITCH, token + 8, i), over));
+            }
+        }
+        for (unsigned I = block + 1; I < BLOCKS; I++) {
+            const unsigned token = I * BLOCK + t;
+            load_down(a, D, D_PITCH, token, row);
+#pragma unroll
+            for (unsigned p = 0; p < PIECES; p++) {
+                const unsigned i = channel + 8 * p + g;
+                const float2 over = decays_over<MOST>(total, block + 1, I, i, i);
+                multiply_pieces<MATH>(of_k[m][p], a[0], a[1], times(down(q_chunk, PITCH, token, i), over),
+                                      times(down(q_chunk, PITCH, token + 8, i), over));
+            }
+        }
+#pragma unroll
+        for (unsigned p = 0; p < PIECES; p++)
+#pragma unroll
+            for (unsigned h = 0; h < 2; h++) {
+                const unsigned to = (row + 8 * h) * PITCH + channel + 8 * p + 2 * t;
+                *(float2 *)&dq_chunk[to] = make_float2(of_q[m][p][2 * h], of_q[m][p][2 * h + 1]);
+                *(float2 *)&dk_chunk[to] = make_float2(of_k[m][p][2 * h], of_k[m][p][2 * h + 1]);
+            }
+    }
+    __syncthreads();                                                 // q and k are not decayed any more
+    load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
+    load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
+    __syncthreads();
+    for (unsigned task = threadIdx.x; task < 2 * BLOCKS * MOST; task += THREADS) {
+        const unsigned block = task / 2 / MOST, here = block * BLOCK * PITCH + task % MOST;
+        const float *map = D + block * BLOCK * (D_PITCH + 1);
+        if (task / MOST % 2 == 0) channel_dq(dq_chunk + here, k_chunk + here, alpha_chunk + here, PITCH, map, D_PITCH, 1);
+        else channel_dk(dk_chunk + here, q_chunk + here, alpha_chunk + here, PITCH, map, D_PITCH);
+    }
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < K; i += THREADS) {
+        float sum = decay_over<MOST>(total, 0, BLOCKS, i) * along_states[i] + along_keys[i] + along_keys[MOST + i];
+        for (size_t token = METALA_CHUNK; token-- > 0;) {
+            const size_t here = token * PITCH + i, there = (at + token * H) * K + i;
+            sum += q_chunk[here] * dq_chunk[here] - k_chunk[here] * dk_chunk[here];
+            if (token >= n) continue;
+            dq[there] = dq_chunk[here];
+            dk[there] = dk_chunk[here];
+            da[there] = sum;
+        }
+    }
+}
+
 // ---- All heads of all sequences.
 
-// The chunkwise kernels have room for K up to 256, the backward with narrower tiles of V beyond 128, and for less where a block
-// has less shared memory; the recurrent ones for 512, and do the work of both for what is left. The parallel form is the
-// chunkwise one: its T×T map is for reading.
-enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_CHUNKWISE_K = 256, MOST_K = 512 };
+// Those on tensor cores have room for K up to 128, the other chunkwise ones for 256, the backward with narrower tiles of V beyond
+// 128, and for less where a block has less shared memory; the recurrent ones for 512, and do the work of all for what is left.
+// The parallel form is the chunkwise one: its T×T map is for reading.
+enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_CHUNKWISE_K = 256, MOST_TENSOR_K = 128, MOST_K = 512 };
 
 bool head_fits(metala_context *ctx, size_t K) {
     if (K > MOST_K)
@@ -3117,37 +3377,63 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
     }
         FORWARD(32)
         FORWARD(64)
-        FORWARD(128)
+        FORWARD(MOST_TENSOR_K)
 #undef FORWARD
     }
     RUN((chunkwise_forward_kernel<WIDE>), extent(ceil_div(V, WIDE), B * H), THREADS, wanted, o, S, states, q, k, v, alpha,
         T, H, K, V, (float)scale);
 }
 
-// Scratch: `states_each` states of each head, for some heads at a time so that they stay below 256 MB; the tiles' parts of
-// dq, dk and da (tiles,3,B,T,H,K) when there are several; and copies of what is shared, with their gradients. da may be NULL.
+// The two kernels of the backward on tensor cores, for the chunks c0…c1-1.
+template <metala_math MATH, int MOST>
+void tensor_backward(metala_context *ctx, float *dq, float *dk, float *da, float *dv, float *gamma, float *gammas,
+                     const float *dO, const float *states, const float *q, const float *k, const float *v,
+                     const float *alpha, size_t c0, size_t c1, size_t B, size_t T, size_t H, size_t K, size_t V, float scale) {
+    RUN((tensor_gammas_kernel<MATH, MOST>), extent(ceil_div(V, TENSOR_COLUMNS), B * H), THREADS,
+        tensor_gammas_shared<MOST>() * sizeof(float), gammas, gamma, dO, q, alpha, c0, c1, T, H, K, V, scale);
+    RUN((tensor_backward_kernel<MATH, MOST>), extent(c1 - c0, B * H), THREADS, tensor_backward_shared<MOST>() * sizeof(float),
+        dq, dk, da, dv, gammas, dO, states, q, k, v, alpha, c0, T, H, K, V, scale);
+}
+
+// Floats of scratch memory for states, above which fewer heads or chunks are taken at a time.
+#ifdef __CUDACC__
+enum { MOST_STATES = 1 << 26 };
+#else
+enum { MOST_STATES = 2000 };
+#endif
+size_t between_1_and(size_t most, size_t n) { return n < 1 ? 1 : least(n, most); }
+
+// Scratch: on tensor cores Γ of some chunks, and Γ itself if dS is NULL; otherwise `states_each` states of some heads, and the
+// tiles' parts of dq, dk and da (tiles,3,B,T,H,K) when there are several; copies of what is shared, with their gradients. da
+// may be NULL.
 template <metala_math MATH>
 void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, float *dv, float *da, float *dS,
                    const float *dO, const float *states, const float *q, const float *k, const float *v,
                    const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V, double scale, int shared) {
     if (!head_fits(ctx, K) || !B || !T || !H) return;
+    const size_t most_shared = shared_room(), all_states = B * H * K * V;
     auto chunkwise_fits = [=](size_t most_K, size_t columns) {
-        return K <= most_K && chunkwise_backward_shared(MATH, K, columns) * sizeof(float) <= shared_room();
+        return K <= most_K && chunkwise_backward_shared(K, columns) * sizeof(float) <= most_shared;
     };
-    bool wide = chunkwise_fits(MOST_WIDE_K, WIDE);
-    bool recurrent = form == METALA_RECURRENT || !(wide || chunkwise_fits(MOST_CHUNKWISE_K, NARROW));
-    size_t width = recurrent ? (size_t)RECURRENT_COLUMNS : wide ? (size_t)WIDE : (size_t)NARROW;
-    size_t states_each = recurrent ? METALA_CHUNK : METALA_CHUNK / BLOCK - 1;
-    size_t tiles = ceil_div(V, width), count = B * T * H * K, tile_step = tiles > 1 ? 3 * count : 0;
-    size_t most = (size_t)64 << 20, heads = most / (states_each * K * V);
-    if (heads < 1) heads = 1;
-    if (heads > B * H) heads = B * H;
+    const size_t tensor_shared = K <= 32   ? tensor_backward_shared<32>()
+                                 : K <= 64 ? tensor_backward_shared<64>()
+                                           : tensor_backward_shared<MOST_TENSOR_K>();
+    const bool wide = chunkwise_fits(MOST_WIDE_K, WIDE);
+    const bool tensor = MATH != METALA_EXACT && form != METALA_RECURRENT && K <= MOST_TENSOR_K &&
+                        tensor_shared * sizeof(float) <= most_shared;
+    const bool recurrent = form == METALA_RECURRENT || !(tensor || wide || chunkwise_fits(MOST_CHUNKWISE_K, NARROW));
+    const size_t width = tensor ? V : recurrent ? (size_t)RECURRENT_COLUMNS : wide ? (size_t)WIDE : (size_t)NARROW;
+    const size_t tiles = ceil_div(V, width), count = B * T * H * K, tile_step = tiles > 1 ? 3 * count : 0;
+    const size_t states_each = recurrent ? METALA_CHUNK : METALA_CHUNK / BLOCK - 1;
+    const size_t heads = between_1_and(B * H, MOST_STATES / (states_each * K * V));
+    const size_t at_once = between_1_and(chunks(T), MOST_STATES / all_states);
+    const size_t of_states = tensor ? (at_once + !dS) * all_states : heads * states_each * K * V;
     bool one_q = shared & METALA_SHARED_QUERY, one_k = shared & METALA_SHARED_KEY, one_a = shared & METALA_CONSTANT_DECAY;
     bool one_b = shared & METALA_SHARED_SEQUENCES;
     size_t copies = 2 * count_shared(shared) + (!da && !one_a), strips = one_a ? ceil_div(B * T, ROWS_OF_STRIP) : 0;
-    float *between = scratch(ctx, heads * states_each * K * V + tiles * tile_step + copies * count + strips * H * K);
+    float *between = scratch(ctx, of_states + tiles * tile_step + copies * count + strips * H * K);
     if (!between) return;
-    float *parts = between + heads * states_each * K * V;
+    float *parts = between + of_states;
     float *room = copy_shared<MATH>(ctx, &q, &k, &alpha, parts + tiles * tile_step, B, T, H, K, shared);
     float *all_q = dq, *all_k = dk, *all_a = da;
     if (one_q || one_b) all_q = room, room += count;
@@ -3155,7 +3441,16 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
     if (one_a || !da) all_a = room, room += count;
     float *part_q = all_q, *part_k = all_k, *part_a = all_a;
     if (tiles > 1) part_q = parts, part_k = part_q + count, part_a = part_k + count;
-    for (size_t first = 0; first < B * H; first += heads) {
+    if constexpr (MATH != METALA_EXACT) {
+        float *gamma = dS ? dS : between + at_once * all_states;
+        if (tensor && !dS) cuda_zero(ctx, gamma, all_states * sizeof(float));
+        const auto run = K <= 32 ? tensor_backward<MATH, 32> : K <= 64 ? tensor_backward<MATH, 64> : tensor_backward<MATH, MOST_TENSOR_K>;
+        for (size_t c1 = chunks(T), c0; tensor && c1 > 0; c1 = c0) {
+            c0 = c1 > at_once ? c1 - at_once : 0;
+            run(ctx, all_q, all_k, all_a, dv, gamma, between, dO, states, q, k, v, alpha, c0, c1, B, T, H, K, V, (float)scale);
+        }
+    }
+    for (size_t first = 0; !tensor && first < B * H; first += heads) {
         extent grid(tiles, B * H - first < heads ? B * H - first : heads);
 #define ARGUMENTS part_q, part_k, part_a, tile_step, dv, dS, between, dO, states, q, k, v, alpha, first, T, H, K, V, \
                   (float)scale
@@ -3163,11 +3458,9 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
     RUN((recurrent_backward_kernel<ROWS, GROUPS>), grid, dim3(WARP, GROUPS), 0, ARGUMENTS)
         if (recurrent) FOR_ROWS(K, BACKWARD);
         else if (wide)
-            RUN((chunkwise_backward_kernel<MATH, WIDE>), grid, THREADS,
-                chunkwise_backward_shared(MATH, K, WIDE) * sizeof(float), ARGUMENTS);
+            RUN(chunkwise_backward_kernel<WIDE>, grid, THREADS, chunkwise_backward_shared(K, WIDE) * sizeof(float), ARGUMENTS);
         else
-            RUN((chunkwise_backward_kernel<MATH, NARROW>), grid, THREADS,
-                chunkwise_backward_shared(MATH, K, NARROW) * sizeof(float), ARGUMENTS);
+            RUN(chunkwise_backward_kernel<NARROW>, grid, THREADS, chunkwise_backward_shared(K, NARROW) * sizeof(float), ARGUMENTS);
 #undef BACKWARD
 #undef ARGUMENTS
     }

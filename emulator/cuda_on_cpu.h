@@ -4,6 +4,7 @@
 //         ... -fopenmp                        blocks side by side
 //         ... -fsanitize=address,undefined    out-of-bounds accesses, with file and line
 //         ... -fsanitize=thread               races between the threads of a block
+//         ... and traffic.cpp                 what each line costs in sectors of global and banks of shared memory
 //
 // The file stays CUDA: nvcc compiles the same text. It keeps to three conventions, which it defines for nvcc itself:
 //
@@ -22,8 +23,7 @@
 //     fresh global and shared memory, and what cp.async is about to overwrite, read as NaN (integers as -1)
 //     the threads between two barriers, and the blocks, run in an order that can be chosen
 //
-// It is one CPU's idea of a GPU: speed, bank conflicts, real concurrency and the last bits of expf are not its
-// business. TMA, wmma, clusters, cooperative groups and blocks that wait for each other are not there. A kernel
+// It is one CPU's idea of a GPU: speed, real concurrency and the last bits of expf are not its business. TMA, wmma, clusters, cooperative groups and blocks that wait for each other are not there. A kernel
 // may not return early while other threads of its block still meet in barriers (on a GPU it may, since Volta).
 //
 // Environment
@@ -78,7 +78,9 @@
 
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"               // #pragma unroll
 
-#if defined(__has_feature)                                       // clang says it this way
+#ifdef EMU_TRAFFIC                                               // the sanitizer's calls, not the sanitizer: see traffic.cpp
+#undef __SANITIZE_THREAD__
+#elif defined(__has_feature)                                     // clang says it this way
 #if __has_feature(address_sanitizer)
 #define __SANITIZE_ADDRESS__ 1
 #endif
@@ -203,6 +205,11 @@ void __tsan_release(void *);
 #define EMU_UNWATCHED __attribute__((noinline, no_sanitize_thread))
 #else
 #define EMU_UNWATCHED __attribute__((noinline, no_sanitize_address))
+#endif
+#ifdef EMU_TRAFFIC                                               // the emulator's own accesses do not count
+#define EMU_UNTRACED __attribute__((noinline, no_sanitize_thread))
+#else
+#define EMU_UNTRACED
 #endif
 #ifdef _OPENMP
 #define EMU_PER_THREAD thread_local
@@ -1411,12 +1418,19 @@ EMU_UNWATCHED inline void operate_ldmatrix(void **x, unsigned) {
 
 // Word by word, so that the sanitizers see who reads and writes what. from NULL: the same word everywhere.
 typedef volatile unsigned __attribute__((may_alias)) Word;
-inline void look_at(const void *p, int bytes) {
+EMU_UNTRACED inline void look_at(const void *p, int bytes) {
     for (int i = 0; i < bytes / 4; i++) (void)((const Word *)p)[i];
 }
-inline void move_words(void *to, const void *from, unsigned word, int bytes) {
+EMU_UNTRACED inline void move_words(void *to, const void *from, unsigned word, int bytes) {
     for (int i = 0; i < bytes / 4; i++) ((Word *)to)[i] = from ? ((const Word *)from)[i] : word;
 }
+
+// What traffic.cpp counts of instructions that take more than a word from each thread.
+#ifdef EMU_TRAFFIC
+void traffic(const void *p, int bytes, bool write, const char *file, int line);
+#else
+inline void traffic(const void *, int, bool, const char *, int) {}
+#endif
 
 template <int MATRICES, bool TRANSPOSED>
 void load_matrices(unsigned *r, const void *row, const char *file, int line) {
@@ -1426,6 +1440,7 @@ void load_matrices(unsigned *r, const void *row, const char *file, int line) {
         if (!in_shared_memory(row, 16))
             stop(true, "%s:%d: ldmatrix from %p, which is not in shared memory", file, line, row);
         look_at(row, 16);
+        traffic(row, 16, false, file, line);
     }
     LoadMatrix l = {r, (const uint16_t *)row};
     warp_operation("ldmatrix", ~0u, &l, operate_ldmatrix<MATRICES, TRANSPOSED>, file, line);
@@ -1441,8 +1456,9 @@ inline void copy_async(void *to, const void *from, int bytes, bool real, const c
     const Allocation *a = real ? find(from) : nullptr;
     if (real && (!a || (const char *)from + bytes > a->memory + a->bytes))
         stop(true, "%s:%d: cp.async of %d bytes from %p, which is not in global memory", file, line, bytes, from);
-    if (real) look_at(from, bytes);
+    if (real) look_at(from, bytes), traffic(from, bytes, false, file, line);
     move_words(to, nullptr, ~0u, bytes);
+    traffic(to, bytes, true, file, line);
     E->self->copies->push_back({to, real ? from : nullptr, bytes, E->self->group});
 }
 inline void wait_async(int pending) {                            // until at most so many groups are on their way
@@ -1476,21 +1492,19 @@ EMU_UNWATCHED inline const char *wgmma_part(uint64_t operand, int row, int part,
 
 struct Product { float *sum; uint64_t a, b; };
 template <bool BFLOAT16>
-EMU_UNWATCHED inline void operate_wgmma(void **x, unsigned) {
+EMU_UNWATCHED EMU_UNTRACED inline void operate_wgmma(void **x, unsigned) {
     enum { EACH = BFLOAT16 ? 8 : 4, K = 2 * EACH };              // numbers in 16 bytes
     const Product *first = (Product *)x[0];
     float A[64][K], B[128][K];
-    auto read = [&](float (*to)[K], int rows, uint64_t operand) {
-        for (int i = 0; i < rows; i++)
-            for (int part = 0; part < 2; part++) {
-                unsigned word[4];
-                memcpy(word, wgmma_part(operand, i, part, E->self->file, E->self->line), 16);
-                for (int e = 0; e < EACH; e++)
-                    to[i][part * EACH + e] = !BFLOAT16 ? tf32(word[e]) : e % 2 ? high_half(word[e / 2]) : low_half(word[e / 2]);
-            }
-    };
-    read(A, 64, first->a);
-    read(B, 128, first->b);
+    for (int i = 0; i < 192; i++)
+        for (int part = 0; part < 2; part++) {
+            const int row = i < 64 ? i : i - 64;
+            float *to = (i < 64 ? A[row] : B[row]) + part * EACH;
+            unsigned word[4];
+            memcpy(word, wgmma_part(i < 64 ? first->a : first->b, row, part, E->self->file, E->self->line), 16);
+            for (int e = 0; e < EACH; e++)
+                to[e] = !BFLOAT16 ? tf32(word[e]) : e % 2 ? high_half(word[e / 2]) : low_half(word[e / 2]);
+        }
     for (int i = 0; i < 128; i++) {
         const Product *p = (Product *)x[i];
         if (p->a != first->a || p->b != first->b) stop(false, "wgmma with other operands in thread %d of the warpgroup", i);
@@ -1503,7 +1517,7 @@ EMU_UNWATCHED inline void operate_wgmma(void **x, unsigned) {
     }
 }
 template <bool BFLOAT16>
-void wgmma(float *d, uint64_t a, uint64_t b, const char *file, int line) {
+EMU_UNTRACED void wgmma(float *d, uint64_t a, uint64_t b, const char *file, int line) {
     Thread &t = *E->self;
     if (heap.capability != 90) stop(true, "%s:%d: wgmma; only compute capability 9.0 has it", file, line);
     if (!t.wgmma->started) stop(true, "%s:%d: wgmma without wgmma_start since the last wait", file, line);
