@@ -30,6 +30,7 @@
 
 #include "metala.h"
 
+#include <atomic>
 #include <cfloat>
 #include <climits>
 #include <cmath>
@@ -236,16 +237,6 @@ size_t shared_room() {
         cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
         cudaGetLastError();                                      // the launch will say more
     return (size_t)bytes;
-}
-
-// Compute capability: 80 for 8.0; 0 when nobody knows.
-int capability() {
-    int device = 0, major = 0, minor = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-        cudaGetLastError();
-    return 10 * major + minor;
 }
 
 // RUN(kernel, grid, block, shared bytes, arguments...): checks the limits, launches, checks the launch.
@@ -561,10 +552,11 @@ round_operand_kernel(uint4 *straight, uint4 *turned, const float *x, size_t rows
 // gridDim.z > 1: block z sums lines from z·lines_each on and leaves its part in c + z·M·N.
 enum { TENSOR_ROWS = 128, STAGES = 3 };
 #if defined(METALA_WGMMA) || !defined(__CUDACC__)
-const bool HAS_WGMMA = true;                                     // compiled for sm_90a, or for the emulator
+const bool HAS_WGMMA = true;                                     // compiled for sm_90a, among others, or for the emulator
 #else
 const bool HAS_WGMMA = false;
 #endif
+std::atomic<bool> runs_wgmma;                                    // so is the code that this GPU runs: metala_cuda has asked it
 
 template <int ROWS, int BLOCK_THREADS>
 __device__ void copy_line(uint4 *strip, const uint4 *x, size_t lines, size_t line, size_t i0, size_t rows) {
@@ -713,7 +705,7 @@ void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row
 
 #ifdef METALA_CUBLAS
 // ---- The same by the library of the CUDA Toolkit (make CUDA=1 CUBLAS=1), to compare with: of the operands as they are, or of
-// their rounded copies. Its handle is the one thing in this file that outlives a call: each thread makes its own and keeps it.
+// their rounded copies. Its handle outlives the call: each thread makes its own and keeps it.
 __global__ void start_rows_kernel(float *c, const float *bias, size_t M, size_t N) {
     FOR_EACH(i, M * N) c[i] = bias[i % N];
 }
@@ -785,7 +777,7 @@ void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 
     auto shared = [](size_t columns) { return STAGES * LINE * (TENSOR_ROWS + columns); };
     const size_t down = ceil_div(M, TENSOR_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
     const bool wide = down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
-    const bool warpgroups = HAS_WGMMA && capability() == 90;
+    const bool warpgroups = HAS_WGMMA && runs_wgmma;
     float *to = p.count > 1 ? parts : c;
 #define MULTIPLY(COLUMNS, BY)                                                                                              \
     RUN((tensor_multiply_kernel<MATH, COLUMNS, BY>), extent(down * ceil_div(N, COLUMNS), 1, p.count), COLUMNS, shared(COLUMNS), to, \
@@ -3127,8 +3119,8 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
     __syncthreads();
     block_decay(q_chunk, k_chunk, alpha_chunk, total, MOST, PITCH, 1, BLOCKS);
     __syncthreads();
-    for (unsigned n = threadIdx.x; n < BLOCKS * MOST; n += THREADS)
-        after[n] = decay_over<MOST>(total, n / MOST + 1, BLOCKS, n % MOST);
+    for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS)
+        after[task] = decay_over<MOST>(total, task / MOST + 1, BLOCKS, task % MOST);
     for (unsigned task = warp; task < 12; task += WARPS) {           // A below its diagonal, 16 × 8 at a time
         const unsigned pair = task / 2, I = pair < 1 ? 1 : pair < 3 ? 2 : 3, J = pair - I * (I - 1) / 2;
         const unsigned row = I * BLOCK + g, column = J * BLOCK + task % 2 * 8;
@@ -3158,15 +3150,15 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         load_state<TILE_COLUMNS>(S_tile, TILE_PITCH, state + j0, MOST, K, V, columns);
         load_state<TILE_COLUMNS>(gamma_tile, TILE_PITCH, gamma + j0, MOST, K, V, columns);
         __syncthreads();
-        for (unsigned n = threadIdx.x; n < 2 * MOST; n += THREADS) {     // rowsum(Γ ⊙ S), two threads for a row
-            const unsigned from = n / 2 * TILE_PITCH + n % 2 * 4;
+        for (unsigned task = threadIdx.x; task < 2 * MOST; task += THREADS) {    // rowsum(Γ ⊙ S), two threads for a row
+            const unsigned from = task / 2 * TILE_PITCH + task % 2 * 4;
             float sum = 0;
             for (unsigned l = 0; l < TILE_COLUMNS; l += 8) {
                 float4 x = *(const float4 *)&gamma_tile[from + l], y = *(const float4 *)&S_tile[from + l];
                 sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
             }
             sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-            if (n % 2 == 0) along_states[n / 2] += sum;
+            if (task % 2 == 0) along_states[task / 2] += sum;
         }
 #pragma unroll
         for (unsigned l = 2 * t; l < TILE_COLUMNS; l += 16) {        // S do, Γ v, and do·v
@@ -3523,7 +3515,14 @@ const metala_backend *backend() {
     return &table;
 }
 
-__global__ void probe_kernel(int *answer) { *answer = 42; }
+enum { RUNS = 42, RUNS_WGMMA = 43 };
+__global__ void probe_kernel(int *answer) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    *answer = RUNS_WGMMA;
+#else
+    *answer = RUNS;
+#endif
+}
 
 }  // namespace
 
@@ -3546,7 +3545,11 @@ const metala_backend *metala_cuda(metala_math math, char *why, size_t size) {
     }
     if (error == cudaSuccess) error = cudaMemcpy(&answer, memory, sizeof answer, cudaMemcpyDeviceToHost);
     cudaFree(memory);
-    if (error != cudaSuccess || answer != 42) {
+#ifndef __CUDACC__
+    if (answer == RUNS && 10 * gpu.major + gpu.minor == 90) answer = RUNS_WGMMA;
+#endif
+    runs_wgmma = answer == RUNS_WGMMA;
+    if (error != cudaSuccess || (answer != RUNS && answer != RUNS_WGMMA)) {
         cudaGetLastError();
         snprintf(why, size, "CUDA error %d, %s; %s", (int)error, cudaGetErrorString(error), advice((int)error));
         return NULL;

@@ -3790,6 +3790,19 @@ static size_t place_activations(activations *a, real *block, const metala_config
     return used;
 }
 
+// Sets the pointers of n parts of a block of memory, each from a multiple of 16 numbers on, and returns how many numbers they
+// take; block may be NULL.
+struct part { real **pointer; size_t count; };
+static size_t place_parts(real *block, const struct part *parts, size_t n) {
+    size_t used = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (block) *parts[i].pointer = block + used;
+        used = plus(used, round_up(parts[i].count, 16));
+        if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
+    }
+    return used;
+}
+
 // The numbers of a member that shares those of another.
 static size_t activation_count(const metala_config *c, const struct activation_member *member, size_t B, size_t T) {
     sizes s = sizes_of(c);
@@ -4493,18 +4506,14 @@ struct metala_trainer {
 // Sets all pointers into `block` (NULL to only count) and returns how many numbers they take.
 static size_t place_trainer(metala_trainer *t, real *block) {
     const metala_config *c = &t->model->config;
-    size_t B = t->B, T = t->T, rows = times(B, T), D = (size_t)c->width, used = 0;
-    struct { real **pointer; size_t count; } parts[] = {
+    size_t B = t->B, T = t->T, rows = times(B, T), D = (size_t)c->width;
+    const struct part parts[] = {
         {&t->final_input, times(rows, D)}, {&t->final_r, rows}, {&t->final_norm, times(rows, D)},
         {&t->dx, times(rows, D)}, {&t->d_final, times(rows, D)}, {&t->patches, times(rows, (size_t)c->patch_dim)},
         {&t->logits, times(head_rows(t->model, rows), (size_t)c->vocab_size)}, {&t->loss, rows}, {&t->lse, rows},
         {&t->bounds, bounds_count(c)}, {&t->dbounds, bounds_count(c)},
     };
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        if (block) *parts[i].pointer = block + used;
-        if (parts[i].count > SIZE_MAX / 64 - used) return SIZE_MAX / 64;
-        used += round_up(parts[i].count, 16);
-    }
+    size_t used = place_parts(block, parts, sizeof parts / sizeof *parts);
     used += place_gradients(&t->d, block ? block + used : NULL, c, B, T);
     if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
     activations shared = {0};                                 // what is not kept, for each layer in turn
@@ -4837,15 +4846,28 @@ static int make_room(metala_context *ctx, metala_state *s, size_t tokens) {
     return 0;
 }
 
+// Sets the pointers of a state's buffers for n tokens of each sequence, in a block of memory, and returns how many numbers
+// that takes; block may be NULL.
+static size_t place_state(metala_state *s, real *block, size_t n) {
+    const metala_config *c = &s->model->config;
+    size_t rows = times(s->B, n), D = (size_t)c->width, logits = head_rows(s->model, rows);
+    if (logits < s->B) logits = s->B;
+    const struct part parts[] = {
+        {&s->patches, times(rows, (size_t)c->patch_dim)}, {&s->final_norm, times(rows, D)}, {&s->final_r, rows},
+        {&s->loss, rows}, {&s->lse, rows}, {&s->last, times(s->B, D)}, {&s->logits, times(logits, (size_t)c->vocab_size)},
+    };
+    size_t used = place_parts(block, parts, sizeof parts / sizeof *parts);
+    used = plus(used, place_activations(&s->a, block ? block + used : NULL, c, s->B, n, CHEAP, NEEDED, 0));
+    if (block) s->a.output = s->a.input;                   // the residual stream is updated in place
+    return used;
+}
+
 // Buffers for n tokens of each sequence; what is there already is kept when it is large enough.
 static int reserve(metala_context *ctx, metala_state *s, size_t n) {
     if (n <= s->tokens_most) return 0;
     const metala_backend *be = s->backend;
     const metala_config *c = &s->model->config;
-    size_t rows = times(s->B, n), D = (size_t)c->width, N = (size_t)c->vocab_size;
-    size_t layer = place_activations(&s->a, NULL, c, s->B, n, CHEAP, NEEDED, 0), logits = head_rows(s->model, rows);
-    if (logits < s->B) logits = s->B;
-    size_t numbers = plus(plus(layer, times(rows, D + 3 + (size_t)c->patch_dim)), plus(times(s->B, D), times(logits, N)));
+    size_t rows = times(s->B, n), numbers = place_state(s, NULL, n);
     free_buffers(s);
     s->memory = be->alloc(times(numbers, sizeof(real)));
     s->tokens = be->alloc(times(rows, token_size(c) * sizeof(int)));
@@ -4861,15 +4883,7 @@ static int reserve(metala_context *ctx, metala_state *s, size_t n) {
         return fail_memory(ctx, "a state's buffers", (double)numbers * sizeof(real));
     }
     memset(&s->a, 0, sizeof s->a);
-    real *at = s->memory + place_activations(&s->a, s->memory, c, s->B, n, CHEAP, NEEDED, 0);
-    s->a.output = s->a.input;                              // the residual stream is updated in place
-    s->patches = at, at += rows * (size_t)c->patch_dim;
-    s->final_norm = at, at += rows * D;
-    s->final_r = at, at += rows;
-    s->loss = at, at += rows;
-    s->lse = at, at += rows;
-    s->last = at, at += s->B * D;
-    s->logits = at;
+    place_state(s, s->memory, n);
     s->tokens_most = n;
     return 0;
 }
