@@ -50,7 +50,7 @@ ifneq ($(filter-out 0,$(CUDA)),)
 NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 ifdef NVCC
 CUDA_LIB  := $(dir $(NVCC))../lib64
-NVCCFLAGS := -std=c++17 -O3 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
+NVCCFLAGS := -std=c++17 -O3 $(foreach a,$(filter-out $(if $(filter 90a,$(CUDA_ARCH)),90),$(CUDA_ARCH)),-gencode arch=compute_$(a),code=sm_$(a)) \
              $(foreach a,$(patsubst %a,%,$(lastword $(CUDA_ARCH))),-gencode arch=compute_$(a),code=compute_$(a))
 GPU       := build/cuda_metala.o
 CUDA_LIBS := -lcudart_static -lstdc++ -lpthread -ldl -lrt
@@ -67,7 +67,7 @@ endif
 FOUND := $(notdir $(CC)), $(or $(NATIVE),any machine of this kind), OpenMP: $(if $(THREADS),yes,no)$(if \
          $(filter-out 0,$(CUDA)),$(if $(NVCC),$(strip , CUDA: $(NVCC) for $(CUDA_ARCH)),$(strip , CUDA: no nvcc in \
          PATH, CUDA_HOME/bin or /usr/local/cuda/bin; building for the CPU)))
-BUILT_WITH = $(CC) $(CFLAGS) $(LDFLAGS)$(if $(GPU), $(NVCC) $(NVCCFLAGS) $(DEFINES))
+BUILT_WITH = $(CC) $(CFLAGS) $(LDFLAGS)$(if $(GPU), $(NVCC) $(NVCCFLAGS) $(DEFINES)), $(CXX)
 LINK  = $(CC) $(CFLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LDLIBS)
 
 all: train run build/test data/stories data/tasks
@@ -161,7 +161,9 @@ $(EMU_RUNS) emu-thread:
 	@echo "$@ ($(KIND), $(ORDER) order, $(MATH), $(CAPABILITY)): $$(tail -n 1 build/$@.log)"
 
 # The calls that the thread sanitizer has the compiler make before each access, answered by emulator/traffic.cpp.
-TRAFFIC_CU = $(EMU_CU) -fno-tree-sra -DEMU_TRAFFIC
+# A float4 should stay one access of 16 bytes; and with DWARF 5 gcc 12 gives the lines of the header to the .cu file.
+TRAFFIC_CU = $(EMU_CU) -gdwarf-4 -DEMU_TRAFFIC \
+             $(shell $(CXX) -Werror -fno-tree-sra -x c++ -fsyntax-only /dev/null 2>/dev/null && echo -fno-tree-sra)
 build/emu-traffic/train: train.c metala.c metala.h cuda_metala.cu emulator/cuda_on_cpu.h emulator/traffic.cpp build/flags
 	@mkdir -p $(@D)
 	$(EMU_C) -c -o $(@D)/train.o train.c

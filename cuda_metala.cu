@@ -96,35 +96,35 @@ __device__ __forceinline__ void copy16_async(void *shared, const void *global, b
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
 // D += A Bᵀ by a warpgroup, four warps, on the tensor cores of compute capability 9.0, which read both operands from shared
 // memory: D 64×128 in float, A 64 rows and B 128 rows of 32 bytes, which are 8 numbers in tf32 or 16 in bfloat16. d[4j + i]
-// is row 16w + g + 8(i/2), column 8j + 2t + i%2, of warp w. It runs on its own: wgmma_commit makes a group of those so far,
-// wgmma_wait waits for all groups. What the threads wrote, or copied, must be shown to it by wgmma_show before the barrier.
-// wgmma_hold(d): d is in its registers now; to be called with each d, and then wgmma_start, before the first of a group, and
-// after the wait.
+// is row 16w + g + 8(i/2), column 8j + 2t + i%2, of warp w. It runs on its own, from wgmma_start, before the first product,
+// over wgmma_commit, which makes a group of those so far, to wgmma_wait, which waits for all groups. wgmma_hold(d) tells the
+// compiler that the 64 numbers of d are in their registers now, so that it moves no use of them across: for each d before
+// wgmma_start and after wgmma_wait. What threads wrote, or copied, to shared memory they show by wgmma_show before the barrier.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define PTX(...) asm volatile(__VA_ARGS__)
+#define WGMMA_ASM(...) asm volatile(__VA_ARGS__)
 #else
-#define PTX(...) __trap()                                        // another GPU's code, which nobody calls
+#define WGMMA_ASM(...) __trap()                                  // in the code for other GPUs, where nobody launches it
 #endif
-#define D_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D_16(i) D_4(i), D_4(i + 4), D_4(i + 8), D_4(i + 12)
-#define D_64 D_16(0), D_16(16), D_16(32), D_16(48)
+#define D_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define D_64 D_8(0), D_8(8), D_8(16), D_8(24), D_8(32), D_8(40), D_8(48), D_8(56)
 #define D_NAMES                                                                                                     \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
     "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"  \
     "%56,%57,%58,%59,%60,%61,%62,%63}"
 __device__ __forceinline__ void wgmma_bf16(float *d, uint64_t a, uint64_t b) {
-    PTX("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " D_NAMES ",%64,%65,1,1,1,0,0;" : D_64 : "l"(a), "l"(b));
+    WGMMA_ASM("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " D_NAMES ",%64,%65,1,1,1,0,0;" : D_64 : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void wgmma_tf32(float *d, uint64_t a, uint64_t b) {
-    PTX("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " D_NAMES ",%64,%65,1,1,1;" : D_64 : "l"(a), "l"(b));
+    WGMMA_ASM("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " D_NAMES ",%64,%65,1,1,1;" : D_64 : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void wgmma_hold(float *d) { PTX("" : D_64 : : "memory"); }
-__device__ __forceinline__ void wgmma_start() { PTX("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { PTX("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { PTX("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_show() { PTX("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_hold(float *d) { WGMMA_ASM("" : D_64 : : "memory"); }
+__device__ __forceinline__ void wgmma_start() { WGMMA_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { WGMMA_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_wait() { WGMMA_ASM("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_show() { WGMMA_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
 // An operand in shared memory: rows of 128 bytes, from a multiple of 1024 on, of which `bytes`, 0, 32, 64 or 96, come before
 // those to be read; the 16 bytes number p of row i lie at place p ^ i%8 ("128-byte swizzle"). Bits 0 to 13: address/16;
 // 16 to 29: 1, without meaning here; 32 to 45: the 1024 bytes from 8 rows to the next 8, /16; 62: this swizzle.
@@ -479,7 +479,7 @@ __global__ void sum_splits_kernel(float *c, const float *parts, const float *bia
 }
 
 // A long sum with few tiles, as dW has, is cut into parts so that the GPU is full: 128 blocks or more where there are at
-// least 512 values of k for each part. Only the shape decides, or the bits would differ from GPU to GPU.
+// least 512 values of k for each part. Only the shape decides, or the bits would differ with a GPU's number of multiprocessors.
 size_t splits_of(size_t tiles, size_t K) {
     size_t most = K / 512, wanted = tiles && tiles < 128 ? ceil_div(128, tiles) : 1, splits = least(wanted, most);
     return splits ? splits : 1;
@@ -550,7 +550,7 @@ round_operand_kernel(uint4 *straight, uint4 *turned, const float *x, size_t rows
 // is then in different banks. It is also what wgmma expects, by which WARPGROUPS of four warps multiply 128 × 128 each.
 //
 // gridDim.z > 1: block z sums lines from z·lines_each on and leaves its part in c + z·M·N.
-enum { TENSOR_ROWS = 128, STAGES = 3 };
+enum { PRODUCT_ROWS = 128, STAGES = 3 };
 #if defined(METALA_WGMMA) || !defined(__CUDACC__)
 const bool HAS_WGMMA = true;                                     // compiled for sm_90a, among others, or for the emulator
 #else
@@ -600,7 +600,8 @@ __device__ __forceinline__ void multiply_line(float (*sum)[8][4], const uint4 *a
         }
     }
 }
-// … or by a warpgroup, 128 rows of A with 128 of B, which goes on while its threads do something else.
+// … or by a warpgroup, 128 rows of A with 128 of B, which goes on while its threads do something else. The 64 numbers of a
+// product, from sum[2 half] on, are two pieces of sum, of its columns 0…63 and 64…127.
 template <metala_math MATH>
 __device__ __forceinline__ void start_line(float (*sum)[8][4], const uint4 *a, const uint4 *b) {
     wgmma_hold(sum[0][0]), wgmma_hold(sum[2][0]);
@@ -624,10 +625,10 @@ template <metala_math MATH, int COLUMNS, bool WARPGROUPS>
 __global__ void __launch_bounds__(COLUMNS, 256 / COLUMNS)
 tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bias, size_t M, size_t N, size_t lines,
                        size_t lines_each, int accumulate) {
-    enum { STAGE = (TENSOR_ROWS + COLUMNS) * LINE / sizeof(uint4) };
+    enum { STAGE = (PRODUCT_ROWS + COLUMNS) * LINE / sizeof(uint4) };
     DYNAMIC_SHARED(uint4, memory);
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const place tile = place_of(blockIdx.x, M, N, TENSOR_ROWS, COLUMNS);
+    const place tile = place_of(blockIdx.x, M, N, PRODUCT_ROWS, COLUMNS);
     const size_t i0 = tile.i, j0 = tile.j;
     const size_t first = blockIdx.z * lines_each, last = least(lines, first + lines_each);
     float sum[4][8][4] = {};                                         // four pieces of 16 × 64
@@ -638,18 +639,18 @@ tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bi
     auto fetch = [&](size_t line, unsigned stage) {                  // an empty group beyond the end keeps the count
         uint4 *to = memory + stage * STAGE;
         if (line < last) {
-            copy_line<TENSOR_ROWS, COLUMNS>(to, a, lines, line, i0, M);
-            copy_line<COLUMNS, COLUMNS>(to + TENSOR_ROWS * 8, b, lines, line, j0, N);
+            copy_line<PRODUCT_ROWS, COLUMNS>(to, a, lines, line, i0, M);
+            copy_line<COLUMNS, COLUMNS>(to + PRODUCT_ROWS * 8, b, lines, line, j0, N);
         }
         copy_commit();
     };
     for (unsigned stage = 0; stage < STAGES - 1; stage++) fetch(first + stage, stage);
     unsigned stage = 0;
     for (size_t line = first; line < last; line++, stage = (stage + 1) % STAGES) {
-        const uint4 *of_a = memory + stage * STAGE, *of_b = of_a + TENSOR_ROWS * 8;
+        const uint4 *of_a = memory + stage * STAGE, *of_b = of_a + PRODUCT_ROWS * 8;
         copy_wait<STAGES - 2>();
         if constexpr (WARPGROUPS) wgmma_show();
-        __syncthreads();                                             // this line is there for all, the last one is free
+        __syncthreads();                                             // this line is there for all, the one before is done with
         if constexpr (WARPGROUPS) start_line<MATH>(sum, of_a, of_b + column_of(0) * 8);
         fetch(line + STAGES - 1, (stage + STAGES - 1) % STAGES);
         if constexpr (WARPGROUPS) finish_line(sum);
@@ -757,7 +758,7 @@ template <metala_math MATH>
 portions portions_of(size_t M, size_t N, size_t K) {
     portions p = {lines_of<MATH>(K), lines_of<MATH>(K), 1, 0};
 #ifndef METALA_CUBLAS
-    p.each = ceil_div(p.lines, splits_of(ceil_div(M, TENSOR_ROWS) * ceil_div(N, 128), K));
+    p.each = ceil_div(p.lines, splits_of(ceil_div(M, PRODUCT_ROWS) * ceil_div(N, 128), K));
     p.count = K ? ceil_div(p.lines, p.each) : 1;
     p.floats = p.count > 1 ? p.count * M * N : 0;
 #endif
@@ -765,7 +766,8 @@ portions portions_of(size_t M, size_t N, size_t K) {
 }
 
 // C = A Bᵀ + bias, or C += A Bᵀ, of rounded copies A (M,K) and B (N,K). The wide tile is taken where there are enough of
-// them, hardly more of C to compute, and room for its stages; it does not change the order of a sum.
+// them, at most an eighth more of C to compute, and room for its stages; it does not change the order of a sum. HAS_WGMMA
+// in place of `true`: nothing is compiled that nobody can run.
 template <metala_math MATH>
 void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 *b, float *parts, const float *bias, size_t M,
                      size_t N, size_t K, int accumulate) {
@@ -774,8 +776,8 @@ void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 
     const size_t step = p.lines * numbers_of_line<MATH>;
     library_multiply(ctx, MATH, c, a, step, true, b, step, true, bias, M, N, K, accumulate);
 #else
-    auto shared = [](size_t columns) { return STAGES * LINE * (TENSOR_ROWS + columns); };
-    const size_t down = ceil_div(M, TENSOR_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
+    auto shared = [](size_t columns) { return STAGES * LINE * (PRODUCT_ROWS + columns); };
+    const size_t down = ceil_div(M, PRODUCT_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
     const bool wide = down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
     const bool warpgroups = HAS_WGMMA && runs_wgmma;
     float *to = p.count > 1 ? parts : c;
@@ -840,7 +842,7 @@ void matmul_few_rows(metala_context *ctx, float *y, const float *x, Weights w, c
 
 // Linear layer:  y = x Wᵀ + bias.    y (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
 template <metala_math MATH>
-void tensor_forward(metala_context *ctx, float *y, const float *x, const float *w, const float *bias, size_t rows, size_t out,
+void rounded_forward(metala_context *ctx, float *y, const float *x, const float *w, const float *bias, size_t rows, size_t out,
                     size_t in) {
     const size_t row = lines_of<MATH>(in) * 8;                       // of 16 bytes
     uint4 *of_x = (uint4 *)scratch(ctx, (rows + out) * row * 4 + portions_of<MATH>(rows, out, in).floats);
@@ -857,7 +859,7 @@ void matmul_forward(metala_context *ctx, float *y, const float *x, const float *
     if (rows <= FEW_ROWS) matmul_few_rows(ctx, y, x, weights, w, bias, rows, out, in);
     else if constexpr (MATH == METALA_EXACT)
         exact_multiply<true, true>(ctx, y, x, in, w, in, bias, rows, out, in, 0);
-    else tensor_forward<MATH>(ctx, y, x, w, bias, rows, out, in);
+    else rounded_forward<MATH>(ctx, y, x, w, bias, rows, out, in);
 }
 
 // sums[j] += Σ_row a[row][j], the gradient of a bias: strips of rows, then the strips.
@@ -887,7 +889,7 @@ void add_column_sums(metala_context *ctx, float *sums, const float *a, size_t ro
 // dx = dy W (or dx += dy W)      dW += dyᵀ x      dbias += Σ_rows dy
 //   dx (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
 template <metala_math MATH>
-void tensor_backward(metala_context *ctx, float *dx, float *dw, const float *dy, const float *x, const float *w, size_t rows,
+void rounded_backward(metala_context *ctx, float *dx, float *dw, const float *dy, const float *x, const float *w, size_t rows,
                      size_t out, size_t in, int accumulate) {
     const size_t by_out = dx ? lines_of<MATH>(out) * 8 : 0, by_rows = dw ? lines_of<MATH>(rows) * 8 : 0;
     const size_t parts_x = dx ? portions_of<MATH>(rows, in, out).floats : 0;
@@ -912,7 +914,7 @@ void matmul_backward(metala_context *ctx, float *dx, float *dw, float *dbias, co
     if constexpr (MATH == METALA_EXACT) {
         if (dx) exact_multiply<true, false>(ctx, dx, dy, out, w, in, NULL, rows, in, out, accumulate);
         if (dw) exact_multiply<false, false>(ctx, dw, dy, out, x, in, NULL, out, in, rows, 1);
-    } else if (dx || dw) tensor_backward<MATH>(ctx, dx, dw, dy, x, w, rows, out, in, accumulate);
+    } else if (dx || dw) rounded_backward<MATH>(ctx, dx, dw, dy, x, w, rows, out, in, accumulate);
     if (dbias) add_column_sums(ctx, dbias, dy, rows, out);
 }
 
@@ -2500,7 +2502,7 @@ recurrent_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
 // S stays in shared memory. With t and j inside a block, S_0 the state before it, p_t = Π_{r<=t} α_r and n its last
 // token:
 //
-//     o_t = s ( S_0ᵀ (q_t ⊙ p_t) + Σ_{j<=t} A_tj v_j ),   A_tj = q_t · (k_j ⊙ Π_{j<r<=t} α_r)
+//     o_t = s S_0ᵀ (q_t ⊙ p_t) + Σ_{j<=t} A_tj v_j,       A_tj = s q_t · (k_j ⊙ Π_{j<r<=t} α_r)
 //     S_n = diag(p_n) S_0 + Σ_j (k_j ⊙ Π_{j<r<=n} α_r) v_jᵀ
 //
 // Tokens beyond the end have q = k = v = do = 0 and α = 1, which changes nothing.
@@ -2670,7 +2672,7 @@ chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, cons
 //
 //     dq_t = s p_t ⊙ (S_0 do_t) + Σ_{j<=t} D_tj (k_j ⊙ Π_{j<r<=t} α_r)
 //     dk_j = Σ_{t>=j} D_tj (q_t ⊙ Π_{j<r<=t} α_r) + Π_{j<r<=n} α_r ⊙ (Γ v_j)
-//     dv_j = s Σ_{t>=j} A_tj do_t + Γᵀ (k_j ⊙ Π_{j<r<=n} α_r)
+//     dv_j = Σ_{t>=j} A_tj do_t + Γᵀ (k_j ⊙ Π_{j<r<=n} α_r)
 //     da_t = Σ_{r>=t} (q_r ⊙ dq_r - k_r ⊙ dk_r) + rowsum(Γ ⊙ S_n)
 //     Γ   <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ
 //
@@ -2861,8 +2863,7 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
 // ---- Small products on tensor cores, of operands in shared memory or in registers, which are rounded when they are
 // used. With g = lane/4, t = lane%4, a 16×8 piece of a result has in x[e] row g + 8(e/2), column 2t + e%2. Of the 16 values
 // of k of a product, a lane has four, which may be called 2t, 2t+1, 2t+8, 2t+9, as the columns of a result, or t, t+4, t+8,
-// t+12, if both operands call them the same. The first two and the last two are a float2 for a row of the left operand or
-// a column of the right one, from one of these. They read different banks when rows are 8 words further on (modulo 32).
+// t+12, if both operands call them the same. Two of them, of row j of a left operand or column j of a right one, are
 
 // x[j][k], x[j][k+1] for k = 2t      x[j][k], x[j][k+4] for k = t      x[k][j], x[k+4][j] for k = t
 __device__ float2 along(const float *x, size_t pitch, unsigned k, unsigned j) {
@@ -2874,40 +2875,42 @@ __device__ float2 beside(const float *x, size_t pitch, unsigned k, unsigned j) {
 __device__ float2 down(const float *x, size_t pitch, unsigned k, unsigned j) {
     return make_float2(x[k * pitch + j], x[(k + 4) * pitch + j]);
 }
-__device__ float2 times(float2 x, float2 y) { return make_float2(x.x * y.x, x.y * y.y); }
+// for which the lanes of a warp read different banks where the pitch is 8 (along, down) or 4 (beside) modulo 32. What is
+// read in several ways has 8, and costs beside twice.
 
-// Rows g and g+8 of a left operand.
-__device__ void set_rows(float *a, float2 upper, float2 lower) {
-    a[0] = upper.x, a[1] = upper.y, a[2] = lower.x, a[3] = lower.y;
-}
+typedef float2 two_of_k(const float *x, size_t pitch, unsigned k, unsigned j);
 
-// 16 × 16 of a left operand, a[0] and a[1], from row `row` on: of x[i][k] with k = 2t, or of xᵀ, where it is x[k][i] with k = t.
-__device__ void load_along(float (*a)[4], const float *x, size_t pitch, unsigned k, unsigned row) {
-    for (int half = 0; half < 2; half++)
-        set_rows(a[half], along(x, pitch, k + 8 * half, row), along(x, pitch, k + 8 * half, row + 8));
+// 16 values of k of rows `row` and row + 8 of a left operand: all that a lane has of 16 × 16 when row = … + g.
+template <two_of_k TWO>
+__device__ __forceinline__ void load_left(float (*a)[4], const float *x, size_t pitch, unsigned k, unsigned row) {
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        const float2 upper = TWO(x, pitch, k + 8 * part, row), lower = TWO(x, pitch, k + 8 * part, row + 8);
+        a[part][0] = upper.x, a[part][1] = upper.y, a[part][2] = lower.x, a[part][3] = lower.y;
+    }
 }
-__device__ void load_beside(float (*a)[4], const float *x, size_t pitch, unsigned k, unsigned row) {
-    for (int half = 0; half < 2; half++)
-        set_rows(a[half], beside(x, pitch, k + 8 * half, row), beside(x, pitch, k + 8 * half, row + 8));
+// The same of a column of a right operand.
+template <two_of_k TWO>
+__device__ __forceinline__ float4 load_right(const float *x, size_t pitch, unsigned k, unsigned column) {
+    const float2 first = TWO(x, pitch, k, column), last = TWO(x, pitch, k + 8, column);
+    return make_float4(first.x, first.y, last.x, last.y);
 }
-__device__ void load_down(float (*a)[4], const float *x, size_t pitch, unsigned k, unsigned row) {
-    for (int half = 0; half < 2; half++)
-        set_rows(a[half], down(x, pitch, k + 8 * half, row), down(x, pitch, k + 8 * half, row + 8));
-}
+__device__ float4 times(float4 x, float4 y) { return make_float4(x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w); }
+__device__ float4 times(float4 x, float y) { return make_float4(x.x * y, x.y * y, x.z * y, x.w * y); }
 
-// D += [a0 a1] B:  16×8 += 16×16 times 16×8;  b1: the last two values of k of B
+// D += A B:  16×8 += 16×16 times 16×8
 template <metala_math MATH>
-__device__ void multiply_pieces(float *d, const float *a0, const float *a1, float2 b0, float2 b1) {
+__device__ __forceinline__ void multiply_pieces(float *d, const float (*a)[4], float4 b) {
     if (MATH == METALA_BFLOAT16) {
-        const unsigned a[4] = {pack(a0[0], a0[1]), pack(a0[2], a0[3]), pack(a1[0], a1[1]), pack(a1[2], a1[3])};
-        const unsigned b[2] = {pack(b0.x, b0.y), pack(b1.x, b1.y)};
-        mma_bf16(d, a, b);
+        const unsigned left[4] = {pack(a[0][0], a[0][1]), pack(a[0][2], a[0][3]), pack(a[1][0], a[1][1]), pack(a[1][2], a[1][3])};
+        const unsigned right[2] = {pack(b.x, b.y), pack(b.z, b.w)};
+        mma_bf16(d, left, right);
     } else {
-        const unsigned left[4] = {to_tf32(a0[0]), to_tf32(a0[2]), to_tf32(a0[1]), to_tf32(a0[3])};
-        const unsigned right[4] = {to_tf32(a1[0]), to_tf32(a1[2]), to_tf32(a1[1]), to_tf32(a1[3])};
-        const unsigned upper[2] = {to_tf32(b0.x), to_tf32(b0.y)}, lower[2] = {to_tf32(b1.x), to_tf32(b1.y)};
-        mma_tf32(d, left, upper);
-        mma_tf32(d, right, lower);
+        const unsigned first[4] = {to_tf32(a[0][0]), to_tf32(a[0][2]), to_tf32(a[0][1]), to_tf32(a[0][3])};
+        const unsigned last[4] = {to_tf32(a[1][0]), to_tf32(a[1][2]), to_tf32(a[1][1]), to_tf32(a[1][3])};
+        const unsigned upper[2] = {to_tf32(b.x), to_tf32(b.y)}, lower[2] = {to_tf32(b.z), to_tf32(b.w)};
+        mma_tf32(d, first, upper);
+        mma_tf32(d, last, lower);
     }
 }
 
@@ -2916,9 +2919,9 @@ __device__ void multiply_pieces(float *d, const float *a0, const float *a1, floa
 // through the blocks alone: it has 16 columns of S, as Sᵀ [16 × K] in the registers of the multiplier's results, where
 // a result of one product is the operand of the next one:
 //
-//     oᵀ = Sᵀ qpᵀ + vᵀ Aᵀ          Sᵀ <- Sᵀ diag(p_n) + vᵀ keys
+//     oᵀ = Sᵀ qpᵀ + vᵀ Aᵀ,  qp_t = s q_t ⊙ p_t          Sᵀ <- Sᵀ diag(p_n) + vᵀ keys,  keys_j = k_j ⊙ Π_{j<r<=n} α_r
 //
-// S stays in float, and is rounded each time that it is read.
+// S stays in float, and is rounded each time that it is read. The grid is (tiles of 128 columns, B·H).
 
 enum { TENSOR_COLUMNS = WARPS * 16 };
 
@@ -2944,7 +2947,7 @@ __device__ __forceinline__ void carry_state(float (*s)[4], const float *total, c
     for (unsigned i = 0; i < MOST; i += 8) {
 #pragma unroll
         for (int e = 0; e < 4; e++) s[i / 8][e] *= total[i + 2 * t + e % 2];
-        multiply_pieces<MATH>(s[i / 8], v[0], v[1], down(keys, pitch, t, i + g), down(keys, pitch, t + 8, i + g));
+        multiply_pieces<MATH>(s[i / 8], v, load_right<down>(keys, pitch, t, i + g));
     }
 }
 
@@ -2977,7 +2980,7 @@ tensor_forward_kernel(float *o, float *S, float *states, const float *q, const f
         load_tokens(v_chunk, V_PITCH, TENSOR_COLUMNS, v + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
         if (states) {
             float *to = states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V + j0;
-            for_state<MOST>(s, K, V, columns, [&](float &x, size_t place) { to[place] = x; });
+            for_state<MOST>(s, K, V, columns, [&](float &x, size_t i) { to[i] = x; });
         }
         __syncthreads();
         for (int b = 0; b < BLOCKS; b++) {
@@ -2990,16 +2993,14 @@ tensor_forward_kernel(float *o, float *S, float *states, const float *q, const f
         for (size_t b = 0; works && b * BLOCK < n; b++) {
             const float *q_block = q_chunk + b * BLOCK * PITCH, *A_block = A + b * BLOCK * A_PITCH;
             float v_piece[2][4];
-            load_down(v_piece, v_chunk + b * BLOCK * V_PITCH, V_PITCH, t, column);
+            load_left<down>(v_piece, v_chunk + b * BLOCK * V_PITCH, V_PITCH, t, column);
 #pragma unroll
             for (unsigned token = 0; token < BLOCK; token += 8) {
                 float out[4] = {};
 #pragma unroll
                 for (unsigned i = 0; i < MOST; i += 16)
-                    multiply_pieces<MATH>(out, s[i / 8], s[i / 8 + 1], along(q_block, PITCH, i + 2 * t, token + g),
-                                          along(q_block, PITCH, i + 2 * t + 8, token + g));
-                multiply_pieces<MATH>(out, v_piece[0], v_piece[1], beside(A_block, A_PITCH, t, token + g),
-                                      beside(A_block, A_PITCH, t + 8, token + g));
+                    multiply_pieces<MATH>(out, &s[i / 8], load_right<along>(q_block, PITCH, i + 2 * t, token + g));
+                multiply_pieces<MATH>(out, v_piece, load_right<beside>(A_block, A_PITCH, t, token + g));
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     size_t i = b * BLOCK + token + 2 * t + e % 2, j = column + e / 2 * 8;
@@ -3014,19 +3015,21 @@ tensor_forward_kernel(float *o, float *S, float *states, const float *q, const f
 }
 
 // ---- Chunkwise on tensor cores, backward: no blocks one after the other, but all chunks at the same time, once the gradients
-// of the states between them are known, which another kernel computes before. In a chunk, with the blocks I, J of its tokens
-// t and j, p_t = Π α from the beginning of I to t, r_j = Π α behind j to the end of J, and P(I,J) = Π α over the blocks I…J-1;
-// S is the state before the chunk, Γ the gradient of that after it:
+// of the states between them are known, which another kernel computes before. In a chunk, token t lies in block I and token j in
+// block J; p_t = Π α from I's first token to t, with it, r_j = Π α from behind j to J's last token, and P(a,b) = Π α over the
+// blocks a…b-1. S is the state before the chunk, Γ the gradient of that after it, D_tj = s do_t·v_j:
 //
 //     dq_t = p_t ⊙ ( s P(0,I) ⊙ (S do_t) + Σ_{j, J<I} D_tj (k_j ⊙ r_j ⊙ P(J+1,I)) ) + what is in its own block
 //     dk_j = r_j ⊙ ( P(J+1,4) ⊙ (Γ v_j)  + Σ_{t, J<I} D_tj (q_t ⊙ p_t ⊙ P(J+1,I)) ) + what is in its own block
 //     dv_j = Σ_{t>=j} A_tj do_t + Γᵀ (k_j ⊙ r_j ⊙ P(J+1,4)),   A_tj = s (q_t ⊙ p_t) · (k_j ⊙ r_j ⊙ P(J+1,I)) for J < I
-//     rowsum(Γ ⊙ S_n) = P(0,4) ⊙ rowsum(Γ ⊙ S) + Σ_j k_j ⊙ r_j ⊙ P(J+1,4) ⊙ (Γ v_j)
+//     da_t = Σ_{r>=t} (q_r ⊙ dq_r - k_r ⊙ dk_r), up to the end of the chunk, + rowsum(Γ ⊙ S_n),
+//            rowsum(Γ ⊙ S_n) = P(0,4) ⊙ rowsum(Γ ⊙ S) + Σ_j k_j ⊙ r_j ⊙ P(J+1,4) ⊙ (Γ v_j)
 //
 // Nothing is ever divided by a decay. What is in its own block is computed as above, channel by channel in float.
 
-// gammas (heads, chunks c0…c1-1, K, V) = Γ of each; gamma (heads, K, V): that of chunk c1-1, and then that of the state
-// before c0:   Γ <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ, block by block from the last. The warps share the columns, as forward.
+// gammas (heads, chunks c0…c1-1, K, V) = Γ of each; gamma (heads, K, V): in, that of chunk c1-1, out, the gradient of the
+// state before c0:   Γ <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ, block by block from the last. The warps share the columns, as
+// forward; the grid is (tiles of 128 columns, heads).
 template <int MOST>
 constexpr size_t tensor_gammas_shared() {                            // in floats: q, α, do, total decays
     return METALA_CHUNK * (2 * (MOST + 8) + TENSOR_COLUMNS + 8) + BLOCKS * MOST;
@@ -3040,37 +3043,38 @@ tensor_gammas_kernel(float *gammas, float *gamma, const float *dO, const float *
     const size_t b_h = blockIdx.y, j0 = blockIdx.x * (size_t)TENSOR_COLUMNS, columns = least(V - j0, TENSOR_COLUMNS);
     float *q_chunk = memory, *alpha_chunk = q_chunk + METALA_CHUNK * PITCH, *dO_chunk = alpha_chunk + METALA_CHUNK * PITCH;
     float *total = dO_chunk + METALA_CHUNK * V_PITCH;
-    const unsigned column = threadIdx.x / WARP * 16 + threadIdx.x % WARP / 4;
-    float s[MOST / 8][4] = {};                                       // Γᵀ
+    const unsigned first = threadIdx.x / WARP * 16;                  // of the warp's columns
+    float held[MOST / 8][4] = {};                                    // Γᵀ
 
-    for_state<MOST>(s, K, V, columns, [&](float &x, size_t at) { x = gamma[b_h * K * V + j0 + at]; });
+    for_state<MOST>(held, K, V, columns, [&](float &x, size_t i) { x = gamma[b_h * K * V + j0 + i]; });
     for (size_t c = c1; c-- > c0;) {
         const size_t t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK), at = first_row(b_h, T, H) + t0 * H;
         float *to = gammas + (b_h * (c1 - c0) + c - c0) * K * V + j0;
-        for_state<MOST>(s, K, V, columns, [&](float &x, size_t place) { to[place] = x; });
+        for_state<MOST>(held, K, V, columns, [&](float &x, size_t i) { to[i] = x; });
         load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
         load_tokens(alpha_chunk, PITCH, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
         load_tokens(dO_chunk, V_PITCH, TENSOR_COLUMNS, dO + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
         __syncthreads();
         block_decay(q_chunk, NULL, alpha_chunk, total, MOST, PITCH, scale, BLOCKS);
         __syncthreads();
-        for (size_t b = BLOCKS; b-- > 0;) {
+        for (size_t b = BLOCKS; first < columns && b-- > 0;) {
             float dO_piece[2][4];
-            load_down(dO_piece, dO_chunk + b * BLOCK * V_PITCH, V_PITCH, threadIdx.x % 4, column);
-            carry_state<MATH, MOST>(s, total + b * MOST, dO_piece, q_chunk + b * BLOCK * PITCH, PITCH);
+            load_left<down>(dO_piece, dO_chunk + b * BLOCK * V_PITCH, V_PITCH, threadIdx.x % 4, first + threadIdx.x % WARP / 4);
+            carry_state<MATH, MOST>(held, total + b * MOST, dO_piece, q_chunk + b * BLOCK * PITCH, PITCH);
         }
         __syncthreads();                                             // the tokens are done with
     }
-    for_state<MOST>(s, K, V, columns, [&](float &x, size_t at) { gamma[b_h * K * V + j0 + at] = x; });
+    for_state<MOST>(held, K, V, columns, [&](float &x, size_t i) { gamma[b_h * K * V + j0 + i] = x; });
 }
 
-// All gradients of a chunk of one head, a block for each. The warps share the tokens and the channels of dq and dk, which they
-// sum over the columns of V in registers, a tile of columns at a time, and the tokens and the columns of dv.
-enum { TILE_COLUMNS = 32, D_PITCH = METALA_CHUNK + 8, TILE_PITCH = TILE_COLUMNS + 8 };
+// All gradients of a chunk of one head: the grid is (chunks from c0 on, B·H). A block goes through V by tiles of 32 columns. Of dq
+// and dk a warp has two blocks of tokens and a quarter of the channels, summed over the tiles in registers; of dv a block of
+// tokens and half of a tile; of D a block of tokens t and half of the tokens j.
+enum { TILE_COLUMNS = 32, CHUNK_PITCH = METALA_CHUNK + 8, TILE_PITCH = TILE_COLUMNS + 8 };
 template <int MOST>
 constexpr size_t tensor_backward_shared() {                          // in floats: q, k, α; decays, three vectors; D;
-    return 3 * METALA_CHUNK * (MOST + 8) + (2 * BLOCKS + 3) * MOST + METALA_CHUNK * D_PITCH +
-           2 * (METALA_CHUNK + MOST) * TILE_PITCH + METALA_CHUNK * D_PITCH;        // v, do, S, Γ, and A, or dq and dk
+    return 3 * METALA_CHUNK * (MOST + 8) + (2 * BLOCKS + 3) * MOST + METALA_CHUNK * CHUNK_PITCH +
+           2 * (METALA_CHUNK + MOST) * TILE_PITCH + METALA_CHUNK * CHUNK_PITCH;        // v, do, S, Γ, and A, or dq and dk
 }
 
 // P(from,to) of channel i.
@@ -3080,9 +3084,11 @@ __device__ float decay_over(const float *total, unsigned from, unsigned to, unsi
     for (unsigned b = from; b < to; b++) p *= total[b * MOST + i];
     return p;
 }
+// Of the channels that `along` has of a right operand from i = 2t on.
 template <int MOST>
-__device__ float2 decays_over(const float *total, unsigned from, unsigned to, unsigned i, unsigned i1) {
-    return make_float2(decay_over<MOST>(total, from, to, i), decay_over<MOST>(total, from, to, i1));
+__device__ float4 decays_over(const float *total, unsigned from, unsigned to, unsigned i) {
+    return make_float4(decay_over<MOST>(total, from, to, i), decay_over<MOST>(total, from, to, i + 1),
+                       decay_over<MOST>(total, from, to, i + 8), decay_over<MOST>(total, from, to, i + 9));
 }
 
 template <metala_math MATH, int MOST>
@@ -3090,7 +3096,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *gammas, const float *dO, const float *states,
                        const float *q, const float *k, const float *v, const float *alpha, size_t c0, size_t T, size_t H,
                        size_t K, size_t V, float scale) {
-    enum { PITCH = MOST + 8, PIECES = MOST / 32 };                   // PIECES: of 8 channels, in the quarter of a warp
+    enum { PITCH = MOST + 8, PIECES = MOST / 32 };                   // PIECES: 8 channels each, of the quarter that a warp has
+    static_assert(2 * METALA_CHUNK * PITCH <= 2 * (METALA_CHUNK + MOST) * TILE_PITCH + METALA_CHUNK * CHUNK_PITCH,
+                  "dq and dk take the place of the tiles and A");
     DYNAMIC_SHARED(float, memory);
     const size_t b_h = blockIdx.y, c = c0 + blockIdx.x, t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK);
     const size_t at = first_row(b_h, T, H) + t0 * H;
@@ -3098,50 +3106,51 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
     const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
     const unsigned half = warp % 2, quarter = warp / 2, channel = quarter * (MOST / 4);
     float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
-    float *total = alpha_chunk + METALA_CHUNK * PITCH, *after = total + BLOCKS * MOST;           // after: P(J+1,4)
-    float *along_states = after + BLOCKS * MOST, *along_keys = along_states + MOST;
-    float *D = along_keys + 2 * MOST, *v_tile = D + METALA_CHUNK * D_PITCH, *dO_tile = v_tile + METALA_CHUNK * TILE_PITCH;
+    float *total = alpha_chunk + METALA_CHUNK * PITCH, *decay_after = total + BLOCKS * MOST;     // P(J,J+1), P(J+1,4)
+    float *rowsum_states = decay_after + BLOCKS * MOST, *rowsum_keys = rowsum_states + MOST;
+    float *D = rowsum_keys + 2 * MOST, *v_tile = D + METALA_CHUNK * CHUNK_PITCH, *dO_tile = v_tile + METALA_CHUNK * TILE_PITCH;
     float *S_tile = dO_tile + METALA_CHUNK * TILE_PITCH, *gamma_tile = S_tile + MOST * TILE_PITCH;
     float *A = gamma_tile + MOST * TILE_PITCH, *dq_chunk = v_tile, *dk_chunk = dq_chunk + METALA_CHUNK * PITCH;
     float of_q[2][PIECES][4] = {}, of_k[2][PIECES][4] = {};          // of the blocks 2 half and 2 half + 1, from `channel` on
     float of_D[4][4] = {};                                           // of block `quarter` with the tokens from 32 half on
     float a[2][4];
 
+    // 1. A, and the decays.
     load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
     load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
     load_tokens(alpha_chunk, PITCH, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
-    for (unsigned i = threadIdx.x; i < MOST; i += THREADS) along_states[i] = 0;
+    for (unsigned i = threadIdx.x; i < MOST; i += THREADS) rowsum_states[i] = 0;
     __syncthreads();
-    for (unsigned b = 0; b < BLOCKS; b++) {
+    for (unsigned b = 0; b < BLOCKS; b++) {                          // the blocks on the diagonal
         const unsigned from = b * BLOCK * PITCH;
-        block_map(A + b * BLOCK * (D_PITCH + 1), D_PITCH, q_chunk + from, k_chunk + from, alpha_chunk + from, K, PITCH, scale);
+        block_map(A + b * BLOCK * (CHUNK_PITCH + 1), CHUNK_PITCH, q_chunk + from, k_chunk + from, alpha_chunk + from, K, PITCH, scale);
     }
     __syncthreads();
     block_decay(q_chunk, k_chunk, alpha_chunk, total, MOST, PITCH, 1, BLOCKS);
     __syncthreads();
     for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS)
-        after[task] = decay_over<MOST>(total, task / MOST + 1, BLOCKS, task % MOST);
-    for (unsigned task = warp; task < 12; task += WARPS) {           // A below its diagonal, 16 × 8 at a time
+        decay_after[task] = decay_over<MOST>(total, task / MOST + 1, BLOCKS, task % MOST);
+    for (unsigned task = warp; task < 12; task += WARPS) {           // those below, 16 × 8 at a time
         const unsigned pair = task / 2, I = pair < 1 ? 1 : pair < 3 ? 2 : 3, J = pair - I * (I - 1) / 2;
         const unsigned row = I * BLOCK + g, column = J * BLOCK + task % 2 * 8;
         float sum[4] = {};
         for (unsigned i = 2 * t; i < MOST; i += 16) {
-            load_along(a, q_chunk, PITCH, i, row);
-            multiply_pieces<MATH>(sum, a[0], a[1],
-                                  times(along(k_chunk, PITCH, i, column + g), decays_over<MOST>(total, J + 1, I, i, i + 1)),
-                                  times(along(k_chunk, PITCH, i + 8, column + g), decays_over<MOST>(total, J + 1, I, i + 8, i + 9)));
+            load_left<along>(a, q_chunk, PITCH, i, row);
+            multiply_pieces<MATH>(sum, a, times(load_right<along>(k_chunk, PITCH, i, column + g),
+                                                decays_over<MOST>(total, J + 1, I, i)));
         }
-        for (unsigned e = 0; e < 4; e++) A[(row + e / 2 * 8) * D_PITCH + column + 2 * t + e % 2] = scale * sum[e];
+        for (unsigned e = 0; e < 4; e++) A[(row + e / 2 * 8) * CHUNK_PITCH + column + 2 * t + e % 2] = scale * sum[e];
     }
-    __syncthreads();                                                 // A and `after` are there
+    __syncthreads();                                                 // A and decay_after are there
     float keys[MOST / 16][2][4];                                     // k_j ⊙ r_j ⊙ P(J+1,4) of block `quarter`
 #pragma unroll
     for (unsigned i = 0; i < MOST; i += 16) {
-        load_beside(keys[i / 16], k_chunk, PITCH, i + t, quarter * BLOCK + g);
+        load_left<beside>(keys[i / 16], k_chunk, PITCH, i + t, quarter * BLOCK + g);
 #pragma unroll
         for (unsigned e = 0; e < 8; e++)
-            keys[i / 16][e / 4][e % 4] *= after[quarter * MOST + i + t + 8 * (e / 4) + 4 * (e % 2)];
+            keys[i / 16][e / 4][e % 4] *= decay_after[quarter * MOST + i + t + 8 * (e / 4) + 4 * (e % 2)];
     }
+    // 2. The tiles: dv, and sums of dq, dk and D.
     for (size_t j0 = 0; j0 < V; j0 += TILE_COLUMNS) {
         const size_t columns = least(V - j0, TILE_COLUMNS);
         __syncthreads();                                             // the tile is done with
@@ -3158,49 +3167,46 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
                 sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
             }
             sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-            if (task % 2 == 0) along_states[task / 2] += sum;
+            if (task % 2 == 0) rowsum_states[task / 2] += sum;
         }
 #pragma unroll
         for (unsigned l = 2 * t; l < TILE_COLUMNS; l += 16) {        // S do, Γ v, and do·v
             float of_do[2][2][4], of_v[2][2][4];
 #pragma unroll
             for (unsigned m = 0; m < 2; m++) {
-                load_along(of_do[m], dO_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
-                load_along(of_v[m], v_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
+                load_left<along>(of_do[m], dO_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
+                load_left<along>(of_v[m], v_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
             }
 #pragma unroll
             for (unsigned p = 0; p < PIECES; p++) {
                 const unsigned i = channel + 8 * p + g;
-                const float2 s0 = along(S_tile, TILE_PITCH, l, i), s1 = along(S_tile, TILE_PITCH, l + 8, i);
-                const float2 g0 = along(gamma_tile, TILE_PITCH, l, i), g1 = along(gamma_tile, TILE_PITCH, l + 8, i);
+                const float4 of_S = load_right<along>(S_tile, TILE_PITCH, l, i);
+                const float4 of_gamma = load_right<along>(gamma_tile, TILE_PITCH, l, i);
 #pragma unroll
                 for (unsigned m = 0; m < 2; m++) {
-                    multiply_pieces<MATH>(of_q[m][p], of_do[m][0], of_do[m][1], s0, s1);
-                    multiply_pieces<MATH>(of_k[m][p], of_v[m][0], of_v[m][1], g0, g1);
+                    multiply_pieces<MATH>(of_q[m][p], of_do[m], of_S);
+                    multiply_pieces<MATH>(of_k[m][p], of_v[m], of_gamma);
                 }
             }
-            load_along(a, dO_tile, TILE_PITCH, l, quarter * BLOCK + g);
+            load_left<along>(a, dO_tile, TILE_PITCH, l, quarter * BLOCK + g);
 #pragma unroll
             for (unsigned p = 0; p < 4; p++)
                 if (half * 2 + p / 2 <= quarter)
-                    multiply_pieces<MATH>(of_D[p], a[0], a[1], along(v_tile, TILE_PITCH, l, half * 32 + 8 * p + g),
-                                          along(v_tile, TILE_PITCH, l + 8, half * 32 + 8 * p + g));
+                    multiply_pieces<MATH>(of_D[p], a, load_right<along>(v_tile, TILE_PITCH, l, half * 32 + 8 * p + g));
         }
         float of_dv[2][4] = {};                                      // of block `quarter`, 16 columns
         for (unsigned token = quarter * BLOCK + t; token < METALA_CHUNK; token += BLOCK) {
-            load_down(a, A, D_PITCH, token, quarter * BLOCK + g);
+            load_left<down>(a, A, CHUNK_PITCH, token, quarter * BLOCK + g);
 #pragma unroll
             for (unsigned p = 0; p < 2; p++)
-                multiply_pieces<MATH>(of_dv[p], a[0], a[1], down(dO_tile, TILE_PITCH, token, half * 16 + 8 * p + g),
-                                      down(dO_tile, TILE_PITCH, token + 8, half * 16 + 8 * p + g));
+                multiply_pieces<MATH>(of_dv[p], a, load_right<down>(dO_tile, TILE_PITCH, token, half * 16 + 8 * p + g));
         }
 #pragma unroll
         for (unsigned i = 0; i < MOST; i += 16)
 #pragma unroll
             for (unsigned p = 0; p < 2; p++)
-                multiply_pieces<MATH>(of_dv[p], keys[i / 16][0], keys[i / 16][1],
-                                      down(gamma_tile, TILE_PITCH, i + t, half * 16 + 8 * p + g),
-                                      down(gamma_tile, TILE_PITCH, i + t + 8, half * 16 + 8 * p + g));
+                multiply_pieces<MATH>(of_dv[p], keys[i / 16],
+                                      load_right<down>(gamma_tile, TILE_PITCH, i + t, half * 16 + 8 * p + g));
 #pragma unroll
         for (unsigned p = 0; p < 2; p++)
 #pragma unroll
@@ -3209,10 +3215,10 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
                 if (j < n && l < columns) dv[(at + j * H) * V + j0 + l] = of_dv[p][e];
             }
     }
-    // D, and what dq and dk have from outside of the chunk.
+    // 3. D, and what dq and dk have from outside of the chunk.
     for (unsigned p = 0; p < 4; p++)
         for (unsigned e = 0; e < 4; e++)
-            D[(quarter * BLOCK + g + e / 2 * 8) * D_PITCH + half * 32 + 8 * p + 2 * t + e % 2] = scale * of_D[p][e];
+            D[(quarter * BLOCK + g + e / 2 * 8) * CHUNK_PITCH + half * 32 + 8 * p + 2 * t + e % 2] = scale * of_D[p][e];
 #pragma unroll
     for (unsigned p = 0; p < PIECES; p++)
 #pragma unroll
@@ -3222,39 +3228,37 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
 #pragma unroll
             for (unsigned m = 0; m < 2; m++) {
                 const unsigned block = 2 * half + m, row = block * BLOCK + g;
-                const float before = scale * decay_over<MOST>(total, 0, block, i), behind = after[block * MOST + i];
+                const float before = scale * decay_over<MOST>(total, 0, block, i), behind = decay_after[block * MOST + i];
                 of_q[m][p][e] *= before, of_q[m][p][e + 2] *= before;
                 of_k[m][p][e] *= behind, of_k[m][p][e + 2] *= behind;
                 sum += k_chunk[row * PITCH + i] * of_k[m][p][e] + k_chunk[(row + 8) * PITCH + i] * of_k[m][p][e + 2];
             }
             for (int distance = 4; distance < WARP; distance *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-            if (g == 0) along_keys[half * MOST + i] = sum;
+            if (g == 0) rowsum_keys[half * MOST + i] = sum;
         }
     __syncthreads();                                                 // D is there; the tile and A are done with
-    // What they have from the other blocks.
+    // 4. What they have from the other blocks.
 #pragma unroll
     for (unsigned m = 0; m < 2; m++) {
         const unsigned block = 2 * half + m, row = block * BLOCK + g;
         for (unsigned J = 0; J < block; J++) {
             const unsigned token = J * BLOCK + t;
-            load_beside(a, D, D_PITCH, token, row);
+            load_left<beside>(a, D, CHUNK_PITCH, token, row);
 #pragma unroll
             for (unsigned p = 0; p < PIECES; p++) {
                 const unsigned i = channel + 8 * p + g;
-                const float2 over = decays_over<MOST>(total, J + 1, block, i, i);
-                multiply_pieces<MATH>(of_q[m][p], a[0], a[1], times(down(k_chunk, PITCH, token, i), over),
-                                      times(down(k_chunk, PITCH, token + 8, i), over));
+                multiply_pieces<MATH>(of_q[m][p], a, times(load_right<down>(k_chunk, PITCH, token, i),
+                                                           decay_over<MOST>(total, J + 1, block, i)));
             }
         }
         for (unsigned I = block + 1; I < BLOCKS; I++) {
             const unsigned token = I * BLOCK + t;
-            load_down(a, D, D_PITCH, token, row);
+            load_left<down>(a, D, CHUNK_PITCH, token, row);
 #pragma unroll
             for (unsigned p = 0; p < PIECES; p++) {
                 const unsigned i = channel + 8 * p + g;
-                const float2 over = decays_over<MOST>(total, block + 1, I, i, i);
-                multiply_pieces<MATH>(of_k[m][p], a[0], a[1], times(down(q_chunk, PITCH, token, i), over),
-                                      times(down(q_chunk, PITCH, token + 8, i), over));
+                multiply_pieces<MATH>(of_k[m][p], a, times(load_right<down>(q_chunk, PITCH, token, i),
+                                                           decay_over<MOST>(total, block + 1, I, i)));
             }
         }
 #pragma unroll
@@ -3266,19 +3270,20 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
                 *(float2 *)&dk_chunk[to] = make_float2(of_k[m][p][2 * h], of_k[m][p][2 * h + 1]);
             }
     }
-    __syncthreads();                                                 // q and k are not decayed any more
+    __syncthreads();                                                 // nobody reads the decayed q and k any more
+    // 5. What they have from their own block, and da.
     load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
     load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
     __syncthreads();
     for (unsigned task = threadIdx.x; task < 2 * BLOCKS * MOST; task += THREADS) {
         const unsigned block = task / 2 / MOST, here = block * BLOCK * PITCH + task % MOST;
-        const float *map = D + block * BLOCK * (D_PITCH + 1);
-        if (task / MOST % 2 == 0) channel_dq(dq_chunk + here, k_chunk + here, alpha_chunk + here, PITCH, map, D_PITCH, 1);
-        else channel_dk(dk_chunk + here, q_chunk + here, alpha_chunk + here, PITCH, map, D_PITCH);
+        const float *map = D + block * BLOCK * (CHUNK_PITCH + 1);
+        if (task / MOST % 2 == 0) channel_dq(dq_chunk + here, k_chunk + here, alpha_chunk + here, PITCH, map, CHUNK_PITCH, 1);
+        else channel_dk(dk_chunk + here, q_chunk + here, alpha_chunk + here, PITCH, map, CHUNK_PITCH);
     }
     __syncthreads();
     for (unsigned i = threadIdx.x; i < K; i += THREADS) {
-        float sum = decay_over<MOST>(total, 0, BLOCKS, i) * along_states[i] + along_keys[i] + along_keys[MOST + i];
+        float sum = decay_over<MOST>(total, 0, BLOCKS, i) * rowsum_states[i] + rowsum_keys[i] + rowsum_keys[MOST + i];
         for (size_t token = METALA_CHUNK; token-- > 0;) {
             const size_t here = token * PITCH + i, there = (at + token * H) * K + i;
             sum += q_chunk[here] * dq_chunk[here] - k_chunk[here] * dk_chunk[here];
@@ -3296,6 +3301,14 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
 // 128, and for less where a block has less shared memory; the recurrent ones for 512, and do the work of all for what is left.
 // The parallel form is the chunkwise one: its T×T map is for reading.
 enum { WIDE = 64, NARROW = 32, MOST_WIDE_K = 128, MOST_CHUNKWISE_K = 256, MOST_TENSOR_K = 128, MOST_K = 512 };
+
+// CALL(MOST) with the least of the sizes that the tensor cores' kernels are compiled for.
+#define FOR_TENSOR_K(K, CALL)         \
+    do {                              \
+        if (K <= 32) CALL(32);        \
+        else if (K <= 64) CALL(64);   \
+        else CALL(MOST_TENSOR_K);     \
+    } while (0)
 
 bool head_fits(metala_context *ctx, size_t K) {
     if (K > MOST_K)
@@ -3360,16 +3373,17 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
         return;
     }
     if constexpr (MATH != METALA_EXACT) {
-        extent grid(ceil_div(V, TENSOR_COLUMNS), B * H);
-#define FORWARD(MOST)                                                                                                 \
-    if (K <= MOST && tensor_forward_shared<MOST>() * sizeof(float) <= most_shared) {                                  \
-        RUN((tensor_forward_kernel<MATH, MOST>), grid, THREADS, tensor_forward_shared<MOST>() * sizeof(float), o, S,  \
-            states, q, k, v, alpha, T, H, K, V, (float)scale);                                                        \
-        return;                                                                                                       \
-    }
-        FORWARD(32)
-        FORWARD(64)
-        FORWARD(MOST_TENSOR_K)
+        size_t bytes = 0;
+#define SIZE(MOST) bytes = tensor_forward_shared<MOST>() * sizeof(float)
+        FOR_TENSOR_K(K, SIZE);
+#undef SIZE
+#define FORWARD(MOST)                                                                                                \
+    RUN((tensor_forward_kernel<MATH, MOST>), extent(ceil_div(V, TENSOR_COLUMNS), B * H), THREADS, bytes, o, S, states, q, k, v, \
+        alpha, T, H, K, V, (float)scale)
+        if (K <= MOST_TENSOR_K && bytes <= most_shared) {
+            FOR_TENSOR_K(K, FORWARD);
+            return;
+        }
 #undef FORWARD
     }
     RUN((chunkwise_forward_kernel<WIDE>), extent(ceil_div(V, WIDE), B * H), THREADS, wanted, o, S, states, q, k, v, alpha,
@@ -3378,7 +3392,7 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
 
 // The two kernels of the backward on tensor cores, for the chunks c0…c1-1.
 template <metala_math MATH, int MOST>
-void tensor_backward(metala_context *ctx, float *dq, float *dk, float *da, float *dv, float *gamma, float *gammas,
+void tensor_backward_of_chunks(metala_context *ctx, float *dq, float *dk, float *da, float *dv, float *gamma, float *gammas,
                      const float *dO, const float *states, const float *q, const float *k, const float *v,
                      const float *alpha, size_t c0, size_t c1, size_t B, size_t T, size_t H, size_t K, size_t V, float scale) {
     RUN((tensor_gammas_kernel<MATH, MOST>), extent(ceil_div(V, TENSOR_COLUMNS), B * H), THREADS,
@@ -3407,12 +3421,13 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
     auto chunkwise_fits = [=](size_t most_K, size_t columns) {
         return K <= most_K && chunkwise_backward_shared(K, columns) * sizeof(float) <= most_shared;
     };
-    const size_t tensor_shared = K <= 32   ? tensor_backward_shared<32>()
-                                 : K <= 64 ? tensor_backward_shared<64>()
-                                           : tensor_backward_shared<MOST_TENSOR_K>();
+    size_t tensor_shared = 0;
+#define SIZE(MOST) tensor_shared = tensor_backward_shared<MOST>() * sizeof(float)
+    FOR_TENSOR_K(K, SIZE);
+#undef SIZE
     const bool wide = chunkwise_fits(MOST_WIDE_K, WIDE);
     const bool tensor = MATH != METALA_EXACT && form != METALA_RECURRENT && K <= MOST_TENSOR_K &&
-                        tensor_shared * sizeof(float) <= most_shared;
+                        tensor_shared <= most_shared;
     const bool recurrent = form == METALA_RECURRENT || !(tensor || wide || chunkwise_fits(MOST_CHUNKWISE_K, NARROW));
     const size_t width = tensor ? V : recurrent ? (size_t)RECURRENT_COLUMNS : wide ? (size_t)WIDE : (size_t)NARROW;
     const size_t tiles = ceil_div(V, width), count = B * T * H * K, tile_step = tiles > 1 ? 3 * count : 0;
@@ -3436,10 +3451,13 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
     if constexpr (MATH != METALA_EXACT) {
         float *gamma = dS ? dS : between + at_once * all_states;
         if (tensor && !dS) cuda_zero(ctx, gamma, all_states * sizeof(float));
-        const auto run = K <= 32 ? tensor_backward<MATH, 32> : K <= 64 ? tensor_backward<MATH, 64> : tensor_backward<MATH, MOST_TENSOR_K>;
         for (size_t c1 = chunks(T), c0; tensor && c1 > 0; c1 = c0) {
             c0 = c1 > at_once ? c1 - at_once : 0;
-            run(ctx, all_q, all_k, all_a, dv, gamma, between, dO, states, q, k, v, alpha, c0, c1, B, T, H, K, V, (float)scale);
+#define BACKWARD(MOST)                                                                                                  \
+    tensor_backward_of_chunks<MATH, MOST>(ctx, all_q, all_k, all_a, dv, gamma, between, dO, states, q, k, v, alpha, c0, c1, B, T, H, \
+                                          K, V, (float)scale)
+            FOR_TENSOR_K(K, BACKWARD);
+#undef BACKWARD
         }
     }
     for (size_t first = 0; !tensor && first < B * H; first += heads) {

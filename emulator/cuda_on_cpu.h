@@ -23,8 +23,9 @@
 //     fresh global and shared memory, and what cp.async is about to overwrite, read as NaN (integers as -1)
 //     the threads between two barriers, and the blocks, run in an order that can be chosen
 //
-// It is one CPU's idea of a GPU: speed, real concurrency and the last bits of expf are not its business. TMA, wmma, clusters, cooperative groups and blocks that wait for each other are not there. A kernel
-// may not return early while other threads of its block still meet in barriers (on a GPU it may, since Volta).
+// It is one CPU's idea of a GPU: speed, real concurrency and the last bits of expf are not its business. TMA, wmma,
+// clusters, cooperative groups and blocks that wait for each other are not there. A kernel may not return early while
+// other threads of its block still meet in barriers (on a GPU it may, since Volta).
 //
 // Environment
 //     CUDA_ORDER=forward|reverse|random[:seed]   of threads and blocks; a result that depends on it is a race
@@ -252,7 +253,7 @@ struct Thread {
     std::vector<Copy> *copies;
     int group;                                                   // of the next cp.async
     Wgmma *wgmma;
-    unsigned char barriers, operations[9];                       // met so far: their last bits choose a tag
+    unsigned char barriers, operations[9];                       // met so far: their last bits choose a tag; 8: warpgroups'
     char *stack;
     size_t stack_bytes;
     void *tsan, *fake_stack;
@@ -285,6 +286,7 @@ struct Launch {
     dim3 grid, block;
     size_t shared_bytes;
     std::shared_ptr<Body> body;
+    long number;                                                 // of all launches
 };
 
 // What an OS thread that runs blocks has.
@@ -1181,7 +1183,8 @@ void launch(const char *kernel, const char *file, int line, dim3 grid, dim3 bloc
         complain(700, file, line, "kernel %s: argument %d is no pointer to device memory", kernel, wrong);
         return;
     }
-    Launch l = {kernel, file, line, grid, block, shared_bytes, body};
+    static long launched;
+    Launch l = {kernel, file, line, grid, block, shared_bytes, body, ++launched};
     enqueue([=] { run(l); });
 }
 
@@ -1404,7 +1407,7 @@ EMU_UNWATCHED inline void operate_mma_tf32(void **x, unsigned) {
 // 2t and 2t + 1 of matrix m, or with .trans rows 2t and 2t + 1, column g.
 struct LoadMatrix { unsigned *r; const uint16_t *row; };
 template <int MATRICES, bool TRANSPOSED>
-EMU_UNWATCHED inline void operate_ldmatrix(void **x, unsigned) {
+EMU_UNWATCHED EMU_UNTRACED inline void operate_ldmatrix(void **x, unsigned) {
     for (int lane = 0; lane < 32; lane++)
         for (int m = 0; m < MATRICES; m++) {
             int g = lane / 4, t = lane % 4;
@@ -1471,12 +1474,12 @@ inline void wait_async(int pending) {                            // until at mos
     t.copies->resize(left);
 }
 
-// wgmma, m64n128: 64 rows of A and 128 rows of B, k being contiguous in both, with 32 bytes of each; sums as those of mma,
-// 16 rows of D to a warp, 8 columns after the other.
+// wgmma, m64n128: 64 rows of A and 128 rows of B, k being contiguous in both, with 32 bytes of each; 16 rows of D to a warp, in
+// pieces of 8 columns that lie in registers as those of mma. That wgmma_show follows what was written is asked of cp.async alone.
 //
 // An operand, in 64 bits: 0 to 13 its address in shared memory / 16; 32 to 45 the distance from 8 rows to the next / 16; 49 to
-// 51 zero, as rows start at a multiple of 1024; 62 and 63 how it is swizzled, 1: of the address of each byte, bits 7 to 9,
-// which is the row, are exchanged into bits 4 to 6.
+// 51 zero, as rows start at a multiple of 1024; 62 and 63 how it is swizzled, 1: bits 7 to 9 of the address of each byte, the
+// row modulo 8, are XORed into bits 4 to 6.
 EMU_UNWATCHED inline const char *wgmma_part(uint64_t operand, int row, int part, const char *file, int line) {
     size_t at = (operand & 0x3FFF) << 4, step = (operand >> 32 & 0x3FFF) << 4, end = E->launch->shared_bytes;
     if (operand >> 62 != 1 || (operand >> 49 & 7))
@@ -1608,7 +1611,7 @@ inline void copy_wait_all() { copy_commit(), emu::wait_async(0); }
 // waited for, wgmma_show, barrier, wgmma_start.
 inline void wgmma_bf16(float *d, uint64_t a, uint64_t b, EMU_HERE) { emu::wgmma<true>(d, a, b, file, line); }
 inline void wgmma_tf32(float *d, uint64_t a, uint64_t b, EMU_HERE) { emu::wgmma<false>(d, a, b, file, line); }
-inline void wgmma_hold(float *) {}                               // a word to the compiler, of nvcc
+inline void wgmma_hold(float *) {}                               // only nvcc must be told
 inline void wgmma_start() { emu::E->self->wgmma->started = true; }
 inline void wgmma_commit() {
     for (auto &s : emu::E->self->wgmma->sums) s.committed = true;

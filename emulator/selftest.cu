@@ -306,16 +306,17 @@ void test_mma() {
 
 #if !defined(__CUDACC__) || defined(METALA_WGMMA)
 // Four warps: d[64][128] = a[64] b[128]ᵀ, rows of 128 bytes, 64 numbers in bfloat16 or 32 in tf32.
-enum { NOTHING, NOT_SHOWN, NOT_STARTED, OVERWRITTEN, READ_EARLY, NOT_COMMITTED, NOT_ALIGNED, THREE_WARPS, TWO_OPERANDS };
+enum { NOTHING, NOT_SHOWN, NOT_STARTED, OVERWRITTEN, READ_EARLY, WRITTEN_EARLY, NOT_COMMITTED, NOT_ALIGNED, BEYOND, NO_SWIZZLE,
+       THREE_WARPS, TWO_OPERANDS };
 template <bool BFLOAT16>
 __global__ void wgmma_kernel(float *d, const uint4 *a, const uint4 *b, int bug) {
     DYNAMIC_SHARED(uint4, rows);
     const unsigned thread = threadIdx.x, lane = thread % 32;
     float sum[64] = {};
 #ifdef __CUDACC__
-    bug = NOTHING;                                               // so that the compiler knows
+    bug = NOTHING;                                               // and sum stays in registers
 #endif
-    for (unsigned n = thread; n < 192 * 8; n += 128)
+    for (unsigned n = thread; n < 192 * 8; n += 128)             // the 16 bytes p of row i at place p ^ i%8
         copy16_async(rows + n / 8 * 8 + (n % 8 ^ n / 8 % 8), n < 64 * 8 ? a + n : b + n - 64 * 8, true);
     copy_commit();
     copy_wait<0>();
@@ -325,14 +326,16 @@ __global__ void wgmma_kernel(float *d, const uint4 *a, const uint4 *b, int bug) 
     wgmma_hold(sum);
     if (bug != NOT_STARTED) wgmma_start();
     for (unsigned part = 0; part < 4; part++) {
-        uint64_t left = wgmma_operand(rows + (bug == NOT_ALIGNED ? 8 : 0), 32 * part),
+        uint64_t left = wgmma_operand(rows + (bug == NOT_ALIGNED ? 8 : bug == BEYOND ? 136 * 8 : 0), 32 * part),
                  right = wgmma_operand(rows + 64 * 8, 32 * (bug == TWO_OPERANDS && thread >= 64 ? 0 : part));
+        if (bug == NO_SWIZZLE) left &= ~((uint64_t)3 << 62);
         if (BFLOAT16) wgmma_bf16(sum, left, right);
         else wgmma_tf32(sum, left, right);
     }
     if (bug != NOT_COMMITTED) wgmma_commit();
     if (bug == OVERWRITTEN) rows[thread] = make_uint4(0, 0, 0, 0);
     float early = bug == READ_EARLY ? sum[5] : 0;
+    if (bug == WRITTEN_EARLY) sum[5] = 1;
     wgmma_wait();
     wgmma_hold(sum);
     for (unsigned i = 0; i < 64; i++)
@@ -363,8 +366,8 @@ bool multiply_by_warpgroup(int bug) {
     return true;
 }
 void test_wgmma() {
-    check("wgmma m64n128k16 of bfloat16, four side by side", multiply_by_warpgroup<true>(NOTHING));
-    check("wgmma m64n128k8 of tf32, four side by side", multiply_by_warpgroup<false>(NOTHING));
+    check("wgmma m64n128k16 of bfloat16, four steps of k", multiply_by_warpgroup<true>(NOTHING));
+    check("wgmma m64n128k8 of tf32, four steps of k", multiply_by_warpgroup<false>(NOTHING));
 }
 #else
 void test_wgmma() {}
@@ -780,6 +783,10 @@ void wgmma_before_copies_are_shown() { multiply_by_warpgroup<true>(NOT_SHOWN); }
 void wgmma_without_a_start() { multiply_by_warpgroup<true>(NOT_STARTED); }
 void wgmma_operand_overwritten() { multiply_by_warpgroup<false>(OVERWRITTEN); }
 void wgmma_sum_read_before_the_wait() { result(multiply_by_warpgroup<true>(READ_EARLY)); }
+void wgmma_sum_written_before_the_wait() { multiply_by_warpgroup<true>(WRITTEN_EARLY); }
+void wgmma_operand_beyond_shared_memory() { multiply_by_warpgroup<true>(BEYOND); }
+void wgmma_operand_without_swizzle() { multiply_by_warpgroup<true>(NO_SWIZZLE); }
+void wgmma_on_an_older_gpu() { emu::heap.capability = 86, multiply_by_warpgroup<true>(NOTHING); }
 void wgmma_without_a_commit() { result(multiply_by_warpgroup<true>(NOT_COMMITTED)); }
 void wgmma_operand_not_aligned() { multiply_by_warpgroup<true>(NOT_ALIGNED); }
 void wgmma_by_three_warps() { multiply_by_warpgroup<true>(THREE_WARPS); }
@@ -867,6 +874,10 @@ const struct {
     M(wgmma_without_a_start, "wgmma without wgmma_start", "without wgmma_start", "without wgmma_start"),
     M(wgmma_operand_overwritten, "was written while wgmma read it", "was written while", "was written while"),
     M(wgmma_sum_read_before_the_wait, "wrong result", "wrong result", "wrong result"),
+    M(wgmma_sum_written_before_the_wait, "a sum was written while", "a sum was written", "a sum was written"),
+    M(wgmma_operand_beyond_shared_memory, "at byte 24576 of 24576", "at byte 24576", "at byte 24576"),
+    M(wgmma_operand_without_swizzle, "only swizzles of 128 bytes", "only swizzles", "only swizzles"),
+    M(wgmma_on_an_older_gpu, "only compute capability 9.0", "only compute", "only compute"),
     M(wgmma_without_a_commit, "wrong result", "wrong result", "wrong result"),
     M(wgmma_operand_not_aligned, "at multiples of 1024", "at multiples of 1024", "at multiples of 1024"),
     M(wgmma_by_three_warps, "for wgmma four warps", "for wgmma four warps", "for wgmma four warps"),

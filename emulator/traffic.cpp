@@ -5,18 +5,18 @@
 // threads of a warp make at one place in the program, the first time, the second time …, count as one request, as on a GPU:
 //
 //     global memory   a request costs the sectors of 32 bytes that it touches; the least is the bytes it wants / 32
-//     shared memory   lanes are served together, 32 of 4 bytes, 16 of 8 or 8 of 16; a group costs as often as two of its words
-//                     lie in the same one of 32 banks, the least is once
+//     shared memory   lanes are served together, 32 of 4 bytes, 16 of 8 or 8 of 16; a group costs the most different words that
+//                     one of the 32 banks has to give, the least is 1
 //
-// At exit two tables: of each kernel, and of its lines, dearest first: requests, what they cost, the least that these bytes could
-// have cost, and the ratio. Caches are not there, so that a thread which reads 32 bytes in eight requests costs eight sectors, of
-// which a GPU's L1 has seven. Lanes that go different ways are put together by how often they came by; and nvcc may join or
-// move what the compiler of the CPU did not. wgmma's reading is not counted.
+// At exit two tables: of the kernels by name; and of their lines, dearest first, sectors and cycles of banks in one list:
+// requests, what they cost, the least, and the ratio. A line of a function that several others call stands for all of them, and
+// a kernel's name is the text of its launch. Caches are not there, so that a thread which reads 32 bytes in eight requests
+// costs eight sectors, of which a GPU's L1 has seven. Lanes that go different ways are put together by how often they came
+// by; nvcc may join or move what the compiler of the CPU did not; what wgmma reads is not counted. Lines are found by addr2line.
 //
 //     TRAFFIC=20     how many lines are shown (20)         TRAFFIC_KERNEL=scan     of kernels whose name contains this
 
 #include <algorithm>
-#include <unordered_map>
 
 namespace {
 
@@ -36,11 +36,12 @@ struct Request {
 };
 struct Cost { double requests, paid, least; };
 
-std::map<std::pair<std::string, Place>, Cost> *costs = new std::map<std::pair<std::string, Place>, Cost>();
+std::map<std::pair<std::string, Place>, Cost> costs;
 std::map<std::pair<int, Place>, std::vector<Request>> requests;  // of this block, by warp: the first, the second, …
 std::map<std::pair<int, Place>, size_t> times;                   // by thread
-uint3 block;
-const char *kernel;                                              // whose block it is
+const char *kernel;                                              // whose block it is,
+long launched;                                                   // in which launch,
+uint3 block;                                                     // and which block
 
 void price(const Request &r, bool shared, Cost *to) {
     to->requests++;
@@ -51,7 +52,7 @@ void price(const Request &r, bool shared, Cost *to) {
         to->paid += (double)sectors.size(), to->least += (double)((bytes.size() + 31) / 32);
         return;
     }
-    const int together = r.bytes <= 4 ? 32 : 128 / r.bytes;
+    const int together = r.bytes <= 4 ? 32 : r.bytes <= 8 ? 16 : 8;
     for (int first = 0; first < 32; first += together) {
         std::set<uintptr_t> words[32];
         size_t most = 0;
@@ -64,7 +65,7 @@ void price(const Request &r, bool shared, Cost *to) {
 
 void flush() {
     for (auto &r : requests)
-        for (const Request &each : r.second) price(each, r.first.second.shared, &(*costs)[{kernel, r.first.second}]);
+        for (const Request &each : r.second) price(each, r.first.second.shared, &costs[{kernel, r.first.second}]);
     requests.clear();
     times.clear();
 }
@@ -78,9 +79,9 @@ void note(const void *p, int bytes, bool write, Place place) {
     bool shared = dynamic && at >= dynamic && at < dynamic + e.launch->shared_bytes;
     for (const emu::SharedArray &a : emu::shared_arrays()) shared = shared || (at >= a.memory && at < a.memory + a.bytes);
     if (shared || emu::find(p)) {
-        if (kernel != e.launch->kernel || memcmp(&block, &e.block, sizeof block)) {
+        if (launched != e.launch->number || memcmp(&block, &e.block, sizeof block)) {
             flush();
-            kernel = e.launch->kernel, block = e.block;
+            kernel = e.launch->kernel, launched = e.launch->number, block = e.block;
         }
         place.shared = shared, place.write = write;
         std::vector<Request> &list = requests[{e.self->index / 32, place}];
@@ -111,19 +112,32 @@ std::string line_of(const void *pc) {
 }
 
 struct Report {
+    long most = 20;
+    const char *only = getenv("TRAFFIC_KERNEL");
+    Report() {
+        const char *shown = getenv("TRAFFIC");
+        char *end = nullptr;
+        if (shown && *shown && ((most = strtol(shown, &end, 10)) < 0 || *end)) {
+            fprintf(stderr, "traffic: TRAFFIC=%s: must be a number of lines\n", shown);
+            _exit(2);
+        }
+    }
     ~Report() {
         flush();
-        const char *only = getenv("TRAFFIC_KERNEL"), *shown = getenv("TRAFFIC");
         std::map<std::tuple<std::string, std::string, bool, bool>, Cost> lines;
         std::map<std::pair<std::string, bool>, Cost> kernels;
         auto add = [](Cost *to, const Cost &c) { to->requests += c.requests, to->paid += c.paid, to->least += c.least; };
-        for (auto &c : *costs) {
+        for (auto &c : costs) {
             const Place &p = c.first.second;
             if (only && c.first.first.find(only) == std::string::npos) continue;
             std::string line = p.file ? std::string(strrchr(p.file, '/') ? strrchr(p.file, '/') + 1 : p.file) + ":" + std::to_string(p.line)
                                       : line_of(p.pc);
             add(&lines[{c.first.first, line, p.shared, p.write}], c.second);
             add(&kernels[{c.first.first, p.shared}], c.second);
+        }
+        if (kernels.empty()) {
+            fprintf(stderr, "traffic: no kernel%s%s has run\n", only ? " whose name contains " : "", only ? only : "");
+            return;
         }
         printf("%-48s %-7s %12s %12s %12s %6s\n", "kernel", "memory", "requests", "paid", "least", "ratio");
         for (auto &k : kernels)
@@ -133,9 +147,9 @@ struct Report {
         for (auto l = lines.cbegin(); l != lines.cend(); ++l) order.push_back({-l->second.paid, l});
         std::sort(order.begin(), order.end(), [](auto &a, auto &b) { return a.first < b.first; });
         printf("\n%-40s %-24s %-13s %12s %12s %12s %6s\n", "kernel", "line", "", "requests", "paid", "least", "ratio");
-        int left = shown ? atoi(shown) : 20;
+        long left = most;
         for (auto &o : order) {
-            if (left-- <= 0 || o.first == 0) break;
+            if (left-- <= 0) break;
             auto &[name, line, shared, write] = o.second->first;
             const Cost &c = o.second->second;
             printf("%-40.40s %-24s %-6s %-6s %12.0f %12.0f %12.0f %6.2f\n", name.c_str(), line.c_str(), shared ? "shared" : "global",
@@ -167,7 +181,8 @@ void __tsan_func_entry(void *) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void **, void *) {}
 void __tsan_vptr_read(void **) {}
-int __tsan_atomic32_fetch_add(volatile int *p, int by, int) { return __atomic_fetch_add(p, by, __ATOMIC_SEQ_CST); }   // of <memory>
+int __tsan_atomic32_fetch_add(volatile int *p, int by, int) { return __atomic_fetch_add(p, by, __ATOMIC_SEQ_CST); }
+void __tsan_atomic8_store(volatile char *p, char to, int) { __atomic_store_n(p, to, __ATOMIC_SEQ_CST); }
 char __tsan_atomic8_load(const volatile char *p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 long __tsan_atomic64_load(const volatile long *p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 }
