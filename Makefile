@@ -126,7 +126,7 @@ EMU_WITH_address := -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_WITH_thread  := -fsanitize=thread
 EMU_WITH_gdb     := -O0 -ggdb3
 EMU_C  = $(CC) $(or $(WARNINGS),-std=c99) -O1 -g $(NATIVE) -DMETALA_CUDA -I.
-EMU_CU = $(CXX) -std=c++17 -Wall -Wextra -Wno-unknown-pragmas -O1 -g $(NATIVE) -I. -x c++ -include emulator/cuda_on_cpu.h
+EMU_CU = $(CXX) -std=c++17 -Wall -Wextra -Wno-unknown-pragmas -Wno-pass-failed -O1 -g $(NATIVE) -I. -x c++ -include emulator/cuda_on_cpu.h
 build/emu-%/test: test.c metala.c metala.h cuda_metala.cu emulator/cuda_on_cpu.h build/flags
 	@mkdir -p $(@D)
 	$(EMU_C) $(EMU_WITH_$*) -c -o $(@D)/test.o test.c

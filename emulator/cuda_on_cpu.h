@@ -799,6 +799,7 @@ struct Heap {
     std::map<uintptr_t, Allocation> alive;                       // by address
     std::deque<Allocation> freed;                                // the last ones: their addresses stay forbidden
     size_t used = 0, limit = (size_t)4 << 30;
+    long launches = 0;
     int count = 0, error = 0, driver = 13000, devices = 1, capability = 90, device = 0;
     bool host_access = false, async = false, capturing = false, trace = false;
     const char *leaks = "report";
@@ -1183,8 +1184,7 @@ void launch(const char *kernel, const char *file, int line, dim3 grid, dim3 bloc
         complain(700, file, line, "kernel %s: argument %d is no pointer to device memory", kernel, wrong);
         return;
     }
-    static long launched;
-    Launch l = {kernel, file, line, grid, block, shared_bytes, body, ++launched};
+    Launch l = {kernel, file, line, grid, block, shared_bytes, body, ++heap.launches};
     enqueue([=] { run(l); });
 }
 
