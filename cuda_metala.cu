@@ -3207,12 +3207,19 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
             for (unsigned p = 0; p < 2; p++)
                 multiply_pieces<MATH>(of_dv[p], keys[i / 16],
                                       load_right<down>(gamma_tile, TILE_PITCH, i + t, half * 16 + 8 * p + g));
+        const bool pairs = V % 2 == 0 && (uintptr_t)dv % 8 == 0;
 #pragma unroll
         for (unsigned p = 0; p < 2; p++)
 #pragma unroll
-            for (unsigned e = 0; e < 4; e++) {
-                const unsigned j = quarter * BLOCK + g + e / 2 * 8, l = half * 16 + 8 * p + 2 * t + e % 2;
-                if (j < n && l < columns) dv[(at + j * H) * V + j0 + l] = of_dv[p][e];
+            for (unsigned e = 0; e < 4; e += 2) {
+                const unsigned j = quarter * BLOCK + g + e / 2 * 8, l = half * 16 + 8 * p + 2 * t;
+                float *to = dv + (at + j * H) * V + j0 + l;
+                if (j >= n || l >= columns) continue;
+                if (pairs) *(float2 *)to = make_float2(of_dv[p][e], of_dv[p][e + 1]);
+                else {
+                    to[0] = of_dv[p][e];
+                    if (l + 1 < columns) to[1] = of_dv[p][e + 1];
+                }
             }
     }
     // 3. D, and what dq and dk have from outside of the chunk.
