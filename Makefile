@@ -171,8 +171,14 @@ build/emu-traffic/train: train.c metala.c metala.h cuda_metala.cu emulator/cuda_
 	$(TRAFFIC_CU) -fsanitize=thread -c -o $(@D)/cuda_metala.o cuda_metala.cu
 	$(TRAFFIC_CU) -c -o $(@D)/traffic.o emulator/traffic.cpp
 	$(CXX) -o $@ $(@D)/train.o $(@D)/metala.o $(@D)/cuda_metala.o $(@D)/traffic.o
+build/emu-traffic/selftest: emulator/selftest.cu emulator/cuda_on_cpu.h emulator/traffic.cpp build/flags
+	@mkdir -p $(@D)
+	$(TRAFFIC_CU) -fsanitize=thread -c -o $(@D)/selftest.o emulator/selftest.cu
+	$(TRAFFIC_CU) -c -o $(@D)/traffic-of-selftest.o emulator/traffic.cpp
+	$(CXX) -o $@ $(@D)/selftest.o $(@D)/traffic-of-selftest.o
 emu-traffic: MATH = bf16
-emu-traffic: build/emu-traffic/train data/stories
+emu-traffic: build/emu-traffic/selftest build/emu-traffic/train data/stories
+	TRAFFIC=0 TRAFFIC_KERNEL=traffic build/emu-traffic/selftest > build/emu-traffic.log || { cat build/emu-traffic.log; exit 1; }
 	data/stories --bytes 20k > build/traffic.txt
 	build/emu-traffic/train build/traffic.txt --device cuda --math $(MATH) --width 256 --layers 1 --heads 2 -T 128 -B 1 \
 	    --max-steps 1 --val-fraction 0 --quiet --out build/traffic.safetensors

@@ -3091,6 +3091,20 @@ __device__ float4 decays_over(const float *total, unsigned from, unsigned to, un
                        decay_over<MOST>(total, from, to, i + 8), decay_over<MOST>(total, from, to, i + 9));
 }
 
+// of += D (x ⊙ P(from,to)), or of Dᵀ, over one block of tokens: 16 rows from row - g on, with the channels of a warp.
+//   of (pieces of 8 channels)   D (64,64) read by `beside`, its transpose by `down`   x (64, MOST) the keys or queries
+template <metala_math MATH, int MOST, two_of_k TWO>
+__device__ __forceinline__ void add_block(float (*of)[4], const float *D, unsigned row, const float *x, unsigned token,
+                                          unsigned channel, const float *total, unsigned from, unsigned to) {
+    float a[2][4];
+    load_left<TWO>(a, D, CHUNK_PITCH, token, row);
+#pragma unroll
+    for (unsigned p = 0; p < MOST / 32; p++) {
+        const unsigned i = channel + 8 * p;
+        multiply_pieces<MATH>(of[p], a, times(load_right<down>(x, MOST + 8, token, i), decay_over<MOST>(total, from, to, i)));
+    }
+}
+
 template <metala_math MATH, int MOST>
 __global__ void __launch_bounds__(THREADS, 1)
 tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *gammas, const float *dO, const float *states,
@@ -3248,26 +3262,10 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
 #pragma unroll
     for (unsigned m = 0; m < 2; m++) {
         const unsigned block = 2 * half + m, row = block * BLOCK + g;
-        for (unsigned J = 0; J < block; J++) {
-            const unsigned token = J * BLOCK + t;
-            load_left<beside>(a, D, CHUNK_PITCH, token, row);
-#pragma unroll
-            for (unsigned p = 0; p < PIECES; p++) {
-                const unsigned i = channel + 8 * p + g;
-                multiply_pieces<MATH>(of_q[m][p], a, times(load_right<down>(k_chunk, PITCH, token, i),
-                                                           decay_over<MOST>(total, J + 1, block, i)));
-            }
-        }
-        for (unsigned I = block + 1; I < BLOCKS; I++) {
-            const unsigned token = I * BLOCK + t;
-            load_left<down>(a, D, CHUNK_PITCH, token, row);
-#pragma unroll
-            for (unsigned p = 0; p < PIECES; p++) {
-                const unsigned i = channel + 8 * p + g;
-                multiply_pieces<MATH>(of_k[m][p], a, times(load_right<down>(q_chunk, PITCH, token, i),
-                                                           decay_over<MOST>(total, block + 1, I, i)));
-            }
-        }
+        for (unsigned J = 0; J < block; J++)
+            add_block<MATH, MOST, beside>(of_q[m], D, row, k_chunk, J * BLOCK + t, channel + g, total, J + 1, block);
+        for (unsigned I = block + 1; I < BLOCKS; I++)
+            add_block<MATH, MOST, down>(of_k[m], D, row, q_chunk, I * BLOCK + t, channel + g, total, block + 1, I);
 #pragma unroll
         for (unsigned p = 0; p < PIECES; p++)
 #pragma unroll

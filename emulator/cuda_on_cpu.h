@@ -1431,6 +1431,7 @@ EMU_UNTRACED inline void move_words(void *to, const void *from, unsigned word, i
 // What traffic.cpp counts of instructions that take more than a word from each thread.
 #ifdef EMU_TRAFFIC
 void traffic(const void *p, int bytes, bool write, const char *file, int line);
+void traffic_of(const char *kernel, bool shared, double *paid, double *least);                // until now
 #else
 inline void traffic(const void *, int, bool, const char *, int) {}
 #endif

@@ -934,6 +934,43 @@ void test_mistakes(const char *program) {
 }
 #endif
 
+#ifdef EMU_TRAFFIC
+// A warp writes words that lie `stride` words apart to shared memory, or reads them from global memory.
+template <class Word, bool SHARED>
+__global__ void traffic_kernel(Word *to, const Word *from, int stride) {
+    DYNAMIC_SHARED(Word, memory);
+    if (SHARED) memory[threadIdx.x * stride] = to[0] = Word();
+    else to[0] = from[threadIdx.x * stride];
+}
+template <class Word, bool SHARED>
+void test_cost(const char *name, int stride, double paid, double least) {
+    const char *kernel = "(traffic_kernel<Word, SHARED>)";       // the text of the launch
+    double before[2], now[2];
+    Word *memory = device<Word>(32 * 32);
+    emu::traffic_of(kernel, SHARED, &before[0], &before[1]);
+    LAUNCH((traffic_kernel<Word, SHARED>), 1, 32, SHARED ? 32 * 32 * sizeof(Word) : 0, 0, memory, memory, stride);
+    CHECK(cudaDeviceSynchronize());
+    CHECK(cudaFree(memory));
+    emu::traffic_of(kernel, SHARED, &now[0], &now[1]);
+    check(name, now[0] - before[0] == paid && now[1] - before[1] == least);
+}
+void test_traffic() {
+    test_cost<float, true>("32 words side by side: a cycle", 1, 1, 1);
+    test_cost<float, true>("32 words 2 apart: 2 cycles", 2, 2, 1);
+    test_cost<float, true>("32 words 3 apart: a cycle", 3, 1, 1);
+    test_cost<float, true>("32 words in one bank: 32 cycles", 32, 32, 1);
+    test_cost<float, true>("one word for all: a cycle", 0, 1, 1);
+    test_cost<float2, true>("32 float2 side by side: 2 cycles", 1, 2, 2);
+    test_cost<float4, true>("32 float4 side by side: 4 cycles", 1, 4, 4);
+    test_cost<float4, true>("32 float4 in four banks: 32 cycles", 8, 32, 4);
+    const double write = 1;                                      // of to[0], in one sector
+    test_cost<float, false>("32 floats side by side: 4 sectors", 1, 4 + write, 4 + write);
+    test_cost<float, false>("32 floats 2 apart: 8 sectors", 2, 8 + write, 4 + write);
+    test_cost<float, false>("32 floats 8 apart: 32 sectors", 8, 32 + write, 4 + write);
+    test_cost<float4, false>("32 float4 side by side: 16 sectors", 1, 16 + write, 16 + write);
+}
+#endif
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -944,6 +981,11 @@ int main(int argc, char **argv) {
         fprintf(stderr, "usage: %s\n", argv[0]);
         return 2;
     }
+#ifdef EMU_TRAFFIC
+    test_traffic();
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+#endif
     test_indices();
     test_votes();
     test_shuffles();

@@ -92,7 +92,7 @@ void note(const void *p, int bytes, bool write, Place place) {
     busy = false;
 }
 
-// The line of the .cu file at an address of the program, by addr2line: the innermost that is not in this folder.
+// The line of the .cu file at an address of the program, by addr2line: the innermost that is not in the header.
 std::string line_of(const void *pc) {
     static char *base = nullptr;
     if (!base) dl_iterate_phdr([](dl_phdr_info *info, size_t, void *) { return base = (char *)info->dlpi_addr, 1; }, nullptr);
@@ -102,7 +102,7 @@ std::string line_of(const void *pc) {
     std::string found = "?";
     while (f && fgets(text, sizeof text, f)) {
         std::string s = text;
-        if (s.find("emulator/") != std::string::npos || s[0] == '?') continue;
+        if (s.find("cuda_on_cpu.h") != std::string::npos || s[0] == '?') continue;
         s = s.substr(0, s.find_first_of(" \n"));
         found = s.substr(s.rfind('/') + 1);
         break;
@@ -160,6 +160,12 @@ struct Report {
 
 }  // namespace
 
+void emu::traffic_of(const char *name, bool shared, double *paid, double *least) {
+    flush();
+    *paid = *least = 0;
+    for (auto &c : costs)
+        if (c.first.first == name && c.first.second.shared == shared) *paid += c.second.paid, *least += c.second.least;
+}
 void emu::traffic(const void *p, int bytes, bool write, const char *file, int line) {
     note(p, bytes, write, {nullptr, file, line, false, false});
 }
@@ -181,8 +187,21 @@ void __tsan_func_entry(void *) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void **, void *) {}
 void __tsan_vptr_read(void **) {}
-int __tsan_atomic32_fetch_add(volatile int *p, int by, int) { return __atomic_fetch_add(p, by, __ATOMIC_SEQ_CST); }
-void __tsan_atomic8_store(volatile char *p, char to, int) { __atomic_store_n(p, to, __ATOMIC_SEQ_CST); }
-char __tsan_atomic8_load(const volatile char *p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
-long __tsan_atomic64_load(const volatile long *p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+// Atomics, the emulator's and those of <memory>, are done and not counted.
+#define ATOMIC(bits, type)                                                                                                  \
+    type __tsan_atomic##bits##_load(const volatile type *p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }           \
+    void __tsan_atomic##bits##_store(volatile type *p, type x, int) { __atomic_store_n(p, x, __ATOMIC_SEQ_CST); }           \
+    type __tsan_atomic##bits##_exchange(volatile type *p, type x, int) { return __atomic_exchange_n(p, x, __ATOMIC_SEQ_CST); } \
+    type __tsan_atomic##bits##_fetch_add(volatile type *p, type x, int) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); } \
+    int __tsan_atomic##bits##_compare_exchange_strong(volatile type *p, type *was, type x, int, int) {                      \
+        return __atomic_compare_exchange_n(p, was, x, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                               \
+    }                                                                                                                       \
+    type __tsan_atomic##bits##_compare_exchange_val(volatile type *p, type was, type x, int, int) {                         \
+        __atomic_compare_exchange_n(p, &was, x, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                                     \
+        return was;                                                                                                         \
+    }                                                                                                                       \
+    int __tsan_atomic##bits##_compare_exchange_weak(volatile type *p, type *was, type x, int, int) {                        \
+        return __atomic_compare_exchange_n(p, was, x, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                               \
+    }
+ATOMIC(8, char) ATOMIC(32, int) ATOMIC(64, long)
 }
