@@ -15,6 +15,7 @@
 #   make test-emu       the kernels of cuda_metala.cu on the CPU, without nvcc or a GPU (make -j2 test-emu, needs a C++
 #                       compiler); make emu-thread looks for races with the thread sanitizer, which takes long
 #   make emu-traffic    what each line of the kernels costs in sectors of global memory and banks of shared memory, in one step
+#                       (needs g++)
 #   make cuda-mutants   plants faults in cuda_metala.cu and requires that test-emu notices each
 #   make clean
 #
@@ -161,9 +162,9 @@ $(EMU_RUNS) emu-thread:
 	@echo "$@ ($(KIND), $(ORDER) order, $(MATH), $(CAPABILITY)): $$(tail -n 1 build/$@.log)"
 
 # The calls that the thread sanitizer has the compiler make before each access, answered by emulator/traffic.cpp.
-# A float4 should stay one access of 16 bytes; and with DWARF 5 gcc 12 gives the lines of the header to the .cu file.
-TRAFFIC_CU = $(EMU_CU) -gdwarf-4 -DEMU_TRAFFIC \
-             $(shell $(CXX) -Werror -fno-tree-sra -x c++ -fsyntax-only /dev/null 2>/dev/null && echo -fno-tree-sra)
+# By g++ alone: -fno-tree-sra keeps a float4 one access of 16 bytes, for which clang has no such word. With DWARF 5 gcc 12 gives
+# the lines of the header to the .cu file.
+TRAFFIC_CU = $(EMU_CU) -gdwarf-4 -fno-tree-sra -DEMU_TRAFFIC
 build/emu-traffic/train: train.c metala.c metala.h cuda_metala.cu emulator/cuda_on_cpu.h emulator/traffic.cpp build/flags
 	@mkdir -p $(@D)
 	$(EMU_C) -c -o $(@D)/train.o train.c

@@ -71,9 +71,13 @@ void flush() {
 }
 
 void note(const void *p, int bytes, bool write, Place place) {
-    static bool busy;
-    if (busy || !emu::running()) return;
+    static bool busy;                                            // what is called from here is watched as well
+    if (busy) return;
     busy = true;
+    if (!emu::running()) {
+        busy = false;
+        return;
+    }
     const emu::Engine &e = *emu::E;
     const char *at = (const char *)p, *dynamic = e.dynamic;
     bool shared = dynamic && at >= dynamic && at < dynamic + e.launch->shared_bytes;
@@ -195,10 +199,6 @@ void __tsan_vptr_read(void **) {}
     type __tsan_atomic##bits##_fetch_add(volatile type *p, type x, int) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); } \
     int __tsan_atomic##bits##_compare_exchange_strong(volatile type *p, type *was, type x, int, int) {                      \
         return __atomic_compare_exchange_n(p, was, x, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                               \
-    }                                                                                                                       \
-    type __tsan_atomic##bits##_compare_exchange_val(volatile type *p, type was, type x, int, int) {                         \
-        __atomic_compare_exchange_n(p, &was, x, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                                     \
-        return was;                                                                                                         \
     }                                                                                                                       \
     int __tsan_atomic##bits##_compare_exchange_weak(volatile type *p, type *was, type x, int, int) {                        \
         return __atomic_compare_exchange_n(p, was, x, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                               \
