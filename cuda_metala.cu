@@ -253,6 +253,7 @@ size_t shared_room() {
 
 __host__ __device__ constexpr size_t ceil_div(size_t n, size_t unit) { return n / unit + (n % unit != 0); }
 __host__ __device__ constexpr size_t least(size_t a, size_t b) { return a < b ? a : b; }
+__host__ __device__ constexpr size_t greatest(size_t a, size_t b) { return a > b ? a : b; }
 __host__ __device__ constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Blocks for n independent numbers or rows. Each thread, or warp, takes one and then every so many further on, so that
@@ -327,7 +328,7 @@ __global__ void sum_parts_kernel(float *to, const float *parts, size_t count, si
 // numbers of A with R of B, R = TILE/16, which stay in registers: 2R loads for R² multiply-adds. While it does, the
 // next strips are on their way from global memory.
 //
-//   A(i,k) = a[i·a_row + k·a_k]      B(k,j) = b.at(k,j)      bias [N] or NULL is added when C is not accumulated
+//   A(i,k) = a[i·a_row + k·a_k]      B(k,j) = b.at(k,j)      bias [N] and base (M,N), perhaps C itself, are added; or NULL
 //   A_BY_K, B_BY_K: k is what is contiguous in memory, so that threads side by side must read k side by side
 //
 // gridDim.z > 1 shares out k: block z sums k from z·k_each on and leaves its part in c + z·M·N.
@@ -390,8 +391,8 @@ struct int8_weights {
 
 template <int TILE, bool A_BY_K, bool B_BY_K, class Weights>
 __global__ void __launch_bounds__(THREADS)
-matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weights b, const float *bias, size_t M,
-                       size_t N, size_t K, size_t k_each, int accumulate) {
+matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weights b, const float *bias,
+                       const float *base, size_t M, size_t N, size_t K, size_t k_each) {
     enum { R = TILE / 16, PITCH = TILE + 4 };
     alignas(16) __shared__ float a_strip[STRIP][PITCH], b_strip[STRIP][PITCH];
     const unsigned thread = threadIdx.x, row = thread / 16 * 4, column = thread % 16 * 4;
@@ -439,21 +440,24 @@ matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weigh
         __syncthreads();
     }
     float *to = c + blockIdx.z * M * N;
-    const bool whole = gridDim.z == 1, fours = N % 4 == 0 && (uintptr_t)to % 16 == 0;
+    const bool whole = gridDim.z == 1, fours = N % 4 == 0 && (uintptr_t)to % 16 == 0 && (uintptr_t)base % 16 == 0;
 #pragma unroll
     for (int i = 0; i < R; i++) {                                // of a row first all loads: after a store they would wait for it
         const size_t at_i = i0 + row + 64 * (i / 4) + i % 4;
 #pragma unroll
         for (int j = 0; j < R; j += 4) {
             const size_t at_j = j0 + column + 16 * j;
-            float *here = to + at_i * N + at_j;
-            if (whole && accumulate && fours && at_i < M && at_j < N) {
-                const float4 old = *(const float4 *)here;
+            const size_t at = at_i * N + at_j;
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (whole && bias && at_j + e < N) sum[i][j + e] += bias[at_j + e];
+            if (whole && base && fours && at_i < M && at_j < N) {
+                const float4 old = *(const float4 *)(base + at);
                 sum[i][j] += old.x, sum[i][j + 1] += old.y, sum[i][j + 2] += old.z, sum[i][j + 3] += old.w;
             } else
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    if (whole && at_i < M && at_j + e < N) sum[i][j + e] += accumulate ? here[e] : bias ? bias[at_j + e] : 0;
+                    if (whole && base && at_i < M && at_j + e < N) sum[i][j + e] += base[at + e];
         }
 #pragma unroll
         for (int j = 0; j < R; j += 4) {
@@ -468,13 +472,13 @@ matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weigh
     }
 }
 
-// C = start + Σ_z parts[z], where the start is C itself, the bias, or 0.
-__global__ void sum_splits_kernel(float *c, const float *parts, const float *bias, size_t splits, size_t M, size_t N,
-                                  int accumulate) {
+// C = Σ_z parts[z] + bias + base
+__global__ void sum_splits_kernel(float *c, const float *parts, const float *bias, const float *base, size_t splits, size_t M,
+                                  size_t N) {
     FOR_EACH(i, M * N) {
-        float sum = accumulate ? c[i] : bias ? bias[i % N] : 0;
+        float sum = 0;
         for (size_t z = 0; z < splits; z++) sum += parts[z * M * N + i];
-        c[i] = sum;
+        c[i] = sum + (bias ? bias[i % N] : 0) + (base ? base[i] : 0);
     }
 }
 
@@ -514,14 +518,16 @@ __device__ uint4 rounded(const float *x, unsigned stride) {
 
 // straight[i][j] = turned[j][i] = x[i][j] rounded, up to whole lines zeros; NULL for what is not wanted.
 //   x (rows,columns)   straight (rows, lines of columns)   turned (columns, lines of rows)
+//   the rows of either are as many lines apart as straight_step and turned_step say
 // A block takes 32 rows of one line to shared memory, from where each thread takes 16 bytes for either copy.
 template <metala_math MATH>
 __global__ void __launch_bounds__(THREADS)
-round_operand_kernel(uint4 *straight, uint4 *turned, const float *x, size_t rows, size_t columns) {
+round_operand_kernel(uint4 *straight, size_t straight_step, uint4 *turned, size_t turned_step, const float *x, size_t rows,
+                     size_t columns) {
     enum { SIDE = 32, NUMBERS = numbers_of_line<MATH>, EACH = NUMBERS / 8, PITCH = NUMBERS + 1 };   // EACH: in 16 bytes
     __shared__ float tile[SIDE][PITCH];
-    const size_t lines = lines_of<MATH>(columns), turned_lines = lines_of<MATH>(rows);
-    FOR_EACH_ROW(block, turned_lines * (NUMBERS / SIDE) * lines) {
+    const size_t lines = lines_of<MATH>(columns), blocks = lines_of<MATH>(rows) * (NUMBERS / SIDE) * lines;
+    FOR_EACH_ROW(block, blocks) {
         const size_t i0 = block / lines * SIDE, line = block % lines, j0 = line * NUMBERS;
 #pragma unroll
         for (unsigned e = 0; e < SIDE * NUMBERS / THREADS; e++) {
@@ -531,12 +537,12 @@ round_operand_kernel(uint4 *straight, uint4 *turned, const float *x, size_t rows
         __syncthreads();                                             // the tile is there for all
         if (straight) {
             unsigned i = threadIdx.x / 8, at = threadIdx.x % 8;
-            if (i0 + i < rows) straight[((i0 + i) * lines + line) * 8 + at] = rounded<MATH>(&tile[i][at * EACH], 1);
+            if (i0 + i < rows) straight[((i0 + i) * straight_step + line) * 8 + at] = rounded<MATH>(&tile[i][at * EACH], 1);
         }
         if (turned) {
             unsigned j = threadIdx.x / (SIDE / EACH), at = threadIdx.x % (SIDE / EACH);
             if (j0 + j < columns)
-                turned[(j0 + j) * turned_lines * 8 + i0 / EACH + at] = rounded<MATH>(&tile[at * EACH][j], PITCH);
+                turned[(j0 + j) * turned_step * 8 + i0 / EACH + at] = rounded<MATH>(&tile[at * EACH][j], PITCH);
         }
         __syncthreads();                                             // the tile may be written again
     }
@@ -623,8 +629,8 @@ __device__ __forceinline__ void finish_line(float (*sum)[8][4]) {
 
 template <metala_math MATH, int COLUMNS, bool WARPGROUPS>
 __global__ void __launch_bounds__(COLUMNS, 256 / COLUMNS)
-tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bias, size_t M, size_t N, size_t lines,
-                       size_t lines_each, int accumulate) {
+tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bias, const float *base, size_t M, size_t N,
+                       size_t lines, size_t lines_each) {
     enum { STAGE = (PRODUCT_ROWS + COLUMNS) * LINE / sizeof(uint4) };
     DYNAMIC_SHARED(uint4, memory);
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -663,20 +669,22 @@ tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bi
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 size_t at_i = i0 + row_of(i) + 8 * half + lane / 4, at_j = j0 + column_of(i) + 8 * j + lane % 4 * 2;
-                if (at_i < M && at_j < N) use(&sum[i][j][2 * half], to + at_i * N + at_j, at_j, at_j + 1 < N);
+                if (at_i < M && at_j < N) use(&sum[i][j][2 * half], at_i * N + at_j, at_j, at_j + 1 < N);
             }
     };
-    const bool pairs = N % 2 == 0 && (uintptr_t)to % 8 == 0;
+    const bool pairs = N % 2 == 0 && (uintptr_t)to % 8 == 0 && (uintptr_t)base % 8 == 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {                                    // first all loads: after a store they would wait for it
-        if (gridDim.z == 1 && accumulate)
-            each(i, [&](float *x, const float *y, size_t, bool both) {
+        if (gridDim.z == 1 && bias)
+            each(i, [&](float *x, size_t, size_t j, bool both) { x[0] += bias[j], x[1] += both ? bias[j + 1] : 0; });
+        if (gridDim.z == 1 && base)
+            each(i, [&](float *x, size_t at, size_t, bool both) {
+                const float *y = base + at;
                 const float2 old = pairs ? *(const float2 *)y : make_float2(y[0], both ? y[1] : 0);
                 x[0] += old.x, x[1] += old.y;
             });
-        else if (gridDim.z == 1 && bias)
-            each(i, [&](float *x, const float *, size_t j, bool both) { x[0] += bias[j], x[1] += both ? bias[j + 1] : 0; });
-        each(i, [&](const float *x, float *y, size_t, bool both) {
+        each(i, [&](const float *x, size_t at, size_t, bool both) {
+            float *y = to + at;
             if (pairs) *(float2 *)y = make_float2(x[0], x[1]);
             else if (both) y[0] = x[0], y[1] = x[1];
             else y[0] = x[0];
@@ -684,10 +692,10 @@ tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bi
     }
 }
 
-// ---- C = A B, or C += A B, with A(i,k) = a[i·a_row + k·a_k] and B(k,j) = b.at(k,j).
+// ---- C = A B + bias + base, with A(i,k) = a[i·a_row + k·a_k] and B(k,j) = b.at(k,j); bias or base may be NULL, base C.
 template <bool A_BY_K, bool B_BY_K, class Weights>
 void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row, size_t a_k, Weights b,
-                     const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+                     const float *bias, const float *base, size_t M, size_t N, size_t K) {
     if (M == 0 || N == 0) return;
     bool large = ceil_div(M, 128) * ceil_div(N, 128) >= LARGE_FROM;
     size_t tile = large ? 128 : 64, splits = splits_of(ceil_div(M, tile) * ceil_div(N, tile), K);
@@ -697,31 +705,31 @@ void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row
     if (!to) return;
     extent grid(ceil_div(M, tile) * ceil_div(N, tile), 1, splits);
     if (large) RUN((matrix_multiply_kernel<128, A_BY_K, B_BY_K, Weights>), grid, THREADS, 0, to, a, a_row, a_k, b, bias,
-                   M, N, K, k_each, accumulate);
-    else RUN((matrix_multiply_kernel<64, A_BY_K, B_BY_K, Weights>), grid, THREADS, 0, to, a, a_row, a_k, b, bias, M, N,
-             K, k_each, accumulate);
+                   base, M, N, K, k_each);
+    else RUN((matrix_multiply_kernel<64, A_BY_K, B_BY_K, Weights>), grid, THREADS, 0, to, a, a_row, a_k, b, bias, base,
+             M, N, K, k_each);
     if (splits > 1)
-        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, splits, M, N, accumulate);
+        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, base, splits, M, N);
 }
 
 #ifdef METALA_CUBLAS
 // ---- The same by the library of the CUDA Toolkit (make CUDA=1 CUBLAS=1), to compare with: of the operands as they are, or of
 // their rounded copies. Its handle outlives the call: each thread makes its own and keeps it.
-__global__ void start_rows_kernel(float *c, const float *bias, size_t M, size_t N) {
-    FOR_EACH(i, M * N) c[i] = bias[i % N];
+__global__ void start_kernel(float *c, const float *bias, const float *base, size_t M, size_t N) {
+    FOR_EACH(i, M * N) c[i] = (bias ? bias[i % N] : 0) + (base ? base[i] : 0);
 }
 void library_multiply(metala_context *ctx, metala_math math, float *c, const void *a, size_t a_step, bool a_by_k,
-                      const void *b, size_t b_step, bool b_by_k, const float *bias, size_t M, size_t N, size_t K,
-                      int accumulate) {
+                      const void *b, size_t b_step, bool b_by_k, const float *bias, const float *base, size_t M, size_t N,
+                      size_t K) {
     static thread_local cublasHandle_t handle = NULL;
-    const float one = 1, start = accumulate || bias ? 1.0f : 0.0f;
+    const float one = 1, start = bias || base ? 1.0f : 0.0f;
     if (M == 0 || N == 0) return;
     if (M > INT_MAX || N > INT_MAX || K > INT_MAX || a_step > INT_MAX || b_step > INT_MAX) {
         metala_context_fail(ctx, "%s:%d: cuBLAS takes sizes up to %d; use a smaller batch", __FILE__, __LINE__,
                             INT_MAX);
         return;
     }
-    if (bias) RUN(start_rows_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, bias, M, N);
+    if (bias || (base && base != c)) RUN(start_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, bias, base, M, N);
     cublasStatus_t status = handle ? CUBLAS_STATUS_SUCCESS : cublasCreate(&handle);
     const cudaDataType type = math == METALA_BFLOAT16 ? CUDA_R_16BF : CUDA_R_32F;
     // Its matrices are stored by columns: our C is its Cᵀ = Bᵀ Aᵀ.
@@ -739,43 +747,43 @@ void library_multiply(metala_context *ctx, metala_math math, float *c, const voi
 }
 #endif
 
-// C = A B + bias, or C += A B, in float.  A(i,k) = a[i·a_step + k] when A_BY_K, else a[k·a_step + i];  B(k,j) = b[j·b_step + k]
-// when B_BY_K, else b[k·b_step + j].      c (M,N)   bias [N] or NULL
+// C = A B + bias + base in float.  A(i,k) = a[i·a_step + k] when A_BY_K, else a[k·a_step + i];  B(k,j) = b[j·b_step + k]
+// when B_BY_K, else b[k·b_step + j].      c, base (M,N)   bias [N]
 template <bool A_BY_K, bool B_BY_K>
 void exact_multiply(metala_context *ctx, float *c, const float *a, size_t a_step, const float *b, size_t b_step,
-                    const float *bias, size_t M, size_t N, size_t K, int accumulate) {
+                    const float *bias, const float *base, size_t M, size_t N, size_t K) {
 #ifdef METALA_CUBLAS
-    library_multiply(ctx, METALA_EXACT, c, a, a_step, A_BY_K, b, b_step, B_BY_K, bias, M, N, K, accumulate);
+    library_multiply(ctx, METALA_EXACT, c, a, a_step, A_BY_K, b, b_step, B_BY_K, bias, base, M, N, K);
 #else
     real_weights weights = {b, B_BY_K ? 1 : b_step, B_BY_K ? b_step : 1};
-    matrix_multiply<A_BY_K, B_BY_K>(ctx, c, a, A_BY_K ? a_step : 1, A_BY_K ? 1 : a_step, weights, bias, M, N, K, accumulate);
+    matrix_multiply<A_BY_K, B_BY_K>(ctx, c, a, A_BY_K ? a_step : 1, A_BY_K ? 1 : a_step, weights, bias, base, M, N, K);
 #endif
 }
 
 // How the lines of a row are shared out: `each` to one part, `count` parts, and the floats that these take.
-struct portions { size_t lines, each, count, floats; };
+struct portions { size_t each, count, floats; };
 template <metala_math MATH>
-portions portions_of(size_t M, size_t N, size_t K) {
-    portions p = {lines_of<MATH>(K), lines_of<MATH>(K), 1, 0};
+portions portions_of(size_t M, size_t N, size_t lines) {
+    portions p = {lines, 1, 0};
 #ifndef METALA_CUBLAS
-    p.each = ceil_div(p.lines, splits_of(ceil_div(M, PRODUCT_ROWS) * ceil_div(N, 128), K));
-    p.count = K ? ceil_div(p.lines, p.each) : 1;
+    p.each = ceil_div(lines, splits_of(ceil_div(M, PRODUCT_ROWS) * ceil_div(N, 128), lines * numbers_of_line<MATH>));
+    p.count = lines ? ceil_div(lines, p.each) : 1;
     p.floats = p.count > 1 ? p.count * M * N : 0;
 #endif
     return p;
 }
 
-// C = A Bᵀ + bias, or C += A Bᵀ, of rounded copies A (M,K) and B (N,K). The wide tile is taken where there are enough of
+// C = A Bᵀ + bias + base of rounded copies A (M,lines) and B (N,lines). The wide tile is taken where there are enough of
 // them, at most an eighth more of C to compute, and room for its stages; it does not change the order of a sum. HAS_WGMMA
 // in place of `true`: nothing is compiled that nobody can run.
 template <metala_math MATH>
-void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 *b, float *parts, const float *bias, size_t M,
-                     size_t N, size_t K, int accumulate) {
-    const portions p = portions_of<MATH>(M, N, K);
+void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 *b, float *parts, const float *bias,
+                     const float *base, size_t M, size_t N, size_t lines) {
 #ifdef METALA_CUBLAS
-    const size_t step = p.lines * numbers_of_line<MATH>;
-    library_multiply(ctx, MATH, c, a, step, true, b, step, true, bias, M, N, K, accumulate);
+    const size_t step = lines * numbers_of_line<MATH>;
+    library_multiply(ctx, MATH, c, a, step, true, b, step, true, bias, base, M, N, step);
 #else
+    const portions p = portions_of<MATH>(M, N, lines);
     auto shared = [](size_t columns) { return STAGES * LINE * (PRODUCT_ROWS + columns); };
     const size_t down = ceil_div(M, PRODUCT_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
     const bool wide = down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
@@ -783,38 +791,53 @@ void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 
     float *to = p.count > 1 ? parts : c;
 #define MULTIPLY(COLUMNS, BY)                                                                                              \
     RUN((tensor_multiply_kernel<MATH, COLUMNS, BY>), extent(down * ceil_div(N, COLUMNS), 1, p.count), COLUMNS, shared(COLUMNS), to, \
-        a, b, bias, M, N, p.lines, p.each, accumulate)
+        a, b, bias, base, M, N, lines, p.each)
     if (wide && warpgroups) MULTIPLY(256, HAS_WGMMA);
     else if (wide) MULTIPLY(256, false);
     else if (warpgroups) MULTIPLY(128, HAS_WGMMA);
     else MULTIPLY(128, false);
 #undef MULTIPLY
     if (p.count > 1)
-        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, parts, bias, p.count, M, N, accumulate);
+        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, parts, bias, base, p.count, M, N);
 #endif
 }
 
 // The rounded copies of x (rows,columns), NULL for what is not wanted: round_operand_kernel on tiles of 32 rows.
 template <metala_math MATH>
-void round_operand(metala_context *ctx, uint4 *straight, uint4 *turned, const float *x, size_t rows, size_t columns) {
+void round_operand(metala_context *ctx, uint4 *straight, size_t straight_step, uint4 *turned, size_t turned_step, const float *x,
+                   size_t rows, size_t columns) {
     size_t blocks = lines_of<MATH>(rows) * numbers_of_line<MATH> / 32 * lines_of<MATH>(columns);
-    RUN((round_operand_kernel<MATH>), blocks_for(blocks, 1), THREADS, 0, straight, turned, x, rows, columns);
+    RUN((round_operand_kernel<MATH>), blocks_for(blocks, 1), THREADS, 0, straight, straight_step, turned, turned_step, x, rows,
+        columns);
 }
 
-// y = x Wᵀ + bias for a few rows of x, as in generation: memory is the limit, each weight is read once. A warp for each
-// output; FOUR: all rows of x and W start at multiples of 4 numbers and are read four at a time.
-enum { FEW_ROWS = 4 };
+// Linear layers y = x Wᵀ + bias + base for a few rows of x, as in generation: memory is the limit, each weight is read once. A
+// warp for each output of all the layers; FOUR: all rows of x and W start at multiples of 4 numbers and are read four at a time.
+enum { FEW_ROWS = 4, TOGETHER = 5 };
+template <class Weights>
+struct few_rows_layer {
+    float *y;
+    const float *bias, *base;
+    Weights w;
+    size_t out;
+};
+template <class Weights>
+struct few_rows_layers { few_rows_layer<Weights> of[TOGETHER]; };
+
 template <bool FOUR, class Weights>
-__global__ void matmul_few_rows_kernel(float *y, const float *x, Weights w, const float *bias, size_t rows, size_t out,
-                                       size_t in) {
+__global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, size_t rows, size_t outs, size_t in) {
     enum { EACH = FOUR ? 4 : 1 };
     const real_weights of_x = {x, 1, in};
-    FOR_EACH_WARP(o, out) {
+    FOR_EACH_WARP(n, outs) {
+        size_t o = n;
+        int layer = 0;
+        while (o >= layers.of[layer].out) o -= layers.of[layer++].out;
+        const few_rows_layer<Weights> l = layers.of[layer];
         float sum[FEW_ROWS] = {};
         for (size_t k = threadIdx.x % WARP * EACH; k < in; k += WARP * EACH) {
             float weight[EACH], number[EACH];
-            if (FOUR) w.four(weight, k, o);
-            else weight[0] = w.at(k, o);
+            if (FOUR) l.w.four(weight, k, o);
+            else weight[0] = l.w.at(k, o);
 #pragma unroll
             for (size_t row = 0; row < FEW_ROWS; row++)
                 if (row < rows) {
@@ -826,40 +849,58 @@ __global__ void matmul_few_rows_kernel(float *y, const float *x, Weights w, cons
 #pragma unroll
         for (size_t row = 0; row < FEW_ROWS; row++) {
             float all = warp_sum(sum[row]);
-            if (row < rows && threadIdx.x % WARP == 0) y[row * out + o] = all + (bias ? bias[o] : 0);
+            size_t at = row * l.out + o;
+            if (row < rows && threadIdx.x % WARP == 0) l.y[at] = all + (l.bias ? l.bias[o] : 0) + (l.base ? l.base[at] : 0);
         }
     }
 }
 
-template <class Weights>
-void matmul_few_rows(metala_context *ctx, float *y, const float *x, Weights w, const void *memory, const float *bias,
-                     size_t rows, size_t out, size_t in) {
-    if (in % 4 == 0 && (uintptr_t)memory % 16 == 0 && (uintptr_t)x % 16 == 0)
-        RUN((matmul_few_rows_kernel<true, Weights>), blocks_for(out, WARPS), THREADS, 0, y, x, w, bias, rows, out, in);
-    else
-        RUN((matmul_few_rows_kernel<false, Weights>), blocks_for(out, WARPS), THREADS, 0, y, x, w, bias, rows, out, in);
+// weights_of(layer): its Weights.
+template <class Weights, class Of>
+void matmul_few_rows(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in,
+                     Of weights_of) {
+    for (int first = 0; first < count; first += TOGETHER) {
+        few_rows_layers<Weights> some;
+        size_t outs = 0;
+        bool four = in % 4 == 0 && (uintptr_t)x % 16 == 0;
+        for (int i = first; i < count && i < first + TOGETHER; i++) {
+            const metala_linear *l = &layers[i];
+            some.of[i - first] = {l->y, l->bias, l->base, weights_of(l), l->out};
+            outs += l->out;
+            four = four && (uintptr_t)l->w % 16 == 0;
+        }
+        if (four) RUN((matmul_few_rows_kernel<true, Weights>), blocks_for(outs, WARPS), THREADS, 0, some, x, rows, outs, in);
+        else RUN((matmul_few_rows_kernel<false, Weights>), blocks_for(outs, WARPS), THREADS, 0, some, x, rows, outs, in);
+    }
 }
 
-// Linear layer:  y = x Wᵀ + bias.    y (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
+// Linear layers of one x:  y = x Wᵀ + bias + base.    y, base (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
 template <metala_math MATH>
-void rounded_forward(metala_context *ctx, float *y, const float *x, const float *w, const float *bias, size_t rows, size_t out,
-                    size_t in) {
-    const size_t row = lines_of<MATH>(in) * 8;                       // of 16 bytes
-    uint4 *of_x = (uint4 *)scratch(ctx, (rows + out) * row * 4 + portions_of<MATH>(rows, out, in).floats);
-    if (row && !of_x) return;
-    uint4 *of_w = of_x + rows * row, *end = of_w + out * row;
-    round_operand<MATH>(ctx, of_x, NULL, x, rows, in);
-    round_operand<MATH>(ctx, of_w, NULL, w, out, in);
-    tensor_multiply<MATH>(ctx, y, of_x, of_w, (float *)end, bias, rows, out, in, 0);
+void rounded_forward(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in) {
+    const size_t lines = lines_of<MATH>(in);
+    size_t most_out = 0, most_parts = 0;
+    for (int i = 0; i < count; i++) {
+        most_out = greatest(most_out, layers[i].out);
+        most_parts = greatest(most_parts, portions_of<MATH>(rows, layers[i].out, lines).floats);
+    }
+    uint4 *of_x = (uint4 *)scratch(ctx, (rows + most_out) * lines * 32 + most_parts);     // a line is 32 floats
+    if (lines && !of_x) return;
+    uint4 *of_w = of_x + rows * lines * 8, *end = of_w + most_out * lines * 8;
+    round_operand<MATH>(ctx, of_x, lines, NULL, 0, x, rows, in);
+    for (const metala_linear *l = layers; l < layers + count; l++) {
+        round_operand<MATH>(ctx, of_w, lines, NULL, 0, (const float *)l->w, l->out, in);
+        tensor_multiply<MATH>(ctx, l->y, of_x, of_w, (float *)end, l->bias, l->base, rows, l->out, lines);
+    }
 }
 template <metala_math MATH>
-void matmul_forward(metala_context *ctx, float *y, const float *x, const float *w, const float *bias, size_t rows,
-                    size_t out, size_t in) {
-    real_weights weights = {w, 1, in};
-    if (rows <= FEW_ROWS) matmul_few_rows(ctx, y, x, weights, w, bias, rows, out, in);
+void matmul_forward(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in) {
+    if (rows <= FEW_ROWS)
+        matmul_few_rows<real_weights>(ctx, layers, count, x, rows, in,
+                                      [=](const metala_linear *l) { return real_weights{(const float *)l->w, 1, in}; });
     else if constexpr (MATH == METALA_EXACT)
-        exact_multiply<true, true>(ctx, y, x, in, w, in, bias, rows, out, in, 0);
-    else rounded_forward<MATH>(ctx, y, x, w, bias, rows, out, in);
+        for (const metala_linear *l = layers; l < layers + count; l++)
+            exact_multiply<true, true>(ctx, l->y, x, in, (const float *)l->w, in, l->bias, l->base, rows, l->out, in);
+    else rounded_forward<MATH>(ctx, layers, count, x, rows, in);
 }
 
 // sums[j] += Σ_row a[row][j], the gradient of a bias: strips of rows, then the strips.
@@ -886,47 +927,60 @@ void add_column_sums(metala_context *ctx, float *sums, const float *a, size_t ro
     if (parts) column_sums(ctx, sums, parts, a, rows, columns, 1);
 }
 
-// dx = dy W (or dx += dy W)      dW += dyᵀ x      dbias += Σ_rows dy
-//   dx (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
+// dx = Σ_layers dy W (or dx += that)      dW += dyᵀ x      dbias += Σ_rows dy
+//   dx, x (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
+// The rounded copies of all dy lie side by side, as those of all Wᵀ: dx is then one product, and its sum stays in registers.
 template <metala_math MATH>
-void rounded_backward(metala_context *ctx, float *dx, float *dw, const float *dy, const float *x, const float *w, size_t rows,
-                     size_t out, size_t in, int accumulate) {
-    const size_t by_out = dx ? lines_of<MATH>(out) * 8 : 0, by_rows = dw ? lines_of<MATH>(rows) * 8 : 0;
-    const size_t parts_x = dx ? portions_of<MATH>(rows, in, out).floats : 0;
-    const size_t parts_w = dw ? portions_of<MATH>(out, in, rows).floats : 0, parts = parts_x > parts_w ? parts_x : parts_w;
-    uint4 *straight = (uint4 *)scratch(ctx, ((rows + in) * by_out + (out + in) * by_rows) * 4 + parts);
+void rounded_backward(metala_context *ctx, float *dx, const metala_linear_gradient *layers, int count, const float *x, size_t rows,
+                      size_t in, int accumulate) {
+    const size_t by_rows = lines_of<MATH>(rows);
+    size_t by_out = 0, most_out = 0, most_parts = 0;
+    for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
+        if (dx) by_out += lines_of<MATH>(l->out);
+        if (l->dw) most_out = greatest(most_out, l->out);
+        if (l->dw) most_parts = greatest(most_parts, portions_of<MATH>(l->out, in, by_rows).floats);
+    }
+    if (dx) most_parts = greatest(most_parts, portions_of<MATH>(rows, in, by_out).floats);
+    const size_t turned_rows = most_out ? most_out + in : 0;
+    uint4 *straight = (uint4 *)scratch(ctx, ((rows + in) * by_out + turned_rows * by_rows) * 32 + most_parts);
     if (!straight) return;
-    uint4 *of_w = straight + rows * by_out, *turned = of_w + in * by_out, *of_x = turned + out * by_rows;
-    float *room = (float *)(of_x + in * by_rows);
-    round_operand<MATH>(ctx, dx ? straight : NULL, dw ? turned : NULL, dy, rows, out);
-    if (dx) {
-        round_operand<MATH>(ctx, NULL, of_w, w, out, in);
-        tensor_multiply<MATH>(ctx, dx, straight, of_w, room, NULL, rows, in, out, accumulate);
+    uint4 *of_w = straight + rows * by_out * 8, *of_x = of_w + in * by_out * 8, *turned = of_x + (most_out ? in : 0) * by_rows * 8;
+    float *parts = (float *)(turned + most_out * by_rows * 8);
+    if (most_out) round_operand<MATH>(ctx, NULL, 0, of_x, by_rows, x, rows, in);
+    size_t at = 0;                                                   // of this layer's lines
+    for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
+        if (dx || l->dw)
+            round_operand<MATH>(ctx, dx ? straight + at * 8 : NULL, by_out, l->dw ? turned : NULL, by_rows, l->dy, rows, l->out);
+        if (dx) round_operand<MATH>(ctx, NULL, 0, of_w + at * 8, by_out, l->w, l->out, in);
+        if (l->dw) tensor_multiply<MATH>(ctx, l->dw, turned, of_x, parts, NULL, l->dw, l->out, in, by_rows);
+        at += lines_of<MATH>(l->out);
     }
-    if (dw) {
-        round_operand<MATH>(ctx, NULL, of_x, x, rows, in);
-        tensor_multiply<MATH>(ctx, dw, turned, of_x, room, NULL, out, in, rows, 1);
-    }
+    if (dx) tensor_multiply<MATH>(ctx, dx, straight, of_w, parts, NULL, accumulate ? dx : NULL, rows, in, by_out);
 }
 template <metala_math MATH>
-void matmul_backward(metala_context *ctx, float *dx, float *dw, float *dbias, const float *dy, const float *x,
-                     const float *w, size_t rows, size_t out, size_t in, int accumulate) {
-    if constexpr (MATH == METALA_EXACT) {
-        if (dx) exact_multiply<true, false>(ctx, dx, dy, out, w, in, NULL, rows, in, out, accumulate);
-        if (dw) exact_multiply<false, false>(ctx, dw, dy, out, x, in, NULL, out, in, rows, 1);
-    } else if (dx || dw) rounded_backward<MATH>(ctx, dx, dw, dy, x, w, rows, out, in, accumulate);
-    if (dbias) add_column_sums(ctx, dbias, dy, rows, out);
+void matmul_backward(metala_context *ctx, float *dx, const metala_linear_gradient *layers, int count, const float *x, size_t rows,
+                     size_t in, int accumulate) {
+    if constexpr (MATH != METALA_EXACT) rounded_backward<MATH>(ctx, dx, layers, count, x, rows, in, accumulate);
+    for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
+        const float *so_far = accumulate || l > layers ? dx : NULL;
+        if (MATH == METALA_EXACT && dx) exact_multiply<true, false>(ctx, dx, l->dy, l->out, l->w, in, NULL, so_far, rows, in, l->out);
+        if (MATH == METALA_EXACT && l->dw)
+            exact_multiply<false, false>(ctx, l->dw, l->dy, l->out, x, in, NULL, l->dw, l->out, in, rows);
+        if (l->dbias) add_column_sums(ctx, l->dbias, l->dy, rows, l->out);
+    }
 }
 
-// y = x W'ᵀ + bias of quantized weights.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16
-void matmul_quantized(metala_context *ctx, float *y, const float *x, const void *w, const float *scales,
-                      const float *bias, size_t rows, size_t out, size_t in) {
-    int8_weights bytes = {(const int8_t *)w, scales, in, ceil_div(in, METALA_GROUP)};
-    bfloat16_weights halves = {(const uint16_t *)w, in};
-    if (rows <= FEW_ROWS && scales) matmul_few_rows(ctx, y, x, bytes, w, bias, rows, out, in);
-    else if (rows <= FEW_ROWS) matmul_few_rows(ctx, y, x, halves, w, bias, rows, out, in);
-    else if (scales) matrix_multiply<true, true>(ctx, y, x, in, 1, bytes, bias, rows, out, in, 0);
-    else matrix_multiply<true, true>(ctx, y, x, in, 1, halves, bias, rows, out, in, 0);
+// y = x W'ᵀ + bias + base of quantized weights.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16, as all layers
+void matmul_quantized(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in) {
+    auto bytes = [=](const metala_linear *l) { return int8_weights{(const int8_t *)l->w, l->scales, in, ceil_div(in, METALA_GROUP)}; };
+    auto halves = [=](const metala_linear *l) { return bfloat16_weights{(const uint16_t *)l->w, in}; };
+    if (rows <= FEW_ROWS && layers->scales) matmul_few_rows<int8_weights>(ctx, layers, count, x, rows, in, bytes);
+    else if (rows <= FEW_ROWS) matmul_few_rows<bfloat16_weights>(ctx, layers, count, x, rows, in, halves);
+    else
+        for (const metala_linear *l = layers; l < layers + count; l++) {
+            if (l->scales) matrix_multiply<true, true>(ctx, l->y, x, in, 1, bytes(l), l->bias, l->base, rows, l->out, in);
+            else matrix_multiply<true, true>(ctx, l->y, x, in, 1, halves(l), l->bias, l->base, rows, l->out, in);
+        }
 }
 
 // ============================================================== 4. The kernels around the scan
@@ -3348,7 +3402,8 @@ float *copy_shared(metala_context *ctx, const float **q, const float **k, const 
         *keys[i] = room, room += B * T * H * K;
     }
     if (shared & METALA_CONSTANT_DECAY) {
-        matmul_forward<MATH>(ctx, room, room, *alpha, *alpha, B * T, H * K, 0);      // α as the bias of no inputs
+        const metala_linear repeated = {room, *alpha, NULL, *alpha, NULL, H * K};    // α as the bias of no inputs
+        matmul_forward<MATH>(ctx, &repeated, 1, *alpha, B * T, 0);
         *alpha = room, room += B * T * H * K;
     }
     return room;

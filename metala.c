@@ -673,48 +673,62 @@ static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t 
     }
 }
 
-// Linear layer:  y = x Wᵀ + bias.    y (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
+// Linear layers of one x:  y = x Wᵀ + bias + base.    y, base (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
 // A few rows at a time, as in generation, each weight is used once and memory is the limit: plain dot products then,
-// with the weight's row read once for all rows of x. in = 0 gives y = bias, a constant.
+// with the weight's row read once for all rows of x. in = 0 gives y = bias + base.
 enum { FEW_ROWS = 4 };
-static void matmul_forward(metala_context *ctx, real *y, const real *x, const real *w, const real *bias, size_t rows,
-                           size_t out, size_t in) {
-    if (in == 0 && bias) {
-        PARALLEL_FOR(rows * out)
-        for (size_t row = 0; row < rows; row++) memcpy(y + row * out, bias, out * sizeof(real));
-        return;
+static void add(metala_context *ctx, real *y, const real *a, const real *b, size_t n);   // in section 4
+static void matmul_forward(metala_context *ctx, const metala_linear *layers, int count, const real *x, size_t rows, size_t in) {
+    for (const metala_linear *l = layers; l < layers + count; l++) {
+        const real *w = l->w;
+        size_t out = l->out;
+        if (in == 0 && l->bias && !l->base) {
+            PARALLEL_FOR(rows * out)
+            for (size_t row = 0; row < rows; row++) memcpy(l->y + row * out, l->bias, out * sizeof(real));
+            continue;
+        }
+        if (rows > FEW_ROWS) {
+            matrix_multiply(ctx, l->y, x, in, 1, w, 1, in, NULL, l->bias, rows, out, in, 0);
+            if (l->base) add(ctx, l->y, l->base, l->y, rows * out);
+            continue;
+        }
+        PARALLEL_FOR(rows * out * in)
+        for (size_t o = 0; o < out; o++)
+            for (size_t row = 0; row < rows; row++) {
+                real sum = dot(x + row * in, w + o * in, in) + (l->bias ? l->bias[o] : 0);
+                l->y[row * out + o] = l->base ? l->base[row * out + o] + sum : sum;
+            }
     }
-    if (rows > FEW_ROWS) {
-        matrix_multiply(ctx, y, x, in, 1, w, 1, in, NULL, bias, rows, out, in, 0);
-        return;
-    }
-    PARALLEL_FOR(rows * out * in)
-    for (size_t o = 0; o < out; o++)
-        for (size_t row = 0; row < rows; row++)
-            y[row * out + o] = dot(x + row * in, w + o * in, in) + (bias ? bias[o] : 0);
 }
 
-// The same of quantized weights:  y = x W'ᵀ + bias.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16
-static void matmul_quantized(metala_context *ctx, real *y, const real *x, const void *w, const float *scales,
-                             const real *bias, size_t rows, size_t out, size_t in) {
-    const quantized weights = {w, scales, in};
-    const uint16_t *w16 = w;
-    const int8_t *w8 = w;
-    if (rows > FEW_ROWS) {
-        matrix_multiply(ctx, y, x, in, 1, NULL, 0, 0, &weights, bias, rows, out, in, 0);
-        return;
+// The same of quantized weights:  y = x W'ᵀ + bias + base.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16
+static void matmul_quantized(metala_context *ctx, const metala_linear *layers, int count, const real *x, size_t rows, size_t in) {
+    for (const metala_linear *l = layers; l < layers + count; l++) {
+        const quantized weights = {l->w, l->scales, in};
+        const uint16_t *w16 = l->w;
+        const int8_t *w8 = l->w;
+        const real *inputs = x;
+        size_t out = l->out;
+        if (rows > FEW_ROWS) {
+            matrix_multiply(ctx, l->y, x, in, 1, NULL, 0, 0, &weights, l->bias, rows, out, in, 0);
+            if (l->base) add(ctx, l->y, l->base, l->y, rows * out);
+            continue;
+        }
+        if (l->scales) {
+            real *ordered = scratch(ctx, rows * in * sizeof(real));
+            if (!ordered) return;
+            for (size_t row = 0; row < rows; row++) order_inputs(ordered + row * in, x + row * in, in);
+            inputs = ordered;
+        }
+        PARALLEL_FOR(rows * out * in)
+        for (size_t o = 0; o < out; o++)
+            for (size_t row = 0; row < rows; row++) {
+                const real *a = inputs + row * in;
+                real sum = (l->scales ? dot_int8(a, w8 + o * in, l->scales + o * groups(in), in) : dot_bfloat16(a, w16 + o * in, in)) +
+                           (l->bias ? l->bias[o] : 0);
+                l->y[row * out + o] = l->base ? l->base[row * out + o] + sum : sum;
+            }
     }
-    if (scales) {
-        real *ordered = scratch(ctx, rows * in * sizeof(real));
-        if (!ordered) return;
-        for (size_t row = 0; row < rows; row++) order_inputs(ordered + row * in, x + row * in, in);
-        x = ordered;
-    }
-    PARALLEL_FOR(rows * out * in)
-    for (size_t o = 0; o < out; o++)
-        for (size_t row = 0; row < rows; row++)
-            y[row * out + o] = (scales ? dot_int8(x + row * in, w8 + o * in, scales + o * groups(in), in)
-                                       : dot_bfloat16(x + row * in, w16 + o * in, in)) + (bias ? bias[o] : 0);
 }
 
 // sums[j] += Σ_row a[row][j], the gradient of a bias.
@@ -730,13 +744,16 @@ static void add_column_sums(metala_context *ctx, real *sums, const real *a, size
     }
 }
 
-// dx = dy W (or dx += dy W)      dW += dyᵀ x      dbias += Σ_rows dy
-//   dx (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
-static void matmul_backward(metala_context *ctx, real *dx, real *dw, real *dbias, const real *dy, const real *x,
-                            const real *w, size_t rows, size_t out, size_t in, int accumulate) {
-    if (dx) matrix_multiply(ctx, dx, dy, out, 1, w, in, 1, NULL, NULL, rows, in, out, accumulate);
-    if (dw) matrix_multiply(ctx, dw, dy, 1, out, x, in, 1, NULL, NULL, out, in, rows, 1);
-    if (dbias) add_column_sums(ctx, dbias, dy, rows, out);
+// dx = Σ_layers dy W (or dx += that)      dW += dyᵀ x      dbias += Σ_rows dy
+//   dx, x (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
+static void matmul_backward(metala_context *ctx, real *dx, const metala_linear_gradient *layers, int count, const real *x,
+                            size_t rows, size_t in, int accumulate) {
+    for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
+        size_t out = l->out;
+        if (dx) matrix_multiply(ctx, dx, l->dy, out, 1, l->w, in, 1, NULL, NULL, rows, in, out, accumulate || l > layers);
+        if (l->dw) matrix_multiply(ctx, l->dw, l->dy, 1, out, x, in, 1, NULL, NULL, out, in, rows, 1);
+        if (l->dbias) add_column_sums(ctx, l->dbias, l->dy, rows, out);
+    }
 }
 
 // ============================================================== 4. The kernels around the scan
@@ -3818,22 +3835,42 @@ static real *parameter(const metala_model *m, size_t offset) {
     return offset == ABSENT ? NULL : m->parameters + offset;
 }
 
-// y = x Wᵀ + bias with the weight at `place`, real or quantized.
-static void linear(metala_context *ctx, const metala_model *m, real *y, const real *x, size_t place, const real *bias,
-                   size_t rows, size_t out, size_t in) {
-    if (m->weights == REAL_TYPE) m->backend->matmul_forward(ctx, y, x, m->parameters + place, bias, rows, out, in);
+// A linear layer  y = x Wᵀ + bias + base  with the weight at `place`, real or quantized, …
+static metala_linear linear_at(const metala_model *m, real *y, size_t place, size_t bias, const real *base, size_t out, size_t in) {
+    metala_linear l = {y, NULL, NULL, parameter(m, bias), base, out};
+    if (m->weights == REAL_TYPE) l.w = m->parameters + place;
     else {
         quantized q = quantized_at(m->quantized + place, m->weights, out, in);
-        m->backend->matmul_quantized(ctx, y, x, q.w, q.scales, bias, rows, out, in);
+        l.w = q.w, l.scales = q.scales;
     }
+    return l;
+}
+// … and some of them, with the same x.
+static void linears(metala_context *ctx, const metala_model *m, const metala_linear *layers, int count, const real *x, size_t rows,
+                    size_t in) {
+    if (m->weights == REAL_TYPE) m->backend->matmul_forward(ctx, layers, count, x, rows, in);
+    else m->backend->matmul_quantized(ctx, layers, count, x, rows, in);
+}
+static void linear(metala_context *ctx, const metala_model *m, real *y, const real *x, size_t place, size_t bias,
+                   const real *base, size_t rows, size_t out, size_t in) {
+    metala_linear l = linear_at(m, y, place, bias, base, out, in);
+    linears(ctx, m, &l, 1, x, rows, in);
+}
+
+// The gradients of one.
+static void linear_backward(metala_context *ctx, const metala_backend *be, real *dx, real *dw, real *dbias, const real *dy,
+                            const real *x, const real *w, size_t rows, size_t out, size_t in, int accumulate) {
+    metala_linear_gradient l = {dw, dbias, dy, w, out};
+    be->matmul_backward(ctx, dx, &l, 1, x, rows, in, accumulate);
 }
 
 // y (rows,n) = the same n numbers in every row: a linear layer without inputs. And the gradient: d += Σ_rows dy.
 static void repeat_rows(metala_context *ctx, const metala_backend *be, real *y, const real *numbers, size_t rows, size_t n) {
-    be->matmul_forward(ctx, y, y, numbers, numbers, rows, n, 0);
+    metala_linear l = {y, numbers, NULL, numbers, NULL, n};
+    be->matmul_forward(ctx, &l, 1, numbers, rows, 0);
 }
 static void add_rows(metala_context *ctx, const metala_backend *be, real *d, const real *dy, size_t rows, size_t n) {
-    be->matmul_backward(ctx, NULL, NULL, d, dy, dy, dy, rows, n, 0, 0);
+    linear_backward(ctx, be, NULL, NULL, d, dy, dy, dy, rows, n, 0, 0);
 }
 
 typedef struct {                // what all layers of one pass share
@@ -3887,7 +3924,7 @@ static void mixer_input(metala_context *ctx, const metala_model *m, int layer, c
             if (tail) be->last_token(ctx, tail, a->token_norm, p->B, p->T, s->D);
             break;
         case METALA_CONV_VALUE:
-            if (!again) linear(ctx, m, a->v_proj, a->token_norm, w->v, NULL, p->rows, s->v, s->D);
+            if (!again) linear(ctx, m, a->v_proj, a->token_norm, w->v, ABSENT, NULL, p->rows, s->v, s->D);
             be->conv_forward(ctx, a->conv_out, a->conv_in, a->v_proj, P + w->conv, tail, p->B, p->T, s->u);
             if (tail) be->conv_tail(ctx, tail, a->v_proj, p->B, p->T, s->u);
             break;
@@ -3895,24 +3932,49 @@ static void mixer_input(metala_context *ctx, const metala_model *m, int layer, c
     if (p->mask && m->config.row.value == METALA_VALUE_INPUT) be->mask_rows(ctx, a->conv_out, p->mask, p->rows, s->u);
 }
 
-// The linear maps. Those of values and of conv value's gate start from n.
+// The linear maps, of which those that read the same x are computed together; out is 0 where a row has none. Those of values
+// and of conv value's gate start from n, and conv value's v was there before u.
+enum { MIXER_MAPS = 5 };
+typedef struct { real *y; const real *x; size_t weight, bias, out, in; } mixer_map;
+static void mixer_maps(mixer_map *maps, const metala_model *m, int layer, const activations *a, const pass *p) {
+    const layer_offsets *w = &m->layers[layer];
+    const metala_row *r = &m->config.row;
+    const sizes *s = &p->s;
+    int on = r->conv == METALA_CONV_ON, value = r->conv == METALA_CONV_VALUE, fixed = r->decay == METALA_DECAY_FIXED;
+    const mixer_map all[MIXER_MAPS] = {
+        {a->g, value ? a->token_norm : a->conv_out, w->g, w->g_bias, s->g, s->D},
+        {a->v_proj, on ? a->conv_out : a->shift_v, w->v, ABSENT, value ? 0 : s->v, s->D},
+        {a->q_proj, a->conv_out, w->q, ABSENT, s->q, s->u},
+        {a->k_proj, a->shift_k, w->k, ABSENT, s->k, s->u},
+        {s->low ? a->low : a->z, a->conv_out, s->low ? w->low : w->z, ABSENT, s->low ? s->low : fixed ? 0 : s->z, s->u}};
+    memcpy(maps, all, sizeof all);
+}
+// Lists in `of` the maps that read the x of map i, and returns how many; 0 when they were listed for an earlier one.
+static int maps_of_x(int *of, const mixer_map *maps, int i) {
+    int count = 0;
+    for (int j = 0; j < MIXER_MAPS && maps[i].out; j++)
+        if (maps[j].out && maps[j].x == maps[i].x) of[count++] = j;
+    return count && of[0] == i ? count : 0;
+}
+
 static void mixer_projections(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p) {
     const layer_offsets *w = &m->layers[layer];
-    const real *P = m->parameters, *gate_in = m->config.row.conv == METALA_CONV_VALUE ? a->token_norm : a->conv_out;
+    const metala_row *r = &m->config.row;
     const sizes *s = &p->s;
-    const real *value_in = m->config.row.conv == METALA_CONV_ON ? a->conv_out : a->shift_v;
-    if (s->q) linear(ctx, m, a->q_proj, a->conv_out, w->q, NULL, p->rows, s->q, s->u);
-    if (s->low) {
-        linear(ctx, m, a->low, a->conv_out, w->low, NULL, p->rows, s->low, s->u);
-        linear(ctx, m, a->z, a->low, w->z, P + w->z_bias, p->rows, s->z, s->low);
-    } else if (m->config.row.decay == METALA_DECAY_FIXED) repeat_rows(ctx, m->backend, a->z, P + w->z, p->rows, s->z);
-    else if (s->z) linear(ctx, m, a->z, a->conv_out, w->z, NULL, p->rows, s->z, s->u);
-    if (s->k) linear(ctx, m, a->k_proj, a->shift_k, w->k, NULL, p->rows, s->k, s->u);
-    if (s->v && m->config.row.conv != METALA_CONV_VALUE) {
-        linear(ctx, m, a->v_proj, value_in, w->v, NULL, p->rows, s->v, s->D);
-        if (p->mask) m->backend->mask_rows(ctx, a->v_proj, p->mask, p->rows, s->v);
+    mixer_map maps[MIXER_MAPS];
+    mixer_maps(maps, m, layer, a, p);
+    for (int i = 0; i < MIXER_MAPS; i++) {
+        metala_linear layers[MIXER_MAPS];
+        int of[MIXER_MAPS], count = maps_of_x(of, maps, i);
+        for (int n = 0; n < count; n++) {
+            const mixer_map *map = &maps[of[n]];
+            layers[n] = linear_at(m, map->y, map->weight, map->bias, NULL, map->out, map->in);
+        }
+        if (count) linears(ctx, m, layers, count, maps[i].x, p->rows, maps[i].in);
     }
-    if (s->g) linear(ctx, m, a->g, gate_in, w->g, parameter(m, w->g_bias), p->rows, s->g, s->D);
+    if (s->low) linear(ctx, m, a->z, a->low, w->z, w->z_bias, NULL, p->rows, s->z, s->low);
+    else if (r->decay == METALA_DECAY_FIXED) repeat_rows(ctx, m->backend, a->z, m->parameters + w->z, p->rows, s->z);
+    if (p->mask && s->v && r->conv != METALA_CONV_VALUE) m->backend->mask_rows(ctx, a->v_proj, p->mask, p->rows, s->v);
 }
 
 // f_q or f_k: from a projection x to what the scan takes, y (rows,H,K); where all heads share it (rows,K), perhaps x itself;
@@ -4126,17 +4188,15 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
         be->skip_forward(ctx, a->aug_out, a->scan_out, r->value == METALA_VALUE_INPUT ? a->conv_out : a->v, P + w->skip, rows,
                          s->p);
     mixer_output(ctx, m, a, p);
-    linear(ctx, m, a->mixer_residual, a->gated, w->out, NULL, rows, D, s->p);
+    linear(ctx, m, a->mixer_residual, a->gated, w->out, ABSENT, a->input, rows, D, s->p);
     if (r->self == METALA_SELF_SKIP && s->complex_values)
         be->skip_forward(ctx, a->mixer_residual, a->mixer_residual, a->conv_out, P + w->skip, rows, D);
-    be->add(ctx, a->mixer_residual, a->input, a->mixer_residual, rows * D);
 
     be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
-    linear(ctx, m, a->l1, a->channel_norm, w->l1, parameter(m, w->l1_bias), rows, F, D);
-    linear(ctx, m, a->l2, a->channel_norm, w->l2, parameter(m, w->l2_bias), rows, F, D);
+    const metala_linear both[] = {linear_at(m, a->l1, w->l1, w->l1_bias, NULL, F, D), linear_at(m, a->l2, w->l2, w->l2_bias, NULL, F, D)};
+    linears(ctx, m, both, 2, a->channel_norm, rows, D);
     be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * F);
-    linear(ctx, m, a->output, a->glu_prod, w->l3, parameter(m, w->l3_bias), rows, D, F);
-    be->add(ctx, a->output, a->mixer_residual, a->output, rows * D);
+    linear(ctx, m, a->output, a->glu_prod, w->l3, w->l3_bias, a->mixer_residual, rows, D, F);
 }
 
 // Fills in what is CHEAP, from what layer_forward left in the rest; the scan and the matrix products are not repeated.
@@ -4203,8 +4263,8 @@ static void mixer_output_backward(metala_context *ctx, const metala_model *m, in
     const sizes *s = &p->s;
     size_t rows = p->rows, count = rows * s->p;
     real *dnorm = r->norm == METALA_NORM_RMS || r->norm == METALA_NORM_WIDTH ? d->v : d->p;     // rms_backward adds to d->p
-    be->matmul_backward(ctx, r->gate ? d->gated : dnorm, GRAD(w->out), NULL, dh, a->gated, m->parameters + w->out, rows, s->D,
-                        s->p, 0);
+    linear_backward(ctx, be, r->gate ? d->gated : dnorm, GRAD(w->out), NULL, dh, a->gated, m->parameters + w->out, rows, s->D,
+                    s->p, 0);
     switch (r->gate) {
         case METALA_GATE_SILU: be->silu_gate_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
         case METALA_GATE_SIGMOID: be->sigmoid_gate_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
@@ -4357,18 +4417,23 @@ static real *mixer_input_backward(metala_context *ctx, const metala_model *m, in
     const sizes *s = &p->s;
     size_t rows = p->rows, D = s->D, U = s->u;
     int on = r->conv == METALA_CONV_ON, shift = r->conv == METALA_CONV_SHIFT, value = r->conv == METALA_CONV_VALUE;
-    real *dk_in = shift ? d->shift_k : d->u, *dv_in = shift ? d->shift_v : value ? d->n : d->u, *dg_in = value ? d->n : d->u;
-    const real *u = a->conv_out, *v_in = on ? u : a->shift_v, *g_in = value ? a->token_norm : u;
-    if (s->g) be->matmul_backward(ctx, dg_in, GRAD(w->g), GRAD(w->g_bias), d->g, g_in, P + w->g, rows, s->g, D, 1);
+    if (s->low) linear_backward(ctx, be, d->low, GRAD(w->z), GRAD(w->z_bias), d->z, a->low, P + w->z, rows, s->z, s->low, 0);
+    else if (r->decay == METALA_DECAY_FIXED) add_rows(ctx, be, GRAD(w->z), d->z, rows, s->z);
     if (p->mask && s->v && !value) be->mask_rows(ctx, d->v_proj, p->mask, rows, s->v);
-    if (s->v && !value) be->matmul_backward(ctx, dv_in, GRAD(w->v), NULL, d->v_proj, v_in, P + w->v, rows, s->v, D, 1);
-    if (s->q) be->matmul_backward(ctx, d->u, GRAD(w->q), NULL, d->q_proj, u, P + w->q, rows, s->q, U, 1);
-    if (s->k) be->matmul_backward(ctx, dk_in, GRAD(w->k), NULL, d->k_proj, a->shift_k, P + w->k, rows, s->k, U, 1);
-    if (s->low) {
-        be->matmul_backward(ctx, d->low, GRAD(w->z), GRAD(w->z_bias), d->z, a->low, P + w->z, rows, s->z, s->low, 0);
-        be->matmul_backward(ctx, d->u, GRAD(w->low), NULL, d->low, u, P + w->low, rows, s->low, U, 1);
-    } else if (r->decay == METALA_DECAY_FIXED) add_rows(ctx, be, GRAD(w->z), d->z, rows, s->z);
-    else if (s->z) be->matmul_backward(ctx, d->u, GRAD(w->z), NULL, d->z, u, P + w->z, rows, s->z, U, 1);
+    real *const dx[MIXER_MAPS] = {value ? d->n : d->u, shift ? d->shift_v : d->u, d->u, shift ? d->shift_k : d->u, d->u};
+    real *const dy[MIXER_MAPS] = {d->g, d->v_proj, d->q_proj, d->k_proj, s->low ? d->low : d->z};
+    mixer_map maps[MIXER_MAPS];
+    mixer_maps(maps, m, layer, a, p);
+    for (int i = 0; i < MIXER_MAPS; i++) {
+        metala_linear_gradient layers[MIXER_MAPS];
+        int of[MIXER_MAPS], count = maps_of_x(of, maps, i);
+        for (int n = 0; n < count; n++) {
+            const mixer_map *map = &maps[of[n]];
+            const metala_linear_gradient l = {GRAD(map->weight), GRAD(map->bias), dy[of[n]], P + map->weight, map->out};
+            layers[n] = l;
+        }
+        if (count) be->matmul_backward(ctx, dx[i], layers, count, maps[i].x, rows, maps[i].in, 1);
+    }
     if (p->mask && r->value == METALA_VALUE_INPUT) be->mask_rows(ctx, d->u, p->mask, rows, U);
 
     if (on) be->conv_backward(ctx, d->n, GRAD(w->conv), d->u, a->conv_in, a->token_norm, P + w->conv, NULL, p->B, p->T, D);
@@ -4379,7 +4444,7 @@ static real *mixer_input_backward(metala_context *ctx, const metala_model *m, in
     }
     if (value) {
         be->conv_backward(ctx, d->v_proj, GRAD(w->conv), d->u, a->conv_in, a->v_proj, P + w->conv, NULL, p->B, p->T, U);
-        be->matmul_backward(ctx, d->n, GRAD(w->v), NULL, d->v_proj, a->token_norm, P + w->v, rows, U, D, 1);
+        linear_backward(ctx, be, d->n, GRAD(w->v), NULL, d->v_proj, a->token_norm, P + w->v, rows, U, D, 1);
     }
     return s->shared_u ? d->u : d->n;
 }
@@ -4398,10 +4463,11 @@ static void layer_backward(metala_context *ctx, const metala_model *m, int layer
     const sizes *s = &p->s;
     size_t rows = p->rows, D = s->D, F = s->F;
 
-    be->matmul_backward(ctx, d->prod, GRAD(w->l3), GRAD(w->l3_bias), dx, a->glu_prod, P + w->l3, rows, D, F, 0);
+    linear_backward(ctx, be, d->prod, GRAD(w->l3), GRAD(w->l3_bias), dx, a->glu_prod, P + w->l3, rows, D, F, 0);
     be->silu_gate_backward(ctx, d->l1, d->l2, d->prod, a->l1, a->l2, rows * F);
-    be->matmul_backward(ctx, d->n, GRAD(w->l2), GRAD(w->l2_bias), d->l2, a->channel_norm, P + w->l2, rows, F, D, 0);
-    be->matmul_backward(ctx, d->n, GRAD(w->l1), GRAD(w->l1_bias), d->l1, a->channel_norm, P + w->l1, rows, F, D, 1);
+    const metala_linear_gradient both[] = {{GRAD(w->l2), GRAD(w->l2_bias), d->l2, P + w->l2, F},
+                                           {GRAD(w->l1), GRAD(w->l1_bias), d->l1, P + w->l1, F}};
+    be->matmul_backward(ctx, d->n, both, 2, a->channel_norm, rows, D, 0);
     be->rms_backward(ctx, dx, d->n, a->mixer_residual, a->residual_r, NULL, rows, D);        // dx is now dh
 
     be->zero(ctx, d->u, rows * s->u * sizeof(real));                    // these are sums over all that read u and n
@@ -4448,7 +4514,8 @@ static void input_forward(metala_context *ctx, const metala_model *m, real *x, r
         return;
     }
     be->patch_forward(ctx, patches, tokens, rows * C);
-    be->matmul_forward(ctx, x, patches, P + m->embedding, P + m->patch_bias, rows, D, C);
+    const metala_linear patch = {x, P + m->embedding, NULL, P + m->patch_bias, NULL, D};
+    be->matmul_forward(ctx, &patch, 1, patches, rows, C);
 }
 
 static void input_backward(metala_context *ctx, const metala_model *m, real *grads, const real *dx, const real *patches,
@@ -4457,8 +4524,8 @@ static void input_backward(metala_context *ctx, const metala_model *m, real *gra
     const metala_config *c = &m->config;
     size_t D = (size_t)c->width, C = (size_t)c->patch_dim;
     if (!C) be->embedding_backward(ctx, grads + m->embedding, dx, tokens, rows, D, embedding_scale(c), c->pad_token_id);
-    else be->matmul_backward(ctx, NULL, grads + m->embedding, grads + m->patch_bias, dx, patches, m->parameters + m->embedding,
-                             rows, D, C, 0);
+    else linear_backward(ctx, be, NULL, grads + m->embedding, grads + m->patch_bias, dx, patches, m->parameters + m->embedding,
+                         rows, D, C, 0);
 }
 
 // Tokens and targets come from outside: none may reach past the vocabulary, and what is in a patch is a byte.
@@ -4611,11 +4678,10 @@ static void head_loss(metala_context *ctx, metala_trainer *t, real *grads, size_
     for (size_t row = 0; row < rows; row += most) {
         size_t n = rows - row < most ? rows - row : most;
         const real *in = t->final_norm + row * D;
-        be->matmul_forward(ctx, t->logits, in, m->parameters + m->head, NULL, n, N, D);
+        linear(ctx, m, t->logits, in, m->head, ABSENT, NULL, n, N, D);
         be->cross_entropy_forward(ctx, t->loss + row, t->lse + row, t->logits, t->targets + row, n, N);
         be->cross_entropy_backward(ctx, t->logits, t->logits, t->lse + row, t->targets + row, n, N, weight);
-        be->matmul_backward(ctx, t->d_final + row * D, grads + m->head, NULL, t->logits, in, m->parameters + m->head,
-                            n, N, D, 0);
+        linear_backward(ctx, be, t->d_final + row * D, grads + m->head, NULL, t->logits, in, m->parameters + m->head, n, N, D, 0);
     }
 }
 
@@ -5071,20 +5137,20 @@ static int read_tokens(metala_context *ctx, metala_state *s, metala_form form, c
         for (size_t b = 0; b < B && logits; b++)
             for (size_t t = 0; t < n; t += most) {
                 size_t count = n - t < most ? n - t : most;
-                linear(ctx, m, s->logits, s->final_norm + (b * n + t) * D, m->head, NULL, count, N, D);
+                linear(ctx, m, s->logits, s->final_norm + (b * n + t) * D, m->head, ABSENT, NULL, count, N, D);
                 be->download(ctx, logits + (b * T + t0 + t) * N, s->logits, count * N * sizeof(real));
             }
         if (last && t0 + n == T) {
             for (size_t b = 0; b < B; b++)
                 be->copy(ctx, s->last + b * D, s->final_norm + (b * n + n - 1) * D, D * sizeof(real));
-            linear(ctx, m, s->logits, s->last, m->head, NULL, B, N, D);
+            linear(ctx, m, s->logits, s->last, m->head, ABSENT, NULL, B, N, D);
             be->download(ctx, last, s->logits, B * N * sizeof(real));
         }
         if (targets) {
             be->upload(ctx, s->targets, s->host_targets, rows * sizeof(int));
             for (size_t row = 0; row < rows; row += most) {
                 size_t count = rows - row < most ? rows - row : most;
-                linear(ctx, m, s->logits, s->final_norm + row * D, m->head, NULL, count, N, D);
+                linear(ctx, m, s->logits, s->final_norm + row * D, m->head, ABSENT, NULL, count, N, D);
                 be->cross_entropy_forward(ctx, s->loss + row, s->lse + row, s->logits, s->targets + row, count, N);
             }
             be->download(ctx, s->host_loss, s->loss, rows * sizeof(real));

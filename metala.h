@@ -426,6 +426,22 @@ typedef enum { METALA_SSM_LRU, METALA_SSM_ZOH, METALA_SSM_DSS } metala_ssm;
 // What the scan's inputs share: q or k all heads, α all tokens, q and k all sequences. One bit each.
 enum { METALA_SHARED_QUERY = 1, METALA_SHARED_KEY = 2, METALA_CONSTANT_DECAY = 4, METALA_SHARED_SEQUENCES = 8 };
 
+// Linear layers that read the same x (rows,in), and their gradients; a device reads x once for all of them.
+typedef struct {                // y = x Wᵀ + bias + base
+    metala_real *y;             // (rows,out)
+    const void *w;              // [out,in] reals; for matmul_quantized bfloat16, or int8 when it has scales
+    const float *scales;        // [out,groups of METALA_GROUP inputs] of int8, or NULL
+    const metala_real *bias;    // [out] or NULL
+    const metala_real *base;    // (rows,out), not y, or NULL
+    size_t out;
+} metala_linear;
+typedef struct {                // dx = Σ_layers dy W      dW += dyᵀ x      dbias += Σ_rows dy
+    metala_real *dw, *dbias;    // [out,in], [out]; NULL for what is not wanted
+    const metala_real *dy;      // (rows,out)
+    const metala_real *w;       // [out,in]
+    size_t out;
+} metala_linear_gradient;
+
 // One function per kernel; metala.c fills the table with loops. `rows` is B·T. Every equation and its source stands
 // above the function of the same name in metala.c. Backward functions ADD to gradients of parameters (dw, db, dE)
 // and WRITE gradients of activations unless said otherwise. A kernel that fails (no scratch memory) marks the
@@ -456,13 +472,12 @@ struct metala_backend {
         const metala_real *c, const metala_real *n, const metala_real *w, const metala_real *tail, size_t B, size_t T,
         size_t D);  // c NULL: du is the gradient of c
     void (*conv_tail)(metala_context *ctx, metala_real *tail, const metala_real *n, size_t B, size_t T, size_t D);
-    void (*matmul_forward)(metala_context *ctx, metala_real *y, const metala_real *x, const metala_real *w,
-        const metala_real *bias, size_t rows, size_t out, size_t in);
-    void (*matmul_backward)(metala_context *ctx, metala_real *dx, metala_real *dw, metala_real *dbias,
-        const metala_real *dy, const metala_real *x, const metala_real *w, size_t rows, size_t out, size_t in,
-        int accumulate);  // accumulate: adds to dx; NULLs are skipped
-    void (*matmul_quantized)(metala_context *ctx, metala_real *y, const metala_real *x, const void *w,
-        const float *scales, const metala_real *bias, size_t rows, size_t out, size_t in);  // scales NULL: bfloat16
+    void (*matmul_forward)(metala_context *ctx, const metala_linear *layers, int count, const metala_real *x, size_t rows,
+        size_t in);
+    void (*matmul_backward)(metala_context *ctx, metala_real *dx, const metala_linear_gradient *layers, int count,
+        const metala_real *x, size_t rows, size_t in, int accumulate);  // accumulate: adds to dx, which may be NULL
+    void (*matmul_quantized)(metala_context *ctx, const metala_linear *layers, int count, const metala_real *x, size_t rows,
+        size_t in);
     void (*mask_rows)(metala_context *ctx, metala_real *x, const uint8_t *mask, size_t rows, size_t D);
     void (*gate_forward)(metala_context *ctx, metala_real *alpha, metala_real *k, const metala_real *z, size_t n,
         double tau);  // k may be NULL

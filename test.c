@@ -1463,8 +1463,8 @@ static void check_row_kernels(void) {
 
 // ------------------------------------------------------------------------------------------------ matrix products
 
-// All elements of y = x Wᵀ + bias, dx = dy W, dW += dyᵀ x and dbias += Σ dy, over sizes below, at and above the tiles'
-// and blocks' edges.
+// All elements of y = x Wᵀ + bias (+ base), dx = dy W (or dx += dy W), dW += dyᵀ x and dbias += Σ dy, over sizes below, at
+// and above the tiles' and blocks' edges.
 static void check_matmul(size_t rows, size_t out, size_t in, int with_bias, int accumulate) {
     if (!begin(TOLERANCE(5e-6, 8e-15), "matmul %zux%zux%zu%s%s", rows, out, in, with_bias ? " bias" : "",
                accumulate ? " accumulate" : ""))
@@ -1474,9 +1474,11 @@ static void check_matmul(size_t rows, size_t out, size_t in, int with_bias, int 
     double *y = doubles(rows * out), *dx = doubles(rows * in), *dw = doubles(out * in), *dbias = doubles(out);
     real *rx = reals(rows * in), *rw = reals(out * in), *rbias = reals(out), *rdy = reals(rows * out);
     real *ry = reals(rows * out), *rdx = reals(rows * in), *rdw = reals(out * in), *rdbias = reals(out);
+    double *base = doubles(rows * out);
+    real *rbase = reals(rows * out);
     struct { double *number; real *rounded; size_t n; } random[] = {
         {x, rx, rows * in}, {w, rw, out * in}, {bias, rbias, out}, {dy, rdy, rows * out}, {dx, rdx, rows * in},
-        {dw, rdw, out * in}, {dbias, rdbias, out}};
+        {dw, rdw, out * in}, {dbias, rdbias, out}, {base, rbase, rows * out}};
     for (size_t i = 0; i < COUNT(random); i++) {
         fill_normal(random[i].number, random[i].n);
         round_to_real(random[i].rounded, random[i].number, random[i].n);
@@ -1488,20 +1490,72 @@ static void check_matmul(size_t rows, size_t out, size_t in, int with_bias, int 
     fill_nan(ry, rows * out);
     for (size_t r = 0; r < rows; r++)
         for (size_t o = 0; o < out; o++) {
-            double sum = with_bias ? bias[o] : 0, d = dy[r * out + o];
+            double sum = (with_bias ? bias[o] : 0) + (accumulate ? base[r * out + o] : 0), d = dy[r * out + o];
             for (size_t i = 0; i < in; i++) sum += x[r * in + i] * w[o * in + i];
             for (size_t i = 0; i < in; i++) dx[r * in + i] += d * w[o * in + i];
             for (size_t i = 0; i < in; i++) dw[o * in + i] += d * x[r * in + i];
             y[r * out + o] = sum;
             if (with_bias) dbias[o] += d;
         }
-    CALL(matmul_forward)(ctx, ry, rx, rw, with_bias ? rbias : NULL, rows, out, in);
-    CALL(matmul_backward)(ctx, rdx, rdw, with_bias ? rdbias : NULL, rdy, rx, rw, rows, out, in, accumulate);
+    const metala_linear forward = {ry, rw, NULL, with_bias ? rbias : NULL, accumulate ? rbase : NULL, out};
+    const metala_linear_gradient backward = {rdw, with_bias ? rdbias : NULL, rdy, rw, out};
+    CALL(matmul_forward)(ctx, &forward, 1, rx, rows, in);
+    CALL(matmul_backward)(ctx, rdx, &backward, 1, rx, rows, in, accumulate);
     compare("y", ry, y, DIMS(rows, out));
     if (in) compare("dx", rdx, dx, DIMS(rows, in));
     if (in) compare("dw", rdw, dw, DIMS(out, in));
     compare("dbias", rdbias, dbias, DIMS(out));
     end_check();
+}
+
+static real *normal_reals(size_t n) {
+    real *x = reals(n);
+    for (size_t i = 0; i < n; i++) x[i] = (real)normal();
+    return x;
+}
+
+// Linear layers of one x at once: forward the bits of one after the other; backward dx is the sum of theirs.
+static void check_linears(void) {
+    enum { LAYERS = 5 };
+    static const size_t out[LAYERS] = {7, 64, 1, 70, 33};
+    static const size_t shapes[][2] = {{1, 40}, {3, 36}, {9, 33}, {130, 64}};            // rows, in
+    for (size_t s = 0; s < COUNT(shapes); s++) {
+        size_t rows = shapes[s][0], in = shapes[s][1];
+        if (!begin(TOLERANCE(3e-6, 6e-15), "matmul of %d layers at once, %zu rows, %zu inputs", (int)LAYERS, rows, in)) continue;
+        random_state = s;
+        real *x = normal_reals(rows * in), *dx = normal_reals(rows * in);
+        real *each_dx = reals(rows * in);
+        memcpy(each_dx, dx, rows * in * sizeof(real));
+        metala_linear layers[LAYERS];
+        metala_linear_gradient gradients[LAYERS];
+        real *alone[3][LAYERS];
+        for (int i = 0; i < LAYERS; i++) {
+            real *w = normal_reals(out[i] * in), *dy = normal_reals(rows * out[i]);
+            const metala_linear l = {reals(rows * out[i]), w, NULL, i % 2 ? normal_reals(out[i]) : NULL,
+                                     i % 3 ? normal_reals(rows * out[i]) : NULL, out[i]};
+            const metala_linear_gradient g = {i == 1 ? NULL : reals(out[i] * in), i % 2 ? reals(out[i]) : NULL, dy, w, out[i]};
+            metala_linear one = l;
+            metala_linear_gradient one_g = g;
+            layers[i] = l, gradients[i] = g;
+            one.y = alone[0][i] = reals(rows * out[i]);
+            alone[1][i] = reals(out[i] * in), alone[2][i] = reals(out[i]);
+            if (g.dw) one_g.dw = alone[1][i];
+            if (g.dbias) one_g.dbias = alone[2][i];
+            CALL(matmul_forward)(ctx, &one, 1, x, rows, in);
+            CALL(matmul_backward)(ctx, each_dx, &one_g, 1, x, rows, in, 1);
+        }
+        CALL(matmul_forward)(ctx, layers, LAYERS, x, rows, in);
+        CALL(matmul_backward)(ctx, dx, gradients, LAYERS, x, rows, in, 1);
+        double *wanted = doubles(rows * in);
+        for (size_t i = 0; i < rows * in; i++) wanted[i] = (double)each_dx[i];
+        compare("dx", dx, wanted, DIMS(rows, in));
+        for (int i = 0; i < LAYERS; i++) {
+            same_bits("y", alone[0][i], layers[i].y, rows * out[i]);
+            if (gradients[i].dw) same_bits("dw", alone[1][i], gradients[i].dw, out[i] * in);
+            if (gradients[i].dbias) same_bits("dbias", alone[2][i], gradients[i].dbias, out[i]);
+        }
+        end_check();
+    }
 }
 
 static void check_matmuls(void) {
@@ -1516,6 +1570,7 @@ static void check_matmuls(void) {
     check_matmul(258, 37, 600, 1, 1);
     check_matmul(7, 2100, 40, 1, 0);                         // more than one block of columns
     check_matmul(200, 70, 2070, 0, 0);
+    check_linears();
 
     if (begin(0, "matmul: 1 to 5 threads give the same bits")) {
         static const size_t shapes[][3] = {{3, 700, 300}, {5, 900, 70}, {130, 70, 300}, {700, 33, 40}, {13, 2100, 64}};
@@ -1531,8 +1586,10 @@ static void check_matmuls(void) {
                 metala_context *c = other_context(threads);
                 int i = threads > 1;
                 memset(dw[i], 0, out * in * sizeof(real));
-                CALL(matmul_forward)(c, y[i], x, w, bias, rows, out, in);
-                CALL(matmul_backward)(c, dx[i], dw[i], NULL, y[0], x, w, rows, out, in, 0);
+                const metala_linear forward = {y[i], w, NULL, bias, NULL, out};
+                const metala_linear_gradient backward = {dw[i], NULL, y[0], w, out};
+                CALL(matmul_forward)(c, &forward, 1, x, rows, in);
+                CALL(matmul_backward)(c, dx[i], &backward, 1, x, rows, in, 0);
                 same_bits("y", y[0], y[i], rows * out);
                 same_bits("dx", dx[0], dx[i], rows * in);
                 same_bits("dw", dw[0], dw[i], out * in);
@@ -1552,10 +1609,12 @@ static double bfloat16(unsigned bits) {
     return bits >> 15 ? -x : x;
 }
 
-static void check_matmul_quantized(int int8, size_t rows, size_t out, size_t in, int with_bias) {
-    if (!begin(TOLERANCE(2e-6, 8e-15), "matmul %s %zux%zux%zu%s", int8 ? "int8" : "bfloat16", rows, out, in,
-               with_bias ? " bias" : ""))
+static void check_matmul_quantized(int int8, size_t rows, size_t out, size_t in, int with_bias, int with_base) {
+    if (!begin(TOLERANCE(2e-6, 8e-15), "matmul %s %zux%zux%zu%s%s", int8 ? "int8" : "bfloat16", rows, out, in,
+               with_bias ? " bias" : "", with_base ? " base" : ""))
         return;
+    double *base = doubles(rows * out);
+    real *rbase = reals(rows * out);
     size_t n = (in + METALA_GROUP - 1) / METALA_GROUP;
     double *x = doubles(rows * in), *bias = doubles(out), *y = doubles(rows * out);
     real *rx = reals(rows * in), *rbias = reals(out), *ry = reals(rows * out), *again = reals(rows * out);
@@ -1565,6 +1624,7 @@ static void check_matmul_quantized(int int8, size_t rows, size_t out, size_t in,
     random_state = rows + out + in;
     fill_normal(x, rows * in), fill_normal(bias, out), fill_nan(ry, rows * out);
     round_to_real(rx, x, rows * in), round_to_real(rbias, bias, out);
+    for (size_t i = 0; i < rows * out; i++) rbase[i] = (real)(base[i] = (double)(i % 9) - 4);
     for (size_t i = 0; i < out * n; i++) scales[i] = (float)uniform(0.001, 0.1);
     for (size_t i = 0; i < out * in; i++) {
         q[i] = (int8_t)(below(255) - 127);
@@ -1572,18 +1632,20 @@ static void check_matmul_quantized(int int8, size_t rows, size_t out, size_t in,
     }
     for (size_t r = 0; r < rows; r++)
         for (size_t o = 0; o < out; o++) {
-            double sum = with_bias ? bias[o] : 0;
+            double sum = (with_bias ? bias[o] : 0) + (with_base ? base[r * out + o] : 0);
             for (size_t i = 0; i < in; i++)
                 sum += x[r * in + i] * (int8 ? (double)scales[o * n + i / METALA_GROUP] * q[o * in + i]
                                              : bfloat16(w[o * in + i]));
             y[r * out + o] = sum;
         }
     const void *weights = int8 ? (const void *)q : w;
-    CALL(matmul_quantized)(ctx, ry, rx, weights, int8 ? scales : NULL, with_bias ? rbias : NULL, rows, out, in);
+    metala_linear layer = {ry, weights, int8 ? scales : NULL, with_bias ? rbias : NULL, with_base ? rbase : NULL, out};
+    CALL(matmul_quantized)(ctx, &layer, 1, rx, rows, in);
     compare("y", ry, y, DIMS(rows, out));
     for (int threads = 2; threads <= 5; threads++) {
         metala_context *c = other_context(threads);
-        CALL(matmul_quantized)(c, again, rx, weights, int8 ? scales : NULL, with_bias ? rbias : NULL, rows, out, in);
+        layer.y = again;
+        CALL(matmul_quantized)(c, &layer, 1, rx, rows, in);
         same_bits("y of more threads", ry, again, rows * out);
         metala_close(c);
     }
@@ -1607,7 +1669,7 @@ static void check_quantized(void) {
         {6, 65, 31}, {17, 33, 256}, {70, 131, 257}, {9, 2100, 70}, {130, 40, 600}};
     for (int int8 = 0; int8 < 2; int8++)
         for (size_t i = 0; i < COUNT(sizes); i++)
-            check_matmul_quantized(int8, sizes[i][0], sizes[i][1], sizes[i][2], i % 2 == 0);
+            check_matmul_quantized(int8, sizes[i][0], sizes[i][1], sizes[i][2], i % 2 == 0, i % 3 == 1);
 
     if (begin(0, "bfloat16: the nearest in every binade, ties to even")) {
         enum { N = 255 * 128, CASES = 10 };
@@ -5047,37 +5109,82 @@ static void twin_conv_tail(const shape *s) {
     const tensor *tail = ADDED("tail", "bjd", s->B * 4 * s->D, s->B, 4, s->D), *n = IN("n", "btd", s->B, s->T, s->D);
     ALL(conv_tail, REAL(tail), REAL(n), s->B, s->T, s->D);
 }
-// Products: B·T rows, D inputs, N outputs; variant 1: with a bias; variant 2: adds to dx; variant 4: no dx.
+// Products: B·T rows, D inputs, N outputs; variant 1: with a bias; variant 2: adds to dx, or y to a base; variant 4: no dx;
+// variant 8: three layers at once, the others with fewer outputs.
+enum { TWIN_LAYERS = 3 };
+static size_t outs_of(const shape *s, int i) { return i == 0 ? s->N : i == 1 ? s->N / 2 + 1 : 3; }
 static void twin_matmul_forward(const shape *s) {
-    const tensor *y = OUT("y", "bto", s->B, s->T, s->N), *x = IN("x", "bti", s->B, s->T, s->D), *w = IN("w", "oi", s->N, s->D);
-    const tensor *bias = s->variant & 1 ? IN("bias", "o", s->N) : NULL;
-    ALL(matmul_forward, REAL(y), REAL(x), REAL(w), REAL(bias), rows_of(s), s->N, s->D);
+    int count = s->variant & 8 ? TWIN_LAYERS : 1;
+    const tensor *y[TWIN_LAYERS], *w[TWIN_LAYERS], *bias[TWIN_LAYERS], *base[TWIN_LAYERS];
+    const tensor *x = IN("x", "bti", s->B, s->T, s->D);
+    for (int i = 0; i < count; i++) {
+        size_t N = outs_of(s, i);
+        y[i] = OUT("y", "bto", s->B, s->T, N), w[i] = IN("w", "oi", N, s->D);
+        bias[i] = (s->variant + i) % 2 ? IN("bias", "o", N) : NULL;
+        base[i] = s->variant & 2 ? IN("base", "bto", s->B, s->T, N) : NULL;
+    }
+    for (int r = 0; r < RUNS && !*now.problem; r++) {
+        metala_linear layers[TWIN_LAYERS];
+        for (int i = 0; i < count; i++) {
+            const metala_linear l = {REAL(y[i]), REAL(w[i]), NULL, REAL(bias[i]), REAL(base[i]), outs_of(s, i)};
+            layers[i] = l;
+        }
+        CALL_ON(r, matmul_forward)(on[r].ctx, layers, count, REAL(x), rows_of(s), s->D);
+    }
 }
 static void twin_matmul_backward(const shape *s) {
-    int adds = s->variant >> 1 & 1;
+    int adds = s->variant >> 1 & 1, count = s->variant & 8 ? TWIN_LAYERS : 1;
+    const tensor *dw[TWIN_LAYERS], *dbias[TWIN_LAYERS], *dy[TWIN_LAYERS], *w[TWIN_LAYERS];
     const tensor *dx = s->variant & 4 ? NULL : adds ? ADDED("dx", "bti", rows_of(s) * s->D, s->B, s->T, s->D)
                                                     : OUT("dx", "bti", s->B, s->T, s->D);
-    const tensor *dw = ADDED("dw", "oi", s->N * s->D, s->N, s->D);
-    const tensor *dbias = s->variant & 1 ? ADDED("dbias", "o", s->N, s->N) : NULL;
-    const tensor *dy = IN("dy", "bto", s->B, s->T, s->N), *x = IN("x", "bti", s->B, s->T, s->D), *w = IN("w", "oi", s->N, s->D);
-    ALL(matmul_backward, REAL(dx), REAL(dw), REAL(dbias), REAL(dy), REAL(x), REAL(w), rows_of(s), s->N, s->D, adds);
-}
-static void twin_matmul_quantized(const shape *s) {
-    size_t groups = (s->D + METALA_GROUP - 1) / METALA_GROUP, n = s->N * s->D;
-    float *scale = take(s->N * groups, sizeof *scale);
-    int8_t *q = take(n, 1);
-    uint16_t *half = take(n, sizeof *half);
-    for (size_t i = 0; i < s->N * groups; i++) scale[i] = (float)uniform(0.001, 0.1);
-    for (size_t i = 0; i < n; i++) {
-        q[i] = (int8_t)(below(255) - 127);
-        half[i] = (uint16_t)(below(2) << 15 | (120 + below(8)) << 7 | below(128));
+    const tensor *x = NULL;
+    for (int i = 0; i < count; i++) {
+        size_t N = outs_of(s, i);
+        dw[i] = i == 1 ? NULL : ADDED("dw", "oi", N * s->D, N, s->D);
+        dbias[i] = (s->variant + i) % 2 ? ADDED("dbias", "o", N, N) : NULL;
+        dy[i] = IN("dy", "bto", s->B, s->T, N);
+        if (!x) x = IN("x", "bti", s->B, s->T, s->D);
+        w[i] = IN("w", "oi", N, s->D);
     }
-    const tensor *y = OUT("y", "bto", s->B, s->T, s->N), *x = IN("x", "bti", s->B, s->T, s->D);
-    const tensor *bias = s->variant & 1 ? IN("bias", "o", s->N) : NULL;
-    const tensor *w = s->variant & 2 ? FILLED("q", "oi", 0, q, s->N, s->D) : FILLED("w", "oi", 0, half, s->N, s->D);
-    const tensor *scales = s->variant & 2 ? FILLED("scales", "og", 0, scale, s->N, groups) : NULL;
-    ALL(matmul_quantized, REAL(y), REAL(x), w->at[r], (const float *)(scales ? (void *)scales->at[r] : NULL), REAL(bias),
-        rows_of(s), s->N, s->D);
+    for (int r = 0; r < RUNS && !*now.problem; r++) {
+        metala_linear_gradient layers[TWIN_LAYERS];
+        for (int i = 0; i < count; i++) {
+            const metala_linear_gradient l = {REAL(dw[i]), REAL(dbias[i]), REAL(dy[i]), REAL(w[i]), outs_of(s, i)};
+            layers[i] = l;
+        }
+        CALL_ON(r, matmul_backward)(on[r].ctx, REAL(dx), layers, count, REAL(x), rows_of(s), s->D, adds);
+    }
+}
+// Variant 2: int8.
+static void twin_matmul_quantized(const shape *s) {
+    int count = s->variant & 8 ? TWIN_LAYERS : 1;
+    const tensor *y[TWIN_LAYERS], *w[TWIN_LAYERS], *scales[TWIN_LAYERS], *bias[TWIN_LAYERS], *base[TWIN_LAYERS];
+    const tensor *x = IN("x", "bti", s->B, s->T, s->D);
+    for (int l = 0; l < count; l++) {
+        size_t N = outs_of(s, l), groups = (s->D + METALA_GROUP - 1) / METALA_GROUP, n = N * s->D;
+        float *scale = take(N * groups, sizeof *scale);
+        int8_t *q = take(n, 1);
+        uint16_t *half = take(n, sizeof *half);
+        for (size_t i = 0; i < N * groups; i++) scale[i] = (float)uniform(0.001, 0.1);
+        for (size_t i = 0; i < n; i++) {
+            q[i] = (int8_t)(below(255) - 127);
+            half[i] = (uint16_t)(below(2) << 15 | (120 + below(8)) << 7 | below(128));
+        }
+        y[l] = OUT("y", "bto", s->B, s->T, N);
+        bias[l] = (s->variant + l) % 2 ? IN("bias", "o", N) : NULL;
+        base[l] = s->variant & 8 ? IN("base", "bto", s->B, s->T, N) : NULL;
+        w[l] = s->variant & 2 ? FILLED("q", "oi", 0, q, N, s->D) : FILLED("w", "oi", 0, half, N, s->D);
+        scales[l] = s->variant & 2 ? FILLED("scales", "og", 0, scale, N, groups) : NULL;
+    }
+    for (int r = 0; r < RUNS && !*now.problem; r++) {
+        metala_linear layers[TWIN_LAYERS];
+        for (int i = 0; i < count; i++) {
+            const metala_linear l = {REAL(y[i]), w[i]->at[r], (const float *)(scales[i] ? (void *)scales[i]->at[r] : NULL),
+                                     REAL(bias[i]), REAL(base[i]), outs_of(s, i)};
+            layers[i] = l;
+        }
+        CALL_ON(r, matmul_quantized)(on[r].ctx, layers, count, REAL(x), rows_of(s), s->D);
+    }
 }
 static void twin_mask_rows(const shape *s) {
     const tensor *x = ADDED("x", "btd", rows_of(s) * s->D, s->B, s->T, s->D);
@@ -5564,7 +5671,10 @@ static void check_rounding(int digits) {
     for (int i = 0; i < D * D; i++) identity[i] = i % (D + 1) == 0;
     const tensor *y = OUT("y", "ti", ROWS, D), *w = FILLED("w", "oi", 0, identity, D, D);
     const tensor *of_device = FILLED("x", "ti", 0, x, ROWS, D), *of_cpu = FILLED("nearest", "ti", 0, nearest, ROWS, D);
-    ALL(matmul_forward, REAL(y), r ? REAL(of_device) : REAL(of_cpu), REAL(w), NULL, ROWS, D, D);
+    for (int r = 0; r < RUNS && !*now.problem; r++) {
+        const metala_linear layer = {REAL(y), REAL(w), NULL, NULL, NULL, D};
+        CALL_ON(r, matmul_forward)(on[r].ctx, &layer, 1, r ? REAL(of_device) : REAL(of_cpu), ROWS, D);
+    }
     end_twins();
 }
 
@@ -5578,7 +5688,8 @@ static void check_twins(void) {
         {1, 4, 130, 0, 0, 0, 301, 0}, {1, 5, 7, 0, 0, 0, 2, 1}, {1, 64, 16, 0, 0, 0, 64, 0}, {5, 13, 17, 0, 0, 0, 65, 1},
         {3, 43, 33, 0, 0, 0, 70, 2}, {1, 9, 256, 0, 0, 0, 128, 3}, {2, 65, 128, 0, 0, 0, 63, 6}, {1, 6, 1030, 0, 0, 0, 40, 1},
         {1, 1025, 30, 0, 0, 0, 20, 3}, {1, 10, 0, 0, 0, 0, 6, 5}, {1, 140, 200, 0, 0, 0, 136, 1}, {1, 1100, 36, 0, 0, 0, 132, 2},
-        {1, 610, 4, 0, 0, 0, 200, 0}, {1, 1300, 5, 0, 0, 0, 150, 1}};
+        {1, 610, 4, 0, 0, 0, 200, 0}, {1, 1300, 5, 0, 0, 0, 150, 1},
+        {1, 2, 12, 0, 0, 0, 21, 8}, {1, 3, 37, 0, 0, 0, 10, 11}, {1, 70, 36, 0, 0, 0, 150, 10}, {3, 11, 65, 0, 0, 0, 40, 9}};
     // Products large enough for the largest tiles: y, dx and dw.
     static const shape large_y[] = {{1, 2030, 200, 0, 0, 0, 1988, 1}};
     static const shape large_gradients[] = {{1, 2030, 1988, 0, 0, 0, 36, 2}, {1, 7, 1988, 0, 0, 0, 2036, 4}};
@@ -5668,7 +5779,7 @@ static void check_twins(void) {
 // ---- The checks above give kernels tensors of the host. For a device they are brought there and back, call by call, by a
 // table of its own: R is read, W written (and read), sizes in numbers.
 static const metala_backend *stage_of;
-static struct { const void *host; void *memory; size_t bytes; int written; } staged[16];
+static struct { const void *host; void *memory; size_t bytes; int written; } staged[32];
 static int staged_count;
 
 static void *stage(metala_context *c, const void *host, size_t bytes, int written) {
@@ -5719,15 +5830,38 @@ STAGED(conv_backward,
         R(tail, B * 4 * D), B, T, D))
 STAGED(conv_tail, (ctx_t *c, real *tail, in_t *n, size_t B, size_t T, size_t D),
        (c, W(tail, B * 4 * D), R(n, B * T * D), B, T, D))
-STAGED(matmul_forward, (ctx_t *c, real *y, in_t *x, in_t *w, in_t *b, size_t r, size_t o, size_t i),
-       (c, W(y, r * o), R(x, r * i), R(w, o * i), R(b, o), r, o, i))
-STAGED(matmul_backward,
-       (ctx_t *c, real *dx, real *dw, real *db, in_t *dy, in_t *x, in_t *w, size_t r, size_t o, size_t i, int add),
-       (c, W(dx, r * i), W(dw, o * i), W(db, o), R(dy, r * o), R(x, r * i), R(w, o * i), r, o, i, add))
-STAGED(matmul_quantized,
-       (ctx_t *c, real *y, in_t *x, const void *w, const float *s, in_t *b, size_t r, size_t o, size_t i),
-       (c, W(y, r * o), R(x, r * i), stage(c, w, o * i * (s ? 1 : 2), 0), R(s, o * ((i + METALA_GROUP - 1) / METALA_GROUP)),
-        R(b, o), r, o, i))
+enum { MOST_LAYERS = 6 };
+static void staged_linears(ctx_t *c, const metala_linear *layers, int count, in_t *x, size_t r, size_t in, int quantized) {
+    metala_linear there[MOST_LAYERS];
+    size_t groups = (in + METALA_GROUP - 1) / METALA_GROUP;
+    for (int i = 0; i < count; i++) {
+        const metala_linear *l = &layers[i];
+        size_t each = !quantized ? sizeof(real) : l->scales ? 1 : 2;
+        const metala_linear t = {W(l->y, r * l->out), stage(c, l->w, l->out * in * each, 0), R(l->scales, l->out * groups),
+                                 R(l->bias, l->out), R(l->base, r * l->out), l->out};
+        there[i] = t;
+    }
+    (quantized ? stage_of->matmul_quantized : stage_of->matmul_forward)(c, there, count, R(x, r * in), r, in);
+    unstage(c);
+}
+static void staged_matmul_forward(ctx_t *c, const metala_linear *l, int count, in_t *x, size_t r, size_t in) {
+    staged_linears(c, l, count, x, r, in, 0);
+}
+static void staged_matmul_quantized(ctx_t *c, const metala_linear *l, int count, in_t *x, size_t r, size_t in) {
+    staged_linears(c, l, count, x, r, in, 1);
+}
+static void staged_matmul_backward(ctx_t *c, real *dx, const metala_linear_gradient *layers, int count, in_t *x, size_t r, size_t in,
+                                   int add) {
+    metala_linear_gradient there[MOST_LAYERS];
+    for (int i = 0; i < count; i++) {
+        const metala_linear_gradient *l = &layers[i];
+        const metala_linear_gradient t = {W(l->dw, l->out * in), W(l->dbias, l->out), R(l->dy, r * l->out), R(l->w, l->out * in),
+                                          l->out};
+        there[i] = t;
+    }
+    stage_of->matmul_backward(c, W(dx, r * in), there, count, R(x, r * in), r, in, add);
+    unstage(c);
+}
 STAGED(mask_rows, (ctx_t *c, real *x, const uint8_t *m, size_t r, size_t D), (c, W(x, r * D), R(m, r), r, D))
 STAGED(gate_forward, (ctx_t *c, real *a, real *k, in_t *z, size_t n, double tau), (c, W(a, n), W(k, n), R(z, n), n, tau))
 STAGED(gate_backward, (ctx_t *c, real *dz, in_t *da, in_t *dk, in_t *z, in_t *a, size_t n, double tau),

@@ -1290,11 +1290,21 @@ CLOCKED(conv_forward, CONV, 0, 0,
 CLOCKED(conv_backward, CONV, 1, 0,
         (ctx_t *c, real *dn, real *dw, in_t *du, in_t *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
         (c, dn, dw, du, p, n, w, tail, B, T, D))
-CLOCKED(matmul_forward, MATMUL, 0, 2.0 * (double)r * (double)out * (double)in,
-        (ctx_t *c, real *y, in_t *x, in_t *w, in_t *b, size_t r, size_t out, size_t in), (c, y, x, w, b, r, out, in))
-CLOCKED(matmul_backward, MATMUL, 1, 2.0 * ((dx != NULL) + (dw != NULL)) * (double)r * (double)out * (double)in,
-        (ctx_t *c, real *dx, real *dw, real *db, in_t *dy, in_t *x, in_t *w, size_t r, size_t out, size_t in, int add),
-        (c, dx, dw, db, dy, x, w, r, out, in, add))
+static double flops_of_forward(const metala_linear *l, int count, size_t rows, size_t in) {
+    double sum = 0;
+    for (int i = 0; i < count; i++) sum += 2.0 * (double)rows * (double)l[i].out * (double)in;
+    return sum;
+}
+static double flops_of_backward(in_t *dx, const metala_linear_gradient *l, int count, size_t rows, size_t in) {
+    double sum = 0;
+    for (int i = 0; i < count; i++) sum += 2.0 * ((dx != NULL) + (l[i].dw != NULL)) * (double)rows * (double)l[i].out * (double)in;
+    return sum;
+}
+CLOCKED(matmul_forward, MATMUL, 0, flops_of_forward(l, count, r, in),
+        (ctx_t *c, const metala_linear *l, int count, in_t *x, size_t r, size_t in), (c, l, count, x, r, in))
+CLOCKED(matmul_backward, MATMUL, 1, flops_of_backward(dx, l, count, r, in),
+        (ctx_t *c, real *dx, const metala_linear_gradient *l, int count, in_t *x, size_t r, size_t in, int add),
+        (c, dx, l, count, x, r, in, add))
 CLOCKED(mask_rows, MASK, 0, 0, (ctx_t *c, real *x, const uint8_t *m, size_t r, size_t D), (c, x, m, r, D))
 CLOCKED(gate_forward, GATE, 0, 0, (ctx_t *c, real *a, real *k, in_t *z, size_t n, double tau), (c, a, k, z, n, tau))
 CLOCKED(gate_backward, GATE, 1, 0,

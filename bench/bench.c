@@ -170,9 +170,17 @@ typedef struct {
 
 static size_t room = 1 << 24;             // numbers of each of the tensors x[i]
 
-static void matmul_y(void *p) { call_data *c = p; be->matmul_forward(ctx, c->x[0], c->x[1], c->x[2], NULL, c->rows, c->out, c->in); }
-static void matmul_dx(void *p) { call_data *c = p; be->matmul_backward(ctx, c->x[0], NULL, NULL, c->x[1], NULL, c->x[2], c->rows, c->out, c->in, 0); }
-static void matmul_dw(void *p) { call_data *c = p; be->matmul_backward(ctx, NULL, c->x[0], NULL, c->x[1], c->x[2], NULL, c->rows, c->out, c->in, 0); }
+static void product(real *y, const real *x, const real *w, size_t rows, size_t out, size_t in) {
+    const metala_linear layer = {y, w, NULL, NULL, NULL, out};
+    be->matmul_forward(ctx, &layer, 1, x, rows, in);
+}
+static void product_backward(real *dx, real *dw, const real *dy, const real *x, const real *w, size_t rows, size_t out, size_t in) {
+    const metala_linear_gradient layer = {dw, NULL, dy, w, out};
+    be->matmul_backward(ctx, dx, &layer, 1, x, rows, in, 0);
+}
+static void matmul_y(void *p) { call_data *c = p; product(c->x[0], c->x[1], c->x[2], c->rows, c->out, c->in); }
+static void matmul_dx(void *p) { call_data *c = p; product_backward(c->x[0], NULL, c->x[1], NULL, c->x[2], c->rows, c->out, c->in); }
+static void matmul_dw(void *p) { call_data *c = p; product_backward(NULL, c->x[0], c->x[1], c->x[2], NULL, c->rows, c->out, c->in); }
 static void scan_forward(void *p) {
     call_data *c = p;
     be->scan_forward(ctx, c->form, c->x[0], NULL, c->x[1], c->x[2], c->x[3], c->x[4], c->x[5], c->B, c->T, c->H, c->K, c->V, 0.1, c->shared);
@@ -358,7 +366,7 @@ static const size_t gpu_products[][2] = {{512, 1024}, {1024, 1024}, {2816, 1024}
 static const size_t gpu_scans[][5] = {{8, 2048, 8, 64, 128}, {8, 2048, 8, 128, 256}, {1, 16384, 8, 64, 128}};
 #define LIST(x) x, sizeof(x) / sizeof *(x)
 
-static void large_product(void *p) { call_data *c = p; be->matmul_forward(ctx, c->x[0], c->x[1], c->x[2], NULL, part(8192), part(8192), part(8192)); }
+static void large_product(void *p) { call_data *c = p; product(c->x[0], c->x[1], c->x[2], part(8192), part(8192), part(8192)); }
 static void large_copy(void *p) { call_data *c = p; be->copy(ctx, c->x[0], c->x[1], room * sizeof(real)); }
 
 static void measure_gpu(call_data *c) {
