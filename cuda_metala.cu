@@ -1071,11 +1071,12 @@ void rms_backward(metala_context *ctx, float *dx, const float *dn, const float *
 }
 
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
-//   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read, NULL for zeros. With u NULL the convolution
-// alone. A thread takes one channel through a run of tokens of one sequence, with the last inputs in registers.
+//   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read and then all replaced, NULL for zeros. With u
+// NULL the convolution alone. A thread takes one channel through a run of tokens of one sequence, with the last inputs in
+// registers. The thread of the first run, which alone reads the tail, also replaces it.
 enum { RUN_TOKENS = 32, REACH = METALA_CONV - 1 };
-__global__ void conv_forward_kernel(float *u, float *c, const float *n, const float *w, const float *tail, size_t B,
-                                    size_t T, size_t D) {
+__global__ void conv_forward_kernel(float *u, float *c, const float *n, const float *w, float *tail, size_t B, size_t T,
+                                    size_t D) {
     const size_t runs = ceil_div(T, RUN_TOKENS);
     FOR_EACH(i, B * runs * D) {
         size_t d = i % D, b = i / D / runs, t0 = i / D % runs * RUN_TOKENS, end = least(T, t0 + RUN_TOKENS);
@@ -1093,10 +1094,12 @@ __global__ void conv_forward_kernel(float *u, float *c, const float *n, const fl
             c[at] = sum;
             if (u) u[at] = silu(sum);
         }
+        for (size_t j = 0; tail && t0 == 0 && j < METALA_CONV; j++)
+            tail[(b * METALA_CONV + j) * D + d] = end == T ? near[j] : n[(b * T + T - METALA_CONV + j) * D + d];
     }
 }
-void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const float *w, const float *tail, size_t B,
-                  size_t T, size_t D) {
+void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const float *w, float *tail, size_t B, size_t T,
+                  size_t D) {
     RUN(conv_forward_kernel, blocks_for(B * ceil_div(T, RUN_TOKENS) * D, THREADS), THREADS, 0, u, c, n, w, tail, B, T, D);
 }
 
@@ -1133,23 +1136,6 @@ void conv_backward(metala_context *ctx, float *dn, float *dw, const float *du, c
     if (!parts) return;
     RUN(conv_backward_kernel, blocks_for(runs * D, THREADS), THREADS, 0, dn, parts, du, c, n, w, tail, B, T, D);
     RUN(sum_parts_kernel, blocks_for(taps, THREADS), THREADS, 0, dw, parts, runs, taps, taps, 1);
-}
-
-// tail = the last 4 of (tail, n_0 … n_{T-1}), oldest first: a thread moves all 4 of one channel.
-__global__ void conv_tail_kernel(float *tail, const float *n, size_t B, size_t T, size_t D) {
-    FOR_EACH(i, B * D) {
-        size_t b = i / D, d = i % D;
-        float last[METALA_CONV];
-        for (size_t j = 0; j < METALA_CONV; j++) {               // place T + j of the tail and the inputs behind it
-            size_t from = T + j;
-            last[j] = from < METALA_CONV ? tail[(b * METALA_CONV + from) * D + d]
-                                         : n[(b * T + from - METALA_CONV) * D + d];
-        }
-        for (size_t j = 0; j < METALA_CONV; j++) tail[(b * METALA_CONV + j) * D + d] = last[j];
-    }
-}
-void conv_tail(metala_context *ctx, float *tail, const float *n, size_t B, size_t T, size_t D) {
-    RUN(conv_tail_kernel, blocks_for(B * D, THREADS), THREADS, 0, tail, n, B, T, D);
 }
 
 // x_row = m_row x_row, in place; its own backward. x (rows,D), m (rows): a block for each row.
@@ -1252,40 +1238,51 @@ void augment_backward(metala_context *ctx, float *dq, float *dk, float *dv, floa
     RUN(sum_parts_kernel, blocks_for(H * K, THREADS), THREADS, 0, db, parts, strips, H * K, H * K, 1);
 }
 
-// Head norm:  n = (p - μ) ρ,  ρ = (mean((p-μ)²) + eps)^(-1/2)     n, p (rows,H,V)   ρ (rows,H): a warp for each head.
-__global__ void head_norm_forward_kernel(float *n, float *rho, const float *p, size_t heads, size_t V, float eps) {
+// n = (p - μ) ρ,  ρ = (mean((p-μ)²) + eps)^(-1/2)      y = silu(g) ⊙ n, with g NULL no y: a warp for each head.
+//   y, n, p, g (rows,H,V)   ρ (rows,H)
+__global__ void head_norm_forward_kernel(float *y, float *n, float *rho, const float *p, const float *g, size_t heads, size_t V,
+                                         float eps) {
     FOR_EACH_WARP(r, heads) {
         float sum = 0, square = 0;
         for (size_t j = threadIdx.x % WARP; j < V; j += WARP) sum += p[r * V + j];
         float mean = warp_sum(sum) / (float)V;
         for (size_t j = threadIdx.x % WARP; j < V; j += WARP) square += (p[r * V + j] - mean) * (p[r * V + j] - mean);
         float scale = 1 / sqrtf(warp_sum(square) / (float)V + eps);
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) n[r * V + j] = (p[r * V + j] - mean) * scale;
+        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
+            float normal = (p[r * V + j] - mean) * scale;
+            n[r * V + j] = normal;
+            if (g) y[r * V + j] = silu(g[r * V + j]) * normal;
+        }
         if (threadIdx.x % WARP == 0) rho[r] = scale;
     }
 }
-void head_norm_forward(metala_context *ctx, float *n, float *rho, const float *p, size_t rows, size_t H, size_t V,
-                       double eps) {
-    RUN(head_norm_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, n, rho, p, rows * H, V, (float)eps);
+void head_norm_forward(metala_context *ctx, float *y, float *n, float *rho, const float *p, const float *g, size_t rows, size_t H,
+                       size_t V, double eps) {
+    RUN(head_norm_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, y, n, rho, p, g, rows * H, V, (float)eps);
 }
 
-// dp = ρ (dn - mean(dn) - n mean(dn ⊙ n)): a warp for each head.
-__global__ void head_norm_backward_kernel(float *dp, const float *dn, const float *n, const float *rho, size_t heads,
-                                          size_t V) {
+// dn = dy ⊙ silu(g), or dy with g NULL      dp = ρ (dn - mean(dn) - n mean(dn ⊙ n))      dg = dy ⊙ n ⊙ silu'(g)
+// A warp for each head; dn is made twice, which is less than to write and read it.
+__global__ void head_norm_backward_kernel(float *dp, float *dg, const float *dy, const float *n, const float *rho, const float *g,
+                                          size_t heads, size_t V) {
     FOR_EACH_WARP(r, heads) {
         float sum = 0, product = 0;
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
-            sum += dn[r * V + j];
-            product += dn[r * V + j] * n[r * V + j];
+        for (size_t j = r * V + threadIdx.x % WARP; j < (r + 1) * V; j += WARP) {
+            float dn = g ? dy[j] * silu(g[j]) : dy[j];
+            sum += dn;
+            product += dn * n[j];
         }
         float mean = warp_sum(sum) / (float)V, along = warp_sum(product) / (float)V;
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP)
-            dp[r * V + j] = rho[r] * (dn[r * V + j] - mean - n[r * V + j] * along);
+        for (size_t j = r * V + threadIdx.x % WARP; j < (r + 1) * V; j += WARP) {
+            float gradient = dy[j], normal = n[j];
+            if (g) dg[j] = gradient * normal * silu_slope(g[j]);
+            dp[j] = rho[r] * ((g ? gradient * silu(g[j]) : gradient) - mean - normal * along);
+        }
     }
 }
-void head_norm_backward(metala_context *ctx, float *dp, const float *dn, const float *n, const float *rho, size_t rows,
-                        size_t H, size_t V) {
-    RUN(head_norm_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dp, dn, n, rho, rows * H, V);
+void head_norm_backward(metala_context *ctx, float *dp, float *dg, const float *dy, const float *n, const float *rho,
+                        const float *g, size_t rows, size_t H, size_t V) {
+    RUN(head_norm_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dp, dg, dy, n, rho, g, rows * H, V);
 }
 
 // Gated product:  y = silu(a) ⊙ b, n numbers.
@@ -3561,7 +3558,7 @@ const metala_backend *backend() {
         cuda_alloc, cuda_free, cuda_upload, cuda_download, cuda_copy, cuda_zero,
         embedding_forward, embedding_backward, patch_forward,
         rms_forward, rms_backward,
-        conv_forward, conv_backward, conv_tail,
+        conv_forward, conv_backward,
         matmul_forward<MATH>, matmul_backward<MATH>, matmul_quantized,
         mask_rows,
         gate_forward, gate_backward,

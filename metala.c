@@ -695,8 +695,8 @@ static void matmul_forward(metala_context *ctx, const metala_linear *layers, int
         PARALLEL_FOR(rows * out * in)
         for (size_t o = 0; o < out; o++)
             for (size_t row = 0; row < rows; row++) {
-                real sum = dot(x + row * in, w + o * in, in) + (l->bias ? l->bias[o] : 0);
-                l->y[row * out + o] = l->base ? l->base[row * out + o] + sum : sum;
+                real sum = dot(x + row * in, w + o * in, in) + (l->bias ? l->bias[o] : 0), base = l->base ? l->base[row * out + o] : 0;
+                l->y[row * out + o] = base + sum;
             }
     }
 }
@@ -724,9 +724,9 @@ static void matmul_quantized(metala_context *ctx, const metala_linear *layers, i
         for (size_t o = 0; o < out; o++)
             for (size_t row = 0; row < rows; row++) {
                 const real *a = inputs + row * in;
-                real sum = (l->scales ? dot_int8(a, w8 + o * in, l->scales + o * groups(in), in) : dot_bfloat16(a, w16 + o * in, in)) +
-                           (l->bias ? l->bias[o] : 0);
-                l->y[row * out + o] = l->base ? l->base[row * out + o] + sum : sum;
+                real sum = l->scales ? dot_int8(a, w8 + o * in, l->scales + o * groups(in), in) : dot_bfloat16(a, w16 + o * in, in);
+                real base = l->base ? l->base[row * out + o] : 0;
+                l->y[row * out + o] = base + (sum + (l->bias ? l->bias[o] : 0));
             }
     }
 }
@@ -816,7 +816,8 @@ static void rms_backward(metala_context *ctx, real *dx, const real *dn, const re
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
 //   u, c, n (B,T,D)   w [D,1,4], the last tap multiplies the current token   c is kept for the backward
 //   tail (B,4,D): the inputs before the first one, oldest first, of which the last 3 are read (the authors' cache has
-//   4); NULL for zeros. Paper section 4.2. With u NULL the convolution alone.
+//   4); afterwards the last 4 of (tail, n_0 … n_{T-1}), to which the next call looks back; NULL for zeros and no interest.
+//   Paper section 4.2. With u NULL the convolution alone.
 static const real *conv_input(const real *n, const real *tail, const real *zeros, size_t b, size_t t, size_t j,
                               size_t T, size_t D) {
     enum { REACH = METALA_CONV - 1 };
@@ -824,8 +825,17 @@ static const real *conv_input(const real *n, const real *tail, const real *zeros
     return tail ? tail + (b * METALA_CONV + t + j + 1) * D : zeros;
 }
 
-static void conv_forward(metala_context *ctx, real *u, real *c, const real *n, const real *w, const real *tail,
-                         size_t B, size_t T, size_t D) {
+static void keep_tail(real *tail, const real *n, size_t B, size_t T, size_t D) {
+    size_t kept = T < METALA_CONV ? METALA_CONV - T : 0, taken = METALA_CONV - kept;
+    for (size_t b = 0; b < B; b++) {
+        real *own = tail + b * METALA_CONV * D;
+        memmove(own, own + taken * D, kept * D * sizeof(real));
+        memcpy(own + kept * D, n + (b * T + T - taken) * D, taken * D * sizeof(real));
+    }
+}
+
+static void conv_forward(metala_context *ctx, real *u, real *c, const real *n, const real *w, real *tail, size_t B,
+                         size_t T, size_t D) {
     real *taps = scratch(ctx, (METALA_CONV + 1) * D * sizeof(real));
     if (!taps) return;
     real *zeros = taps + METALA_CONV * D;
@@ -845,6 +855,7 @@ static void conv_forward(metala_context *ctx, real *u, real *c, const real *n, c
         if (u)
             for (size_t d = 0; d < D; d++) to_u[d] = silu(to_c[d]);
     }
+    if (tail) keep_tail(tail, n, B, T, D);
 }
 
 // dc = du ⊙ silu'(c), or du where c is NULL
@@ -886,17 +897,6 @@ static void conv_backward(metala_context *ctx, real *dn, real *dw, const real *d
             }
         for (size_t d = 0; d < count; d++)
             for (size_t j = 0; j < METALA_CONV; j++) dw[(d0 + d) * METALA_CONV + j] += sum[j][d];
-    }
-}
-
-// tail = the last 4 of (tail, n_0 … n_{T-1}), oldest first: what the next call's convolution looks back to.
-static void conv_tail(metala_context *ctx, real *tail, const real *n, size_t B, size_t T, size_t D) {
-    (void)ctx;
-    size_t kept = T < METALA_CONV ? METALA_CONV - T : 0, taken = METALA_CONV - kept;
-    for (size_t b = 0; b < B; b++) {
-        real *own = tail + b * METALA_CONV * D;
-        memmove(own, own + taken * D, kept * D * sizeof(real));
-        memcpy(own + kept * D, n + (b * T + T - taken) * D, taken * D * sizeof(real));
     }
 }
 
@@ -995,28 +995,42 @@ static void augment_backward(metala_context *ctx, real *dq, real *dk, real *dv, 
         }
 }
 
-// Head norm, a layer norm over the V channels of one head without weights:
-//   n = (p - μ) ρ,  ρ = (mean((p-μ)²) + eps)^(-1/2)          n, p (rows,H,V)   ρ (rows,H) for the backward
-static void head_norm_forward(metala_context *ctx, real *n, real *rho, const real *p, size_t rows, size_t H, size_t V,
-                              double eps) {
-    PARALLEL_FOR(4 * rows * H * V)
+// Head norm, a layer norm over the V channels of one head without weights, and the output gate:
+//   n = (p - μ) ρ,  ρ = (mean((p-μ)²) + eps)^(-1/2)      y = silu(g) ⊙ n
+//   y, n, p, g (rows,H,V)   ρ (rows,H)   n and ρ are kept for the backward; with g NULL there is no y. Paper section 4.1.
+static void head_norm_forward(metala_context *ctx, real *y, real *n, real *rho, const real *p, const real *g, size_t rows,
+                              size_t H, size_t V, double eps) {
+    PARALLEL_FOR((g ? 14 : 4) * rows * H * V)
     for (size_t row = 0; row < rows * H; row++) {
         const real *in = p + row * V;
         real *out = n + row * V, mean = total(in, V) / (real)V;
         for (size_t j = 0; j < V; j++) out[j] = in[j] - mean;
         rho[row] = 1 / (real)sqrt(dot(out, out, V) / (real)V + (real)eps);
         for (size_t j = 0; j < V; j++) out[j] *= rho[row];
+        if (g)
+            for (size_t j = 0; j < V; j++) y[row * V + j] = silu(g[row * V + j]) * out[j];
     }
 }
 
-// dp = ρ (dn - mean(dn) - n mean(dn ⊙ n))
-static void head_norm_backward(metala_context *ctx, real *dp, const real *dn, const real *n, const real *rho,
-                               size_t rows, size_t H, size_t V) {
-    PARALLEL_FOR(4 * rows * H * V)
+// dn = dy ⊙ silu(g), or dy with g NULL      dp = ρ (dn - mean(dn) - n mean(dn ⊙ n))      dg = dy ⊙ n ⊙ silu'(g)
+static void head_norm_backward(metala_context *ctx, real *dp, real *dg, const real *dy, const real *n, const real *rho,
+                               const real *g, size_t rows, size_t H, size_t V) {
+    PARALLEL_FOR((g ? 20 : 4) * rows * H * V)
     for (size_t row = 0; row < rows * H; row++) {
-        const real *gradient = dn + row * V, *out = n + row * V;
+        const real *gradient = dy + row * V, *out = n + row * V;
+        real *to = dp + row * V;
+        if (g) {
+            const real *gate = g + row * V;
+            real *to_g = dg + row * V;
+            for (size_t j = 0; j < V; j++) {
+                real s = sigmoid(gate[j]), d = gradient[j];
+                to_g[j] = d * out[j] * s * (1 + gate[j] * (1 - s));
+                to[j] = d * gate[j] * s;
+            }
+            gradient = to;
+        }
         real mean = total(gradient, V) / (real)V, along = dot(gradient, out, V) / (real)V;
-        for (size_t j = 0; j < V; j++) dp[row * V + j] = rho[row] * (gradient[j] - mean - out[j] * along);
+        for (size_t j = 0; j < V; j++) to[j] = rho[row] * (gradient[j] - mean - out[j] * along);
     }
 }
 
@@ -2897,7 +2911,7 @@ static const metala_backend cpu_backend = {
     "cpu", (size_t)1 << 22, cpu_alloc, cpu_free, cpu_copy, cpu_copy, cpu_copy, cpu_zero,
     embedding_forward, embedding_backward, patch_forward,
     rms_forward, rms_backward,
-    conv_forward, conv_backward, conv_tail,
+    conv_forward, conv_backward,
     matmul_forward, matmul_backward, matmul_quantized,
     mask_rows,
     gate_forward, gate_backward,
@@ -3915,7 +3929,6 @@ static void mixer_input(metala_context *ctx, const metala_model *m, int layer, c
     switch (m->config.row.conv) {
         case METALA_CONV_ON:
             be->conv_forward(ctx, a->conv_out, a->conv_in, a->token_norm, P + w->conv, tail, p->B, p->T, s->D);
-            if (tail) be->conv_tail(ctx, tail, a->token_norm, p->B, p->T, s->D);
             break;
         case METALA_CONV_SHIFT:
             be->shift_forward(ctx, a->conv_out, a->token_norm, P + w->shift_g, tail, p->B, p->T, s->D);
@@ -3926,7 +3939,6 @@ static void mixer_input(metala_context *ctx, const metala_model *m, int layer, c
         case METALA_CONV_VALUE:
             if (!again) linear(ctx, m, a->v_proj, a->token_norm, w->v, ABSENT, NULL, p->rows, s->v, s->D);
             be->conv_forward(ctx, a->conv_out, a->conv_in, a->v_proj, P + w->conv, tail, p->B, p->T, s->u);
-            if (tail) be->conv_tail(ctx, tail, a->v_proj, p->B, p->T, s->u);
             break;
     }
     if (p->mask && m->config.row.value == METALA_VALUE_INPUT) be->mask_rows(ctx, a->conv_out, p->mask, p->rows, s->u);
@@ -4079,10 +4091,8 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
     decay_forward(ctx, m, layer, a, p, shifted ? shifted + p->B * p->s.D : NULL);
     feature_forward(ctx, m, r->query, a->q, a->q_proj, parameter(m, w->C), p);
     feature_forward(ctx, m, key_choice(r), a->k, a->k_proj, b, p);
-    if (r->conv == METALA_CONV_KEY) {
+    if (r->conv == METALA_CONV_KEY)
         be->conv_forward(ctx, NULL, a->conv_in, a->k_proj, m->parameters + w->conv, tail, p->B, p->T, p->s.k);
-        if (tail) be->conv_tail(ctx, tail, a->k_proj, p->B, p->T, p->s.k);
-    }
     value_forward(ctx, m, a, p, shifted ? shifted + 3 * p->B * p->s.D : NULL);
 
     size_t sequences = key_sequences(p);
@@ -4096,14 +4106,21 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
     }
 }
 
-// Norm and gate.
+// Norm and gate; MetaLA's are one kernel.
+static int gates_norm(const metala_row *r) { return r->norm == METALA_NORM_LAYER && r->gate == METALA_GATE_SILU; }
 static void mixer_output(metala_context *ctx, const metala_model *m, const activations *a, const pass *p) {
     const metala_backend *be = m->backend;
     const sizes *s = &p->s;
     double eps = m->config.head_norm_eps;
     size_t count = p->rows * s->p;
+    if (gates_norm(&m->config.row)) {
+        be->head_norm_forward(ctx, a->gated, a->group_norm, a->rho, a->aug_out, a->g, p->rows, s->H, s->V, eps);
+        return;
+    }
     switch (m->config.row.norm) {
-        case METALA_NORM_LAYER: be->head_norm_forward(ctx, a->group_norm, a->rho, a->aug_out, p->rows, s->H, s->V, eps); break;
+        case METALA_NORM_LAYER:
+            be->head_norm_forward(ctx, NULL, a->group_norm, a->rho, a->aug_out, NULL, p->rows, s->H, s->V, eps);
+            break;
         case METALA_NORM_RMS: be->rms_forward(ctx, a->group_norm, a->rho, a->aug_out, NULL, p->rows * s->H, s->V, eps); break;
         case METALA_NORM_WIDTH: be->rms_forward(ctx, a->group_norm, a->rho, a->aug_out, NULL, p->rows, s->p, eps); break;
     }
@@ -4265,12 +4282,17 @@ static void mixer_output_backward(metala_context *ctx, const metala_model *m, in
     real *dnorm = r->norm == METALA_NORM_RMS || r->norm == METALA_NORM_WIDTH ? d->v : d->p;     // rms_backward adds to d->p
     linear_backward(ctx, be, r->gate ? d->gated : dnorm, GRAD(w->out), NULL, dh, a->gated, m->parameters + w->out, rows, s->D,
                     s->p, 0);
+    if (gates_norm(r)) {
+        be->head_norm_backward(ctx, d->p, d->g, d->gated, a->group_norm, a->rho, a->g, rows, s->H, s->V);
+        return;
+    }
     switch (r->gate) {
         case METALA_GATE_SILU: be->silu_gate_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
         case METALA_GATE_SIGMOID: be->sigmoid_gate_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
         case METALA_GATE_LINEAR: be->multiply_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
     }
-    if (r->norm == METALA_NORM_LAYER) be->head_norm_backward(ctx, d->p, dnorm, a->group_norm, a->rho, rows, s->H, s->V);
+    if (r->norm == METALA_NORM_LAYER)
+        be->head_norm_backward(ctx, d->p, NULL, dnorm, a->group_norm, a->rho, NULL, rows, s->H, s->V);
     if (r->norm == METALA_NORM_RMS || r->norm == METALA_NORM_WIDTH) be->zero(ctx, d->p, count * sizeof(real));
     if (r->norm == METALA_NORM_RMS) be->rms_backward(ctx, d->p, dnorm, a->aug_out, a->rho, NULL, rows * s->H, s->V);
     if (r->norm == METALA_NORM_WIDTH) be->rms_backward(ctx, d->p, dnorm, a->aug_out, a->rho, NULL, rows, s->p);

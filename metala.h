@@ -467,11 +467,10 @@ struct metala_backend {
     void (*rms_backward)(metala_context *ctx, metala_real *dx, const metala_real *dn, const metala_real *x,
         const metala_real *r, const uint8_t *mask, size_t rows, size_t D);  // adds to dx
     void (*conv_forward)(metala_context *ctx, metala_real *u, metala_real *c, const metala_real *n,
-        const metala_real *w, const metala_real *tail, size_t B, size_t T, size_t D);  // u may be NULL: c alone
+        const metala_real *w, metala_real *tail, size_t B, size_t T, size_t D);  // u may be NULL: c alone; tail: read, then updated
     void (*conv_backward)(metala_context *ctx, metala_real *dn, metala_real *dw, const metala_real *du,
         const metala_real *c, const metala_real *n, const metala_real *w, const metala_real *tail, size_t B, size_t T,
         size_t D);  // c NULL: du is the gradient of c
-    void (*conv_tail)(metala_context *ctx, metala_real *tail, const metala_real *n, size_t B, size_t T, size_t D);
     void (*matmul_forward)(metala_context *ctx, const metala_linear *layers, int count, const metala_real *x, size_t rows,
         size_t in);
     void (*matmul_backward)(metala_context *ctx, metala_real *dx, const metala_linear_gradient *layers, int count,
@@ -495,10 +494,11 @@ struct metala_backend {
     void (*augment_backward)(metala_context *ctx, metala_real *dq, metala_real *dk, metala_real *dv, metala_real *db,
         const metala_real *dp, const metala_real *q, const metala_real *k, const metala_real *v, const metala_real *b,
         size_t rows, size_t H, size_t K, size_t V);  // adds to dq, dk, dv
-    void (*head_norm_forward)(metala_context *ctx, metala_real *n, metala_real *rho, const metala_real *p,
-        size_t rows, size_t H, size_t V, double eps);
-    void (*head_norm_backward)(metala_context *ctx, metala_real *dp, const metala_real *dn, const metala_real *n,
-        const metala_real *rho, size_t rows, size_t H, size_t V);
+    void (*head_norm_forward)(metala_context *ctx, metala_real *y, metala_real *n, metala_real *rho, const metala_real *p,
+        const metala_real *g, size_t rows, size_t H, size_t V, double eps);  // g NULL: no gate, no y
+    void (*head_norm_backward)(metala_context *ctx, metala_real *dp, metala_real *dg, const metala_real *dy,
+        const metala_real *n, const metala_real *rho, const metala_real *g, size_t rows, size_t H,
+        size_t V);  // dp may be dy; g NULL: dy is the gradient of n
     void (*silu_gate_forward)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b,
         size_t n);  // output gate and SwiGLU
     void (*silu_gate_backward)(metala_context *ctx, metala_real *da, metala_real *db, const metala_real *dy,

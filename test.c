@@ -542,8 +542,12 @@ static void conv_reference(const shape *s, double *const *in, double *const *out
                 out[0][(b * s->T + t) * s->D + d] = swish(c);
             }
 }
+static real *copy_of_tail(const shape *s, const real *tail) {         // the kernel replaces it
+    size_t n = s->B * 4 * s->D;
+    return s->variant ? memcpy(reals(n), tail, n * sizeof(real)) : NULL;
+}
 static void conv_forward(const shape *s, real *const *in, real *const *out) {
-    CALL(conv_forward)(ctx, out[0], out[1], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+    CALL(conv_forward)(ctx, out[0], out[1], in[0], in[1], copy_of_tail(s, in[2]), s->B, s->T, s->D);
 }
 static void conv_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
     CALL(conv_backward)(ctx, din[0], din[1], dout[0], out[1], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T,
@@ -629,12 +633,27 @@ static void head_norm_reference(const shape *s, double *const *in, double *const
     }
 }
 static void head_norm_forward(const shape *s, real *const *in, real *const *out) {
-    CALL(head_norm_forward)(ctx, out[0], out[1], in[0], rows_of(s), s->H, s->V, 1e-5);
+    CALL(head_norm_forward)(ctx, NULL, out[0], out[1], in[0], NULL, rows_of(s), s->H, s->V, 1e-5);
 }
 static void head_norm_backward(const shape *s, real *const *in, real *const *out, real *const *dout,
                                real *const *din) {
     (void)in;
-    CALL(head_norm_backward)(ctx, din[0], dout[0], out[0], out[1], rows_of(s), s->H, s->V);
+    CALL(head_norm_backward)(ctx, din[0], NULL, dout[0], out[0], out[1], NULL, rows_of(s), s->H, s->V);
+}
+
+static void gated_head_norm_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = in[1] = out[0] = out[1] = rows_of(s) * s->H * s->V, out[2] = rows_of(s) * s->H;
+}
+static void gated_head_norm_reference(const shape *s, double *const *in, double *const *out) {
+    head_norm_reference(s, in, out + 1);
+    for (size_t i = 0; i < rows_of(s) * s->H * s->V; i++) out[0][i] = swish(in[1][i]) * out[1][i];
+}
+static void gated_head_norm_forward(const shape *s, real *const *in, real *const *out) {
+    CALL(head_norm_forward)(ctx, out[0], out[1], out[2], in[0], in[1], rows_of(s), s->H, s->V, 1e-5);
+}
+static void gated_head_norm_backward(const shape *s, real *const *in, real *const *out, real *const *dout,
+                                     real *const *din) {
+    CALL(head_norm_backward)(ctx, din[0], din[1], dout[0], out[1], out[2], in[1], rows_of(s), s->H, s->V);
 }
 
 // ---- Gated product and sum.
@@ -704,6 +723,8 @@ static void check_kernels(void) {
          TOLERANCE(5e-6, 6e-10), augment_sizes, NULL, augment_reference, augment_forward, augment_backward},
         {"head norm", {"p"}, {"n", "rho"}, 1, 1, 2, 1, 0, 0, 1e-5, TOLERANCE(3e-5, 3e-14), TOLERANCE(7e-5, 1.5e-9),
          head_norm_sizes, head_norm_fill, head_norm_reference, head_norm_forward, head_norm_backward},
+        {"gated head norm", {"p", "g"}, {"y", "n", "rho"}, 2, 2, 3, 1, 0, 0, 1e-5, TOLERANCE(3e-5, 3e-14), TOLERANCE(2e-5, 1.5e-9),
+         gated_head_norm_sizes, head_norm_fill, gated_head_norm_reference, gated_head_norm_forward, gated_head_norm_backward},
         {"silu gate", {"a", "b"}, {"y"}, 2, 2, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(4e-7, 1.5e-12),
          two_sizes, NULL, silu_gate_reference, silu_gate_forward, silu_gate_backward},
         {"add", {"a", "b"}, {"y"}, 2, 0, 1, 1, 0, 0, 0, TOLERANCE(1e-7, 1e-15), 0,
@@ -718,13 +739,13 @@ static void check_kernels(void) {
     for (size_t o = 0; o < COUNT(operations); o++)
         for (size_t i = 0; i < COUNT(shapes); i++) check_operation(&operations[o], &shapes[i]);
 
-    if (begin(0, "conv tail keeps the last four inputs")) {
-        enum { D = 3 };
-        for (int T = 1; T <= 6; T++) {
-            real tail[2 * 4 * D], n[2 * 6 * D];
+    if (begin(0, "conv's tail keeps the last four inputs")) {
+        enum { D = 3, MOST_T = 70 };
+        for (int T = 1; T <= MOST_T; T += T < 6 ? 1 : 9) {
+            real tail[2 * 4 * D], n[2 * MOST_T * D], c[2 * MOST_T * D], w[4 * D] = {0};
             for (int i = 0; i < 2 * 4 * D; i++) tail[i] = (real)(-1 - i);
             for (int i = 0; i < 2 * T * D; i++) n[i] = (real)(100 + i);
-            CALL(conv_tail)(ctx, tail, n, 2, (size_t)T, D);
+            CALL(conv_forward)(ctx, NULL, c, n, w, tail, 2, (size_t)T, D);
             for (int b = 0; b < 2; b++)
                 for (int i = 0; i < 4 * D; i++) {
                     int from = i + T * D;                            // place in (old tail, new inputs)
@@ -749,7 +770,7 @@ static void conv_alone_reference(const shape *s, double *const *in, double *cons
     conv_reference(s, in, both);
 }
 static void conv_alone_forward(const shape *s, real *const *in, real *const *out) {
-    CALL(conv_forward)(ctx, NULL, out[0], in[0], in[1], s->variant ? in[2] : NULL, s->B, s->T, s->D);
+    CALL(conv_forward)(ctx, NULL, out[0], in[0], in[1], copy_of_tail(s, in[2]), s->B, s->T, s->D);
 }
 static void conv_alone_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
     (void)out;
@@ -5095,7 +5116,7 @@ static void twin_rms_backward(const shape *s) {
 static void twin_conv_forward(const shape *s) {
     const tensor *u = OUT("u", "btd", s->B, s->T, s->D), *c = OUT("c", "btd", s->B, s->T, s->D);
     const tensor *n = IN("n", "btd", s->B, s->T, s->D), *w = IN("w", "dj", s->D, 4);
-    const tensor *tail = s->variant ? IN("tail", "bjd", s->B, 4, s->D) : NULL;
+    const tensor *tail = s->variant ? ADDED("tail", "bjd", s->B * 4 * s->D, s->B, 4, s->D) : NULL;
     ALL(conv_forward, REAL(u), REAL(c), REAL(n), REAL(w), REAL(tail), s->B, s->T, s->D);
 }
 static void twin_conv_backward(const shape *s) {
@@ -5104,10 +5125,6 @@ static void twin_conv_backward(const shape *s) {
     const tensor *n = IN("n", "btd", s->B, s->T, s->D), *w = IN("w", "dj", s->D, 4);
     const tensor *tail = s->variant ? IN("tail", "bjd", s->B, 4, s->D) : NULL;
     ALL(conv_backward, REAL(dn), REAL(dw), REAL(du), REAL(c), REAL(n), REAL(w), REAL(tail), s->B, s->T, s->D);
-}
-static void twin_conv_tail(const shape *s) {
-    const tensor *tail = ADDED("tail", "bjd", s->B * 4 * s->D, s->B, 4, s->D), *n = IN("n", "btd", s->B, s->T, s->D);
-    ALL(conv_tail, REAL(tail), REAL(n), s->B, s->T, s->D);
 }
 // Products: B·T rows, D inputs, N outputs; variant 1: with a bias; variant 2: adds to dx, or y to a base; variant 4: no dx;
 // variant 8: three layers at once, the others with fewer outputs.
@@ -5287,13 +5304,26 @@ static void twin_augment_backward(const shape *s) {
 static void twin_head_norm_forward(const shape *s) {
     const tensor *n = OUT("n", "bthv", s->B, s->T, s->H, s->V), *rho = OUT("rho", "bth", s->B, s->T, s->H);
     const tensor *p = IN("p", "bthv", s->B, s->T, s->H, s->V);
-    ALL(head_norm_forward, REAL(n), REAL(rho), REAL(p), rows_of(s), s->H, s->V, 1e-5);
+    ALL(head_norm_forward, NULL, REAL(n), REAL(rho), REAL(p), NULL, rows_of(s), s->H, s->V, 1e-5);
 }
 static void twin_head_norm_backward(const shape *s) {
     const tensor *dp = OUT("dp", "bthv", s->B, s->T, s->H, s->V), *dn = IN("dn", "bthv", s->B, s->T, s->H, s->V);
     const tensor *n = IN("n", "bthv", s->B, s->T, s->H, s->V);
     const tensor *rho = FILLED("rho", "bth", 0, uniforms(rows_of(s) * s->H, 0.5, 2), s->B, s->T, s->H);
-    ALL(head_norm_backward, REAL(dp), REAL(dn), REAL(n), REAL(rho), rows_of(s), s->H, s->V);
+    ALL(head_norm_backward, REAL(dp), NULL, REAL(dn), REAL(n), REAL(rho), NULL, rows_of(s), s->H, s->V);
+}
+static void twin_gated_head_norm_forward(const shape *s) {
+    const tensor *y = OUT("y", "bthv", s->B, s->T, s->H, s->V), *n = OUT("n", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *rho = OUT("rho", "bth", s->B, s->T, s->H);
+    const tensor *p = IN("p", "bthv", s->B, s->T, s->H, s->V), *g = IN("g", "bthv", s->B, s->T, s->H, s->V);
+    ALL(head_norm_forward, REAL(y), REAL(n), REAL(rho), REAL(p), REAL(g), rows_of(s), s->H, s->V, 1e-5);
+}
+static void twin_gated_head_norm_backward(const shape *s) {
+    const tensor *dp = OUT("dp", "bthv", s->B, s->T, s->H, s->V), *dg = OUT("dg", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *dy = IN("dy", "bthv", s->B, s->T, s->H, s->V), *n = IN("n", "bthv", s->B, s->T, s->H, s->V);
+    const tensor *rho = FILLED("rho", "bth", 0, uniforms(rows_of(s) * s->H, 0.5, 2), s->B, s->T, s->H);
+    const tensor *g = IN("g", "bthv", s->B, s->T, s->H, s->V);
+    ALL(head_norm_backward, REAL(dp), REAL(dg), REAL(dy), REAL(n), REAL(rho), REAL(g), rows_of(s), s->H, s->V);
 }
 static void twin_silu_gate_forward(const shape *s) {
     const tensor *y = OUT("y", "btd", s->B, s->T, s->D), *a = IN("a", "btd", s->B, s->T, s->D);
@@ -5719,7 +5749,8 @@ static void check_twins(void) {
     } entries[] = {
         ENTRY(embedding_forward, 1e-7, common), ENTRY(embedding_backward, 2e-7, common),
         ENTRY(rms_forward, 5e-7, common), ENTRY(rms_backward, 5e-7, common), ENTRY(conv_forward, 3e-7, common),
-        ENTRY(conv_backward, 1e-6, common), ENTRY(conv_tail, 1e-30, common), ENTRY(matmul_forward, 3e-6, products),
+        ENTRY(conv_backward, 1e-6, common),
+        {"head_norm_forward", "gated ", twin_gated_head_norm_forward, 5e-7, common, COUNT(common)}, ENTRY(matmul_forward, 3e-6, products),
         ENTRY(matmul_backward, 3e-6, products), ENTRY(matmul_quantized, 3e-6, products), ENTRY(mask_rows, 1e-30, common),
         ENTRY(gate_forward, 5e-7, common), ENTRY(gate_backward, 5e-7, common),
         {"scan_forward", "recurrent ", twin_scan_forward_recurrent, 1e-6, scans, COUNT(scans)},
@@ -5749,7 +5780,8 @@ static void check_twins(void) {
         ENTRY(cross_entropy_forward, 5e-7, common), ENTRY(cross_entropy_backward, 5e-7, common),
         ENTRY(sum_squares, 5e-7, common), ENTRY(adamw, 5e-7, common),
         ENTRY(matmul_forward, 3e-6, large_y), ENTRY(matmul_backward, 3e-6, large_gradients),
-        ENTRY(matmul_quantized, 3e-6, large_y), ENTRY(patch_forward, 1e-7, common)};
+        ENTRY(matmul_quantized, 3e-6, large_y), ENTRY(patch_forward, 1e-7, common),
+        {"head_norm_backward", "gated ", twin_gated_head_norm_backward, 1e-6, common, COUNT(common)}};
     for (size_t e = 0; e < COUNT(entries); e++)
         for (size_t n = 0; n < 2 * entries[e].count; n++) {
             size_t i = n / 2;
@@ -5822,14 +5854,12 @@ STAGED(rms_forward, (ctx_t *c, real *n, real *s, in_t *x, const uint8_t *m, size
        (c, W(n, r * D), W(s, r), R(x, r * D), R(m, r), r, D, eps))
 STAGED(rms_backward, (ctx_t *c, real *dx, in_t *dn, in_t *x, in_t *s, const uint8_t *m, size_t r, size_t D),
        (c, W(dx, r * D), R(dn, r * D), R(x, r * D), R(s, r), R(m, r), r, D))
-STAGED(conv_forward, (ctx_t *c, real *u, real *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
-       (c, W(u, B * T * D), W(p, B * T * D), R(n, B * T * D), R(w, 4 * D), R(tail, B * 4 * D), B, T, D))
+STAGED(conv_forward, (ctx_t *c, real *u, real *p, in_t *n, in_t *w, real *tail, size_t B, size_t T, size_t D),
+       (c, W(u, B * T * D), W(p, B * T * D), R(n, B * T * D), R(w, 4 * D), W(tail, B * 4 * D), B, T, D))
 STAGED(conv_backward,
        (ctx_t *c, real *dn, real *dw, in_t *du, in_t *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
        (c, W(dn, B * T * D), W(dw, 4 * D), R(du, B * T * D), R(p, B * T * D), R(n, B * T * D), R(w, 4 * D),
         R(tail, B * 4 * D), B, T, D))
-STAGED(conv_tail, (ctx_t *c, real *tail, in_t *n, size_t B, size_t T, size_t D),
-       (c, W(tail, B * 4 * D), R(n, B * T * D), B, T, D))
 enum { MOST_LAYERS = 6 };
 static void staged_linears(ctx_t *c, const metala_linear *layers, int count, in_t *x, size_t r, size_t in, int quantized) {
     metala_linear there[MOST_LAYERS];
@@ -5888,10 +5918,12 @@ STAGED(augment_backward,
         size_t K, size_t V),
        (c, W(dq, r * H * K), W(dk, r * H * K), W(dv, r * H * V), W(db, H * K), R(dp, r * H * V), R(q, r * H * K),
         R(k, r * H * K), R(v, r * H * V), R(b, H * K), r, H, K, V))
-STAGED(head_norm_forward, (ctx_t *c, real *n, real *rho, in_t *p, size_t r, size_t H, size_t V, double eps),
-       (c, W(n, r * H * V), W(rho, r * H), R(p, r * H * V), r, H, V, eps))
-STAGED(head_norm_backward, (ctx_t *c, real *dp, in_t *dn, in_t *n, in_t *rho, size_t r, size_t H, size_t V),
-       (c, W(dp, r * H * V), R(dn, r * H * V), R(n, r * H * V), R(rho, r * H), r, H, V))
+STAGED(head_norm_forward,
+       (ctx_t *c, real *y, real *n, real *rho, in_t *p, in_t *g, size_t r, size_t H, size_t V, double eps),
+       (c, W(y, r * H * V), W(n, r * H * V), W(rho, r * H), R(p, r * H * V), R(g, r * H * V), r, H, V, eps))
+STAGED(head_norm_backward,
+       (ctx_t *c, real *dp, real *dg, in_t *dy, in_t *n, in_t *rho, in_t *g, size_t r, size_t H, size_t V),
+       (c, W(dp, r * H * V), W(dg, r * H * V), R(dy, r * H * V), R(n, r * H * V), R(rho, r * H), R(g, r * H * V), r, H, V))
 STAGED(silu_gate_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
 STAGED(silu_gate_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
        (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
@@ -6012,7 +6044,7 @@ static metala_backend staged_backend(const metala_backend *device) {
     stage_of = device;
 #define USE(function) b.function = staged_##function
     USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
-    USE(conv_backward), USE(conv_tail), USE(matmul_forward), USE(matmul_backward), USE(matmul_quantized), USE(mask_rows);
+    USE(conv_backward), USE(matmul_forward), USE(matmul_backward), USE(matmul_quantized), USE(mask_rows);
     USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(augment_forward);
     USE(augment_backward), USE(head_norm_forward), USE(head_norm_backward), USE(silu_gate_forward);
     USE(silu_gate_backward), USE(add), USE(cross_entropy_forward), USE(cross_entropy_backward), USE(sum_squares), USE(adamw);

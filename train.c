@@ -1254,7 +1254,7 @@ enum kernel { EMBEDDING, RMS, CONV, SHIFT, MATMUL, MASK, FEATURES, PHASE, GATE, 
               HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM, ADAMW, KERNELS };
 static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "token shift",
     "matrix products", "mask", "feature maps", "phase", "decay", "decay scan", "softmax attention", "normaliser",
-    "self-augmentation", "skip", "head norm", "gated products", "residual add", "cross-entropy",
+    "self-augmentation", "skip", "head norm + gate", "gated products", "residual add", "cross-entropy",
     "gradient norm", "AdamW"};
 static struct { double seconds[2], operations[2]; long calls[2]; } spent[KERNELS];     // forward, backward
 static const metala_backend *profiled;
@@ -1285,7 +1285,7 @@ CLOCKED(rms_forward, RMS, 0, 0,
 CLOCKED(rms_backward, RMS, 1, 0,
         (ctx_t *c, real *dx, in_t *dn, in_t *x, in_t *s, const uint8_t *m, size_t r, size_t D), (c, dx, dn, x, s, m, r, D))
 CLOCKED(conv_forward, CONV, 0, 0,
-        (ctx_t *c, real *u, real *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
+        (ctx_t *c, real *u, real *p, in_t *n, in_t *w, real *tail, size_t B, size_t T, size_t D),
         (c, u, p, n, w, tail, B, T, D))
 CLOCKED(conv_backward, CONV, 1, 0,
         (ctx_t *c, real *dn, real *dw, in_t *du, in_t *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
@@ -1323,9 +1323,11 @@ CLOCKED(augment_backward, AUGMENT, 1, 0,
         (ctx_t *c, real *dq, real *dk, real *dv, real *db, in_t *dp, in_t *q, in_t *k, in_t *v, in_t *b, size_t r,
          size_t H, size_t K, size_t V), (c, dq, dk, dv, db, dp, q, k, v, b, r, H, K, V))
 CLOCKED(head_norm_forward, HEAD_NORM, 0, 0,
-        (ctx_t *c, real *n, real *rho, in_t *p, size_t r, size_t H, size_t V, double eps), (c, n, rho, p, r, H, V, eps))
+        (ctx_t *c, real *y, real *n, real *rho, in_t *p, in_t *g, size_t r, size_t H, size_t V, double eps),
+        (c, y, n, rho, p, g, r, H, V, eps))
 CLOCKED(head_norm_backward, HEAD_NORM, 1, 0,
-        (ctx_t *c, real *dp, in_t *dn, in_t *n, in_t *rho, size_t r, size_t H, size_t V), (c, dp, dn, n, rho, r, H, V))
+        (ctx_t *c, real *dp, real *dg, in_t *dy, in_t *n, in_t *rho, in_t *g, size_t r, size_t H, size_t V),
+        (c, dp, dg, dy, n, rho, g, r, H, V))
 CLOCKED(silu_gate_forward, SILU_GATE, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
 CLOCKED(silu_gate_backward, SILU_GATE, 1, 0, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
         (c, da, db, dy, a, b, n))
