@@ -176,8 +176,10 @@ void *cuda_alloc(size_t bytes) {
 
 void cuda_free(void *memory) { cudaFree(memory); }
 
-// Kernels and copies are in one stream and so in order; a copy to the host waits for all that came before it, and is
-// where an error inside a kernel shows. download of 0 bytes only waits.
+// Kernels and copies are in one stream and so in order: the default one, but for what is recorded. A copy to the host waits for
+// all that came before it, and is where an error inside a kernel shows. download of 0 bytes only waits.
+thread_local cudaStream_t stream = 0;
+
 void cuda_upload(metala_context *ctx, void *to, const void *host, size_t bytes) {
     if (bytes) CHECK(cudaMemcpy(to, host, bytes, cudaMemcpyHostToDevice));
 }
@@ -186,11 +188,41 @@ void cuda_download(metala_context *ctx, void *host, const void *from, size_t byt
     else CHECK(cudaDeviceSynchronize());
 }
 void cuda_copy(metala_context *ctx, void *to, const void *from, size_t bytes) {
-    if (bytes) CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, 0));
+    if (bytes) CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
 }
 void cuda_zero(metala_context *ctx, void *memory, size_t bytes) {
-    if (bytes) CHECK(cudaMemsetAsync(memory, 0, bytes, 0));
+    if (bytes) CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
 }
+
+// What is recorded becomes a graph of CUDA. Only a stream of its own can be captured, and nothing runs in that one: the graph
+// does, in the default stream, like all else.
+int cuda_record(metala_context *) {
+    cudaStream_t own;
+    if (cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking) == cudaSuccess) {
+        if (cudaStreamBeginCapture(own, cudaStreamCaptureModeThreadLocal) == cudaSuccess) {
+            stream = own;
+            return 0;
+        }
+        cudaStreamDestroy(own);
+    }
+    cudaGetLastError();
+    return -1;
+}
+void *cuda_recorded(metala_context *) {
+    cudaGraph_t graph = NULL;
+    cudaGraphExec_t recording = NULL;
+    if (cudaStreamEndCapture(stream, &graph) != cudaSuccess ||
+        cudaGraphInstantiateWithFlags(&recording, graph, 0) != cudaSuccess) {
+        cudaGetLastError();
+        recording = NULL;
+    }
+    if (graph) cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+    stream = 0;
+    return recording;
+}
+void cuda_replay(metala_context *ctx, void *recording) { CHECK(cudaGraphLaunch((cudaGraphExec_t)recording, stream)); }
+void cuda_forget(void *recording) { cudaGraphExecDestroy((cudaGraphExec_t)recording); }
 
 // Memory for the duration of one call, as in metala.c; the context has it. Kernels of the next call may reuse it while
 // those of this one still wait in the stream: they run after them.
@@ -198,7 +230,7 @@ float *scratch(metala_context *ctx, size_t floats) {
     float *memory = (float *)metala_context_scratch(ctx, floats * sizeof(float));
 #ifndef __CUDACC__                                               // the emulator shows who reads what nobody wrote, or goes too far
     memory = (float *)emu::last_bytes(memory, floats * sizeof(float));
-    if (memory) cudaMemset(memory, 0xFF, floats * sizeof(float));
+    if (memory) cudaMemsetAsync(memory, 0xFF, floats * sizeof(float), stream);
 #endif
     return memory;
 }
@@ -246,7 +278,7 @@ size_t shared_room() {
         size_t shared_ = shared;                                                      \
         if (fits(ctx, kernel, #kernel, grid_, shared_, __FILE__, __LINE__)) {         \
             dim3 blocks_((unsigned)grid_.x, (unsigned)grid_.y, (unsigned)grid_.z);    \
-            LAUNCH(kernel, blocks_, block, shared_, 0, __VA_ARGS__);                  \
+            LAUNCH(kernel, blocks_, block, shared_, stream, __VA_ARGS__);             \
             check(ctx, cudaGetLastError(), #kernel, __FILE__, __LINE__);              \
         }                                                                             \
     } while (0)
@@ -3556,6 +3588,11 @@ const metala_backend *backend() {
         MATH == METALA_TF32 ? NAME " tf32" : MATH == METALA_BFLOAT16 ? NAME " bf16" : NAME,
         (size_t)1 << 27,
         cuda_alloc, cuda_free, cuda_upload, cuda_download, cuda_copy, cuda_zero,
+#ifdef METALA_CUBLAS
+        NULL, NULL, NULL, NULL,                                      // it has a stream and memory of its own
+#else
+        cuda_record, cuda_recorded, cuda_replay, cuda_forget,
+#endif
         embedding_forward, embedding_backward, patch_forward,
         rms_forward, rms_backward,
         conv_forward, conv_backward,

@@ -2908,7 +2908,7 @@ static void cpu_zero(metala_context *ctx, void *memory, size_t bytes) {
 }
 
 static const metala_backend cpu_backend = {
-    "cpu", (size_t)1 << 22, cpu_alloc, cpu_free, cpu_copy, cpu_copy, cpu_copy, cpu_zero,
+    "cpu", (size_t)1 << 22, cpu_alloc, cpu_free, cpu_copy, cpu_copy, cpu_copy, cpu_zero, NULL, NULL, NULL, NULL,
     embedding_forward, embedding_backward, patch_forward,
     rms_forward, rms_backward,
     conv_forward, conv_backward,
@@ -4855,6 +4855,11 @@ struct metala_state {
     int *host_tokens, *host_targets;
     uint8_t *host_mask;
     real *host_loss;
+    void *recording;                    // of a step, or NULL
+    int unrecordable;                   // the device could not
+    uint64_t step_version;              // of the parameters, and scratch memory, of the last step: a recording has their addresses
+    const void *step_scratch;
+    int stepped;                        // there was one
 };
 
 static size_t state_count(const metala_config *c) {       // numbers in S of one sequence and layer
@@ -4876,7 +4881,13 @@ size_t metala_state_bytes(const metala_config *c, uint64_t tokens) {
 
 uint64_t metala_state_position(const metala_state *s) { return s->position; }
 
+static void forget_step(metala_state *s) {
+    if (s->recording) s->backend->forget(s->recording);
+    s->recording = NULL, s->stepped = 0;
+}
+
 static void free_buffers(metala_state *s) {
+    forget_step(s);
     s->backend->free(s->memory);
     s->backend->free(s->tokens);
     s->backend->free(s->targets);
@@ -5103,14 +5114,12 @@ int metala_state_get(metala_context *ctx, const metala_state *s, const char *nam
     return fail(ctx, "a state has no tensor called %s", name);
 }
 
-// Reads one segment of n <= tokens_most tokens (already in the buffers); leaves final_norm.
-static int read_segment(metala_context *ctx, metala_state *s, metala_form form, size_t n, int masked) {
+// From the tokens, which are with the device, through all layers to final_norm.
+static void run_layers(metala_context *ctx, metala_state *s, metala_form form, size_t n, int masked) {
     const metala_backend *be = s->backend;
     const metala_model *m = s->model;
     const metala_config *c = &m->config;
     size_t rows = s->B * n, D = (size_t)c->width;
-    be->upload(ctx, s->tokens, s->host_tokens, rows * token_size(c) * sizeof(int));
-    if (masked) be->upload(ctx, s->mask, s->host_mask, rows);
     pass p = pass_of(c, s->B, n, masked ? s->mask : NULL, form, s->position);
     size_t bounds = bounds_count(c), L = (size_t)c->layers;
     if (bounds) be->bounds_forward(ctx, s->bounds, m->parameters + m->bounds, L, bounds / L);
@@ -5127,10 +5136,28 @@ static int read_segment(metala_context *ctx, metala_state *s, metala_form form, 
         layer_forward(ctx, m, (int)l, &s->a, &p, &past);
     }
     be->rms_forward(ctx, s->final_norm, s->final_r, s->a.output, NULL, rows, D, c->norm_eps);
+}
+
+// Reads one segment of n <= tokens_most tokens (already in the host's buffers); leaves final_norm.
+static int read_segment(metala_context *ctx, metala_state *s, metala_form form, size_t n, int masked) {
+    const metala_backend *be = s->backend;
+    size_t rows = s->B * n;
+    be->upload(ctx, s->tokens, s->host_tokens, rows * token_size(&s->model->config) * sizeof(int));
+    if (masked) be->upload(ctx, s->mask, s->host_mask, rows);
+    run_layers(ctx, s, form, n, masked);
     if (metala_context_failed(ctx)) return -1;
-    s->ssm_version = m->version;
+    s->ssm_version = s->model->version;
     s->position += n;
     return 0;
+}
+
+static int ready_to_read(metala_context *ctx, metala_state *s, const int *tokens, const int *targets, size_t T) {
+    const metala_config *c = &s->model->config;
+    if (T < 1) return fail(ctx, "state: no tokens to read");
+    if (same_device(ctx, s->backend, "state")) return -1;
+    if (check_tokens(ctx, c, tokens, s->B * T, 0)) return -1;
+    if (targets && check_tokens(ctx, c, targets, s->B * T, 1)) return -1;
+    return reserve(ctx, s, T < SEGMENT ? T : SEGMENT) || make_room(ctx, s, plus((size_t)s->position, T)) ? -1 : 0;
 }
 
 // Reads T tokens in segments. `logits` (B,T,N) of all positions, `last` (B,N) of the last one, or targets to score;
@@ -5140,11 +5167,7 @@ static int read_tokens(metala_context *ctx, metala_state *s, metala_form form, c
     const metala_backend *be = s->backend;
     const metala_model *m = s->model;
     size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width, B = s->B, C = token_size(&m->config);
-    if (T < 1) return fail(ctx, "state: no tokens to read");
-    if (same_device(ctx, be, "state")) return -1;
-    if (check_tokens(ctx, &m->config, tokens, B * T, 0)) return -1;
-    if (targets && check_tokens(ctx, &m->config, targets, B * T, 1)) return -1;
-    if (reserve(ctx, s, T < SEGMENT ? T : SEGMENT) || make_room(ctx, s, plus((size_t)s->position, T))) return -1;
+    if (ready_to_read(ctx, s, tokens, targets, T)) return -1;
     int masked = mask || cache_bytes(&m->config);             // what is kept of every token needs a mask
     for (size_t t0 = 0; t0 < T; t0 += SEGMENT) {
         size_t n = T - t0 < SEGMENT ? T - t0 : SEGMENT, rows = B * n;
@@ -5201,9 +5224,45 @@ int metala_score(metala_context *ctx, metala_state *s, metala_form form, const i
     return read_tokens(ctx, s, form, tokens, mask, T, NULL, NULL, targets, nats, counted);
 }
 
+// Does a step depend on how many tokens came before, other than by the state?
+static int counts_tokens(const metala_row *r) {
+    return r->phase != METALA_PHASE_OFF || r->decay == METALA_DECAY_SOFTMAX || r->decay == METALA_DECAY_EXP;
+}
+
+// A step of small kernels, each of which takes a GPU longer to start than to run, and all are the same the next time: so it is
+// recorded and replayed. The first step is an ordinary one, and so is the first after the parameters or the scratch memory
+// have changed; what it needed is there for the second, which is recorded.
+static int recorded_step(metala_context *ctx, metala_state *s, metala_form form, const int *tokens, real *logits) {
+    const metala_backend *be = s->backend;
+    const metala_model *m = s->model;
+    size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width;
+    if (ready_to_read(ctx, s, tokens, NULL, 1)) return -1;
+    be->upload(ctx, s->tokens, tokens, s->B * token_size(&m->config) * sizeof(int));
+    int same = s->stepped && s->step_version == m->version && s->step_scratch == ctx->scratch;
+    if (!same) forget_step(s);
+    int record = same && !s->recording && !be->record(ctx);
+    if (!s->recording) {
+        run_layers(ctx, s, form, 1, 0);
+        linear(ctx, m, s->logits, s->final_norm, m->head, ABSENT, NULL, s->B, N, D);
+    }
+    if (record && !(s->recording = be->recorded(ctx))) {
+        s->unrecordable = 1;                                  // nothing has been done, so it is done now
+        metala_context_failed(ctx);
+        return metala_step(ctx, s, tokens, logits);
+    }
+    if (s->recording) be->replay(ctx, s->recording);
+    if (logits) be->download(ctx, logits, s->logits, s->B * N * sizeof(real));
+    if (metala_context_failed(ctx)) return -1;
+    s->step_version = s->ssm_version = m->version, s->step_scratch = ctx->scratch, s->stepped = 1;
+    s->position++;
+    return 0;
+}
+
 int metala_step(metala_context *ctx, metala_state *s, const int *tokens, real *logits) {
-    sizes z = sizes_of(&s->model->config);                    // of narrow heads, the chunkwise form takes many at a time
+    const metala_config *c = &s->model->config;
+    sizes z = sizes_of(c);                                    // of narrow heads, the chunkwise form takes many at a time
     metala_form form = is_narrow(z.K, z.V + z.ones) ? METALA_CHUNKWISE : METALA_RECURRENT;
+    if (s->backend->record && !s->unrecordable && !counts_tokens(&c->row)) return recorded_step(ctx, s, form, tokens, logits);
     return read_tokens(ctx, s, form, tokens, NULL, 1, NULL, logits, NULL, NULL, NULL);
 }
 

@@ -456,6 +456,13 @@ struct metala_backend {
     void (*download)(metala_context *ctx, void *host, const void *from, size_t bytes);
     void (*copy)(metala_context *ctx, void *to, const void *from, size_t bytes);
     void (*zero)(metala_context *ctx, void *memory, size_t bytes);
+    // Where it takes long to start a kernel: what is asked for between record (0: it does) and recorded is not done but kept, so
+    // that replay does all of it at once, as often as wanted, on what the same memory holds then. NULL where there is no use
+    // for it.
+    int (*record)(metala_context *ctx);
+    void *(*recorded)(metala_context *ctx);                                               // NULL: it could not be kept
+    void (*replay)(metala_context *ctx, void *recording);
+    void (*forget)(void *recording);
 
     void (*embedding_forward)(metala_context *ctx, metala_real *x, const int *tokens, const metala_real *E,
         size_t rows, size_t D, double scale);

@@ -3508,7 +3508,6 @@ static void check_row_forms(const metala_named_row *row, int masked) {
     end_check();
 }
 
-// What has been read in pieces, saved, loaded and copied is what has been read at once.
 static void check_row_states(const metala_named_row *row) {
     enum { B = 2, T = 60, LEFT = 9 };
     if (!begin(row_tolerance(&row->row), "row %s: states", row->name)) return;
@@ -6041,7 +6040,7 @@ static double staged_sum_squares(ctx_t *c, in_t *x, size_t n) {
 
 static metala_backend staged_backend(const metala_backend *device) {
     metala_backend b = *device;
-    stage_of = device;
+    stage_of = device, b.record = NULL;
 #define USE(function) b.function = staged_##function
     USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
     USE(conv_backward), USE(matmul_forward), USE(matmul_backward), USE(matmul_quantized), USE(mask_rows);
@@ -6435,10 +6434,15 @@ static int list_golden_folder(void) { return usage("folders cannot be listed on 
 static void check_table(void) {
     if (run.only || run.kernel || run.list || run.stop) return;
     if (!begin(0, "every entry of the backend table was called")) return;
-    size_t first = offsetof(metala_backend, alloc) / sizeof(void (*)(void));
+    size_t first = offsetof(metala_backend, alloc) / sizeof(void (*)(void)), count = 0;
     size_t end = sizeof(metala_backend) / sizeof(void (*)(void));
-    for (size_t i = first; i < end; i++) expect(called[i], "entry %zu has a check of its own", i - first);
-    note(" %zu entries", end - first);
+    for (size_t i = first; i < end; i++) {
+        void (*entry)(void);
+        memcpy(&entry, (const char *)be + i * sizeof entry, sizeof entry);
+        expect(called[i] || !entry, "entry %zu has a check of its own", i - first);
+        count += entry != NULL;
+    }
+    note(" %zu entries", count);
     end_check();
 }
 
@@ -6473,6 +6477,112 @@ static int open_device(metala_math math) {
     on[CPU].be = metala_cpu(), on[DEVICE].be = on[AGAIN].be = be;
     on[CPU].ctx = metala_open(metala_cpu(), 1), on[DEVICE].ctx = on[AGAIN].ctx = ctx;
     return ctx && on[CPU].ctx ? 0 : usage("out of", "memory");
+}
+
+// Every row on a device, token by token: a device that records steps gives the bits of the same device when it does not, and
+// the CPU's numbers, whatever happens between the steps.
+static struct { const metala_backend *of; int records, replays, alive, failing; } recorder;
+static int counted_record(metala_context *c) {
+    recorder.records++;
+    called[offsetof(metala_backend, record) / sizeof(void (*)(void))] = 1;
+    return recorder.of->record(c);
+}
+static void *counted_recorded(metala_context *c) {
+    void *recording = recorder.of->recorded(c);
+    called[offsetof(metala_backend, recorded) / sizeof(void (*)(void))] = 1;
+    if (recording && recorder.failing) recorder.of->forget(recording), recording = NULL;
+    recorder.alive += recording != NULL;
+    return recording;
+}
+static void counted_replay(metala_context *c, void *recording) {
+    recorder.replays++;
+    called[offsetof(metala_backend, replay) / sizeof(void (*)(void))] = 1;
+    recorder.of->replay(c, recording);
+}
+static void counted_forget(void *recording) {
+    recorder.alive--;
+    called[offsetof(metala_backend, forget) / sizeof(void (*)(void))] = 1;
+    recorder.of->forget(recording);
+}
+static int always_counts_tokens(const metala_row *r) {
+    return r->phase != METALA_PHASE_OFF || r->decay == METALA_DECAY_SOFTMAX || r->decay == METALA_DECAY_EXP;
+}
+
+static void check_recorded_steps(const metala_named_row *row, int failing) {
+    enum { B = 2, STEPS = 14 };
+    const metala_backend *device = metala_context_backend(ctx);
+    enum { PLAIN, COUNTED, OF_CPU };
+    const int runs = fast > 0 ? 2 : 3;                               // rounded products are no CPU's
+    if (!device->record || !begin(8e-6, "row %s: recorded steps%s", row->name, failing ? " on a device that cannot" : "")) return;
+    metala_backend plain = *device, counted = *device;
+    plain.record = NULL;
+    counted.record = counted_record, counted.recorded = counted_recorded;
+    counted.replay = counted_replay, counted.forget = counted_forget;
+    recorder.of = device, recorder.records = recorder.replays = recorder.alive = 0, recorder.failing = failing;
+    metala_config c = row_config(row);
+    c.width = 16, c.heads = 2;
+    const metala_backend *tables[] = {&plain, &counted, metala_cpu()};
+    metala_context *contexts[3];
+    metala_model *models[3];
+    metala_state *states[3], *others[3];
+    real *logits[3], *all[2];
+    size_t N = (size_t)c.vocab_size;
+    int long_text[B * 40], tokens[B];
+    for (int i = 0; i < B * 40; i++) long_text[i] = i * 7 % c.vocab_size;
+    for (int i = 0; i < runs; i++) {
+        contexts[i] = metala_open(tables[i], 1);
+        models[i] = metala_model_create(contexts[i], &c);
+        if (!models[i] || metala_model_init(contexts[i], models[i], 5, NULL)) problem("%s", metala_error(contexts[i]));
+        states[i] = metala_state_create(contexts[i], models[i], B), others[i] = metala_state_create(contexts[i], models[i], B);
+        logits[i] = reals(B * 40 * N);
+    }
+    for (int i = 0; i < 2; i++) all[i] = reals(STEPS * B * N);
+    int ordinary = 0;                                                // steps that could not be replayed, after the first
+    for (int step = 0; step < STEPS && !*now.problem; step++) {
+        for (int i = 0; i < runs; i++) {
+            metala_context *own = contexts[i];
+            int failed = 0;
+            if (step == 4) failed = metala_forward(own, states[i], METALA_CHUNKWISE, long_text, NULL, 40, logits[i]);   // larger buffers
+            if (step == 7) {                                         // other parameters
+                const metala_tensor *t = metala_model_tensor(models[i], 0);
+                real *x = reals(t->count);
+                failed = metala_model_get(own, models[i], t->name, x);
+                for (size_t j = 0; j < t->count; j++) x[j] *= (real)1.25;
+                failed |= metala_model_set(own, models[i], t->name, x);
+            }
+            if (step == 10) failed = metala_forward(own, others[i], METALA_CHUNKWISE, long_text, NULL, 40, NULL) ||
+                                     metala_state_copy(own, states[i], others[i]);
+            if (step == 12) failed = metala_state_reset(own, states[i]);
+            for (int b = 0; b < B; b++) tokens[b] = (step * 5 + b * 3) % c.vocab_size;
+            if (failed || metala_step(own, states[i], tokens, logits[i])) problem("step %d: %s", step, metala_error(own));
+        }
+        ordinary += step == 4 || step == 7;
+        same_bits("logits", logits[PLAIN], logits[COUNTED], B * N);
+        memcpy(all[0] + (size_t)step * B * N, logits[COUNTED], B * N * sizeof(real));
+        if (runs > OF_CPU) memcpy(all[1] + (size_t)step * B * N, logits[OF_CPU], B * N * sizeof(real));
+        expect(metala_state_position(states[PLAIN]) == metala_state_position(states[COUNTED]), "the same position");
+    }
+    if (runs > OF_CPU) {
+        double *wanted = doubles(STEPS * B * N);
+        for (size_t i = 0; i < STEPS * B * N; i++) wanted[i] = (double)all[1][i];
+        compare("logits", all[0], wanted, DIMS(STEPS, B, N));
+    }
+    int replays = always_counts_tokens(&c.row) || failing ? 0 : STEPS - 1 - ordinary;
+    expect(recorder.replays == replays, "%d replays, not %d", replays, recorder.replays);
+    expect(recorder.records == (failing && !always_counts_tokens(&c.row) ? 1 : replays ? 3 : 0), "not %d recordings", recorder.records);
+    for (int i = 0; i < runs; i++) {
+        metala_state_free(states[i]), metala_state_free(others[i]);
+        metala_model_free(models[i]);
+        metala_close(contexts[i]);
+    }
+    expect(recorder.alive == 0, "every recording is forgotten, %d are not", recorder.alive);
+    end_check();
+}
+
+// What has been read in pieces, saved, loaded and copied is what has been read at once.
+static void check_recordings(void) {
+    check_recorded_steps(metala_rows(), 1);
+    for (const metala_named_row *row = metala_rows(); row->name; row++) check_recorded_steps(row, 0);
 }
 
 // The entries of the table `be` against references in double.
@@ -6516,6 +6626,7 @@ static void check_device(void) {
     }
     check_training();
     check_patches();
+    check_recordings();
     check_table();
 }
 

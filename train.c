@@ -1444,6 +1444,7 @@ static double clocked_sum_squares(ctx_t *c, in_t *x, size_t n) {
 static metala_backend clocked_backend(const metala_backend *device) {
     profiled = device;
     metala_backend b = *device;
+    b.record = NULL;                                                 // a clock waits, a recording cannot
 #define USE(function) b.function = clocked_##function
     USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
     USE(conv_backward), USE(matmul_forward), USE(matmul_backward), USE(mask_rows), USE(gate_forward), USE(gate_backward);

@@ -801,9 +801,10 @@ struct Heap {
     size_t used = 0, limit = (size_t)4 << 30;
     long launches = 0;
     int count = 0, error = 0, driver = 13000, devices = 1, capability = 90, device = 0;
-    bool host_access = false, async = false, capturing = false, trace = false;
+    bool host_access = false, async = false, trace = false, spoiled = false;   // spoiled: the capture
     const char *leaks = "report";
     std::deque<std::function<void()>> queue;                     // of CUDA_ASYNC
+    const void *capturing = nullptr;                             // the stream
     std::vector<std::function<void()>> *graph = nullptr;         // what a capture collects
     std::set<const void *> streams;
     std::map<const void *, size_t> dynamic_limit;                // set by cudaFuncSetAttribute
@@ -861,9 +862,19 @@ inline int complain(int error, const char *file, int line, const char *format, .
     return heap.error = error;
 }
 
+// While a stream is captured nothing may wait for it, or take or free memory, and what goes to another stream was probably meant
+// for this one (the capture on a GPU fails only for streams that wait for each other). The capture is spoiled by it.
+inline int breaks_capture(const char *name, const void *stream, bool waits, const char *file, int line) {
+    if (!heap.capturing || (!waits && stream == heap.capturing)) return 0;
+    heap.spoiled = true;
+    return waits ? complain(900, file, line, "%s while a stream is captured", name)
+                 : complain(906, file, line, "%s in another stream than the one that is captured", name);
+}
+
 inline int allocate(void **p, size_t bytes, Kind kind, const char *file, int line) {
     *p = nullptr;
     if (!bytes) return 0;
+    if (int e = breaks_capture("an allocation", nullptr, true, file, line)) return e;
     if (heap.used > heap.limit || bytes > heap.limit - heap.used) return heap.error = 2;
     Allocation a = {nullptr, nullptr, bytes, 0, kind, false, ++heap.count, line, file};
 #ifdef __SANITIZE_ADDRESS__
@@ -906,6 +917,7 @@ inline void *last_bytes(void *memory, size_t bytes) {
 void drain();
 inline int release(void *p, bool pinned, const char *name, const char *file, int line) {
     if (!p) return 0;
+    if (int e = breaks_capture(name, nullptr, true, file, line)) return e;
     drain();
     auto at = heap.alive.find((uintptr_t)p);
     if (at == heap.alive.end() || at->second.registered || (at->second.kind == PINNED) != pinned) {
@@ -1178,6 +1190,7 @@ void launch(const char *kernel, const char *file, int line, dim3 grid, dim3 bloc
         complain(400, file, line, "kernel %s: there is no such stream, or no longer", kernel);
         return;
     }
+    if (breaks_capture(kernel, stream, false, file, line)) return;
     int number = 0, wrong = 0;
     std::apply([&](auto... a) { ((++number, !wrong && host_pointer(a) ? wrong = number : 0), ...); }, body->arguments);
     if (wrong && !heap.host_access) {
@@ -1633,7 +1646,8 @@ enum cudaError {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
     cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
     cudaErrorNoKernelImageForDevice = 209, cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600,
-    cudaErrorIllegalAddress = 700, cudaErrorLaunchFailure = 719, cudaErrorNotSupported = 801
+    cudaErrorIllegalAddress = 700, cudaErrorLaunchFailure = 719, cudaErrorNotSupported = 801,
+    cudaErrorStreamCaptureUnsupported = 900, cudaErrorStreamCaptureInvalidated = 901, cudaErrorStreamCaptureImplicit = 906
 };
 typedef enum cudaError cudaError_t;
 enum cudaMemcpyKind {
@@ -1712,6 +1726,9 @@ const ErrorName error_names[] = {
     {700, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
     {719, "cudaErrorLaunchFailure", "unspecified launch failure"},
     {801, "cudaErrorNotSupported", "operation not supported"},
+    {900, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
+    {901, "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},
+    {906, "cudaErrorStreamCaptureImplicit", "operation would make the legacy stream depend on a capturing blocking stream"},
 };
 inline const ErrorName *error_name(int code) {
     for (const ErrorName &e : error_names)
@@ -1790,7 +1807,8 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, 
     }
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize() {
+inline cudaError_t cudaDeviceSynchronize(EMU_HERE) {
+    if (int e = emu::breaks_capture("cudaDeviceSynchronize", nullptr, true, file, line)) return (cudaError_t)e;
     return emu::drain(), emu::result(emu::no_device() ? emu::no_device() : emu::heap.error);
 }
 inline cudaError_t cudaDeviceReset() { return emu::drain(), cudaSuccess; }
@@ -1895,6 +1913,7 @@ inline cudaError_t copy(const char *name, void *to, size_t to_pitch, const void 
     if (!width || !height) return cudaSuccess;
     if (!known_stream(stream))
         return (cudaError_t)complain(400, file, line, "%s: there is no such stream, or no longer", name);
+    if (int e = breaks_capture(name, stream, wait, file, line)) return (cudaError_t)e;
     size_t to_bytes = (height - 1) * to_pitch + width, from_bytes = (height - 1) * from_pitch + width;
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
@@ -1914,6 +1933,7 @@ inline cudaError_t set(const char *name, void *to, int value, size_t bytes, cuda
     if (!bytes) return cudaSuccess;
     if (!known_stream(stream))
         return (cudaError_t)complain(400, file, line, "%s: there is no such stream, or no longer", name);
+    if (int e = breaks_capture(name, stream, false, file, line)) return (cudaError_t)e;
     if (int e = check_range(name, "destination", to, bytes, true, false, file, line)) return (cudaError_t)e;
     enqueue([=] {
         Opened opened(to);
@@ -1972,7 +1992,8 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     emu::drain();
     return emu::result(emu::heap.streams.erase(s) ? 0 : 400);
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
+inline cudaError_t cudaStreamSynchronize(cudaStream_t s, EMU_HERE) {
+    if (int e = emu::breaks_capture("cudaStreamSynchronize", nullptr, true, file, line)) return (cudaError_t)e;
     if (!emu::known_stream(s)) return emu::result(400);
     return emu::drain(), emu::result(emu::heap.error);
 }
@@ -1992,19 +2013,26 @@ inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t
     return *ms = std::chrono::duration<float, std::milli>(to->time - from->time).count(), cudaSuccess;
 }
 
-// ---- Graphs: what is captured is kept and done again
-inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
-    if (emu::heap.capturing) return emu::result(1);
-    return emu::heap.capturing = true, emu::heap.graph = new std::vector<std::function<void()>>(), cudaSuccess;
+// ---- Graphs: what is captured is kept and done again. The default stream cannot be captured.
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    if (!stream || emu::heap.capturing) return emu::result(stream ? 1 : 900);
+    if (!emu::known_stream(stream)) return emu::result(400);
+    emu::heap.capturing = stream, emu::heap.spoiled = false;
+    return emu::heap.graph = new std::vector<std::function<void()>>(), cudaSuccess;
 }
-inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) {
-    if (!emu::heap.capturing) return emu::result(1);
-    *g = new EmuGraph{*emu::heap.graph};
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *g) {
+    *g = nullptr;
+    if (!emu::heap.capturing || stream != emu::heap.capturing) return emu::result(1);
+    if (!emu::heap.spoiled) *g = new EmuGraph{*emu::heap.graph};
     delete emu::heap.graph;
-    return emu::heap.capturing = false, emu::heap.graph = nullptr, cudaSuccess;
+    emu::heap.capturing = nullptr, emu::heap.graph = nullptr;
+    return emu::result(emu::heap.spoiled ? 901 : 0);
 }
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *to, cudaGraph_t g, unsigned long long = 0) {
     return *to = new EmuGraph(*g), cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *to, cudaGraph_t g, unsigned long long flags) {
+    return cudaGraphInstantiate(to, g, flags);
 }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t) {
     for (auto &node : g->nodes) emu::enqueue(node);

@@ -534,7 +534,7 @@ __global__ void sum_big_kernel(float *to, int n) {               // needs more t
 void test_runtime() {
     const float three[3] = {2, 3, 5};
     std::vector<float> x(30, 1);
-    float *p = upload(x), *grid = device<float>(20), ms = -1;
+    float *p = upload(x), *grid = device<float>(20), ms = -1, small_copy[3];
     CHECK(cudaMemcpyToSymbol(factors, three, sizeof three));
     cudaStream_t stream;
     cudaEvent_t start, stop;
@@ -556,6 +556,11 @@ void test_runtime() {
     check("a captured graph runs three times, events, a constant", x[0] == 8 && x[1] == 27 && x[29] == 125 && ms >= 0);
     CHECK(cudaGraphExecDestroy(ready));
     CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    check("what waits spoils a capture", cudaMemcpy(small_copy, p, sizeof small_copy, cudaMemcpyDeviceToHost) != cudaSuccess &&
+          cudaStreamEndCapture(stream, &graph) != cudaSuccess && !graph && cudaGetLastError() != cudaSuccess);
+    check("the default stream is not captured", cudaStreamBeginCapture(0, cudaStreamCaptureModeThreadLocal) != cudaSuccess &&
+          cudaGetLastError() != cudaSuccess);
     CHECK(cudaEventDestroy(start));
     CHECK(cudaEventDestroy(stop));
     CHECK(cudaStreamDestroy(stream));
