@@ -209,8 +209,14 @@ static void augment_backward(void *p) {
     call_data *c = p;
     be->augment_backward(ctx, c->x[6], c->x[7], c->x[8], c->x[9], c->x[0], c->x[2], c->x[3], c->x[4], c->x[5], c->rows, c->H, c->K, c->V);
 }
-static void head_norm_forward(void *p) { call_data *c = p; be->head_norm_forward(ctx, c->x[0], c->x[1], c->x[2], c->rows, c->H, c->V, 1e-5); }
-static void head_norm_backward(void *p) { call_data *c = p; be->head_norm_backward(ctx, c->x[3], c->x[4], c->x[0], c->x[1], c->rows, c->H, c->V); }
+static void head_norm_forward(void *p) {
+    call_data *c = p;
+    be->head_norm_forward(ctx, c->x[5], c->x[0], c->x[1], c->x[2], c->x[6], c->rows, c->H, c->V, 1e-5);
+}
+static void head_norm_backward(void *p) {
+    call_data *c = p;
+    be->head_norm_backward(ctx, c->x[3], c->x[7], c->x[4], c->x[0], c->x[1], c->x[6], c->rows, c->H, c->V);
+}
 static void loss_forward(void *p) { call_data *c = p; be->cross_entropy_forward(ctx, c->x[0], c->x[1], c->x[2], c->tokens, c->rows, c->N); }
 static void loss_backward(void *p) { call_data *c = p; be->cross_entropy_backward(ctx, c->x[3], c->x[2], c->x[1], c->tokens, c->rows, c->N, 1e-3); }
 static void adamw(void *p) {
@@ -231,7 +237,7 @@ static void bench_kernels(call_data *c, size_t B, size_t T, size_t D, size_t N) 
         {"conv backward", conv_backward, 4}, {"gate forward", gate_forward, 3}, {"gate backward", gate_backward, 5},
         {"silu gate forward", silu_forward, 3}, {"silu gate backward", silu_backward, 5},
         {"augment forward", augment_forward, 4}, {"augment backward", augment_backward, 7},
-        {"head norm forward", head_norm_forward, 2}, {"head norm backward", head_norm_backward, 3}};
+        {"head norm forward", head_norm_forward, 4}, {"head norm backward", head_norm_backward, 5}};
     char shape[60];
     c->B = B, c->T = T, c->D = D, c->H = 8, c->K = D / 16, c->V = D / 8, c->N = N, c->rows = B * T;
     snprintf(shape, sizeof shape, "B%zu T%zu D%zu H8", B, T, D);
