@@ -197,7 +197,7 @@ void cuda_zero(metala_context *ctx, void *memory, size_t bytes) {
 // What is recorded becomes a graph of CUDA. Only a stream of its own can be captured, and nothing runs in that one: the graph
 // does, in the default stream, like all else.
 int cuda_record(metala_context *) {
-    cudaStream_t own;
+    cudaStream_t own = NULL;
     if (cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking) == cudaSuccess) {
         if (cudaStreamBeginCapture(own, cudaStreamCaptureModeThreadLocal) == cudaSuccess) {
             stream = own;
