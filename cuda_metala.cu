@@ -856,33 +856,44 @@ struct few_rows_layer {
 template <class Weights>
 struct few_rows_layers { few_rows_layer<Weights> of[TOGETHER]; };
 
-template <bool FOUR, class Weights>
+// ROWS: at least as many as there are; of one that is missing, the last one's numbers are taken for nothing. First all loads of
+// AHEAD weights, then their use: what is on its way must be a few kilobytes for each multiprocessor.
+template <int ROWS, bool FOUR, class Weights>
 __global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, size_t rows, size_t outs, size_t in) {
-    enum { EACH = FOUR ? 4 : 1 };
+    enum { EACH = FOUR ? 4 : 1, STEP = WARP * EACH, AHEAD = 8 };
     const real_weights of_x = {x, 1, in};
     FOR_EACH_WARP(n, outs) {
         size_t o = n;
         int layer = 0;
         while (o >= layers.of[layer].out) o -= layers.of[layer++].out;
         const few_rows_layer<Weights> l = layers.of[layer];
-        float sum[FEW_ROWS] = {};
-        for (size_t k = threadIdx.x % WARP * EACH; k < in; k += WARP * EACH) {
-            float weight[EACH], number[EACH];
-            if (FOUR) l.w.four(weight, k, o);
-            else weight[0] = l.w.at(k, o);
+        float sum[ROWS] = {};
+        for (size_t k0 = 0; k0 < in; k0 += AHEAD * STEP) {
+            const size_t k = k0 + threadIdx.x % WARP * EACH;
+            float weight[AHEAD][EACH], number[EACH];
 #pragma unroll
-            for (size_t row = 0; row < FEW_ROWS; row++)
-                if (row < rows) {
-                    if (FOUR) of_x.four(number, k, row);
-                    else number[0] = of_x.at(k, row);
-                    for (int e = 0; e < EACH; e++) sum[row] += number[e] * weight[e];
+            for (int a = 0; a < AHEAD; a++)
+                if (k + a * STEP < in) {
+                    if (FOUR) l.w.four(weight[a], k + a * STEP, o);
+                    else weight[a][0] = l.w.at(k + a * STEP, o);
                 }
+            __syncwarp();                                            // the compiler leaves the loads before it
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++)
+                if (k + a * STEP < in)
+#pragma unroll
+                    for (int row = 0; row < ROWS; row++) {
+                        if (FOUR) of_x.four(number, k + a * STEP, least(row, rows - 1));
+                        else number[0] = of_x.at(k + a * STEP, least(row, rows - 1));
+#pragma unroll
+                        for (int e = 0; e < EACH; e++) sum[row] += number[e] * weight[a][e];
+                    }
         }
 #pragma unroll
-        for (size_t row = 0; row < FEW_ROWS; row++) {
+        for (int row = 0; row < ROWS; row++) {
             float all = warp_sum(sum[row]);
             size_t at = row * l.out + o;
-            if (row < rows && threadIdx.x % WARP == 0) l.y[at] = all + (l.bias ? l.bias[o] : 0) + (l.base ? l.base[at] : 0);
+            if (row < (int)rows && threadIdx.x % WARP == 0) l.y[at] = all + (l.bias ? l.bias[o] : 0) + (l.base ? l.base[at] : 0);
         }
     }
 }
@@ -901,8 +912,13 @@ void matmul_few_rows(metala_context *ctx, const metala_linear *layers, int count
             outs += l->out;
             four = four && (uintptr_t)l->w % 16 == 0;
         }
-        if (four) RUN((matmul_few_rows_kernel<true, Weights>), blocks_for(outs, WARPS), THREADS, 0, some, x, rows, outs, in);
-        else RUN((matmul_few_rows_kernel<false, Weights>), blocks_for(outs, WARPS), THREADS, 0, some, x, rows, outs, in);
+#define FEW(ROWS, FOUR) \
+    RUN((matmul_few_rows_kernel<ROWS, FOUR, Weights>), blocks_for(outs, WARPS), THREADS, 0, some, x, rows, outs, in)
+        if (four && rows == 1) FEW(1, true);
+        else if (four) FEW(FEW_ROWS, true);
+        else if (rows == 1) FEW(1, false);
+        else FEW(FEW_ROWS, false);
+#undef FEW
     }
 }
 
