@@ -36,6 +36,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <type_traits>
 
 #ifdef METALA_FLOAT64
 #error "the GPU's kernels compute in float: build without -DMETALA_FLOAT64"
@@ -185,7 +186,7 @@ void cuda_upload(metala_context *ctx, void *to, const void *host, size_t bytes) 
 }
 void cuda_download(metala_context *ctx, void *host, const void *from, size_t bytes) {
     if (bytes) CHECK(cudaMemcpy(host, from, bytes, cudaMemcpyDeviceToHost));
-    else CHECK(cudaDeviceSynchronize());
+    else CHECK(cudaStreamSynchronize(stream));
 }
 void cuda_copy(metala_context *ctx, void *to, const void *from, size_t bytes) {
     if (bytes) CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
@@ -196,7 +197,7 @@ void cuda_zero(metala_context *ctx, void *memory, size_t bytes) {
 
 // What is recorded becomes a graph of CUDA. Only a stream of its own can be captured, and nothing runs in that one: the graph
 // does, in the default stream, like all else.
-int cuda_record(metala_context *) {
+int cuda_begin_recording(metala_context *) {
     cudaStream_t own = NULL;
     if (cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking) == cudaSuccess) {
         if (cudaStreamBeginCapture(own, cudaStreamCaptureModeThreadLocal) == cudaSuccess) {
@@ -208,7 +209,7 @@ int cuda_record(metala_context *) {
     cudaGetLastError();
     return -1;
 }
-void *cuda_recorded(metala_context *) {
+void *cuda_end_recording(metala_context *) {
     cudaGraph_t graph = NULL;
     cudaGraphExec_t recording = NULL;
     if (cudaStreamEndCapture(stream, &graph) != cudaSuccess ||
@@ -385,14 +386,15 @@ __device__ place place_of(size_t block, size_t M, size_t N, size_t tile_rows, si
     return p;
 }
 
+// Weights of some type: one number, or four of them, k to k+3, in two steps: first what lies in memory, which must be aligned to
+// its size, later the numbers that it stands for.
 struct real_weights {
     const float *w;
     size_t k_step, column_step;
     __device__ float at(size_t k, size_t j) const { return w[k * k_step + j * column_step]; }
-    __device__ void four(float *to, size_t k, size_t j) const {  // k, k+1, k+2, k+3; 16 bytes, aligned
-        float4 x = *(const float4 *)(w + j * column_step + k);
-        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-    }
+    typedef float4 four;
+    __device__ four load(size_t k, size_t j) const { return *(const float4 *)(w + j * column_step + k); }
+    __device__ static void unpack(float *to, four x) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
 };
 
 // Quantized weights, W'[j][k] as metala.c explains them: the upper halves of floats, or scaled bytes.
@@ -401,8 +403,9 @@ struct bfloat16_weights {
     size_t in;
     __device__ static float real(unsigned bits) { return __uint_as_float(bits << 16); }
     __device__ float at(size_t k, size_t j) const { return real(w[j * in + k]); }
-    __device__ void four(float *to, size_t k, size_t j) const {
-        uint2 x = *(const uint2 *)(w + j * in + k);
+    typedef uint2 four;
+    __device__ four load(size_t k, size_t j) const { return *(const uint2 *)(w + j * in + k); }
+    __device__ static void unpack(float *to, four x) {
         to[0] = real(x.x & 0xFFFF), to[1] = real(x.x >> 16), to[2] = real(x.y & 0xFFFF), to[3] = real(x.y >> 16);
     }
 };
@@ -414,10 +417,12 @@ struct int8_weights {
     __device__ float at(size_t k, size_t j) const {
         return scales[j * groups + k / METALA_GROUP] * (float)q[j * in + k];
     }
-    __device__ void four(float *to, size_t k, size_t j) const {
-        unsigned x = *(const unsigned *)(q + j * in + k);
-        float s = scales[j * groups + k / METALA_GROUP];
-        for (int i = 0; i < 4; i++) to[i] = s * (float)(int8_t)(x >> 8 * i & 0xFF);
+    struct four { unsigned bytes; float scale; };
+    __device__ four load(size_t k, size_t j) const {
+        return {*(const unsigned *)(q + j * in + k), scales[j * groups + k / METALA_GROUP]};
+    }
+    __device__ static void unpack(float *to, four x) {
+        for (int i = 0; i < 4; i++) to[i] = x.scale * (float)(int8_t)(x.bytes >> 8 * i & 0xFF);
     }
 };
 
@@ -526,7 +531,7 @@ size_t splits_of(size_t tiles, size_t K) {
 // to whole lines of 128 bytes. Then one kernel does all products, whatever their form and alignment, and for bfloat16 moves
 // half of what floats would take.
 
-enum { LINE = 128 };
+enum { LINE = 128, LINE_PARTS = LINE / 16, LINE_FLOATS = LINE / 4 };
 template <metala_math MATH>
 constexpr size_t numbers_of_line = LINE / (MATH == METALA_BFLOAT16 ? 2 : 4);
 template <metala_math MATH>
@@ -580,7 +585,7 @@ round_operand_kernel(uint4 *straight, size_t straight_step, uint4 *turned, size_
     }
 }
 
-// C = A Bᵀ of two such copies with rows of `lines` lines, sums in float. A block has a warp for each 64 × 64 of a tile of
+// C = A Bᵀ + bias + base of two such copies with rows of `lines` lines, sums in float. A block has a warp for each 64 × 64 of a tile of
 // 128 × COLUMNS, COLUMNS threads: the wider one is more work for what it reads. Lines come by asynchronous copies, two on
 // their way while a third is used.
 //
@@ -843,57 +848,60 @@ void round_operand(metala_context *ctx, uint4 *straight, size_t straight_step, u
         columns);
 }
 
-// Linear layers y = x Wᵀ + bias + base for a few rows of x, as in generation: memory is the limit, each weight is read once. A
-// warp for each output of all the layers; FOUR: all rows of x and W start at multiples of 4 numbers and are read four at a time.
-enum { FEW_ROWS = 4, TOGETHER = 5 };
+// Linear layers y = x Wᵀ + bias + residual for a few rows of x, as in generation: memory is the limit, each weight is read once.
+// blockIdx.y is the layer, a warp takes an output. FOUR: all rows of x and W start at multiples of 4 numbers and are read four at
+// a time.
+enum { FEW_ROWS = 4, TOGETHER = 5 };                             // TOGETHER: layers of one launch
 template <class Weights>
 struct few_rows_layer {
     float *y;
-    const float *bias, *base;
+    const float *bias, *residual;
     Weights w;
     size_t out;
 };
 template <class Weights>
 struct few_rows_layers { few_rows_layer<Weights> of[TOGETHER]; };
 
-// ROWS: at least as many as there are; of one that is missing, the last one's numbers are taken for nothing. First all loads of
-// AHEAD weights, then their use: what is on its way must be a few kilobytes for each multiprocessor.
+// ROWS: at least as many as there are; of one that is missing, the last one's numbers are taken for nothing. First AHEAD loads of
+// weights, then their use: to keep the memory busy, each multiprocessor must have some ten kilobytes on their way.
 template <int ROWS, bool FOUR, class Weights>
-__global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, size_t rows, size_t outs, size_t in) {
+__global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, size_t rows, size_t in) {
     enum { EACH = FOUR ? 4 : 1, STEP = WARP * EACH, AHEAD = 8 };
     const real_weights of_x = {x, 1, in};
-    FOR_EACH_WARP(n, outs) {
-        size_t o = n;
-        int layer = 0;
-        while (o >= layers.of[layer].out) o -= layers.of[layer++].out;
-        const few_rows_layer<Weights> l = layers.of[layer];
+    const few_rows_layer<Weights> &l = layers.of[blockIdx.y];
+    FOR_EACH_WARP(o, l.out) {
         float sum[ROWS] = {};
         for (size_t k0 = 0; k0 < in; k0 += AHEAD * STEP) {
-            const size_t k = k0 + threadIdx.x % WARP * EACH;
-            float weight[AHEAD][EACH], number[EACH];
+            const size_t first = k0 + threadIdx.x % WARP * EACH;
+            typename std::conditional<FOUR, typename Weights::four, float>::type loaded[AHEAD];
 #pragma unroll
             for (int a = 0; a < AHEAD; a++)
-                if (k + a * STEP < in) {
-                    if (FOUR) l.w.four(weight[a], k + a * STEP, o);
-                    else weight[a][0] = l.w.at(k + a * STEP, o);
+                if (const size_t k = first + a * STEP; k < in) {
+                    if constexpr (FOUR) loaded[a] = l.w.load(k, o);
+                    else loaded[a] = l.w.at(k, o);
                 }
             __syncwarp();                                            // the compiler leaves the loads before it
 #pragma unroll
             for (int a = 0; a < AHEAD; a++)
-                if (k + a * STEP < in)
+                if (const size_t k = first + a * STEP; k < in) {
+                    float weight[EACH], number[EACH];
+                    if constexpr (FOUR) Weights::unpack(weight, loaded[a]);
+                    else weight[0] = loaded[a];
 #pragma unroll
                     for (int row = 0; row < ROWS; row++) {
-                        if (FOUR) of_x.four(number, k + a * STEP, least(row, rows - 1));
-                        else number[0] = of_x.at(k + a * STEP, least(row, rows - 1));
+                        const size_t there = least(row, rows - 1);
+                        if constexpr (FOUR) real_weights::unpack(number, of_x.load(k, there));
+                        else number[0] = of_x.at(k, there);
 #pragma unroll
-                        for (int e = 0; e < EACH; e++) sum[row] += number[e] * weight[a][e];
+                        for (int e = 0; e < EACH; e++) sum[row] += number[e] * weight[e];
                     }
+                }
         }
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
             float all = warp_sum(sum[row]);
             size_t at = row * l.out + o;
-            if (row < (int)rows && threadIdx.x % WARP == 0) l.y[at] = all + (l.bias ? l.bias[o] : 0) + (l.base ? l.base[at] : 0);
+            if (row < (int)rows && threadIdx.x % WARP == 0) l.y[at] = all + (l.bias ? l.bias[o] : 0) + (l.residual ? l.residual[at] : 0);
         }
     }
 }
@@ -903,17 +911,18 @@ template <class Weights, class Of>
 void matmul_few_rows(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in,
                      Of weights_of) {
     for (int first = 0; first < count; first += TOGETHER) {
-        few_rows_layers<Weights> some;
+        few_rows_layers<Weights> some = {};
+        const int layers_here = count - first < TOGETHER ? count - first : TOGETHER;
         size_t outs = 0;
         bool four = in % 4 == 0 && (uintptr_t)x % 16 == 0;
-        for (int i = first; i < count && i < first + TOGETHER; i++) {
-            const metala_linear *l = &layers[i];
-            some.of[i - first] = {l->y, l->bias, l->base, weights_of(l), l->out};
-            outs += l->out;
+        for (int i = 0; i < layers_here; i++) {
+            const metala_linear *l = &layers[first + i];
+            some.of[i] = {l->y, l->bias, l->residual, weights_of(l), l->out};
+            outs = greatest(outs, l->out);
             four = four && (uintptr_t)l->w % 16 == 0;
         }
 #define FEW(ROWS, FOUR) \
-    RUN((matmul_few_rows_kernel<ROWS, FOUR, Weights>), blocks_for(outs, WARPS), THREADS, 0, some, x, rows, outs, in)
+    RUN((matmul_few_rows_kernel<ROWS, FOUR, Weights>), extent(blocks_for(outs, WARPS), layers_here), THREADS, 0, some, x, rows, in)
         if (four && rows == 1) FEW(1, true);
         else if (four) FEW(FEW_ROWS, true);
         else if (rows == 1) FEW(1, false);
@@ -922,7 +931,7 @@ void matmul_few_rows(metala_context *ctx, const metala_linear *layers, int count
     }
 }
 
-// Linear layers of one x:  y = x Wᵀ + bias + base.    y, base (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
+// Linear layers of one x:  y = x Wᵀ + bias + residual.    y, residual (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
 template <metala_math MATH>
 void rounded_forward(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in) {
     const size_t lines = lines_of<MATH>(in);
@@ -931,13 +940,13 @@ void rounded_forward(metala_context *ctx, const metala_linear *layers, int count
         most_out = greatest(most_out, layers[i].out);
         most_parts = greatest(most_parts, portions_of<MATH>(rows, layers[i].out, lines).floats);
     }
-    uint4 *of_x = (uint4 *)scratch(ctx, (rows + most_out) * lines * 32 + most_parts);     // a line is 32 floats
+    uint4 *of_x = (uint4 *)scratch(ctx, (rows + most_out) * lines * LINE_FLOATS + most_parts);
     if (lines && !of_x) return;
-    uint4 *of_w = of_x + rows * lines * 8, *end = of_w + most_out * lines * 8;
+    uint4 *of_w = of_x + rows * lines * LINE_PARTS, *end = of_w + most_out * lines * LINE_PARTS;
     round_operand<MATH>(ctx, of_x, lines, NULL, 0, x, rows, in);
     for (const metala_linear *l = layers; l < layers + count; l++) {
         round_operand<MATH>(ctx, of_w, lines, NULL, 0, (const float *)l->w, l->out, in);
-        tensor_multiply<MATH>(ctx, l->y, of_x, of_w, (float *)end, l->bias, l->base, rows, l->out, lines);
+        tensor_multiply<MATH>(ctx, l->y, of_x, of_w, (float *)end, l->bias, l->residual, rows, l->out, lines);
     }
 }
 template <metala_math MATH>
@@ -947,7 +956,7 @@ void matmul_forward(metala_context *ctx, const metala_linear *layers, int count,
                                       [=](const metala_linear *l) { return real_weights{(const float *)l->w, 1, in}; });
     else if constexpr (MATH == METALA_EXACT)
         for (const metala_linear *l = layers; l < layers + count; l++)
-            exact_multiply<true, true>(ctx, l->y, x, in, (const float *)l->w, in, l->bias, l->base, rows, l->out, in);
+            exact_multiply<true, true>(ctx, l->y, x, in, (const float *)l->w, in, l->bias, l->residual, rows, l->out, in);
     else rounded_forward<MATH>(ctx, layers, count, x, rows, in);
 }
 
@@ -981,53 +990,55 @@ void add_column_sums(metala_context *ctx, float *sums, const float *a, size_t ro
 template <metala_math MATH>
 void rounded_backward(metala_context *ctx, float *dx, const metala_linear_gradient *layers, int count, const float *x, size_t rows,
                       size_t in, int accumulate) {
-    const size_t by_rows = lines_of<MATH>(rows);
-    size_t by_out = 0, most_out = 0, most_parts = 0;
+    size_t by_rows = 0, by_out = 0, most_out = 0, most_parts = 0;
     for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
         if (dx) by_out += lines_of<MATH>(l->out);
-        if (l->dw) most_out = greatest(most_out, l->out);
-        if (l->dw) most_parts = greatest(most_parts, portions_of<MATH>(l->out, in, by_rows).floats);
+        if (!l->dw) continue;
+        by_rows = lines_of<MATH>(rows), most_out = greatest(most_out, l->out);
+        most_parts = greatest(most_parts, portions_of<MATH>(l->out, in, by_rows).floats);
     }
     if (dx) most_parts = greatest(most_parts, portions_of<MATH>(rows, in, by_out).floats);
-    const size_t turned_rows = most_out ? most_out + in : 0;
-    uint4 *straight = (uint4 *)scratch(ctx, ((rows + in) * by_out + turned_rows * by_rows) * 32 + most_parts);
-    if (!straight) return;
-    uint4 *of_w = straight + rows * by_out * 8, *of_x = of_w + in * by_out * 8, *turned = of_x + (most_out ? in : 0) * by_rows * 8;
-    float *parts = (float *)(turned + most_out * by_rows * 8);
-    if (most_out) round_operand<MATH>(ctx, NULL, 0, of_x, by_rows, x, rows, in);
-    size_t at = 0;                                                   // of this layer's lines
+    uint4 *of_dy = (uint4 *)scratch(ctx, ((rows + in) * by_out + (most_out + in) * by_rows) * LINE_FLOATS + most_parts);
+    if (!of_dy) return;
+    uint4 *of_w = of_dy + rows * by_out * LINE_PARTS, *of_x = of_w + in * by_out * LINE_PARTS;
+    uint4 *of_dy_turned = of_x + in * by_rows * LINE_PARTS;
+    float *parts = (float *)(of_dy_turned + most_out * by_rows * LINE_PARTS);
+    if (by_rows) round_operand<MATH>(ctx, NULL, 0, of_x, by_rows, x, rows, in);
+    size_t at = 0;                                                   // of this layer's part of a row of of_dy and of_w
     for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
         if (dx || l->dw)
-            round_operand<MATH>(ctx, dx ? straight + at * 8 : NULL, by_out, l->dw ? turned : NULL, by_rows, l->dy, rows, l->out);
-        if (dx) round_operand<MATH>(ctx, NULL, 0, of_w + at * 8, by_out, l->w, l->out, in);
-        if (l->dw) tensor_multiply<MATH>(ctx, l->dw, turned, of_x, parts, NULL, l->dw, l->out, in, by_rows);
-        at += lines_of<MATH>(l->out);
+            round_operand<MATH>(ctx, dx ? of_dy + at : NULL, by_out, l->dw ? of_dy_turned : NULL, by_rows, l->dy, rows, l->out);
+        if (dx) round_operand<MATH>(ctx, NULL, 0, of_w + at, by_out, l->w, l->out, in);
+        if (l->dw) tensor_multiply<MATH>(ctx, l->dw, of_dy_turned, of_x, parts, NULL, l->dw, l->out, in, by_rows);
+        at += lines_of<MATH>(l->out) * LINE_PARTS;
     }
-    if (dx) tensor_multiply<MATH>(ctx, dx, straight, of_w, parts, NULL, accumulate ? dx : NULL, rows, in, by_out);
+    if (dx) tensor_multiply<MATH>(ctx, dx, of_dy, of_w, parts, NULL, accumulate ? dx : NULL, rows, in, by_out);
 }
 template <metala_math MATH>
 void matmul_backward(metala_context *ctx, float *dx, const metala_linear_gradient *layers, int count, const float *x, size_t rows,
                      size_t in, int accumulate) {
     if constexpr (MATH != METALA_EXACT) rounded_backward<MATH>(ctx, dx, layers, count, x, rows, in, accumulate);
-    for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
-        const float *so_far = accumulate || l > layers ? dx : NULL;
-        if (MATH == METALA_EXACT && dx) exact_multiply<true, false>(ctx, dx, l->dy, l->out, l->w, in, NULL, so_far, rows, in, l->out);
-        if (MATH == METALA_EXACT && l->dw)
-            exact_multiply<false, false>(ctx, l->dw, l->dy, l->out, x, in, NULL, l->dw, l->out, in, rows);
+    else
+        for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
+            const float *so_far = accumulate || l > layers ? dx : NULL;
+            if (dx) exact_multiply<true, false>(ctx, dx, l->dy, l->out, l->w, in, NULL, so_far, rows, in, l->out);
+            if (l->dw) exact_multiply<false, false>(ctx, l->dw, l->dy, l->out, x, in, NULL, l->dw, l->out, in, rows);
+        }
+    for (const metala_linear_gradient *l = layers; l < layers + count; l++)
         if (l->dbias) add_column_sums(ctx, l->dbias, l->dy, rows, l->out);
-    }
 }
 
-// y = x W'ᵀ + bias + base of quantized weights.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16, as all layers
+// y = x W'ᵀ + bias + residual of quantized weights.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16; all layers alike
 void matmul_quantized(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in) {
-    auto bytes = [=](const metala_linear *l) { return int8_weights{(const int8_t *)l->w, l->scales, in, ceil_div(in, METALA_GROUP)}; };
+    const size_t groups = ceil_div(in, METALA_GROUP);
+    auto bytes = [=](const metala_linear *l) { return int8_weights{(const int8_t *)l->w, l->scales, in, groups}; };
     auto halves = [=](const metala_linear *l) { return bfloat16_weights{(const uint16_t *)l->w, in}; };
     if (rows <= FEW_ROWS && layers->scales) matmul_few_rows<int8_weights>(ctx, layers, count, x, rows, in, bytes);
     else if (rows <= FEW_ROWS) matmul_few_rows<bfloat16_weights>(ctx, layers, count, x, rows, in, halves);
     else
         for (const metala_linear *l = layers; l < layers + count; l++) {
-            if (l->scales) matrix_multiply<true, true>(ctx, l->y, x, in, 1, bytes(l), l->bias, l->base, rows, l->out, in);
-            else matrix_multiply<true, true>(ctx, l->y, x, in, 1, halves(l), l->bias, l->base, rows, l->out, in);
+            if (l->scales) matrix_multiply<true, true>(ctx, l->y, x, in, 1, bytes(l), l->bias, l->residual, rows, l->out, in);
+            else matrix_multiply<true, true>(ctx, l->y, x, in, 1, halves(l), l->bias, l->residual, rows, l->out, in);
         }
 }
 
@@ -1355,7 +1366,7 @@ void silu_gate_backward(metala_context *ctx, float *da, float *db, const float *
     RUN(silu_gate_backward_kernel, blocks_for(n, THREADS), THREADS, 0, da, db, dy, a, b, n);
 }
 
-// Residual:  y = a + b, n numbers; y may be a or b.
+// Sum:  y = a + b, n numbers; y may be a or b.
 __global__ void add_kernel(float *y, const float *a, const float *b, size_t n) { FOR_EACH(i, n) y[i] = a[i] + b[i]; }
 void add(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
     RUN(add_kernel, blocks_for(n, THREADS), THREADS, 0, y, a, b, n);
@@ -3607,7 +3618,7 @@ const metala_backend *backend() {
 #ifdef METALA_CUBLAS
         NULL, NULL, NULL, NULL,                                      // it has a stream and memory of its own
 #else
-        cuda_record, cuda_recorded, cuda_replay, cuda_forget,
+        cuda_begin_recording, cuda_end_recording, cuda_replay, cuda_forget,
 #endif
         embedding_forward, embedding_backward, patch_forward,
         rms_forward, rms_backward,

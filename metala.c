@@ -673,60 +673,60 @@ static void matrix_multiply(metala_context *ctx, real *c, const real *a, size_t 
     }
 }
 
-// Linear layers of one x:  y = x Wᵀ + bias + base.    y, base (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
+// Linear layers of one x:  y = x Wᵀ + bias + residual.    y, residual (rows,out)   x (rows,in)   w [out,in]   bias [out]
 // A few rows at a time, as in generation, each weight is used once and memory is the limit: plain dot products then,
-// with the weight's row read once for all rows of x. in = 0 gives y = bias + base.
+// with the weight's row read once for all rows of x. in = 0 gives y = bias + residual. NULL for what is not wanted.
 enum { FEW_ROWS = 4 };
 static void add(metala_context *ctx, real *y, const real *a, const real *b, size_t n);   // in section 4
 static void matmul_forward(metala_context *ctx, const metala_linear *layers, int count, const real *x, size_t rows, size_t in) {
     for (const metala_linear *l = layers; l < layers + count; l++) {
         const real *w = l->w;
         size_t out = l->out;
-        if (in == 0 && l->bias && !l->base) {
+        if (in == 0 && l->bias && !l->residual) {
             PARALLEL_FOR(rows * out)
             for (size_t row = 0; row < rows; row++) memcpy(l->y + row * out, l->bias, out * sizeof(real));
             continue;
         }
         if (rows > FEW_ROWS) {
             matrix_multiply(ctx, l->y, x, in, 1, w, 1, in, NULL, l->bias, rows, out, in, 0);
-            if (l->base) add(ctx, l->y, l->base, l->y, rows * out);
+            if (l->residual) add(ctx, l->y, l->residual, l->y, rows * out);
             continue;
         }
         PARALLEL_FOR(rows * out * in)
         for (size_t o = 0; o < out; o++)
             for (size_t row = 0; row < rows; row++) {
-                real sum = dot(x + row * in, w + o * in, in) + (l->bias ? l->bias[o] : 0), base = l->base ? l->base[row * out + o] : 0;
-                l->y[row * out + o] = base + sum;
+                real sum = dot(x + row * in, w + o * in, in) + (l->bias ? l->bias[o] : 0);
+                l->y[row * out + o] = (l->residual ? l->residual[row * out + o] : 0) + sum;
             }
     }
 }
 
-// The same of quantized weights:  y = x W'ᵀ + bias + base.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16
+// The same of quantized weights:  y = x W'ᵀ + bias + residual.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16
 static void matmul_quantized(metala_context *ctx, const metala_linear *layers, int count, const real *x, size_t rows, size_t in) {
+    const real *inputs = x;
+    if (rows <= FEW_ROWS && layers->scales) {
+        real *ordered = scratch(ctx, rows * in * sizeof(real));
+        if (!ordered) return;
+        for (size_t row = 0; row < rows; row++) order_inputs(ordered + row * in, x + row * in, in);
+        inputs = ordered;
+    }
     for (const metala_linear *l = layers; l < layers + count; l++) {
         const quantized weights = {l->w, l->scales, in};
         const uint16_t *w16 = l->w;
         const int8_t *w8 = l->w;
-        const real *inputs = x;
         size_t out = l->out;
         if (rows > FEW_ROWS) {
             matrix_multiply(ctx, l->y, x, in, 1, NULL, 0, 0, &weights, l->bias, rows, out, in, 0);
-            if (l->base) add(ctx, l->y, l->base, l->y, rows * out);
+            if (l->residual) add(ctx, l->y, l->residual, l->y, rows * out);
             continue;
-        }
-        if (l->scales) {
-            real *ordered = scratch(ctx, rows * in * sizeof(real));
-            if (!ordered) return;
-            for (size_t row = 0; row < rows; row++) order_inputs(ordered + row * in, x + row * in, in);
-            inputs = ordered;
         }
         PARALLEL_FOR(rows * out * in)
         for (size_t o = 0; o < out; o++)
             for (size_t row = 0; row < rows; row++) {
                 const real *a = inputs + row * in;
                 real sum = l->scales ? dot_int8(a, w8 + o * in, l->scales + o * groups(in), in) : dot_bfloat16(a, w16 + o * in, in);
-                real base = l->base ? l->base[row * out + o] : 0;
-                l->y[row * out + o] = base + (sum + (l->bias ? l->bias[o] : 0));
+                if (l->bias) sum += l->bias[o];
+                l->y[row * out + o] = (l->residual ? l->residual[row * out + o] : 0) + sum;
             }
     }
 }
@@ -816,7 +816,7 @@ static void rms_backward(metala_context *ctx, real *dx, const real *dn, const re
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
 //   u, c, n (B,T,D)   w [D,1,4], the last tap multiplies the current token   c is kept for the backward
 //   tail (B,4,D): the inputs before the first one, oldest first, of which the last 3 are read (the authors' cache has
-//   4); afterwards the last 4 of (tail, n_0 … n_{T-1}), to which the next call looks back; NULL for zeros and no interest.
+//   4); afterwards the last 4 of (tail, n_0 … n_{T-1}), to which the next call looks back. NULL: zeros, and nothing is kept.
 //   Paper section 4.2. With u NULL the convolution alone.
 static const real *conv_input(const real *n, const real *tail, const real *zeros, size_t b, size_t t, size_t j,
                               size_t T, size_t D) {
@@ -825,6 +825,7 @@ static const real *conv_input(const real *n, const real *tail, const real *zeros
     return tail ? tail + (b * METALA_CONV + t + j + 1) * D : zeros;
 }
 
+// tail = the last 4 of (tail, n_0 … n_{T-1}).
 static void keep_tail(real *tail, const real *n, size_t B, size_t T, size_t D) {
     size_t kept = T < METALA_CONV ? METALA_CONV - T : 0, taken = METALA_CONV - kept;
     for (size_t b = 0; b < B; b++) {
@@ -1012,7 +1013,7 @@ static void head_norm_forward(metala_context *ctx, real *y, real *n, real *rho, 
     }
 }
 
-// dn = dy ⊙ silu(g), or dy with g NULL      dp = ρ (dn - mean(dn) - n mean(dn ⊙ n))      dg = dy ⊙ n ⊙ silu'(g)
+// dn = dy ⊙ silu(g), or dy with g NULL      dp = ρ (dn - mean(dn) - n mean(dn ⊙ n))      dg = dy ⊙ n ⊙ silu'(g); dn is made in dp
 static void head_norm_backward(metala_context *ctx, real *dp, real *dg, const real *dy, const real *n, const real *rho,
                                const real *g, size_t rows, size_t H, size_t V) {
     PARALLEL_FOR((g ? 20 : 4) * rows * H * V)
@@ -1034,8 +1035,8 @@ static void head_norm_backward(metala_context *ctx, real *dp, real *dg, const re
     }
 }
 
-// Gated product:  y = silu(a) ⊙ b, n numbers. The output gate (a = g, b = normalised heads) and SwiGLU (a = W_1 n,
-// b = W_2 n) alike.
+// Gated product:  y = silu(a) ⊙ b, n numbers. SwiGLU (a = W_1 n, b = W_2 n), and the output gate of rows with another norm than
+// MetaLA's (a = g, b = normalised heads).
 static void silu_gate_forward(metala_context *ctx, real *y, const real *a, const real *b, size_t n) {
     PARALLEL_FOR(10 * n)
     for (size_t i = 0; i < n; i++) y[i] = silu(a[i]) * b[i];
@@ -1052,7 +1053,7 @@ static void silu_gate_backward(metala_context *ctx, real *da, real *db, const re
     }
 }
 
-// Residual:  y = a + b, n numbers; y may be a or b.
+// Sum:  y = a + b, n numbers; y may be a or b.
 static void add(metala_context *ctx, real *y, const real *a, const real *b, size_t n) {
     PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) y[i] = a[i] + b[i];
@@ -3849,9 +3850,10 @@ static real *parameter(const metala_model *m, size_t offset) {
     return offset == ABSENT ? NULL : m->parameters + offset;
 }
 
-// A linear layer  y = x Wᵀ + bias + base  with the weight at `place`, real or quantized, …
-static metala_linear linear_at(const metala_model *m, real *y, size_t place, size_t bias, const real *base, size_t out, size_t in) {
-    metala_linear l = {y, NULL, NULL, parameter(m, bias), base, out};
+// A linear layer  y = x Wᵀ + bias + residual  with the weight at `place`, real or quantized, …
+static metala_linear linear_at(const metala_model *m, real *y, size_t place, size_t bias, const real *residual, size_t out,
+                               size_t in) {
+    metala_linear l = {.y = y, .bias = parameter(m, bias), .residual = residual, .out = out};
     if (m->weights == REAL_TYPE) l.w = m->parameters + place;
     else {
         quantized q = quantized_at(m->quantized + place, m->weights, out, in);
@@ -3859,19 +3861,20 @@ static metala_linear linear_at(const metala_model *m, real *y, size_t place, siz
     }
     return l;
 }
-// … and some of them, with the same x.
+// … some of them, with the same x, …
 static void linears(metala_context *ctx, const metala_model *m, const metala_linear *layers, int count, const real *x, size_t rows,
                     size_t in) {
     if (m->weights == REAL_TYPE) m->backend->matmul_forward(ctx, layers, count, x, rows, in);
     else m->backend->matmul_quantized(ctx, layers, count, x, rows, in);
 }
+// … and one.
 static void linear(metala_context *ctx, const metala_model *m, real *y, const real *x, size_t place, size_t bias,
-                   const real *base, size_t rows, size_t out, size_t in) {
-    metala_linear l = linear_at(m, y, place, bias, base, out, in);
+                   const real *residual, size_t rows, size_t out, size_t in) {
+    metala_linear l = linear_at(m, y, place, bias, residual, out, in);
     linears(ctx, m, &l, 1, x, rows, in);
 }
 
-// The gradients of one.
+// The gradients of one linear layer, as matmul_backward.
 static void linear_backward(metala_context *ctx, const metala_backend *be, real *dx, real *dw, real *dbias, const real *dy,
                             const real *x, const real *w, size_t rows, size_t out, size_t in, int accumulate) {
     metala_linear_gradient l = {dw, dbias, dy, w, out};
@@ -3880,7 +3883,7 @@ static void linear_backward(metala_context *ctx, const metala_backend *be, real 
 
 // y (rows,n) = the same n numbers in every row: a linear layer without inputs. And the gradient: d += Σ_rows dy.
 static void repeat_rows(metala_context *ctx, const metala_backend *be, real *y, const real *numbers, size_t rows, size_t n) {
-    metala_linear l = {y, numbers, NULL, numbers, NULL, n};
+    metala_linear l = {.y = y, .w = numbers, .bias = numbers, .out = n};
     be->matmul_forward(ctx, &l, 1, numbers, rows, 0);
 }
 static void add_rows(metala_context *ctx, const metala_backend *be, real *d, const real *dy, size_t rows, size_t n) {
@@ -3944,9 +3947,9 @@ static void mixer_input(metala_context *ctx, const metala_model *m, int layer, c
     if (p->mask && m->config.row.value == METALA_VALUE_INPUT) be->mask_rows(ctx, a->conv_out, p->mask, p->rows, s->u);
 }
 
-// The linear maps, of which those that read the same x are computed together; out is 0 where a row has none. Those of values
-// and of conv value's gate start from n, and conv value's v was there before u.
-enum { MIXER_MAPS = 5 };
+// The linear maps  y = x Wᵀ + bias. x is u; it is n for conv value's gate, and for values unless they are convolved or shifted.
+// out is 0 for what a row does not have, and for conv value's v, which mixer_input has made.
+enum { MAP_G, MAP_V, MAP_Q, MAP_K, MAP_Z, MIXER_MAPS };
 typedef struct { real *y; const real *x; size_t weight, bias, out, in; } mixer_map;
 static void mixer_maps(mixer_map *maps, const metala_model *m, int layer, const activations *a, const pass *p) {
     const layer_offsets *w = &m->layers[layer];
@@ -3954,19 +3957,20 @@ static void mixer_maps(mixer_map *maps, const metala_model *m, int layer, const 
     const sizes *s = &p->s;
     int on = r->conv == METALA_CONV_ON, value = r->conv == METALA_CONV_VALUE, fixed = r->decay == METALA_DECAY_FIXED;
     const mixer_map all[MIXER_MAPS] = {
-        {a->g, value ? a->token_norm : a->conv_out, w->g, w->g_bias, s->g, s->D},
-        {a->v_proj, on ? a->conv_out : a->shift_v, w->v, ABSENT, value ? 0 : s->v, s->D},
-        {a->q_proj, a->conv_out, w->q, ABSENT, s->q, s->u},
-        {a->k_proj, a->shift_k, w->k, ABSENT, s->k, s->u},
-        {s->low ? a->low : a->z, a->conv_out, s->low ? w->low : w->z, ABSENT, s->low ? s->low : fixed ? 0 : s->z, s->u}};
+        [MAP_G] = {a->g, value ? a->token_norm : a->conv_out, w->g, w->g_bias, s->g, s->D},
+        [MAP_V] = {a->v_proj, on ? a->conv_out : a->shift_v, w->v, ABSENT, value ? 0 : s->v, s->D},
+        [MAP_Q] = {a->q_proj, a->conv_out, w->q, ABSENT, s->q, s->u},
+        [MAP_K] = {a->k_proj, a->shift_k, w->k, ABSENT, s->k, s->u},
+        [MAP_Z] = {s->low ? a->low : a->z, a->conv_out, s->low ? w->low : w->z, ABSENT, s->low ? s->low : fixed ? 0 : s->z, s->u}};
     memcpy(maps, all, sizeof all);
 }
-// Lists in `of` the maps that read the x of map i, and returns how many; 0 when they were listed for an earlier one.
-static int maps_of_x(int *of, const mixer_map *maps, int i) {
+// Maps with the same pointer x are computed together. Lists those that read the x of map i, and returns how many; 0 when they
+// were listed for an earlier one, or when there is no map i.
+static int maps_of_x(int *same_x, const mixer_map *maps, int i) {
     int count = 0;
-    for (int j = 0; j < MIXER_MAPS && maps[i].out; j++)
-        if (maps[j].out && maps[j].x == maps[i].x) of[count++] = j;
-    return count && of[0] == i ? count : 0;
+    for (int j = 0; j < MIXER_MAPS; j++)
+        if (maps[j].out && maps[j].x == maps[i].x) same_x[count++] = j;
+    return count && same_x[0] == i ? count : 0;
 }
 
 static void mixer_projections(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p) {
@@ -3977,9 +3981,9 @@ static void mixer_projections(metala_context *ctx, const metala_model *m, int la
     mixer_maps(maps, m, layer, a, p);
     for (int i = 0; i < MIXER_MAPS; i++) {
         metala_linear layers[MIXER_MAPS];
-        int of[MIXER_MAPS], count = maps_of_x(of, maps, i);
+        int same_x[MIXER_MAPS], count = maps_of_x(same_x, maps, i);
         for (int n = 0; n < count; n++) {
-            const mixer_map *map = &maps[of[n]];
+            const mixer_map *map = &maps[same_x[n]];
             layers[n] = linear_at(m, map->y, map->weight, map->bias, NULL, map->out, map->in);
         }
         if (count) linears(ctx, m, layers, count, maps[i].x, p->rows, maps[i].in);
@@ -4107,13 +4111,13 @@ static void mixer_choices(metala_context *ctx, const metala_model *m, int layer,
 }
 
 // Norm and gate; MetaLA's are one kernel.
-static int gates_norm(const metala_row *r) { return r->norm == METALA_NORM_LAYER && r->gate == METALA_GATE_SILU; }
+static int has_gated_norm(const metala_row *r) { return r->norm == METALA_NORM_LAYER && r->gate == METALA_GATE_SILU; }
 static void mixer_output(metala_context *ctx, const metala_model *m, const activations *a, const pass *p) {
     const metala_backend *be = m->backend;
     const sizes *s = &p->s;
     double eps = m->config.head_norm_eps;
     size_t count = p->rows * s->p;
-    if (gates_norm(&m->config.row)) {
+    if (has_gated_norm(&m->config.row)) {
         be->head_norm_forward(ctx, a->gated, a->group_norm, a->rho, a->aug_out, a->g, p->rows, s->H, s->V, eps);
         return;
     }
@@ -4210,8 +4214,9 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
         be->skip_forward(ctx, a->mixer_residual, a->mixer_residual, a->conv_out, P + w->skip, rows, D);
 
     be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
-    const metala_linear both[] = {linear_at(m, a->l1, w->l1, w->l1_bias, NULL, F, D), linear_at(m, a->l2, w->l2, w->l2_bias, NULL, F, D)};
-    linears(ctx, m, both, 2, a->channel_norm, rows, D);
+    const metala_linear swiglu[] = {linear_at(m, a->l1, w->l1, w->l1_bias, NULL, F, D),
+                                    linear_at(m, a->l2, w->l2, w->l2_bias, NULL, F, D)};
+    linears(ctx, m, swiglu, 2, a->channel_norm, rows, D);
     be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * F);
     linear(ctx, m, a->output, a->glu_prod, w->l3, w->l3_bias, a->mixer_residual, rows, D, F);
 }
@@ -4282,7 +4287,7 @@ static void mixer_output_backward(metala_context *ctx, const metala_model *m, in
     real *dnorm = r->norm == METALA_NORM_RMS || r->norm == METALA_NORM_WIDTH ? d->v : d->p;     // rms_backward adds to d->p
     linear_backward(ctx, be, r->gate ? d->gated : dnorm, GRAD(w->out), NULL, dh, a->gated, m->parameters + w->out, rows, s->D,
                     s->p, 0);
-    if (gates_norm(r)) {
+    if (has_gated_norm(r)) {
         be->head_norm_backward(ctx, d->p, d->g, d->gated, a->group_norm, a->rho, a->g, rows, s->H, s->V);
         return;
     }
@@ -4442,16 +4447,19 @@ static real *mixer_input_backward(metala_context *ctx, const metala_model *m, in
     if (s->low) linear_backward(ctx, be, d->low, GRAD(w->z), GRAD(w->z_bias), d->z, a->low, P + w->z, rows, s->z, s->low, 0);
     else if (r->decay == METALA_DECAY_FIXED) add_rows(ctx, be, GRAD(w->z), d->z, rows, s->z);
     if (p->mask && s->v && !value) be->mask_rows(ctx, d->v_proj, p->mask, rows, s->v);
-    real *const dx[MIXER_MAPS] = {value ? d->n : d->u, shift ? d->shift_v : d->u, d->u, shift ? d->shift_k : d->u, d->u};
-    real *const dy[MIXER_MAPS] = {d->g, d->v_proj, d->q_proj, d->k_proj, s->low ? d->low : d->z};
+    real *const dy[MIXER_MAPS] = {
+        [MAP_G] = d->g, [MAP_V] = d->v_proj, [MAP_Q] = d->q_proj, [MAP_K] = d->k_proj, [MAP_Z] = s->low ? d->low : d->z};
+    real *const dx[MIXER_MAPS] = {                              // maps that read the same x add to the same dx
+        [MAP_G] = value ? d->n : d->u, [MAP_V] = shift ? d->shift_v : d->u, [MAP_Q] = d->u, [MAP_K] = shift ? d->shift_k : d->u,
+        [MAP_Z] = d->u};
     mixer_map maps[MIXER_MAPS];
     mixer_maps(maps, m, layer, a, p);
     for (int i = 0; i < MIXER_MAPS; i++) {
         metala_linear_gradient layers[MIXER_MAPS];
-        int of[MIXER_MAPS], count = maps_of_x(of, maps, i);
+        int same_x[MIXER_MAPS], count = maps_of_x(same_x, maps, i);
         for (int n = 0; n < count; n++) {
-            const mixer_map *map = &maps[of[n]];
-            const metala_linear_gradient l = {GRAD(map->weight), GRAD(map->bias), dy[of[n]], P + map->weight, map->out};
+            const mixer_map *map = &maps[same_x[n]];
+            const metala_linear_gradient l = {GRAD(map->weight), GRAD(map->bias), dy[same_x[n]], P + map->weight, map->out};
             layers[n] = l;
         }
         if (count) be->matmul_backward(ctx, dx[i], layers, count, maps[i].x, rows, maps[i].in, 1);
@@ -4487,9 +4495,9 @@ static void layer_backward(metala_context *ctx, const metala_model *m, int layer
 
     linear_backward(ctx, be, d->prod, GRAD(w->l3), GRAD(w->l3_bias), dx, a->glu_prod, P + w->l3, rows, D, F, 0);
     be->silu_gate_backward(ctx, d->l1, d->l2, d->prod, a->l1, a->l2, rows * F);
-    const metala_linear_gradient both[] = {{GRAD(w->l2), GRAD(w->l2_bias), d->l2, P + w->l2, F},
-                                           {GRAD(w->l1), GRAD(w->l1_bias), d->l1, P + w->l1, F}};
-    be->matmul_backward(ctx, d->n, both, 2, a->channel_norm, rows, D, 0);
+    const metala_linear_gradient swiglu[] = {{GRAD(w->l2), GRAD(w->l2_bias), d->l2, P + w->l2, F},
+                                             {GRAD(w->l1), GRAD(w->l1_bias), d->l1, P + w->l1, F}};
+    be->matmul_backward(ctx, d->n, swiglu, 2, a->channel_norm, rows, D, 0);
     be->rms_backward(ctx, dx, d->n, a->mixer_residual, a->residual_r, NULL, rows, D);        // dx is now dh
 
     be->zero(ctx, d->u, rows * s->u * sizeof(real));                    // these are sums over all that read u and n
@@ -4536,7 +4544,7 @@ static void input_forward(metala_context *ctx, const metala_model *m, real *x, r
         return;
     }
     be->patch_forward(ctx, patches, tokens, rows * C);
-    const metala_linear patch = {x, P + m->embedding, NULL, P + m->patch_bias, NULL, D};
+    const metala_linear patch = {.y = x, .w = P + m->embedding, .bias = P + m->patch_bias, .out = D};
     be->matmul_forward(ctx, &patch, 1, patches, rows, C);
 }
 
@@ -4857,9 +4865,9 @@ struct metala_state {
     real *host_loss;
     void *recording;                    // of a step, or NULL
     int unrecordable;                   // the device could not
-    uint64_t step_version;              // of the parameters, and scratch memory, of the last step: a recording has their addresses
-    const void *step_scratch;
-    int stepped;                        // there was one
+    uint64_t step_version;              // of the parameters of the last step, UINT64_MAX without one; and the scratch memory
+    const void *step_scratch;           // that it used, of which a recording has the address
+    size_t step_scratch_bytes;
 };
 
 static size_t state_count(const metala_config *c) {       // numbers in S of one sequence and layer
@@ -4883,7 +4891,7 @@ uint64_t metala_state_position(const metala_state *s) { return s->position; }
 
 static void forget_step(metala_state *s) {
     if (s->recording) s->backend->forget(s->recording);
-    s->recording = NULL, s->stepped = 0;
+    s->recording = NULL, s->step_version = UINT64_MAX;
 }
 
 static void free_buffers(metala_state *s) {
@@ -5004,7 +5012,7 @@ metala_state *metala_state_create(metala_context *ctx, const metala_model *model
         s->tails = s->backend->alloc(times(times(count, tail_count(c)), sizeof(real)) + 1);
         if (bounds) s->bounds = s->backend->alloc(times(bounds, sizeof(real)));
         if (ssm) s->ssm = s->backend->alloc(times(ssm, sizeof(real)));
-        s->ssm_version = UINT64_MAX;
+        s->ssm_version = s->step_version = UINT64_MAX;
     }
     if (!s || !s->S || !s->tails || (bounds && !s->bounds) || (ssm && !s->ssm)) {
         fail_memory(ctx, "a state", (double)bytes);
@@ -5151,6 +5159,7 @@ static int read_segment(metala_context *ctx, metala_state *s, metala_form form, 
     return 0;
 }
 
+// What a reading needs before it starts: arguments that are in range, and memory.
 static int ready_to_read(metala_context *ctx, metala_state *s, const int *tokens, const int *targets, size_t T) {
     const metala_config *c = &s->model->config;
     if (T < 1) return fail(ctx, "state: no tokens to read");
@@ -5229,31 +5238,44 @@ static int counts_tokens(const metala_row *r) {
     return r->phase != METALA_PHASE_OFF || r->decay == METALA_DECAY_SOFTMAX || r->decay == METALA_DECAY_EXP;
 }
 
+// From the tokens of one step, which are with the device, to its logits.
+static void step_kernels(metala_context *ctx, metala_state *s, metala_form form) {
+    const metala_config *c = &s->model->config;
+    run_layers(ctx, s, form, 1, 0);
+    linear(ctx, s->model, s->logits, s->final_norm, s->model->head, ABSENT, NULL, s->B, (size_t)c->vocab_size, (size_t)c->width);
+}
+
 // A step of small kernels, each of which takes a GPU longer to start than to run, and all are the same the next time: so it is
 // recorded and replayed. The first step is an ordinary one, and so is the first after the parameters or the scratch memory
 // have changed; what it needed is there for the second, which is recorded.
 static int recorded_step(metala_context *ctx, metala_state *s, metala_form form, const int *tokens, real *logits) {
     const metala_backend *be = s->backend;
     const metala_model *m = s->model;
-    size_t N = (size_t)m->config.vocab_size, D = (size_t)m->config.width;
     if (ready_to_read(ctx, s, tokens, NULL, 1)) return -1;
     be->upload(ctx, s->tokens, tokens, s->B * token_size(&m->config) * sizeof(int));
-    int same = s->stepped && s->step_version == m->version && s->step_scratch == ctx->scratch;
+    if (metala_context_failed(ctx)) return -1;
+    int same = s->step_version == m->version && s->step_scratch == ctx->scratch && s->step_scratch_bytes == ctx->scratch_bytes;
     if (!same) forget_step(s);
-    int record = same && !s->recording && !be->record(ctx);
-    if (!s->recording) {
-        run_layers(ctx, s, form, 1, 0);
-        linear(ctx, m, s->logits, s->final_norm, m->head, ABSENT, NULL, s->B, N, D);
-    }
-    if (record && !(s->recording = be->recorded(ctx))) {
-        s->unrecordable = 1;                                  // nothing has been done, so it is done now
-        metala_context_failed(ctx);
-        return metala_step(ctx, s, tokens, logits);
+    if (same && !s->recording && !s->unrecordable) {
+        if (!be->begin_recording(ctx)) {
+            step_kernels(ctx, s, form);
+            s->recording = be->end_recording(ctx);
+        }
+        if (!s->recording || ctx->failed) {                   // then nothing has been done yet
+            forget_step(s);
+            s->unrecordable = 1;
+            metala_context_failed(ctx);
+        }
     }
     if (s->recording) be->replay(ctx, s->recording);
-    if (logits) be->download(ctx, logits, s->logits, s->B * N * sizeof(real));
-    if (metala_context_failed(ctx)) return -1;
-    s->step_version = s->ssm_version = m->version, s->step_scratch = ctx->scratch, s->stepped = 1;
+    else step_kernels(ctx, s, form);
+    be->download(ctx, logits, s->logits, s->B * (size_t)m->config.vocab_size * sizeof(real));
+    if (metala_context_failed(ctx)) {
+        forget_step(s);
+        return -1;
+    }
+    s->step_version = s->ssm_version = m->version;
+    s->step_scratch = ctx->scratch, s->step_scratch_bytes = ctx->scratch_bytes;
     s->position++;
     return 0;
 }
@@ -5262,7 +5284,7 @@ int metala_step(metala_context *ctx, metala_state *s, const int *tokens, real *l
     const metala_config *c = &s->model->config;
     sizes z = sizes_of(c);                                    // of narrow heads, the chunkwise form takes many at a time
     metala_form form = is_narrow(z.K, z.V + z.ones) ? METALA_CHUNKWISE : METALA_RECURRENT;
-    if (s->backend->record && !s->unrecordable && !counts_tokens(&c->row)) return recorded_step(ctx, s, form, tokens, logits);
+    if (logits && s->backend->begin_recording && !counts_tokens(&c->row)) return recorded_step(ctx, s, form, tokens, logits);
     return read_tokens(ctx, s, form, tokens, NULL, 1, NULL, logits, NULL, NULL, NULL);
 }
 

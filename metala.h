@@ -426,13 +426,14 @@ typedef enum { METALA_SSM_LRU, METALA_SSM_ZOH, METALA_SSM_DSS } metala_ssm;
 // What the scan's inputs share: q or k all heads, α all tokens, q and k all sequences. One bit each.
 enum { METALA_SHARED_QUERY = 1, METALA_SHARED_KEY = 2, METALA_CONSTANT_DECAY = 4, METALA_SHARED_SEQUENCES = 8 };
 
-// Linear layers that read the same x (rows,in), and their gradients; a device reads x once for all of them.
-typedef struct {                // y = x Wᵀ + bias + base
+// Linear layers that read the same x (rows,in), and their gradients: arrays of the host, with pointers to the backend's
+// memory. A device may read x once for all of them.
+typedef struct {                // y = x Wᵀ + bias + residual
     metala_real *y;             // (rows,out)
-    const void *w;              // [out,in] reals; for matmul_quantized bfloat16, or int8 when it has scales
+    const void *w;              // [out,in] reals; for matmul_quantized bfloat16, or int8 with scales: all layers of a call alike
     const float *scales;        // [out,groups of METALA_GROUP inputs] of int8, or NULL
     const metala_real *bias;    // [out] or NULL
-    const metala_real *base;    // (rows,out), not y, or NULL
+    const metala_real *residual;  // (rows,out), not y, or NULL
     size_t out;
 } metala_linear;
 typedef struct {                // dx = Σ_layers dy W      dW += dyᵀ x      dbias += Σ_rows dy
@@ -456,11 +457,11 @@ struct metala_backend {
     void (*download)(metala_context *ctx, void *host, const void *from, size_t bytes);
     void (*copy)(metala_context *ctx, void *to, const void *from, size_t bytes);
     void (*zero)(metala_context *ctx, void *memory, size_t bytes);
-    // Where it takes long to start a kernel: what is asked for between record (0: it does) and recorded is not done but kept, so
-    // that replay does all of it at once, as often as wanted, on what the same memory holds then. NULL where there is no use
-    // for it.
-    int (*record)(metala_context *ctx);
-    void *(*recorded)(metala_context *ctx);                                               // NULL: it could not be kept
+    // Optional, for a device that takes long to start a kernel; begin_recording is NULL without it. Between begin_recording (0:
+    // begun, -1: it cannot) and end_recording (NULL: it could not), kernels and copies are kept and not run; replay runs them on
+    // what the same memory holds then.
+    int (*begin_recording)(metala_context *ctx);
+    void *(*end_recording)(metala_context *ctx);
     void (*replay)(metala_context *ctx, void *recording);
     void (*forget)(void *recording);
 
@@ -477,7 +478,7 @@ struct metala_backend {
         const metala_real *w, metala_real *tail, size_t B, size_t T, size_t D);  // u may be NULL: c alone; tail: read, then updated
     void (*conv_backward)(metala_context *ctx, metala_real *dn, metala_real *dw, const metala_real *du,
         const metala_real *c, const metala_real *n, const metala_real *w, const metala_real *tail, size_t B, size_t T,
-        size_t D);  // c NULL: du is the gradient of c
+        size_t D);  // c NULL: du is the gradient of c; tail: as it was before conv_forward
     void (*matmul_forward)(metala_context *ctx, const metala_linear *layers, int count, const metala_real *x, size_t rows,
         size_t in);
     void (*matmul_backward)(metala_context *ctx, metala_real *dx, const metala_linear_gradient *layers, int count,
@@ -507,7 +508,7 @@ struct metala_backend {
         const metala_real *n, const metala_real *rho, const metala_real *g, size_t rows, size_t H,
         size_t V);  // dp may be dy; g NULL: dy is the gradient of n
     void (*silu_gate_forward)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b,
-        size_t n);  // output gate and SwiGLU
+        size_t n);  // SwiGLU, and the output gate where head_norm_forward does not apply it
     void (*silu_gate_backward)(metala_context *ctx, metala_real *da, metala_real *db, const metala_real *dy,
         const metala_real *a, const metala_real *b, size_t n);
     void (*add)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b, size_t n);

@@ -1254,7 +1254,7 @@ enum kernel { EMBEDDING, RMS, CONV, SHIFT, MATMUL, MASK, FEATURES, PHASE, GATE, 
               HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM, ADAMW, KERNELS };
 static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "token shift",
     "matrix products", "mask", "feature maps", "phase", "decay", "decay scan", "softmax attention", "normaliser",
-    "self-augmentation", "skip", "head norm + gate", "gated products", "residual add", "cross-entropy",
+    "self-augmentation", "skip", "head norm + gate", "gated products", "sums of gradients", "cross-entropy",
     "gradient norm", "AdamW"};
 static struct { double seconds[2], operations[2]; long calls[2]; } spent[KERNELS];     // forward, backward
 static const metala_backend *profiled;
@@ -1444,7 +1444,7 @@ static double clocked_sum_squares(ctx_t *c, in_t *x, size_t n) {
 static metala_backend clocked_backend(const metala_backend *device) {
     profiled = device;
     metala_backend b = *device;
-    b.record = NULL;                                                 // a clock waits, a recording cannot
+    b.begin_recording = NULL;                                            // a clock waits, a recording cannot
 #define USE(function) b.function = clocked_##function
     USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
     USE(conv_backward), USE(matmul_forward), USE(matmul_backward), USE(mask_rows), USE(gate_forward), USE(gate_backward);

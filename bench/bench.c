@@ -335,7 +335,10 @@ static void bench_model(void) {
         {"model, a token", METALA_F32}, {"model, a token, bf16", METALA_BF16}, {"model, a token, int8", METALA_I8}};
     metala_config c = metala_config_default();
     c.width = (int)part(64) * 12, c.layers = 12, c.heads = 6, c.glu_dim = (int)part(64) * 32, c.vocab_size = (int)part(8192);
-    if (on_gpu) c.width = (int)part(64) * 16, c.layers = 24, c.heads = 8, c.glu_dim = (int)part(64) * 44, c.vocab_size = (int)part(32000);
+    if (on_gpu) {                                                    // a GPU needs a larger one: 380 M parameters
+        c.width = (int)part(64) * 16, c.layers = (int)part(24), c.heads = 8, c.glu_dim = (int)part(64) * 44;
+        c.vocab_size = (int)part(32000);
+    }
     for (int i = 0; i < 3; i++) {
         if (!strstr(kinds[i].name, only) && (i || !strstr("model, a prompt", only))) continue;
         metala_model *m = metala_model_create(ctx, &c);

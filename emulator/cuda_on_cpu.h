@@ -18,7 +18,7 @@
 //     operands of wgmma, and sums, that are touched while it runs; asynchronous copies that were not shown to it
 //     accesses beyond an allocation or the dynamic shared memory that reach the next page, and writes that do not
 //     host code that follows a device pointer; kernels that are given a host pointer; copies that overrun
-//     launches beyond a limit of the GPU; memory freed twice or never
+//     launches beyond a limit of the GPU; memory freed twice or never; what a stream's capture does not allow
 // What shows as NaN or a different result:
 //     fresh global and shared memory, and what cp.async is about to overwrite, read as NaN (integers as -1)
 //     the threads between two barriers, and the blocks, run in an order that can be chosen

@@ -559,6 +559,13 @@ void test_runtime() {
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     check("what waits spoils a capture", cudaMemcpy(small_copy, p, sizeof small_copy, cudaMemcpyDeviceToHost) != cudaSuccess &&
           cudaStreamEndCapture(stream, &graph) != cudaSuccess && !graph && cudaGetLastError() != cudaSuccess);
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    float *more = nullptr;
+    cudaError_t allocated = cudaMalloc(&more, 4), freed = cudaFree(p);
+    LAUNCH(scale_kernel, 1, 32, 0, 0, p, 30);
+    check("a capture: memory taken and freed, and another stream", allocated == cudaErrorStreamCaptureUnsupported && freed &&
+          cudaGetLastError() == cudaErrorStreamCaptureImplicit && cudaStreamEndCapture(stream, &graph) != cudaSuccess && !graph);
+    cudaGetLastError();
     check("the default stream is not captured", cudaStreamBeginCapture(0, cudaStreamCaptureModeThreadLocal) != cudaSuccess &&
           cudaGetLastError() != cudaSuccess);
     CHECK(cudaEventDestroy(start));
