@@ -332,15 +332,15 @@ __device__ Number warp_sum(Number x) {
     return x;
 }
 
-// The sum over a block of THREADS, in every thread.
-template <class Number>
+// The sum over a block of so many warps, in every thread.
+template <int COUNT = WARPS, class Number>
 __device__ Number block_sum(Number x) {
-    __shared__ Number part[WARPS];
+    __shared__ Number part[COUNT];
     x = warp_sum(x);
     if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = x;
     __syncthreads();
     x = 0;
-    for (int warp = 0; warp < WARPS; warp++) x += part[warp];
+    for (int warp = 0; warp < COUNT; warp++) x += part[warp];
     __syncthreads();                                             // part may be written again
     return x;
 }
@@ -901,7 +901,8 @@ __global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, co
         for (int row = 0; row < ROWS; row++) {
             float all = warp_sum(sum[row]);
             size_t at = row * l.out + o;
-            if (row < (int)rows && threadIdx.x % WARP == 0) l.y[at] = all + (l.bias ? l.bias[o] : 0) + (l.residual ? l.residual[at] : 0);
+            if (row < (int)rows && threadIdx.x % WARP == 0)
+                l.y[at] = all + (l.bias ? l.bias[o] : 0) + (l.residual ? l.residual[at] : 0);
         }
     }
 }
@@ -3601,6 +3602,68 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
     if (one_a && da) column_sums(ctx, da, room, all_a, B * T, H * K, 0);
 }
 
+// ---- One token of MetaLA's mixer: α and k of z, the state's step, o, p, norm and gate, y. A block for each head of each sequence.
+//
+// A warp takes a task: 32 columns of S and every groups-th of its rows, from row `group` on; there are as many groups as
+// leave each of the 32 warps a task, and if columns alone are more, a warp takes several tasks. Threads have 16 loads of S on
+// their way. part (groups,V): Σ q_i S_ij over the rows of a group.
+enum { STEP_WARPS = 32, STEP_AHEAD = 16 };
+__host__ __device__ size_t step_groups(size_t V) { return greatest(STEP_WARPS / ceil_div(V, WARP), 1); }
+
+__global__ void __launch_bounds__(STEP_WARPS * WARP, 1)
+mixer_step_kernel(float *y, float *S, const float *z, const float *q, const float *v, const float *g, const float *b, size_t H,
+                  size_t K, size_t V, float inverse_tau, float scale, float eps) {
+    DYNAMIC_SHARED(float, memory);
+    float *alpha = memory, *key = alpha + K, *query = key + K, *part = query + K;
+    const size_t head = blockIdx.x;
+    const unsigned tiles = (unsigned)ceil_div(V, WARP), groups = (unsigned)step_groups(V);
+    float w = 0;
+    for (size_t i = threadIdx.x; i < K; i += STEP_WARPS * WARP) {
+        float a = log_sigmoid(z[head * K + i]) * inverse_tau;
+        alpha[i] = expf(a), key[i] = -expm1f(a), query[i] = q[head * K + i];
+        if (b) w += query[i] * key[i] * b[head % H * K + i];
+    }
+    w = block_sum<STEP_WARPS>(w);                                    // its barriers show the above to all
+    for (unsigned task = threadIdx.x / WARP; task < tiles * groups; task += STEP_WARPS) {
+        const unsigned group = task / tiles, j = task % tiles * WARP + threadIdx.x % WARP, step = groups * (unsigned)V;
+        if (j >= V) continue;
+        const float vj = v[head * V + j];
+        float sum = 0, *row = S + (head * K + group) * V + j;
+        for (unsigned i0 = group; i0 < K; i0 += STEP_AHEAD * groups, row += STEP_AHEAD * step) {
+            float s[STEP_AHEAD];
+#pragma unroll
+            for (unsigned a = 0; a < STEP_AHEAD; a++)
+                if (i0 + a * groups < K) s[a] = row[a * step];
+#pragma unroll
+            for (unsigned a = 0; a < STEP_AHEAD; a++)
+                if (const unsigned i = i0 + a * groups; i < K) {
+                    s[a] = alpha[i] * s[a] + key[i] * vj;
+                    row[a * step] = s[a];
+                    sum += query[i] * s[a];
+                }
+        }
+        part[group * V + j] = sum;
+    }
+    __syncthreads();                                                 // all parts are there
+    float sum = 0, square = 0;
+    for (size_t j = threadIdx.x; j < V; j += STEP_WARPS * WARP) {    // from here on each column has one thread
+        float o = 0;
+        for (unsigned group = 0; group < groups; group++) o += part[group * V + j];
+        part[j] = scale * o + (b ? sigmoid(w * v[head * V + j]) : 0);
+        sum += part[j];
+    }
+    const float mean = block_sum<STEP_WARPS>(sum) / (float)V;
+    for (size_t j = threadIdx.x; j < V; j += STEP_WARPS * WARP) square += (part[j] - mean) * (part[j] - mean);
+    const float rho = 1 / sqrtf(block_sum<STEP_WARPS>(square) / (float)V + eps);
+    for (size_t j = threadIdx.x; j < V; j += STEP_WARPS * WARP)
+        y[head * V + j] = (part[j] - mean) * rho * silu(g[head * V + j]);
+}
+void mixer_step(metala_context *ctx, float *y, float *S, const float *z, const float *q, const float *v, const float *g,
+                const float *b, size_t B, size_t H, size_t K, size_t V, double tau, double scale, double eps) {
+    RUN(mixer_step_kernel, B * H, STEP_WARPS * WARP, (3 * K + step_groups(V) * V) * sizeof(float), y, S, z, q, v, g, b, H, K, V,
+        (float)(1 / tau), (float)scale, (float)eps);
+}
+
 // ============================================================== 6. The backend table
 
 #ifdef __CUDACC__
@@ -3626,7 +3689,7 @@ const metala_backend *backend() {
         matmul_forward<MATH>, matmul_backward<MATH>, matmul_quantized,
         mask_rows,
         gate_forward, gate_backward,
-        scan_forward<MATH>, scan_backward<MATH>,
+        scan_forward<MATH>, scan_backward<MATH>, mixer_step,
         augment_forward, augment_backward,
         head_norm_forward, head_norm_backward,
         silu_gate_forward, silu_gate_backward,

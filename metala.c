@@ -2894,6 +2894,39 @@ static void scan_backward(metala_context *ctx, metala_form form, real *dq, real 
     if (da) add_parts(ctx, da, part_a, of.a);
 }
 
+// ---- One token of MetaLA's mixer, from the projections to the gated output, as generation needs it:
+//
+//     α = σ(z)^(1/τ)    k = 1 - α    S = diag(α) S + k vᵀ    o = s Sᵀ q    p = o + σ(w v), w = Σ_i q_i k_i b_i
+//     y = silu(g) ⊙ (p - μ) ρ        μ and ρ as in head_norm_forward
+//
+//   y, v, g (B,H,V)   z, q (B,H,K)   S (B,H,K,V)   b [H,K], NULL without self-augmentation. Paper sections 4.1 and 4.2.
+static void mixer_step(metala_context *ctx, real *y, real *S, const real *z, const real *q, const real *v, const real *g,
+                       const real *b, size_t B, size_t H, size_t K, size_t V, double tau, double scale, double eps) {
+    real *alpha = scratch(ctx, 2 * B * H * K * sizeof(real)), *k = alpha + B * H * K;
+    if (!alpha) return;
+    gate_forward(ctx, alpha, k, z, B * H * K, tau);
+    PARALLEL_FOR(5 * B * H * K * V)
+    for (size_t head = 0; head < B * H; head++) {
+        const real *of_v = v + head * V, *of_g = g + head * V;
+        real *p = y + head * V, w = 0;
+        memset(p, 0, V * sizeof(real));
+        for (size_t i = 0; i < K; i++) {
+            size_t at = head * K + i;
+            real *row = S + at * V;
+            for (size_t j = 0; j < V; j++) {
+                row[j] = alpha[at] * row[j] + k[at] * of_v[j];
+                p[j] += q[at] * row[j];
+            }
+            if (b) w += q[at] * k[at] * b[head % H * K + i];
+        }
+        for (size_t j = 0; j < V; j++) p[j] = (real)scale * p[j] + (b ? sigmoid(w * of_v[j]) : 0);
+        real mean = total(p, V) / (real)V;
+        for (size_t j = 0; j < V; j++) p[j] -= mean;
+        real rho = 1 / (real)sqrt(dot(p, p, V) / (real)V + (real)eps);
+        for (size_t j = 0; j < V; j++) p[j] *= rho * silu(of_g[j]);
+    }
+}
+
 // ============================================================== 6. The backend table
 
 // The model below calls kernels only through this table, so that another device needs kernels and not another model.
@@ -2916,7 +2949,7 @@ static const metala_backend cpu_backend = {
     matmul_forward, matmul_backward, matmul_quantized,
     mask_rows,
     gate_forward, gate_backward,
-    scan_forward, scan_backward,
+    scan_forward, scan_backward, mixer_step,
     augment_forward, augment_backward,
     head_norm_forward, head_norm_backward,
     silu_gate_forward, silu_gate_backward,
@@ -4168,6 +4201,44 @@ static void attend(metala_context *ctx, const metala_model *m, const activations
                           s->K, s->V, s->scale);
 }
 
+// From the projections to the gated output: choices, scan, what is added to it, norm and gate.
+static void mixer_scan(metala_context *ctx, const metala_model *m, int layer, const activations *a, const pass *p,
+                       const memory_of_layer *past) {
+    const metala_backend *be = m->backend;
+    const metala_row *r = &m->config.row;
+    const layer_offsets *w = &m->layers[layer];
+    const real *P = m->parameters;
+    const sizes *s = &p->s;
+    size_t rows = p->rows, H = s->H, K = s->K, V = s->V;
+    mixer_choices(ctx, m, layer, a, p, past ? past->tail : NULL, 0);
+    if (r->decay == METALA_DECAY_SOFTMAX) attend(ctx, m, a, p, past);
+    else
+        be->scan_forward(ctx, p->form, a->scan_out, past ? past->S : NULL, a->states, a->q, a->k, a->v, a->alpha, p->B, p->T, H,
+                         K, V + s->ones, s->scale, s->shared);
+    if (s->complex_values) {
+        int one_angle;
+        const real *theta = mixer_angles(m, layer, a, p, &one_angle);
+        if (theta) be->rotate_forward(ctx, a->scan_out, a->scan_out, theta, p->B, p->T, H, 2, one_angle, p->position, 0);
+    }
+    if (s->ones)
+        be->normalise_forward(ctx, a->aug_out, a->scan_out, a->bonus, a->v_proj, rows, H, V, normaliser_eps(r));
+    if (r->self == METALA_SELF_AUGMENT)
+        be->augment_forward(ctx, a->aug_out, a->scan_out, a->q, a->k, a->v, P + w->b, rows, H, K, V);
+    if (r->self == METALA_SELF_SKIP && !s->complex_values)
+        be->skip_forward(ctx, a->aug_out, a->scan_out, r->value == METALA_VALUE_INPUT ? a->conv_out : a->v, P + w->skip, rows,
+                         s->p);
+    mixer_output(ctx, m, a, p);
+}
+
+// Is one token of this row what mixer_step computes?
+static int is_mixer_step(const metala_row *r, const pass *p) {
+    int gate = r->decay == METALA_DECAY_DYNAMIC || r->decay == METALA_DECAY_LOWRANK || r->decay == METALA_DECAY_FIXED;
+    return p->T == 1 && p->form == METALA_RECURRENT && gate && r->key == METALA_KEY_TIED && r->query == METALA_QUERY_LINEAR &&
+           r->value == METALA_VALUE_LINEAR && r->phase == METALA_PHASE_OFF && !p->s.ones && !p->s.shared &&
+           (r->conv == METALA_CONV_OFF || r->conv == METALA_CONV_ON) &&
+           (r->self == METALA_SELF_OFF || r->self == METALA_SELF_AUGMENT) && has_gated_norm(r);
+}
+
 // One layer: input -> output.
 //
 //     n = rms(x)    the token mixer, see above                          h = x + W_o y
@@ -4186,29 +4257,14 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
     const layer_offsets *w = &m->layers[layer];
     const real *P = m->parameters;
     const sizes *s = &p->s;
-    size_t rows = p->rows, D = s->D, F = s->F, H = s->H, K = s->K, V = s->V;
-    real *tail = past ? past->tail : NULL;
+    size_t rows = p->rows, D = s->D, F = s->F;
 
-    mixer_input(ctx, m, layer, a, p, tail, 0);
+    mixer_input(ctx, m, layer, a, p, past ? past->tail : NULL, 0);
     mixer_projections(ctx, m, layer, a, p);
-    mixer_choices(ctx, m, layer, a, p, tail, 0);
-    if (r->decay == METALA_DECAY_SOFTMAX) attend(ctx, m, a, p, past);
-    else
-        be->scan_forward(ctx, p->form, a->scan_out, past ? past->S : NULL, a->states, a->q, a->k, a->v, a->alpha, p->B, p->T, H,
-                         K, V + s->ones, s->scale, s->shared);
-    if (s->complex_values) {
-        int one_angle;
-        const real *theta = mixer_angles(m, layer, a, p, &one_angle);
-        if (theta) be->rotate_forward(ctx, a->scan_out, a->scan_out, theta, p->B, p->T, H, 2, one_angle, p->position, 0);
-    }
-    if (s->ones)
-        be->normalise_forward(ctx, a->aug_out, a->scan_out, a->bonus, a->v_proj, rows, H, V, normaliser_eps(r));
-    if (r->self == METALA_SELF_AUGMENT)
-        be->augment_forward(ctx, a->aug_out, a->scan_out, a->q, a->k, a->v, P + w->b, rows, H, K, V);
-    if (r->self == METALA_SELF_SKIP && !s->complex_values)
-        be->skip_forward(ctx, a->aug_out, a->scan_out, r->value == METALA_VALUE_INPUT ? a->conv_out : a->v, P + w->skip, rows,
-                         s->p);
-    mixer_output(ctx, m, a, p);
+    if (past && is_mixer_step(r, p))
+        be->mixer_step(ctx, a->gated, past->S, a->z, a->q_proj, a->v_proj, a->g, parameter(m, w->b), p->B, s->H, s->K, s->V, c->tau,
+                       s->scale, c->head_norm_eps);
+    else mixer_scan(ctx, m, layer, a, p, past);
     linear(ctx, m, a->mixer_residual, a->gated, w->out, ABSENT, a->input, rows, D, s->p);
     if (r->self == METALA_SELF_SKIP && s->complex_values)
         be->skip_forward(ctx, a->mixer_residual, a->mixer_residual, a->conv_out, P + w->skip, rows, D);

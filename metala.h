@@ -497,6 +497,9 @@ struct metala_backend {
         metala_real *da, metala_real *dS, const metala_real *dO, const metala_real *states, const metala_real *q,
         const metala_real *k, const metala_real *v, const metala_real *alpha, size_t B, size_t T, size_t H, size_t K,
         size_t V, double scale, int shared);  // da may be NULL
+    void (*mixer_step)(metala_context *ctx, metala_real *y, metala_real *S, const metala_real *z, const metala_real *q,
+        const metala_real *v, const metala_real *g, const metala_real *b, size_t B, size_t H, size_t K, size_t V, double tau,
+        double scale, double eps);  // S: read, then updated; b may be NULL
     void (*augment_forward)(metala_context *ctx, metala_real *p, const metala_real *o, const metala_real *q,
         const metala_real *k, const metala_real *v, const metala_real *b, size_t rows, size_t H, size_t K, size_t V);
     void (*augment_backward)(metala_context *ctx, metala_real *dq, metala_real *dk, metala_real *dv, metala_real *db,

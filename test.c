@@ -339,7 +339,7 @@ static void check_scalars(void) {
 // A kernel as the test sees it: tensors in, tensors out, a reference in double, and how to call it. The first
 // `differentiable` inputs have a gradient; the first `weighted` outputs contribute to it. Its backward is compared
 // with the slopes of  loss = Σ weight ⊙ output  of the reference.
-enum { MOST = 5, SAMPLES = 40 };
+enum { MOST = 6, SAMPLES = 40 };
 
 typedef struct { size_t B, T, D, H, K, V, N; int variant; } shape;
 
@@ -656,6 +656,40 @@ static void gated_head_norm_backward(const shape *s, real *const *in, real *cons
     CALL(head_norm_backward)(ctx, din[0], din[1], dout[0], out[1], out[2], in[1], rows_of(s), s->H, s->V);
 }
 
+// ---- One token of MetaLA's mixer; variant 1 without self-augmentation.
+
+static void mixer_step_sizes(const shape *s, size_t *in, size_t *out) {
+    size_t heads = s->B * s->H;
+    in[0] = in[1] = heads * s->K, in[2] = in[3] = out[0] = heads * s->V, in[4] = s->H * s->K;
+    in[5] = out[1] = heads * s->K * s->V;
+}
+static void mixer_step_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t h = 0; h < s->B * s->H; h++) {
+        double *y = out[0] + h * s->V, w = 0, mean = 0, variance = 0;
+        for (size_t j = 0; j < s->V; j++) y[j] = 0;
+        for (size_t i = 0; i < s->K; i++) {
+            double z = in[0][h * s->K + i], q = in[1][h * s->K + i], alpha = pow(logistic(z), 1 / 16.0), k = 1 - alpha;
+            for (size_t j = 0; j < s->V; j++) {
+                size_t at = (h * s->K + i) * s->V + j;
+                out[1][at] = alpha * in[5][at] + k * in[2][h * s->V + j];
+                y[j] += 0.3 * q * out[1][at];
+            }
+            w += q * k * in[4][h % s->H * s->K + i];
+        }
+        for (size_t j = 0; j < s->V; j++) {
+            if (!s->variant) y[j] += logistic(w * in[2][h * s->V + j]);
+            mean += y[j] / (double)s->V;
+        }
+        for (size_t j = 0; j < s->V; j++) variance += (y[j] - mean) * (y[j] - mean) / (double)s->V;
+        for (size_t j = 0; j < s->V; j++) y[j] = swish(in[3][h * s->V + j]) * (y[j] - mean) / sqrt(variance + 1e-5);
+    }
+}
+static void mixer_step_forward(const shape *s, real *const *in, real *const *out) {
+    memcpy(out[1], in[5], s->B * s->H * s->K * s->V * sizeof(real));
+    CALL(mixer_step)(ctx, out[0], out[1], in[0], in[1], in[2], in[3], s->variant ? NULL : in[4], s->B, s->H, s->K, s->V, 16, 0.3,
+                     1e-5);
+}
+
 // ---- Gated product and sum.
 
 static void two_sizes(const shape *s, size_t *in, size_t *out) { in[0] = in[1] = out[0] = rows_of(s) * s->D; }
@@ -725,6 +759,8 @@ static void check_kernels(void) {
          head_norm_sizes, head_norm_fill, head_norm_reference, head_norm_forward, head_norm_backward},
         {"gated head norm", {"p", "g"}, {"y", "n", "rho"}, 2, 2, 3, 1, 0, 0, 1e-5, TOLERANCE(3e-5, 3e-14), TOLERANCE(2e-5, 1.5e-9),
          gated_head_norm_sizes, head_norm_fill, gated_head_norm_reference, gated_head_norm_forward, gated_head_norm_backward},
+        {"mixer step", {"z", "q", "v", "g", "b", "S"}, {"y", "S"}, 6, 0, 2, 1, 0, 0, 0, TOLERANCE(1e-6, 3e-15), 0,
+         mixer_step_sizes, NULL, mixer_step_reference, mixer_step_forward, NULL},
         {"silu gate", {"a", "b"}, {"y"}, 2, 2, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(4e-7, 1.5e-12),
          two_sizes, NULL, silu_gate_reference, silu_gate_forward, silu_gate_backward},
         {"add", {"a", "b"}, {"y"}, 2, 0, 1, 1, 0, 0, 0, TOLERANCE(1e-7, 1e-15), 0,
@@ -5301,6 +5337,13 @@ static void twin_augment_backward(const shape *s) {
     ALL(augment_backward, REAL(dq), REAL(dk), REAL(dv), REAL(db), REAL(dp), REAL(q), REAL(k), REAL(v), REAL(b), rows_of(s),
         s->H, s->K, s->V);
 }
+static void twin_mixer_step(const shape *s) {
+    const tensor *y = OUT("y", "bhv", s->B, s->H, s->V), *S = ADDED("S", "bhkv", s->B * s->H * s->K * s->V, s->B, s->H, s->K, s->V);
+    const tensor *z = IN("z", "bhk", s->B, s->H, s->K), *q = IN("q", "bhk", s->B, s->H, s->K);
+    const tensor *v = IN("v", "bhv", s->B, s->H, s->V), *g = IN("g", "bhv", s->B, s->H, s->V);
+    const tensor *b = s->T % 2 ? IN("b", "hk", s->H, s->K) : NULL;
+    ALL(mixer_step, REAL(y), REAL(S), REAL(z), REAL(q), REAL(v), REAL(g), REAL(b), s->B, s->H, s->K, s->V, 16, 0.3, 1e-5);
+}
 static void twin_head_norm_forward(const shape *s) {
     const tensor *n = OUT("n", "bthv", s->B, s->T, s->H, s->V), *rho = OUT("rho", "bth", s->B, s->T, s->H);
     const tensor *p = IN("p", "bthv", s->B, s->T, s->H, s->V);
@@ -5723,6 +5766,7 @@ static void check_twins(void) {
     // Products large enough for the largest tiles: y, dx and dw.
     static const shape large_y[] = {{1, 2030, 200, 0, 0, 0, 1988, 1}};
     static const shape large_gradients[] = {{1, 2030, 1988, 0, 0, 0, 36, 2}, {1, 7, 1988, 0, 0, 0, 2036, 4}};
+    static const shape wide_steps[] = {{2, 1, 0, 1, 3, 1100, 0, 0}, {1, 1, 0, 1, 40, 1025, 0, 0}};    // more columns than threads
     static const shape scans[] = {{1, 1, 0, 1, 1, 1, 0, SOFT}, {2, 3, 0, 2, 1, 2, 0, MIXED + 4}, {1, 15, 0, 3, 5, 7, 0, HARD},
         {1, 16, 0, 1, 4, 8, 0, SOFT + 4}, {2, 17, 0, 2, 3, 16, 0, MIXED}, {1, 63, 0, 1, 8, 16, 0, HARD + 4},
         {1, 64, 0, 2, 2, 33, 0, SOFT}, {1, 65, 0, 1, 9, 5, 0, HARD + 4}, {2, 130, 0, 3, 8, 16, 0, MIXED + 4},
@@ -5750,7 +5794,8 @@ static void check_twins(void) {
         ENTRY(embedding_forward, 1e-7, common), ENTRY(embedding_backward, 2e-7, common),
         ENTRY(rms_forward, 5e-7, common), ENTRY(rms_backward, 5e-7, common), ENTRY(conv_forward, 3e-7, common),
         ENTRY(conv_backward, 1e-6, common),
-        {"head_norm_forward", "gated ", twin_gated_head_norm_forward, 5e-7, common, COUNT(common)}, ENTRY(matmul_forward, 3e-6, products),
+        {"head_norm_forward", "gated ", twin_gated_head_norm_forward, 5e-7, common, COUNT(common)},
+        ENTRY(matmul_forward, 3e-6, products),
         ENTRY(matmul_backward, 3e-6, products), ENTRY(matmul_quantized, 3e-6, products), ENTRY(mask_rows, 1e-30, common),
         ENTRY(gate_forward, 5e-7, common), ENTRY(gate_backward, 5e-7, common),
         {"scan_forward", "recurrent ", twin_scan_forward_recurrent, 1e-6, scans, COUNT(scans)},
@@ -5781,7 +5826,8 @@ static void check_twins(void) {
         ENTRY(sum_squares, 5e-7, common), ENTRY(adamw, 5e-7, common),
         ENTRY(matmul_forward, 3e-6, large_y), ENTRY(matmul_backward, 3e-6, large_gradients),
         ENTRY(matmul_quantized, 3e-6, large_y), ENTRY(patch_forward, 1e-7, common),
-        {"head_norm_backward", "gated ", twin_gated_head_norm_backward, 1e-6, common, COUNT(common)}};
+        {"head_norm_backward", "gated ", twin_gated_head_norm_backward, 1e-6, common, COUNT(common)},
+        ENTRY(mixer_step, 2e-6, scans), ENTRY(mixer_step, 2e-6, wide_steps)};
     for (size_t e = 0; e < COUNT(entries); e++)
         for (size_t n = 0; n < 2 * entries[e].count; n++) {
             size_t i = n / 2;
@@ -5918,6 +5964,11 @@ STAGED(augment_backward,
         size_t K, size_t V),
        (c, W(dq, r * H * K), W(dk, r * H * K), W(dv, r * H * V), W(db, H * K), R(dp, r * H * V), R(q, r * H * K),
         R(k, r * H * K), R(v, r * H * V), R(b, H * K), r, H, K, V))
+STAGED(mixer_step,
+       (ctx_t *c, real *y, real *S, in_t *z, in_t *q, in_t *v, in_t *g, in_t *b, size_t B, size_t H, size_t K, size_t V, double tau,
+        double scale, double eps),
+       (c, W(y, B * H * V), W(S, B * H * K * V), R(z, B * H * K), R(q, B * H * K), R(v, B * H * V), R(g, B * H * V), R(b, H * K), B, H,
+        K, V, tau, scale, eps))
 STAGED(head_norm_forward,
        (ctx_t *c, real *y, real *n, real *rho, in_t *p, in_t *g, size_t r, size_t H, size_t V, double eps),
        (c, W(y, r * H * V), W(n, r * H * V), W(rho, r * H), R(p, r * H * V), R(g, r * H * V), r, H, V, eps))
@@ -6045,7 +6096,7 @@ static metala_backend staged_backend(const metala_backend *device) {
 #define USE(function) b.function = staged_##function
     USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
     USE(conv_backward), USE(matmul_forward), USE(matmul_backward), USE(matmul_quantized), USE(mask_rows);
-    USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(augment_forward);
+    USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(mixer_step), USE(augment_forward);
     USE(augment_backward), USE(head_norm_forward), USE(head_norm_backward), USE(silu_gate_forward);
     USE(silu_gate_backward), USE(add), USE(cross_entropy_forward), USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
     USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward);
