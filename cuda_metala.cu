@@ -3605,7 +3605,7 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
 // ---- One token of MetaLA's mixer: α and k of z, the state's step, o, p, norm and gate, y. A block for each head of each sequence.
 //
 // A warp takes a task: 32 columns of S and every groups-th of its rows, from row `group` on; there are as many groups as
-// leave each of the 32 warps a task, and if columns alone are more, a warp takes several tasks. Threads have 16 loads of S on
+// leave each of the 32 warps one task at most, and if columns alone are more, a warp takes several tasks. Threads have 16 loads of S on
 // their way. part (groups,V): Σ q_i S_ij over the rows of a group.
 enum { STEP_WARPS = 32, STEP_AHEAD = 16 };
 __host__ __device__ size_t step_groups(size_t V) { return greatest(STEP_WARPS / ceil_div(V, WARP), 1); }

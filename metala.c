@@ -3939,7 +3939,7 @@ static pass pass_of(const metala_config *c, size_t B, size_t T, const uint8_t *m
     return p;
 }
 
-// ---- The token mixer in four parts. `again`: for the backward, from what COSTLY members hold; nothing that they hold may
+// ---- The token mixer in four parts; of one token of MetaLA's, mixer_step is the last two. `again`: for the backward, from what COSTLY members hold; nothing that they hold may
 // then be changed.
 //
 //     u = conv(n)     q, k, v, z, g: linear maps of u     q = f_q, k = f_k, v = f_v, α = f_α of these, rotated by the phase
@@ -4230,13 +4230,11 @@ static void mixer_scan(metala_context *ctx, const metala_model *m, int layer, co
     mixer_output(ctx, m, a, p);
 }
 
-// Is one token of this row what mixer_step computes?
+// Is one token of this row what mixer_step computes? What else there is goes only with other queries, keys and values.
 static int is_mixer_step(const metala_row *r, const pass *p) {
-    int gate = r->decay == METALA_DECAY_DYNAMIC || r->decay == METALA_DECAY_LOWRANK || r->decay == METALA_DECAY_FIXED;
-    return p->T == 1 && p->form == METALA_RECURRENT && gate && r->key == METALA_KEY_TIED && r->query == METALA_QUERY_LINEAR &&
-           r->value == METALA_VALUE_LINEAR && r->phase == METALA_PHASE_OFF && !p->s.ones && !p->s.shared &&
-           (r->conv == METALA_CONV_OFF || r->conv == METALA_CONV_ON) &&
-           (r->self == METALA_SELF_OFF || r->self == METALA_SELF_AUGMENT) && has_gated_norm(r);
+    return p->T == 1 && p->form == METALA_RECURRENT && r->query == METALA_QUERY_LINEAR && r->key == METALA_KEY_TIED &&
+           r->value == METALA_VALUE_LINEAR && r->decay != METALA_DECAY_BOUNDED && r->phase == METALA_PHASE_OFF &&
+           r->self != METALA_SELF_SKIP && has_gated_norm(r);
 }
 
 // One layer: input -> output.
@@ -4921,7 +4919,7 @@ struct metala_state {
     real *host_loss;
     void *recording;                    // of a step, or NULL
     int unrecordable;                   // the device could not
-    uint64_t step_version;              // of the parameters of the last step, UINT64_MAX without one; and the scratch memory
+    uint64_t step_version;              // of the parameters of the last step with logits, UINT64_MAX without one; and the scratch memory
     const void *step_scratch;           // that it used, of which a recording has the address
     size_t step_scratch_bytes;
 };
@@ -5301,7 +5299,7 @@ static void step_kernels(metala_context *ctx, metala_state *s, metala_form form)
     linear(ctx, s->model, s->logits, s->final_norm, s->model->head, ABSENT, NULL, s->B, (size_t)c->vocab_size, (size_t)c->width);
 }
 
-// A step of small kernels, each of which takes a GPU longer to start than to run, and all are the same the next time: so it is
+// A step of small kernels, which may take a GPU longer to start than to run, and which are the same the next time: so it is
 // recorded and replayed. The first step is an ordinary one, and so is the first after the parameters or the scratch memory
 // have changed; what it needed is there for the second, which is recorded.
 static int recorded_step(metala_context *ctx, metala_state *s, metala_form form, const int *tokens, real *logits) {
@@ -5310,7 +5308,7 @@ static int recorded_step(metala_context *ctx, metala_state *s, metala_form form,
     if (ready_to_read(ctx, s, tokens, NULL, 1)) return -1;
     be->upload(ctx, s->tokens, tokens, s->B * token_size(&m->config) * sizeof(int));
     if (metala_context_failed(ctx)) return -1;
-    int same = s->step_version == m->version && s->step_scratch == ctx->scratch && s->step_scratch_bytes == ctx->scratch_bytes;
+    int same = s->step_version == m->version && s->step_scratch == ctx->scratch && s->step_scratch_bytes <= ctx->scratch_bytes;
     if (!same) forget_step(s);
     if (same && !s->recording && !s->unrecordable) {
         if (!be->begin_recording(ctx)) {

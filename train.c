@@ -1316,6 +1316,9 @@ CLOCKED(scan_backward, SCAN, 1, 12.0 * (double)(B * T * H * K) * (double)V,
         (ctx_t *c, metala_form f, real *dq, real *dk, real *dv, real *da, real *dS, in_t *dO, in_t *states, in_t *q,
          in_t *k, in_t *v, in_t *a, size_t B, size_t T, size_t H, size_t K, size_t V, double s, int shared),
         (c, f, dq, dk, dv, da, dS, dO, states, q, k, v, a, B, T, H, K, V, s, shared))
+CLOCKED(mixer_step, SCAN, 0, 0,
+        (ctx_t *c, real *y, real *S, in_t *z, in_t *q, in_t *v, in_t *g, in_t *b, size_t B, size_t H, size_t K, size_t V, double tau,
+         double scale, double eps), (c, y, S, z, q, v, g, b, B, H, K, V, tau, scale, eps))
 CLOCKED(augment_forward, AUGMENT, 0, 0,
         (ctx_t *c, real *p, in_t *o, in_t *q, in_t *k, in_t *v, in_t *b, size_t r, size_t H, size_t K, size_t V),
         (c, p, o, q, k, v, b, r, H, K, V))
@@ -1448,7 +1451,7 @@ static metala_backend clocked_backend(const metala_backend *device) {
 #define USE(function) b.function = clocked_##function
     USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
     USE(conv_backward), USE(matmul_forward), USE(matmul_backward), USE(mask_rows), USE(gate_forward), USE(gate_backward);
-    USE(scan_forward), USE(scan_backward), USE(augment_forward), USE(augment_backward), USE(head_norm_forward);
+    USE(scan_forward), USE(scan_backward), USE(mixer_step), USE(augment_forward), USE(augment_backward), USE(head_norm_forward);
     USE(head_norm_backward), USE(silu_gate_forward), USE(silu_gate_backward), USE(add), USE(cross_entropy_forward);
     USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
     USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward);
