@@ -3805,9 +3805,9 @@ static double loss_along(const along *a, double step) {
     return loss;
 }
 
-// One configuration: finite loss, forms that agree, reading in pieces as at once, all choices of what is kept the same bits,
+// One configuration: finite loss, forms that agree, reading in pieces, or in steps, as at once, all choices of what is kept the same bits,
 // and in double precision the slope along a random direction. Returns the worst error.
-static double check_own_row(const metala_config *c, uint64_t seed) {
+static double check_own_row(const metala_config *c, uint64_t seed, int steps) {
     enum { B = 2 };
     char text[200];
     metala_model *m = random_model(c, seed);
@@ -3861,7 +3861,8 @@ static double check_own_row(const metala_config *c, uint64_t seed) {
     metala_model *loaded = metala_model_save(ctx, m, scratch_path("row.tmp")) ? NULL
                          : metala_model_load(ctx, scratch_path("row.tmp"));
     metala_state *s = loaded ? metala_state_create(ctx, loaded, B) : NULL;
-    if (s) read_in_pieces(&r, s, METALA_CHUNKWISE, below(2), logits[3]);
+    size_t piece = (size_t)below(2);
+    if (s) read_in_pieces(&r, s, steps ? METALA_RECURRENT : METALA_CHUNKWISE, steps ? 1 : piece, logits[3]);
     else problem("%s: %s", text, metala_error(ctx));
     metala_state_free(s), metala_model_free(loaded);
     most = largest(logits[0], B * T * N);
@@ -3929,10 +3930,16 @@ static void check_own_rows(void) {
         if (metala_config_check(ctx, &c)) c.row.norm = METALA_NORM_WIDTH;     // heads have one channel
         c.expand = 2;
         if (below(2) || metala_config_check(ctx, &c)) c.expand = 1;
-        worst = fmax(worst, check_own_row(&c, 1000 + i));
+        worst = fmax(worst, check_own_row(&c, 1000 + i, 0));
         while (now.memories > mark) free(now.memory[--now.memories]);
         tried++;
     }
+    c = row_config(metala_rows());                                   // MetaLA's neighbours, some of which mixer_step computes
+    for (c.row.decay = 0; c.row.decay < sizes[4]; c.row.decay++)
+        for (c.row.self = 0; c.row.self < 3; c.row.self++) {
+            random_state = 5000;
+            if (!metala_config_check(ctx, &c)) worst = fmax(worst, check_own_row(&c, 5000, 1)), tried++;
+        }
     remove(scratch_path("row.tmp"));
     note(" %zu of %zu tried, %zu refused;", tried, accepted, refused);
     note_error("forms", worst, now.tolerance);
