@@ -288,6 +288,21 @@ static void bench_scan(call_data *c, const size_t (*shapes)[5], size_t count) {
         }
 }
 
+// One token: the states are read and written.
+static void mixer_step(void *p) {
+    call_data *c = p;
+    be->mixer_step(ctx, c->x[0], c->x[1], c->x[2], c->x[3], c->x[4], c->x[5], c->x[6], c->B, c->H, c->K, c->V, 16, 0.1, 1e-5);
+}
+static void bench_steps(call_data *c) {
+    static const size_t shapes[][4] = {{1, 8, 64, 128}, {1, 8, 128, 256}, {32, 8, 64, 128}};
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes && strstr("mixer step", only); s++) {
+        char shape[60];
+        c->B = shapes[s][0], c->H = shapes[s][1], c->K = shapes[s][2], c->V = shapes[s][3];
+        snprintf(shape, sizeof shape, "B%zu H%zu K%zu V%zu", c->B, c->H, c->K, c->V);
+        line("mixer step", shape, median_time(mixer_step, c), 0, 2.0 * (double)(c->B * c->H * c->K * c->V) * sizeof(real));
+    }
+}
+
 enum { ONE_Q = METALA_SHARED_QUERY, ONE_K = METALA_SHARED_KEY, ONE_A = METALA_CONSTANT_DECAY, ONE_B = METALA_SHARED_SEQUENCES };
 
 // The shapes that other linear models bring, with what they share: SSMs have V = 1, linear RNNs K = 1, and a normaliser is a
@@ -393,6 +408,7 @@ static void bench_gpu(call_data *c) {
     bench_matmul(c, part(16384), LIST(gpu_products));
     bench_matmul(c, 1, LIST(gpu_products));
     bench_scan(c, LIST(gpu_scans));
+    bench_steps(c);
     bench_kernels(c, 8, part(2048), divide > 1 ? 128 : 1024, part(32000));
     bench_model();
     measure_gpu(c);
@@ -408,6 +424,7 @@ static void bench_cpu(call_data *c) {
     printf("%-22s %-28s %10s %8s %17s\n", "kernel", "shape", "time", "rate", "of the limit");
     bench_matmul(c, 1536, LIST(cpu_products));
     bench_scan(c, LIST(cpu_scans));
+    bench_steps(c);
     bench_shapes(c, LIST(other_scans));
     bench_kernels(c, 8, 512, 512, 8192);
     bench_model();
