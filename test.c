@@ -5170,23 +5170,24 @@ static void twin_conv_backward(const shape *s) {
     ALL(conv_backward, REAL(dn), REAL(dw), REAL(du), REAL(c), REAL(n), REAL(w), REAL(tail), s->B, s->T, s->D);
 }
 // Products: B·T rows, D inputs, N outputs; variant 1: with a bias; variant 2: adds to dx, or y to a base; variant 4: no dx;
-// variant 8: three layers at once, the others with fewer outputs.
+// variant 8: three layers at once, the others with fewer outputs; the weights of the first are aligned to no more than a number.
 enum { TWIN_LAYERS = 3 };
 static size_t outs_of(const shape *s, int i) { return i == 0 ? s->N : i == 1 ? s->N / 2 + 1 : 3; }
 static void twin_matmul_forward(const shape *s) {
-    int count = s->variant & 8 ? TWIN_LAYERS : 1;
+    int count = s->variant & 8 ? TWIN_LAYERS : 1, odd = count > 1 ? 0 : -1;
     const tensor *y[TWIN_LAYERS], *w[TWIN_LAYERS], *bias[TWIN_LAYERS], *base[TWIN_LAYERS];
     const tensor *x = IN("x", "bti", s->B, s->T, s->D);
     for (int i = 0; i < count; i++) {
         size_t N = outs_of(s, i);
-        y[i] = OUT("y", "bto", s->B, s->T, N), w[i] = IN("w", "oi", N, s->D);
+        y[i] = OUT("y", "bto", s->B, s->T, N);
+        w[i] = i == odd ? IN("w", "n", N * s->D + 1) : IN("w", "oi", N, s->D);
         bias[i] = (s->variant + i) % 2 ? IN("bias", "o", N) : NULL;
         base[i] = s->variant & 2 ? IN("base", "bto", s->B, s->T, N) : NULL;
     }
     for (int r = 0; r < RUNS && !*now.problem; r++) {
         metala_linear layers[TWIN_LAYERS];
         for (int i = 0; i < count; i++) {
-            const metala_linear l = {REAL(y[i]), REAL(w[i]), NULL, REAL(bias[i]), REAL(base[i]), outs_of(s, i)};
+            const metala_linear l = {REAL(y[i]), REAL(w[i]) + (i == odd), NULL, REAL(bias[i]), REAL(base[i]), outs_of(s, i)};
             layers[i] = l;
         }
         CALL_ON(r, matmul_forward)(on[r].ctx, layers, count, REAL(x), rows_of(s), s->D);
