@@ -4268,8 +4268,9 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
         be->skip_forward(ctx, a->mixer_residual, a->mixer_residual, a->conv_out, P + w->skip, rows, D);
 
     be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
-    const metala_linear swiglu[] = {linear_at(m, a->l1, w->l1, w->l1_bias, NULL, F, D),
-                                    linear_at(m, a->l2, w->l2, w->l2_bias, NULL, F, D)};
+    metala_linear swiglu[2];
+    swiglu[0] = linear_at(m, a->l1, w->l1, w->l1_bias, NULL, F, D);
+    swiglu[1] = linear_at(m, a->l2, w->l2, w->l2_bias, NULL, F, D);
     linears(ctx, m, swiglu, 2, a->channel_norm, rows, D);
     be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * F);
     linear(ctx, m, a->output, a->glu_prod, w->l3, w->l3_bias, a->mixer_residual, rows, D, F);
