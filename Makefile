@@ -193,7 +193,8 @@ cuda-mutants: build/emu-plain/test
 	    export CUDA_CAPABILITY=86; try random bf16 "kernel scan"; try random tf32 "kernel matmul_forward B1 T2030"; \
 	    export CUDA_CAPABILITY=80; try random tf32 "kernel matmul"; unset CUDA_CAPABILITY; \
 	    try forward exact "kernel "; try reverse tf32 "kernel "; try random exact "kernel "; try random bf16 "kernel "; \
-	    try reverse exact "kernel "; try forward exact scalar; try forward exact matmul; try forward exact adamw; try forward exact recorded' \
+	    try reverse exact "kernel "; try forward exact scalar; try forward exact matmul; \
+	    try forward exact adamw; try forward exact recorded' \
 	tests/mutants.sh $(COUNT)
 
 build/bench: build/bench.o build/metala.o $(GPU)

@@ -1029,7 +1029,8 @@ void matmul_backward(metala_context *ctx, float *dx, const metala_linear_gradien
         if (l->dbias) add_column_sums(ctx, l->dbias, l->dy, rows, l->out);
 }
 
-// y = x W'ᵀ + bias + residual of quantized weights.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16; all layers alike
+// y = x W'ᵀ + bias + residual of quantized weights.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16; all layers
+// alike
 void matmul_quantized(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in) {
     const size_t groups = ceil_div(in, METALA_GROUP);
     auto bytes = [=](const metala_linear *l) { return int8_weights{(const int8_t *)l->w, l->scales, in, groups}; };
@@ -3602,11 +3603,12 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
     if (one_a && da) column_sums(ctx, da, room, all_a, B * T, H * K, 0);
 }
 
-// ---- One token of MetaLA's mixer: α and k of z, the state's step, o, p, norm and gate, y. A block for each head of each sequence.
+// ---- One token of MetaLA's mixer: α and k of z, the state's step, o, p, norm and gate, y. A block for each head of each
+// sequence.
 //
-// A warp takes a task: 32 columns of S and every groups-th of its rows, from row `group` on; there are as many groups as
-// leave each of the 32 warps one task at most, and if columns alone are more, a warp takes several tasks. Threads have 16 loads of S on
-// their way. part (groups,V): Σ q_i S_ij over the rows of a group.
+// A warp takes a task: 32 columns of S and every groups-th of its rows, from row `group` on; there are as many groups as leave
+// each of the 32 warps one task at most, and if columns alone are more, a warp takes several tasks. Threads have 16 loads of S
+// on their way. part (groups,V): Σ q_i S_ij over the rows of a group.
 enum { STEP_WARPS = 32, STEP_AHEAD = 16 };
 __host__ __device__ size_t step_groups(size_t V) { return greatest(STEP_WARPS / ceil_div(V, WARP), 1); }
 

@@ -724,7 +724,8 @@ static void matmul_quantized(metala_context *ctx, const metala_linear *layers, i
         for (size_t o = 0; o < out; o++)
             for (size_t row = 0; row < rows; row++) {
                 const real *a = inputs + row * in;
-                real sum = l->scales ? dot_int8(a, w8 + o * in, l->scales + o * groups(in), in) : dot_bfloat16(a, w16 + o * in, in);
+                real sum = l->scales ? dot_int8(a, w8 + o * in, l->scales + o * groups(in), in)
+                                     : dot_bfloat16(a, w16 + o * in, in);
                 if (l->bias) sum += l->bias[o];
                 l->y[row * out + o] = (l->residual ? l->residual[row * out + o] : 0) + sum;
             }
@@ -998,7 +999,8 @@ static void augment_backward(metala_context *ctx, real *dq, real *dk, real *dv, 
 
 // Head norm, a layer norm over the V channels of one head without weights, and the output gate:
 //   n = (p - μ) ρ,  ρ = (mean((p-μ)²) + eps)^(-1/2)      y = silu(g) ⊙ n
-//   y, n, p, g (rows,H,V)   ρ (rows,H)   n and ρ are kept for the backward; with g NULL there is no y. Paper section 4.1.
+//   y, n, p, g (rows,H,V)   ρ (rows,H)   n and ρ are kept for the backward; with g NULL there is no y.
+//   As in the authors' code.
 static void head_norm_forward(metala_context *ctx, real *y, real *n, real *rho, const real *p, const real *g, size_t rows,
                               size_t H, size_t V, double eps) {
     PARALLEL_FOR((g ? 14 : 4) * rows * H * V)
@@ -2899,7 +2901,9 @@ static void scan_backward(metala_context *ctx, metala_form form, real *dq, real 
 //     α = σ(z)^(1/τ)    k = 1 - α    S = diag(α) S + k vᵀ    o = s Sᵀ q    p = o + σ(w v), w = Σ_i q_i k_i b_i
 //     y = silu(g) ⊙ (p - μ) ρ        μ and ρ as in head_norm_forward
 //
-//   y, v, g (B,H,V)   z, q (B,H,K)   S (B,H,K,V)   b [H,K], NULL without self-augmentation. Paper sections 4.1 and 4.2.
+//   y, v, g (B,H,V)   z, q (B,H,K)   S (B,H,K,V)   b [H,K], NULL without self-augmentation
+//
+// Paper sections 4.1 (decay and key) and 4.2 (self-augmentation), the authors' code (norm and gate).
 static void mixer_step(metala_context *ctx, real *y, real *S, const real *z, const real *q, const real *v, const real *g,
                        const real *b, size_t B, size_t H, size_t K, size_t V, double tau, double scale, double eps) {
     real *alpha = scratch(ctx, 2 * B * H * K * sizeof(real)), *k = alpha + B * H * K;
@@ -3939,8 +3943,8 @@ static pass pass_of(const metala_config *c, size_t B, size_t T, const uint8_t *m
     return p;
 }
 
-// ---- The token mixer in four parts; of one token of MetaLA's, mixer_step is the last two. `again`: for the backward, from what COSTLY members hold; nothing that they hold may
-// then be changed.
+// ---- The token mixer in four parts; of one token of MetaLA's, mixer_step is the last two. `again`: for the backward, from
+// what COSTLY members hold; nothing that they hold may then be changed.
 //
 //     u = conv(n)     q, k, v, z, g: linear maps of u     q = f_q, k = f_k, v = f_v, α = f_α of these, rotated by the phase
 //     o = scan(q, k, v, α)      p = o + self       y = f_g(g) ⊙ norm(p)      h = x + W_o y
@@ -4260,8 +4264,8 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
     mixer_input(ctx, m, layer, a, p, past ? past->tail : NULL, 0);
     mixer_projections(ctx, m, layer, a, p);
     if (past && is_mixer_step(r, p))
-        be->mixer_step(ctx, a->gated, past->S, a->z, a->q_proj, a->v_proj, a->g, parameter(m, w->b), p->B, s->H, s->K, s->V, c->tau,
-                       s->scale, c->head_norm_eps);
+        be->mixer_step(ctx, a->gated, past->S, a->z, a->q_proj, a->v_proj, a->g, parameter(m, w->b), p->B, s->H, s->K, s->V,
+                       c->tau, s->scale, c->head_norm_eps);
     else mixer_scan(ctx, m, layer, a, p, past);
     linear(ctx, m, a->mixer_residual, a->gated, w->out, ABSENT, a->input, rows, D, s->p);
     if (r->self == METALA_SELF_SKIP && s->complex_values)
@@ -4920,8 +4924,8 @@ struct metala_state {
     real *host_loss;
     void *recording;                    // of a step, or NULL
     int unrecordable;                   // the device could not
-    uint64_t step_version;              // of the parameters of the last step with logits, UINT64_MAX without one; and the scratch memory
-    const void *step_scratch;           // that it used, of which a recording has the address
+    uint64_t step_version;              // of the parameters of the last step with logits, UINT64_MAX without one
+    const void *step_scratch;           // the scratch memory that it used: a recording has its address
     size_t step_scratch_bytes;
 };
 
