@@ -14,9 +14,11 @@
 #   make test-cuda      the GPU against the CPU: every kernel, models, golden files (make CUDA=1 test-cuda)
 #   make test-emu       the kernels of cuda_metala.cu on the CPU, without nvcc or a GPU (make -j2 test-emu, needs a C++
 #                       compiler); make emu-thread looks for races with the thread sanitizer, which takes long
+#   make test-ptx       what nvcc made of those kernels, run on the CPU in place of a GPU (make -j2 test-ptx, needs nvcc, g++)
 #   make emu-traffic    what each line of the kernels costs in sectors of global memory and banks of shared memory, in one step
 #                       (needs g++)
-#   make cuda-mutants   plants faults in cuda_metala.cu and requires that test-emu notices each
+#   make cuda-mutants   plants faults in cuda_metala.cu and requires that test-emu notices each; make ptx-mutants faults that
+#                       only nvcc sees
 #   make clean
 #
 #   make CC=clang       another compiler       make PORTABLE=1   for any machine with this instruction set
@@ -47,8 +49,9 @@ LDLIBS   := -lm
 
 # nvcc is looked for in PATH, $CUDA_HOME and /usr/local/cuda.
 CUDA_ARCH ?= 80 90
+NVCC_FOUND = $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 ifneq ($(filter-out 0,$(CUDA)),)
-NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+NVCC := $(NVCC_FOUND)
 ifdef NVCC
 CUDA_LIB  := $(dir $(NVCC))../lib64
 NVCCFLAGS := -std=c++17 -O3 $(foreach a,$(filter-out $(if $(filter 90a,$(CUDA_ARCH)),90),$(CUDA_ARCH)),-gencode arch=compute_$(a),code=sm_$(a)) \
@@ -161,6 +164,36 @@ $(EMU_RUNS) emu-thread:
 	    >> build/$@.log 2>&1 || { grep -a -A 6 -E 'FAILED|cuda_on_cpu|Sanitizer' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
 	@echo "$@ ($(KIND), $(ORDER) order, $(MATH), $(CAPABILITY)): $$(tail -n 1 build/$@.log)"
 
+# The kernels as nvcc compiles them, for compute capability 8.0 and for an H100's own instructions (90a), executed on the CPU by
+# emulator/ptx_on_cpu.cpp, which is linked in place of the CUDA runtime. ptx-90a-tf32 is one of them in one arithmetic.
+PTX_NVCC = $(or $(NVCC_FOUND),$(error no nvcc in PATH, CUDA_HOME/bin or /usr/local/cuda/bin)) -std=c++17 -O3 --no-compress -lineinfo \
+           -diag-suppress 177 -gencode arch=compute_$*,code=compute_$* $(if $(filter 90a,$*),-DMETALA_WGMMA) -DMETALA_CUDA -DPTX_ON_CPU
+build/ptx_on_cpu.o: emulator/ptx_on_cpu.cpp build/flags
+	$(CXX) -std=c++17 -Wall -Wextra -O2 -g $(NATIVE) -I$(dir $(NVCC_FOUND))../include -c -o $@ $<
+build/ptx-%/test: test.c metala.c metala.h cuda_metala.cu build/ptx_on_cpu.o build/flags
+	@mkdir -p $(@D)
+	$(EMU_C) -c -o $(@D)/test.o test.c
+	$(EMU_C) -c -o $(@D)/metala.o metala.c
+	$(PTX_NVCC) -c -o $(@D)/cuda_metala.o cuda_metala.cu
+	$(CXX) -o $@ $(@D)/test.o $(@D)/metala.o $(@D)/cuda_metala.o build/ptx_on_cpu.o
+build/ptx-%/selftest: emulator/selftest.cu build/ptx_on_cpu.o build/flags
+	@mkdir -p $(@D)
+	$(PTX_NVCC) -c -o $(@D)/selftest.o emulator/selftest.cu
+	$(CXX) -o $@ $(@D)/selftest.o build/ptx_on_cpu.o
+
+PTX_RUNS := ptx-90a-exact ptx-90a-tf32 ptx-90a-bf16 ptx-80-tf32 ptx-80-bf16
+test-ptx: ptx-selftest $(PTX_RUNS)
+ptx-selftest: build/ptx-90a/selftest
+	@build/ptx-90a/selftest > build/$@.log 2>&1 || { grep -a -A 6 FAILED build/$@.log; exit 1; }
+	@echo "$@: $$(tail -n 1 build/$@.log)"
+$(filter ptx-90a%,$(PTX_RUNS)): build/ptx-90a/test
+$(filter ptx-80%,$(PTX_RUNS)): build/ptx-80/test
+$(PTX_RUNS): PARTS = $(subst -, ,$@)
+$(PTX_RUNS):
+	@build/ptx-$(word 2,$(PARTS))/test --device cuda --math $(word 3,$(PARTS)) $(WITH_GOLDEN) > build/$@.log 2>&1 || \
+	    { grep -a -A 6 -E 'FAILED|ptx_on_cpu' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
+	@echo "$@: $$(tail -n 1 build/$@.log)"
+
 # The calls that the thread sanitizer has the compiler make before each access, answered by emulator/traffic.cpp.
 # By g++ alone: -fno-tree-sra keeps a float4 one access of 16 bytes, for which clang has no such word. With DWARF 5 gcc 12 gives
 # the lines of the header to the .cu file.
@@ -228,4 +261,5 @@ clean:
 
 .PHONY: all test bench-cuda test-cuda test64 asan test-programs mutants bench bench-peers demo clean FORCE
 .PHONY: test-emu $(EMU_RUNS) emu-thread emu-traffic cuda-mutants
+.PHONY: test-ptx ptx-selftest $(PTX_RUNS) ptx-mutants
 .SECONDARY:

@@ -2811,7 +2811,7 @@ static metala_row ablated(int conv, int augment, int key, int fixed) {
 }
 
 static void check_models(void) {
-    const double metala_tolerance = TOLERANCE(1e-4, 6e-13);
+    const double metala_tolerance = TOLERANCE(3e-5, 1e-13);
     struct { const char *name; int conv, augment, key, fixed, tie, bias, scale, glu; } variants[] = {
         {"metala", 0, 0, 0, 0, 0, 0, 0, 20}, {"tied, scaled, biases", 0, 0, 0, 0, 1, 1, 1, 20},
         {"no-conv", 1, 0, 0, 0, 0, 0, 0, 20}, {"no-augment", 0, 1, 0, 0, 0, 0, 0, 7},
@@ -2823,6 +2823,7 @@ static void check_models(void) {
             c.row = ablated(variants[i].conv, variants[i].augment, variants[i].key, variants[i].fixed);
             c.tie_word_embeddings = variants[i].tie, c.glu_bias = variants[i].bias;
             c.scale_embedding = variants[i].scale, c.glu_dim = variants[i].glu;
+            c.head_norm_eps = 0.01;      // with the usual one, the first tokens of so small a model make rounding 100 times larger
             check_model(variants[i].name, &c, all_forms[f], 2, 19, i == 1 || i == 2, metala_tolerance);
         }
     metala_config c = small_config();
@@ -5824,7 +5825,7 @@ static void check_twins(void) {
         ENTRY(scale_pairs_forward, 5e-7, others), ENTRY(scale_pairs_backward, 5e-7, others),
         ENTRY(selective_forward, 5e-7, others), ENTRY(selective_backward, 5e-7, others),
         ENTRY(copy_heads_forward, 1e-30, others), ENTRY(copy_heads_backward, 1e-6, others),
-        ENTRY(wkv_forward, 5e-7, others), ENTRY(wkv_backward, 5e-7, others), ENTRY(extend_forward, 1e-30, others),
+        ENTRY(wkv_forward, 1e-6, others), ENTRY(wkv_backward, 5e-7, others), ENTRY(extend_forward, 1e-30, others),
         ENTRY(extend_backward, 1e-30, others), ENTRY(normalise_forward, 5e-7, others),
         ENTRY(normalise_backward, 1e-6, others), ENTRY(skip_forward, 5e-7, others), ENTRY(skip_backward, 5e-7, others),
         ENTRY(multiply_forward, 5e-7, others), ENTRY(multiply_backward, 5e-7, others),

@@ -3,11 +3,12 @@
 //     g++ -std=c++17 -O1 -g -x c++ -include emulator/cuda_on_cpu.h emulator/selftest.cu -o selftest && ./selftest
 //     nvcc -arch=sm_80 emulator/selftest.cu -o selftest && ./selftest        the first half, on a GPU
 //     nvcc -gencode arch=compute_90a,code=sm_90a -DMETALA_WGMMA emulator/selftest.cu ...     with wgmma, on an H100
+//     make ptx-selftest                                                      by nvcc, and run by ptx_on_cpu.cpp
 //
 // 1. Everything that is emulated, each result computed a second time by plain loops. A GPU must pass these as well: in
 //    particular what mma, ldmatrix and wgmma expect where.
 // 2. Mistakes, each in a process of its own, with the words that must appear about it. In a build with a sanitizer
-//    others appear than without. RUN_WITH="qemu-aarch64 -L /usr/aarch64-linux-gnu" in the environment when this program
+//    others appear than without, and ptx_on_cpu.cpp has its own. RUN_WITH="qemu-aarch64 -L /usr/aarch64-linux-gnu" in the environment when this program
 //    needs another one to run it.
 
 #ifdef __CUDACC__
@@ -608,7 +609,7 @@ void test_runtime() {
 
 // ============================================================== 2. Mistakes
 
-#ifndef __CUDACC__
+#if !defined(__CUDACC__) || defined(PTX_ON_CPU)
 // Each prints "wrong result" when the result shows the mistake.
 void result(bool right) {
     if (!right) fprintf(stderr, "wrong result\n");
@@ -791,6 +792,7 @@ void ldmatrix_from_global_memory() {
     LAUNCH(ldmatrix_bug_kernel, 1, 32, 0, 0, device<unsigned>(32), device<uint16_t>(64), 1);
 }
 
+#ifndef __CUDACC__                                               // nvcc's wgmma_kernel has no bugs
 void wgmma_before_copies_are_shown() { multiply_by_warpgroup<true>(NOT_SHOWN); }
 void wgmma_without_a_start() { multiply_by_warpgroup<true>(NOT_STARTED); }
 void wgmma_operand_overwritten() { multiply_by_warpgroup<false>(OVERWRITTEN); }
@@ -803,6 +805,7 @@ void wgmma_without_a_commit() { result(multiply_by_warpgroup<true>(NOT_COMMITTED
 void wgmma_operand_not_aligned() { multiply_by_warpgroup<true>(NOT_ALIGNED); }
 void wgmma_by_three_warps() { multiply_by_warpgroup<true>(THREE_WARPS); }
 void wgmma_of_two_operands() { multiply_by_warpgroup<true>(TWO_OPERANDS); }
+#endif
 
 __global__ void chain_kernel(float *x) {                         // block b needs what block b - 1 wrote
     if (blockIdx.x) x[blockIdx.x] = x[blockIdx.x - 1] + 1;
@@ -839,49 +842,51 @@ void stack_overflow() { LAUNCH(deep_kernel, 1, 1, 0, 0, device<int>(1)); }
 #else
 #define TRAPS(words) NULL                                        // other processors divide by zero and go on
 #endif
-// What must be said without a sanitizer, by the address sanitizer, by the thread sanitizer; NULL: nothing is expected.
+// What must be said without a sanitizer, by the address sanitizer, by the thread sanitizer, by ptx_on_cpu.cpp; NULL: nothing is
+// expected.
 const struct {
     void (*run)();
-    const char *name, *plain, *address, *thread;
+    const char *name, *plain, *address, *thread, *ptx;
 } mistakes[] = {
 #define M(name, ...) {name, #name, __VA_ARGS__}
-    M(no_barrier_after_write, "wrong result", "wrong result", "data race"),
-    M(no_barrier_before_overwrite, "wrong result", "wrong result", "data race"),
-    M(barrier_in_a_branch, "barrier divergence", "barrier divergence", "barrier divergence"),
-    M(return_before_a_barrier, "threads 63: have returned", "threads 63: have returned", "threads 63: have returned"),
-    M(barrier_in_an_uneven_loop, "barrier divergence", "barrier divergence", "barrier divergence"),
-    M(shuffle_against_barrier, "lanes of its mask that never come", "lanes of its mask", "lanes of its mask"),
-    M(shuffle_in_half_a_warp, "lanes of its mask that never come", "lanes of its mask", "lanes of its mask"),
-    M(mask_without_the_caller, "leaves the caller out", "leaves the caller out", "leaves the caller out"),
-    M(shuffle_from_beyond_the_mask, "which is not in the mask", "which is not in the mask", "which is not in the mask"),
-    M(different_operations, "different operations", "different operations", "different operations"),
-    M(odd_width, "a shuffle of width 12", "a shuffle of width 12", "a shuffle of width 12"),
-    M(full_mask_in_a_part_of_a_warp, "this warp has 16 threads", "this warp has 16", "this warp has 16"),
-    M(no_syncwarp, "wrong result", "wrong result", "data race"),
-    M(unwritten_shared_memory, "wrong result", NULL, NULL),      // the sanitizers' shared arrays are not filled
-    M(unwritten_global_memory, "wrong result", "wrong result", "wrong result"),
-    M(beyond_static_shared_memory, NULL, "address 0x", NULL),
-    M(beyond_dynamic_shared_memory, "of dynamic shared memory", "heap-buffer-overflow", NULL),
-    M(right_behind_dynamic_shared_memory, "wrote behind the 252 bytes", "heap-buffer-overflow", "wrote behind"),
-    M(right_behind_an_allocation, "before or behind allocation 1 (252", "heap-buffer-overflow", "wrote right"),
-    M(far_behind_an_allocation, "byte 8000 of allocation 1 (256 bytes", "AddressSanitizer", NULL),
-    M(before_an_allocation, "byte -8000 of allocation 1 (256 bytes", "AddressSanitizer", NULL),
-    M(host_follows_a_device_pointer, "host code reads or writes device memory, byte 12", "host code reads", NULL),
-    M(kernel_follows_a_host_pointer, "argument 1 is no pointer to device", "argument 1 is no", "argument 1 is no"),
-    M(copy_overruns, "256 bytes at byte 4 of the destination", "256 bytes at byte 4", "256 bytes at byte 4"),
-    M(copy_the_wrong_way, "the destination is device memory", "the destination is device", "the destination is device"),
-    M(free_twice, "freed already", "cudaFree(", "freed already"),
-    M(free_the_middle, "not the start", "not the start", "not the start"),
-    M(use_after_free, "argument 1 is no pointer to device memory", "argument 1 is no", "argument 1 is no"),
-    M(never_freed, "never freed, first allocation 1 (256 bytes, emulator/", "never freed", "never freed"),
-    M(too_many_threads, "block (1025,1,1)", "block (1025,1,1)", "block (1025,1,1)"),
-    M(too_large_a_grid, "grid (1,1,65536)", "grid (1,1,65536)", "grid (1,1,65536)"),
-    M(too_much_shared_memory, "50000 bytes of dynamic shared memory; the limit is 49152", "50000 bytes", "50000 bytes"),
-    M(a_stream_that_is_gone, "there is no such stream", "there is no such stream", "there is no such stream"),
-    M(wait_one_stage_short, "wrong result", "wrong result", "wrong result"),
-    M(load_what_is_still_read, "wrong result", "wrong result", "data race"),
-    M(ldmatrix_not_aligned, "rows start at multiples of 16 bytes", "rows start at", "rows start at"),
-    M(ldmatrix_from_global_memory, "which is not in shared memory", NULL, NULL),
+    M(no_barrier_after_write, "wrong result", "wrong result", "data race", "a race"),
+    M(no_barrier_before_overwrite, "wrong result", "wrong result", "data race", "a race"),
+    M(barrier_in_a_branch, "barrier divergence", "barrier divergence", "barrier divergence", "at different barriers"),
+    M(return_before_a_barrier, "threads 63: have returned", "threads 63: have returned", "threads 63: have returned", NULL),
+    M(barrier_in_an_uneven_loop, "barrier divergence", "barrier divergence", "barrier divergence", "at different barriers"),
+    M(shuffle_against_barrier, "lanes of its mask that never come", "lanes of its mask", "lanes of its mask", "never come"),
+    M(shuffle_in_half_a_warp, "lanes of its mask that never come", "lanes of its mask", "lanes of its mask", "never come"),
+    M(mask_without_the_caller, "leaves the caller out", "leaves the caller out", "leaves the caller out", "leaves out a lane"),
+    M(shuffle_from_beyond_the_mask, "which is not in the mask", "which is not in the mask", "which is not in the mask", "is not in the mask"),
+    M(different_operations, "different operations", "different operations", "different operations", "never come"),
+    M(odd_width, "a shuffle of width 12", "a shuffle of width 12", "a shuffle of width 12", NULL),
+    M(full_mask_in_a_part_of_a_warp, "this warp has 16 threads", "this warp has 16", "this warp has 16", "or never were"),
+    M(no_syncwarp, "wrong result", "wrong result", "data race", "a race"),
+    M(unwritten_shared_memory, "wrong result", NULL, NULL, "wrong result"),      // the sanitizers' shared arrays are not filled
+    M(unwritten_global_memory, "wrong result", "wrong result", "wrong result", "wrong result"),
+    M(beyond_static_shared_memory, NULL, "address 0x", NULL, NULL),
+    M(beyond_dynamic_shared_memory, "of dynamic shared memory", "heap-buffer-overflow", NULL, "of shared memory"),
+    M(right_behind_dynamic_shared_memory, "wrote behind the 252 bytes", "heap-buffer-overflow", "wrote behind", "of shared memory"),
+    M(right_behind_an_allocation, "before or behind allocation 1 (252", "heap-buffer-overflow", "wrote right", "nobody has allocated"),
+    M(far_behind_an_allocation, "byte 8000 of allocation 1 (256 bytes", "AddressSanitizer", NULL, "nobody has allocated"),
+    M(before_an_allocation, "byte -8000 of allocation 1 (256 bytes", "AddressSanitizer", NULL, "nobody has allocated"),
+    M(host_follows_a_device_pointer, "host code reads or writes device memory, byte 12", "host code reads", NULL, NULL),
+    M(kernel_follows_a_host_pointer, "argument 1 is no pointer to device", "argument 1 is no", "argument 1 is no", "nobody has allocated"),
+    M(copy_overruns, "256 bytes at byte 4 of the destination", "256 bytes at byte 4", "256 bytes at byte 4", NULL),
+    M(copy_the_wrong_way, "the destination is device memory", "the destination is device", "the destination is device", NULL),
+    M(free_twice, "freed already", "cudaFree(", "freed already", NULL),
+    M(free_the_middle, "not the start", "not the start", "not the start", NULL),
+    M(use_after_free, "argument 1 is no pointer to device memory", "argument 1 is no", "argument 1 is no", "nobody has allocated"),
+    M(never_freed, "never freed, first allocation 1 (256 bytes, emulator/", "never freed", "never freed", NULL),
+    M(too_many_threads, "block (1025,1,1)", "block (1025,1,1)", "block (1025,1,1)", NULL),
+    M(too_large_a_grid, "grid (1,1,65536)", "grid (1,1,65536)", "grid (1,1,65536)", NULL),
+    M(too_much_shared_memory, "50000 bytes of dynamic shared memory; the limit is 49152", "50000 bytes", "50000 bytes", NULL),
+    M(a_stream_that_is_gone, "there is no such stream", "there is no such stream", "there is no such stream", NULL),
+    M(wait_one_stage_short, "wrong result", "wrong result", "wrong result", "wrong result"),
+    M(load_what_is_still_read, "wrong result", "wrong result", "data race", "a race"),
+    M(ldmatrix_not_aligned, "rows start at multiples of 16 bytes", "rows start at", "rows start at", "not a multiple of 16"),
+    M(ldmatrix_from_global_memory, "which is not in shared memory", NULL, NULL, "of shared memory"),
+#ifndef __CUDACC__
     M(wgmma_before_copies_are_shown, "no wgmma_show followed", "no wgmma_show", "no wgmma_show"),
     M(wgmma_without_a_start, "wgmma without wgmma_start", "without wgmma_start", "without wgmma_start"),
     M(wgmma_operand_overwritten, "was written while wgmma read it", "was written while", "was written while"),
@@ -894,11 +899,12 @@ const struct {
     M(wgmma_operand_not_aligned, "at multiples of 1024", "at multiples of 1024", "at multiples of 1024"),
     M(wgmma_by_three_warps, "for wgmma four warps", "for wgmma four warps", "for wgmma four warps"),
     M(wgmma_of_two_operands, "other operands in thread 64", "other operands in", "other operands in"),
-    M(blocks_that_need_each_other, "wrong result", "wrong result", "wrong result"),
-    M(float_atomics, "adds floats atomically", "adds floats atomically", "adds floats atomically"),
-    M(no_synchronisation, "wrong result", "wrong result", "wrong result"),
-    M(division_by_zero, TRAPS("integer division by zero"), TRAPS("division by zero"), NULL),
-    M(stack_overflow, "its stack of 128 kB is too small", "stack-overflow", NULL),
+#endif
+    M(blocks_that_need_each_other, "wrong result", "wrong result", "wrong result", "wrong result"),
+    M(float_atomics, "adds floats atomically", "adds floats atomically", "adds floats atomically", NULL),
+    M(no_synchronisation, "wrong result", "wrong result", "wrong result", NULL),
+    M(division_by_zero, TRAPS("integer division by zero"), TRAPS("division by zero"), NULL, "division by zero"),
+    M(stack_overflow, "its stack of 128 kB is too small", "stack-overflow", NULL, NULL),
 };
 
 // Runs this program again for one mistake, in the three orders of threads, until the words appear.
@@ -932,6 +938,8 @@ void test_mistakes(const char *program) {
         const char *words = m.address;
 #elif defined(__SANITIZE_THREAD__)
         const char *words = m.thread;
+#elif defined(__CUDACC__)
+        const char *words = m.ptx;
 #else
         const char *words = m.plain;
 #endif
@@ -986,7 +994,7 @@ void test_traffic() {
 }  // namespace
 
 int main(int argc, char **argv) {
-#ifndef __CUDACC__
+#if !defined(__CUDACC__) || defined(PTX_ON_CPU)
     if (argc == 3 && !strcmp(argv[1], "--mistake")) return run_mistake(argv[2]);
 #endif
     if (argc > 1) {
@@ -1010,7 +1018,7 @@ int main(int argc, char **argv) {
     test_atomics();
     test_numbers();
     test_runtime();
-#ifndef __CUDACC__
+#if !defined(__CUDACC__) || defined(PTX_ON_CPU)
     test_mistakes(argv[0]);
 #endif
     printf("%d passed, %d failed\n", passed, failed);
