@@ -63,18 +63,12 @@ namespace {
 // D += A B on tensor cores by a warp: D 16×8 in float, A 16×16 and B 16×8 in bfloat16, or 16×8 and 8×8 in tf32. With
 // g = lane/4, t = lane%4:  d[i] is row g + 8(i/2), column 2t + i%2;  tf32: a[r] is row g + 8(r%2), column t + 4(r/2),
 // b[r] row t + 4r, column g;  bfloat16: two to a register, columns 2t + 8(r/2) and the next of A, rows 2t + 8r of B.
-__device__ __forceinline__ void mma_bf16(float *d, const unsigned *a, const unsigned *b) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ void mma_tf32(float *d, const unsigned *a, const unsigned *b) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-                 "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+#define MMA(kind)                                                                                                           \
+    asm volatile("mma.sync.aligned." kind " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"                             \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+__device__ __forceinline__ void mma_bf16(float *d, const unsigned *a, const unsigned *b) { MMA("m16n8k16.row.col.f32.bf16.bf16.f32"); }
+__device__ __forceinline__ void mma_tf32(float *d, const unsigned *a, const unsigned *b) { MMA("m16n8k8.row.col.f32.tf32.tf32.f32"); }
 // A float rounded to tf32, 10 bits of fraction.
 __device__ __forceinline__ unsigned to_tf32(float x) {
     unsigned u;
@@ -2625,13 +2619,38 @@ enum { BLOCK = 16, BLOCKS = METALA_CHUNK / BLOCK, A_PITCH = BLOCK + 4 };
 __host__ __device__ constexpr size_t row_pitch(size_t K) { return round_up(K, 4) + 4; }
 
 // to (tokens, pitch) = n tokens of one head of x, `step` apart, their first `width` columns; `rest` beyond either, up to
-// `columns`. A warp for each row.
+// `columns`, a multiple of 4 as the pitch is. Where rows are aligned a thread has four numbers at a time, which puts four times
+// the bytes on their way; else a warp has a row.
 __device__ void load_tokens(float *to, size_t pitch, size_t columns, const float *x, size_t step, size_t n,
                             size_t width, float rest, size_t tokens = BLOCK) {
+    if (width % 4 == 0 && step % 4 == 0 && (uintptr_t)x % 16 == 0) {
+        const unsigned across = (unsigned)columns / 4, to_step = (unsigned)pitch, from_step = (unsigned)step;
+        for (unsigned task = threadIdx.x; task < (unsigned)tokens * across; task += THREADS) {
+            const unsigned t = task / across, i = task % across * 4;
+            *(float4 *)&to[t * to_step + i] = t < (unsigned)n && i < (unsigned)width ? *(const float4 *)&x[(size_t)t * from_step + i]
+                                                                                    : make_float4(rest, rest, rest, rest);
+        }
+        return;
+    }
     for (size_t t = threadIdx.x / WARP; t < tokens; t += WARPS)
         for (size_t i = threadIdx.x % WARP; i < columns; i += WARP)
             to[t * pitch + i] = t < n && i < width ? x[t * step + i] : rest;
 }
+
+// Over groups of 2·HALF lanes: lane t gets the sum of all lanes' x[t]. Two lanes exchange halves of what they have left, at each
+// step, so that 15 shuffles do for the sums of 16.
+template <int HALF>
+__device__ __forceinline__ float sum_for_each_lane(float *x) {
+    const bool upper = threadIdx.x & HALF;
+#pragma unroll
+    for (int t = 0; t < HALF; t++) {
+        const float kept = upper ? x[t + HALF] : x[t], given = upper ? x[t] : x[t + HALF];
+        x[t] = kept + __shfl_xor_sync(ALL_LANES, given, HALF);
+    }
+    return sum_for_each_lane<HALF / 2>(x);
+}
+template <>
+__device__ __forceinline__ float sum_for_each_lane<0>(float *x) { return x[0]; }
 
 // A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. 16 threads share a key j: each carries some of its
 // channels from t = j on, multiplying by α_t, and they add up their products.
@@ -2643,16 +2662,12 @@ __device__ void block_map(float *A, size_t a_pitch, const float *q, const float 
         float key = k[j * pitch + i];
 #pragma unroll
         for (int t = 0; t < BLOCK; t++) {
-            if (t > j) key *= alpha[t * pitch + i];
-            if (t >= j) sum[t] += q[t * pitch + i] * key;
+            if (t < j) continue;
+            sum[t] += q[t * pitch + i] * key;
+            if (t + 1 < BLOCK) key *= alpha[(t + 1) * pitch + i];
         }
     }
-#pragma unroll
-    for (int t = 0; t < BLOCK; t++) {
-        float all = sum[t];
-        for (int distance = 8; distance > 0; distance /= 2) all += __shfl_xor_sync(ALL_LANES, all, distance);
-        if (lane == t) A[t * a_pitch + j] = scale * all;
-    }
+    A[lane * a_pitch + j] = scale * sum_for_each_lane<BLOCK / 2>(sum);
 }
 
 // In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q or k may be NULL. A thread for each
@@ -2704,14 +2719,11 @@ __device__ void block_update(float *S, size_t s_pitch, const float *total, const
     }
 }
 
-// A tile of a state between global memory, (K,V) with the tile's first column at `global`, and shared memory, (Kp,
-// pitch).
+// A tile of a state between global memory, (K,V) with the tile's first column at `global` (NULL: zeros), and shared memory, (Kp,
+// pitch). Its rows are loaded like tokens.
 template <int COLUMNS>
 __device__ void load_state(float *S, size_t pitch, const float *global, size_t Kp, size_t K, size_t V, size_t columns) {
-    for (size_t n = threadIdx.x; n < Kp * COLUMNS; n += THREADS) {
-        size_t i = n / COLUMNS, j = n % COLUMNS;
-        S[i * pitch + j] = global && i < K && j < columns ? global[i * V + j] : 0;
-    }
+    load_tokens(S, pitch, COLUMNS, global, V, global ? K : 0, columns, 0, Kp);
 }
 template <int COLUMNS>
 __device__ void store_state(float *global, const float *S, size_t pitch, size_t K, size_t V, size_t columns) {
@@ -3010,20 +3022,32 @@ __device__ __forceinline__ float4 load_right(const float *x, size_t pitch, unsig
 __device__ float4 times(float4 x, float4 y) { return make_float4(x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w); }
 __device__ float4 times(float4 x, float y) { return make_float4(x.x * y, x.y * y, x.z * y, x.w * y); }
 
+// Operands as mma takes them, rounded: one of bfloat16, two of tf32, each half of the values of k.
+template <metala_math MATH> struct left_operand { unsigned part[MATH == METALA_BFLOAT16 ? 1 : 2][4]; };
+template <metala_math MATH> struct right_operand { unsigned part[MATH == METALA_BFLOAT16 ? 1 : 2][2]; };
+template <metala_math MATH>
+__device__ __forceinline__ left_operand<MATH> round_left(const float (*a)[4]) {
+    if constexpr (MATH == METALA_BFLOAT16)
+        return {{{pack(a[0][0], a[0][1]), pack(a[0][2], a[0][3]), pack(a[1][0], a[1][1]), pack(a[1][2], a[1][3])}}};
+    else
+        return {{{to_tf32(a[0][0]), to_tf32(a[0][2]), to_tf32(a[0][1]), to_tf32(a[0][3])},
+                 {to_tf32(a[1][0]), to_tf32(a[1][2]), to_tf32(a[1][1]), to_tf32(a[1][3])}}};
+}
+template <metala_math MATH>
+__device__ __forceinline__ right_operand<MATH> round_right(float4 b) {
+    if constexpr (MATH == METALA_BFLOAT16) return {{{pack(b.x, b.y), pack(b.z, b.w)}}};
+    else return {{{to_tf32(b.x), to_tf32(b.y)}, {to_tf32(b.z), to_tf32(b.w)}}};
+}
+
 // D += A B:  16×8 += 16×16 times 16×8
 template <metala_math MATH>
-__device__ __forceinline__ void multiply_pieces(float *d, const float (*a)[4], float4 b) {
-    if (MATH == METALA_BFLOAT16) {
-        const unsigned left[4] = {pack(a[0][0], a[0][1]), pack(a[0][2], a[0][3]), pack(a[1][0], a[1][1]), pack(a[1][2], a[1][3])};
-        const unsigned right[2] = {pack(b.x, b.y), pack(b.z, b.w)};
-        mma_bf16(d, left, right);
-    } else {
-        const unsigned first[4] = {to_tf32(a[0][0]), to_tf32(a[0][2]), to_tf32(a[0][1]), to_tf32(a[0][3])};
-        const unsigned last[4] = {to_tf32(a[1][0]), to_tf32(a[1][2]), to_tf32(a[1][1]), to_tf32(a[1][3])};
-        const unsigned upper[2] = {to_tf32(b.x), to_tf32(b.y)}, lower[2] = {to_tf32(b.z), to_tf32(b.w)};
-        mma_tf32(d, first, upper);
-        mma_tf32(d, last, lower);
-    }
+__device__ __forceinline__ void multiply_pieces(float *d, const left_operand<MATH> &a, const right_operand<MATH> &b) {
+    if constexpr (MATH == METALA_BFLOAT16) mma_bf16(d, a.part[0], b.part[0]);
+    else mma_tf32(d, a.part[0], b.part[0]), mma_tf32(d, a.part[1], b.part[1]);
+}
+template <metala_math MATH>
+__device__ __forceinline__ void multiply_pieces(float *d, const left_operand<MATH> &a, float4 b) {
+    multiply_pieces<MATH>(d, a, round_right<MATH>(b));
 }
 
 // ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128), forward. Everything that all columns share is
@@ -3052,7 +3076,7 @@ __device__ __forceinline__ void for_state(float (*s)[4], size_t K, size_t V, siz
 }
 // s <- s diag(total) + vᵀ keys over a block of tokens:   total [MOST]   v: columns of the warp, tokens   keys (BLOCK, MOST)
 template <metala_math MATH, int MOST>
-__device__ __forceinline__ void carry_state(float (*s)[4], const float *total, const float (*v)[4], const float *keys,
+__device__ __forceinline__ void carry_state(float (*s)[4], const float *total, const left_operand<MATH> &v, const float *keys,
                                             size_t pitch) {
     const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -3102,21 +3126,27 @@ tensor_forward_kernel(float *o, float *S, float *states, const float *q, const f
         __syncthreads();
         block_decay(q_chunk, k_chunk, alpha_chunk, total, MOST, PITCH, scale, BLOCKS);
         __syncthreads();
-        for (size_t b = 0; works && b * BLOCK < n; b++) {
+        float *to = o + at * V + j0;
+        const unsigned step = (unsigned)(H * V);
+        for (unsigned b = 0; works && b * BLOCK < n; b++) {
             const float *q_block = q_chunk + b * BLOCK * PITCH, *A_block = A + b * BLOCK * A_PITCH;
-            float v_piece[2][4];
-            load_left<down>(v_piece, v_chunk + b * BLOCK * V_PITCH, V_PITCH, t, column);
+            float v_floats[2][4];
+            load_left<down>(v_floats, v_chunk + b * BLOCK * V_PITCH, V_PITCH, t, column);
+            const left_operand<MATH> v_piece = round_left<MATH>(v_floats);
+            left_operand<MATH> s_pieces[MOST / 16];
+#pragma unroll
+            for (unsigned i = 0; i < MOST; i += 16) s_pieces[i / 16] = round_left<MATH>(&s[i / 8]);
 #pragma unroll
             for (unsigned token = 0; token < BLOCK; token += 8) {
                 float out[4] = {};
 #pragma unroll
                 for (unsigned i = 0; i < MOST; i += 16)
-                    multiply_pieces<MATH>(out, &s[i / 8], load_right<along>(q_block, PITCH, i + 2 * t, token + g));
+                    multiply_pieces<MATH>(out, s_pieces[i / 16], load_right<along>(q_block, PITCH, i + 2 * t, token + g));
                 multiply_pieces<MATH>(out, v_piece, load_right<beside>(A_block, A_PITCH, t, token + g));
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    size_t i = b * BLOCK + token + 2 * t + e % 2, j = column + e / 2 * 8;
-                    if (i < n && j < columns) o[(at + i * H) * V + j0 + j] = out[e];
+                    unsigned i = b * BLOCK + token + 2 * t + e % 2, j = column + e / 2 * 8;
+                    if (i < (unsigned)n && j < (unsigned)columns) to[(size_t)i * step + j] = out[e];
                 }
             }
             carry_state<MATH, MOST>(s, total + b * MOST, v_piece, k_chunk + b * BLOCK * PITCH, PITCH);
@@ -3172,7 +3202,7 @@ tensor_gammas_kernel(float *gammas, float *gamma, const float *dO, const float *
         for (size_t b = BLOCKS; first < columns && b-- > 0;) {
             float dO_piece[2][4];
             load_left<down>(dO_piece, dO_chunk + b * BLOCK * V_PITCH, V_PITCH, threadIdx.x % 4, first + threadIdx.x % WARP / 4);
-            carry_state<MATH, MOST>(held, total + b * MOST, dO_piece, q_chunk + b * BLOCK * PITCH, PITCH);
+            carry_state<MATH, MOST>(held, total + b * MOST, round_left<MATH>(dO_piece), q_chunk + b * BLOCK * PITCH, PITCH);
         }
         __syncthreads();                                             // the tokens are done with
     }
@@ -3210,10 +3240,11 @@ __device__ __forceinline__ void add_block(float (*of)[4], const float *D, unsign
                                           unsigned channel, const float *total, unsigned from, unsigned to) {
     float a[2][4];
     load_left<TWO>(a, D, CHUNK_PITCH, token, row);
+    const left_operand<MATH> left = round_left<MATH>(a);
 #pragma unroll
     for (unsigned p = 0; p < MOST / 32; p++) {
         const unsigned i = channel + 8 * p;
-        multiply_pieces<MATH>(of[p], a, times(load_right<down>(x, MOST + 8, token, i), decay_over<MOST>(total, from, to, i)));
+        multiply_pieces<MATH>(of[p], left, times(load_right<down>(x, MOST + 8, token, i), decay_over<MOST>(total, from, to, i)));
     }
 }
 
@@ -3262,19 +3293,19 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         float sum[4] = {};
         for (unsigned i = 2 * t; i < MOST; i += 16) {
             load_left<along>(a, q_chunk, PITCH, i, row);
-            multiply_pieces<MATH>(sum, a, times(load_right<along>(k_chunk, PITCH, i, column + g),
+            multiply_pieces<MATH>(sum, round_left<MATH>(a), times(load_right<along>(k_chunk, PITCH, i, column + g),
                                                 decays_over<MOST>(total, J + 1, I, i)));
         }
         for (unsigned e = 0; e < 4; e++) A[(row + e / 2 * 8) * CHUNK_PITCH + column + 2 * t + e % 2] = scale * sum[e];
     }
     __syncthreads();                                                 // A and decay_after are there
-    float keys[MOST / 16][2][4];                                     // k_j ⊙ r_j ⊙ P(J+1,4) of block `quarter`
+    left_operand<MATH> keys[MOST / 16];                              // k_j ⊙ r_j ⊙ P(J+1,4) of block `quarter`
 #pragma unroll
     for (unsigned i = 0; i < MOST; i += 16) {
-        load_left<beside>(keys[i / 16], k_chunk, PITCH, i + t, quarter * BLOCK + g);
+        load_left<beside>(a, k_chunk, PITCH, i + t, quarter * BLOCK + g);
 #pragma unroll
-        for (unsigned e = 0; e < 8; e++)
-            keys[i / 16][e / 4][e % 4] *= decay_after[quarter * MOST + i + t + 8 * (e / 4) + 4 * (e % 2)];
+        for (unsigned e = 0; e < 8; e++) a[e / 4][e % 4] *= decay_after[quarter * MOST + i + t + 8 * (e / 4) + 4 * (e % 2)];
+        keys[i / 16] = round_left<MATH>(a);
     }
     // 2. The tiles: dv, and sums of dq, dk and D.
     for (size_t j0 = 0; j0 < V; j0 += TILE_COLUMNS) {
@@ -3297,17 +3328,19 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         }
 #pragma unroll
         for (unsigned l = 2 * t; l < TILE_COLUMNS; l += 16) {        // S do, Γ v, and do·v
-            float of_do[2][2][4], of_v[2][2][4];
+            left_operand<MATH> of_do[2], of_v[2];
 #pragma unroll
             for (unsigned m = 0; m < 2; m++) {
-                load_left<along>(of_do[m], dO_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
-                load_left<along>(of_v[m], v_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
+                load_left<along>(a, dO_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
+                of_do[m] = round_left<MATH>(a);
+                load_left<along>(a, v_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
+                of_v[m] = round_left<MATH>(a);
             }
 #pragma unroll
             for (unsigned p = 0; p < PIECES; p++) {
                 const unsigned i = channel + 8 * p + g;
-                const float4 of_S = load_right<along>(S_tile, TILE_PITCH, l, i);
-                const float4 of_gamma = load_right<along>(gamma_tile, TILE_PITCH, l, i);
+                const right_operand<MATH> of_S = round_right<MATH>(load_right<along>(S_tile, TILE_PITCH, l, i));
+                const right_operand<MATH> of_gamma = round_right<MATH>(load_right<along>(gamma_tile, TILE_PITCH, l, i));
 #pragma unroll
                 for (unsigned m = 0; m < 2; m++) {
                     multiply_pieces<MATH>(of_q[m][p], of_do[m], of_S);
@@ -3315,17 +3348,19 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
                 }
             }
             load_left<along>(a, dO_tile, TILE_PITCH, l, quarter * BLOCK + g);
+            const left_operand<MATH> left = round_left<MATH>(a);
 #pragma unroll
             for (unsigned p = 0; p < 4; p++)
                 if (half * 2 + p / 2 <= quarter)
-                    multiply_pieces<MATH>(of_D[p], a, load_right<along>(v_tile, TILE_PITCH, l, half * 32 + 8 * p + g));
+                    multiply_pieces<MATH>(of_D[p], left, load_right<along>(v_tile, TILE_PITCH, l, half * 32 + 8 * p + g));
         }
         float of_dv[2][4] = {};                                      // of block `quarter`, 16 columns
         for (unsigned token = quarter * BLOCK + t; token < METALA_CHUNK; token += BLOCK) {
             load_left<down>(a, A, CHUNK_PITCH, token, quarter * BLOCK + g);
+            const left_operand<MATH> left = round_left<MATH>(a);
 #pragma unroll
             for (unsigned p = 0; p < 2; p++)
-                multiply_pieces<MATH>(of_dv[p], a, load_right<down>(dO_tile, TILE_PITCH, token, half * 16 + 8 * p + g));
+                multiply_pieces<MATH>(of_dv[p], left, load_right<down>(dO_tile, TILE_PITCH, token, half * 16 + 8 * p + g));
         }
 #pragma unroll
         for (unsigned i = 0; i < MOST; i += 16)
@@ -3399,16 +3434,34 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         else channel_dk(dk_chunk + here, q_chunk + here, alpha_chunk + here, PITCH, map, CHUNK_PITCH);
     }
     __syncthreads();
-    for (unsigned i = threadIdx.x; i < K; i += THREADS) {
+    // da, a sum over the tokens from the last one on: each thread has a block of them of one channel, behind which are other blocks.
+    float *part = decay_after;
+    auto along_block = [&](unsigned task, auto use) {                // of the tokens, from the last: use(token, q ⊙ dq - k ⊙ dk, place)
+#pragma unroll
+        for (unsigned t = BLOCK; t-- > 0;) {
+            const unsigned token = task / MOST * BLOCK + t, here = token * PITCH + task % MOST;
+            use(token, q_chunk[here] * dq_chunk[here] - k_chunk[here] * dk_chunk[here], here);
+        }
+    };
+    for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS) {
+        float sum = 0;
+        along_block(task, [&](unsigned, float x, unsigned) { sum += x; });
+        part[task] = sum;
+    }
+    __syncthreads();
+    for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS) {
+        const unsigned i = task % MOST;
+        if (i >= K) continue;
         float sum = decay_over<MOST>(total, 0, BLOCKS, i) * rowsum_states[i] + rowsum_keys[i] + rowsum_keys[MOST + i];
-        for (size_t token = METALA_CHUNK; token-- > 0;) {
-            const size_t here = token * PITCH + i, there = (at + token * H) * K + i;
-            sum += q_chunk[here] * dq_chunk[here] - k_chunk[here] * dk_chunk[here];
-            if (token >= n) continue;
+        for (unsigned b = BLOCKS - 1; b > task / MOST; b--) sum += part[b * MOST + i];
+        along_block(task, [&](unsigned token, float x, unsigned here) {
+            sum += x;
+            if (token >= n) return;
+            const size_t there = (at + token * H) * K + i;
             dq[there] = dq_chunk[here];
             dk[there] = dk_chunk[here];
             da[there] = sum;
-        }
+        });
     }
 }
 

@@ -18,11 +18,12 @@
 //     two threads that use a word of shared memory, one of them writing, without a barrier (or __syncwarp) between them
 //     barriers, shuffles, votes and products that some of the lanes do not reach, and wrong masks; division by zero
 //     what a stream's capture does not allow
-// Fresh memory, global and shared, and what cp.async is about to overwrite, is filled with ones: NaN. Copies arrive when they
-// are waited for, not before; products of wgmma are done at once (that nobody touches them early is cuda_on_cpu.h's to say).
+// Fresh memory, global, shared and local, and what cp.async is about to overwrite, is filled with ones: NaN. Copies and the sums of
+// wgmma arrive when they are waited for, not before; operands of wgmma are read at once (that nobody overwrites them meanwhile is
+// cuda_on_cpu.h's to say). Stricter than the ISA: a mask must not name lanes that have ended; bytes of one word count as one place.
 //
 // Environment: CUDA_ORDER=reverse   of warps and blocks         CUDA_CAPABILITY=86   what the device says it is (as the PTX)
-//              CUDA_MEMORY=64M      of the device (4G)          CUDA_STATS=1         a table of the kernels at exit
+//              CUDA_MEMORY=64M      of the device (4G)          CUDA_STATS=1         what was executed, at exit
 //
 // Contents
 //     1. Programs and warps
@@ -81,6 +82,7 @@ struct Instruction {
     int mode = 0, target = 0;
     vector<int> list, widths;                                    // slots of {…}, and how many bytes a lane has in each
     int line = 0;                                                // of the PTX, from 0
+    string name;
 };
 
 struct Parameter { string name; size_t at, bytes; };
@@ -97,7 +99,8 @@ struct Kernel {
     vector<Instruction> code;                                    // empty until it is first launched
     vector<Constant> constants;
     int special[SPECIAL] = {0};                                  // slots of %tid.x …
-    uint64_t launches = 0, instructions = 0;
+    uint64_t launches = 0;
+    vector<uint64_t> counts;                                     // how often a warp has executed each instruction
 };
 
 struct Path { int pc; uint32_t mask; bool parked; };             // parked: it waits for other lanes of its warp
@@ -118,7 +121,7 @@ struct Block {
     vector<Warp> warps;
     uint32_t time = 1;                                           // barriers so far
     int threads = 0, live = 0;
-    struct { int threads, sum; } barriers[16];
+    int arrived = 0, sum = 0;                                    // in the barrier
 };
 
 struct Warp {
@@ -126,14 +129,17 @@ struct Warp {
     int index = 0, pc = 0;                                       // pc: the next instruction
     uint32_t mask = 0, live = 0, on[32];                         // lanes of this path, also one by one; lanes that have not ended
     bool full = true;                                            // this path has all living lanes
-    int stop = INT32_MAX;                                        // where the next other path stands
+    int stop = INT32_MAX;                                        // where the next other path is that is not parked, or INT32_MAX
     vector<Path> others;
-    int waiting = -1;                                            // in this barrier
+    bool waiting = false;                                        // in the barrier
     uint32_t syncs = 1;                                          // __syncwarp so far
     unsigned char *registers = nullptr;
     vector<unsigned char> local;
     uint32_t carry[32];
     Copies copies[32];
+    std::map<int, vector<float>> sums;                           // of wgmma, by slot, until they are waited for
+    bool committed = false;                                      // all products so far
+    int products = 0;                                            // of a warpgroup, which its four warps make together
 
     template <class T> T *reg(int slot) { return (T *)(registers + slot); }
     size_t lane_bytes() const { return local.size() / 32; }
@@ -217,18 +223,18 @@ bool release(void *p) {
     return free(p), true;
 }
 inline bool covers(uint64_t a, size_t n) {
-    if (a >= last_from && a + n <= last_to) return true;
+    if (a >= last_from && a <= last_to && n <= last_to - a) return true;
     auto it = allocations.upper_bound(a);
     if (it == allocations.begin()) return false;
     --it;
-    if (a + n > it->second) return false;
+    if (a > it->second || n > it->second - a) return false;
     last_from = it->first, last_to = it->second;
     return true;
 }
 
 // Was a word of shared memory used by another thread, with nothing since that orders the two?
 [[noreturn]] void race(Warp &w, const Instruction &i, int lane, bool write, uint64_t word, int thread, const char *did) {
-    fail(w, i, lane, string(write ? "writes" : "reads") + " byte " + std::to_string(4 * word) + " of shared memory, which thread " +
+    fail(w, i, lane, string(write ? "writes" : "reads") + " the word at byte " + std::to_string(4 * word) + " of shared memory, which thread " +
                          std::to_string(thread - 1) + did + " with no barrier since: a race");
 }
 inline void look_for_race(Warp &w, const Instruction &i, int lane, uint64_t word, bool write) {
@@ -313,11 +319,12 @@ template <int SPACE, int SIZE> void store(Warp &w, const Instruction &i) {
     }
 }
 
-enum Atomic { ADD, MAX, MIN, AND, OR, XOR, EXCHANGE, CAS };      // target; d: the old value, -1: not wanted; CAS: b for c
-template <class T, int SPACE> void atomic(Warp &w, const Instruction &i) {
+// Atomics of global memory. target is the operation, d the old value (-1: not wanted), b the number; CAS puts c where b was.
+enum Atomic { ADD, MAX, MIN, AND, OR, XOR, EXCHANGE, CAS };
+template <class T> void atomic(Warp &w, const Instruction &i) {
     for (int l = 0; l < 32; l++) {
         if (!w.on[l]) continue;
-        T *p = (T *)memory(w, i, l, (Space)SPACE, address(w, i, l), sizeof(T), true), old = *p, b = w.reg<T>(i.b)[l];
+        T *p = (T *)memory(w, i, l, GLOBAL, address(w, i, l), sizeof(T), true), old = *p, b = w.reg<T>(i.b)[l];
         switch (i.target) {
         case ADD: *p = old + b; break;
         case MAX: *p = std::max(old, b); break;
@@ -352,7 +359,7 @@ void copy_wait(Warp &w, const Instruction &i) {                  // until offset
     for (int l = 0; l < 32; l++)
         while (w.on[l] && w.copies[l].groups.size() > (size_t)i.offset) {
             for (Copy &c : w.copies[l].groups.front()) {
-                unsigned char *p = w.block->shared.data() + c.to;
+                unsigned char *p = memory(w, i, l, SHARED, c.to, (size_t)c.bytes, true);     // it may arrive as late as now
                 memcpy(p, (const void *)c.from, (size_t)c.real);
                 memset(p + c.real, 0, (size_t)(c.bytes - c.real));
             }
@@ -417,8 +424,8 @@ OP2(Divide, (T)(a / b))
 OP2(And, (T)(a & b))
 OP2(Or, (T)(a | b))
 OP2(Xor, (T)(a ^ b))
-OP2(Least, a != a ? b : b < a ? b : a)                           // the other one, when one is NaN
-OP2(Most, a != a ? b : b > a ? b : a)
+OP2(Least, a != a || b < a || (b == a && std::signbit((double)b)) ? b : a)       // the other one when one is NaN; -0 < 0
+OP2(Most, a != a || b > a || (b == a && std::signbit((double)a)) ? b : a)
 OP2(SignOf, (T)copysign(b, a))                                   // b with the sign of a
 OP2(Equal, a == b)
 OP2(NotEqual, a < b || a > b)                                    // false for NaN, as all but those that end in u
@@ -442,7 +449,7 @@ struct Fused {
     static float f(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
     static double f(double a, double b, double c) { return __builtin_fma(a, b, c); }
 };
-struct FusedDown {                                               // rounded downwards; where double is not enough, as good as
+struct FusedDown {                                               // rounded downwards; exact unless the sum needs more than 53 bits
     static float f(float a, float b, float c) {
         double x = (double)a * b + c;
         float y = (float)x;
@@ -474,7 +481,8 @@ template <class T, bool REMAINDER> void divide(Warp &w, const Instruction &i) {
 void insert_bits(Warp &w, const Instruction &i) {                // bfi: list[1] bits of a at bit list[0] of b
     const uint32_t *a = w.reg<uint32_t>(i.a), *b = w.reg<uint32_t>(i.b), *at = w.reg<uint32_t>(i.list[0]), *n = w.reg<uint32_t>(i.list[1]);
     uint32_t *d = w.reg<uint32_t>(i.d);
-    LANES(uint64_t m = ((1ull << (n[l] & 63)) - 1) << (at[l] & 63); d[l] = (uint32_t)((b[l] & ~m) | ((uint64_t)a[l] << (at[l] & 63) & m)))
+    LANES(uint32_t to = std::min(at[l] & 255, 63u); uint64_t m = ((1ull << std::min(n[l] & 255, 63u)) - 1) << to;
+          d[l] = (uint32_t)((b[l] & ~m) | ((uint64_t)a[l] << to & m)))
 }
 // add, sub, mul and mad of 32 bits that pass a carry on.
 enum { TAKES = 1, GIVES = 2, SUBTRACTS = 4, LOW = 8, HIGH = 16 };
@@ -488,7 +496,7 @@ void with_carry(Warp &w, const Instruction &i) {
         if (i.mode & GIVES) w.carry[l] = sum >> 32 & 1;
     }
 }
-template <bool PACK> void parts(Warp &w, const Instruction &i) { // mov between d or a of mode bytes, and {list}
+template <bool PACK> void pieces(Warp &w, const Instruction &i) { // mov between d or a of mode bytes, and {list}
     for (int l = 0; l < 32; l++) {
         unsigned char *whole = w.registers + (PACK ? i.d : i.a) + l * i.mode;
         for (size_t k = 0; w.on[l] && k < i.list.size(); whole += i.widths[k++]) {
@@ -507,11 +515,12 @@ template <class D, class S> void convert(Warp &w, const Instruction &i) {
     LANES(d[l] = (D)a[l])
 }
 template <class D, class S> void convert_to_integer(Warp &w, const Instruction &i) {
-    typedef std::numeric_limits<D> limits;
+    typedef std::numeric_limits<D> limits;                       // NaN becomes 0, or the highest bit where 64 bits are involved
+    const D none = sizeof(S) == 8 || sizeof(D) == 8 ? (D)1 << (8 * sizeof(D) - 1) : 0;
     for (int l = 0; l < 32; l++) {
         if (!w.on[l]) continue;
         double x = to_whole((double)w.reg<S>(i.a)[l], i.mode & 3);
-        w.reg<D>(i.d)[l] = x != x ? 0 : x <= (double)limits::min() ? limits::min() : x >= (double)limits::max() ? limits::max() : (D)x;
+        w.reg<D>(i.d)[l] = x != x ? none : x <= (double)limits::min() ? limits::min() : x >= (double)limits::max() ? limits::max() : (D)x;
     }
 }
 template <class D, class S> void convert_to_real(Warp &w, const Instruction &i) {
@@ -590,35 +599,32 @@ void end(Warp &w, const Instruction &i) {
     uint32_t ended = guarded(w, i);
     w.live &= ~ended, w.block->live -= __builtin_popcount(ended);
     w.set(w.mask & ~ended);
+    for (Path &p : w.others) p.parked = false, w.stop = std::min(w.stop, p.pc);  // perhaps it was these lanes that they waited for
 }
 void trap(Warp &w, const Instruction &i) { fail(w, i, first_lane(w), "a trap"); }
 void nothing(Warp &, const Instruction &) {}
 
-// bar.sync and bar.red number offset, which gives d, from the predicate a: in how many threads it is true, in all, in any.
+// bar.sync and bar.red, number 0: red gives d, from the predicate a: in how many threads it is true, in all, in any.
 enum { SYNC, COUNT, ALL, ANY };
 void barrier(Warp &w, const Instruction &i) {
     if (!whole(w, i)) return;
-    auto &b = w.block->barriers[i.offset];
-    if (i.mode) b.sum += __builtin_popcount(w.mask & predicate(w, i.a, i.unless));
-    b.threads += __builtin_popcount(w.mask);
-    w.waiting = (int)i.offset;
+    if (i.mode) w.block->sum += __builtin_popcount(w.mask & predicate(w, i.a, i.unless));
+    w.block->arrived += __builtin_popcount(w.mask);
+    w.waiting = true;
 }
-void open_barriers(Block &b) {                                   // those that all living threads have reached
-    for (int id = 0; id < 16; id++) {
-        int sum = b.barriers[id].sum;
-        if (!b.barriers[id].threads || b.barriers[id].threads < b.live) continue;
-        int pc = -1;
-        for (Warp &w : b.warps) {
-            if (w.waiting != id) continue;
-            if (pc >= 0 && w.pc != pc) fail(w, b.kernel->code[(size_t)w.pc - 1], first_lane(w), "the warps of a block wait at different barriers");
-            w.waiting = -1, pc = w.pc;
-            const Instruction &i = b.kernel->code[(size_t)w.pc - 1];
-            for (int l = 0; i.mode && l < 32; l++)
-                if (w.on[l]) w.reg<uint32_t>(i.d)[l] = (uint32_t)(i.mode == COUNT ? sum : i.mode == ALL ? sum == b.live : sum > 0);
-        }
-        b.barriers[id] = {0, 0};
-        b.time++;
+void open_barrier(Block &b) {                                    // when all living threads have reached it
+    if (!b.arrived || b.arrived < b.live) return;
+    int pc = -1;
+    for (Warp &w : b.warps) {
+        if (!w.waiting) continue;
+        const Instruction &i = b.kernel->code[(size_t)w.pc - 1];
+        if (pc >= 0 && w.pc != pc) fail(w, i, first_lane(w), "the warps of a block wait at different barriers");
+        w.waiting = false, pc = w.pc;
+        for (int l = 0; i.mode && l < 32; l++)
+            if (w.on[l]) w.reg<uint32_t>(i.d)[l] = (uint32_t)(i.mode == COUNT ? b.sum : i.mode == ALL ? b.sum == b.live : b.sum > 0);
     }
+    b.arrived = b.sum = 0;
+    b.time++;
 }
 
 // The lanes of the mask in a slot meet; other lanes that are here, with masks of their own, come afterwards.
@@ -637,9 +643,9 @@ bool meeting(Warp &w, const Instruction &i, int slot) {
     return true;
 }
 void warp_barrier(Warp &w, const Instruction &i) {
-    if (meeting(w, i, i.a)) w.syncs++;
+    if (meeting(w, i, i.a) && w.full) w.syncs++;                 // of a part of the warp: as if it ordered nothing
 }
-// shfl of a by the lanes list[0], within the borders list[1], of the mask list[2]; target: a predicate, or 0.
+// shfl of a by the lanes list[0], within the borders list[1], of the mask list[2]; target: a predicate, or 0, which is %tid.x.
 enum { FROM_BELOW, FROM_ABOVE, BUTTERFLY, INDEXED };
 void shuffle(Warp &w, const Instruction &i) {
     if (!meeting(w, i, i.list[2])) return;
@@ -748,7 +754,8 @@ void ldmatrix(Warp &w, const Instruction &i) {
 // D a warp has 16, which it computes when it comes here; d[4j + r] is row g + 8(r/2), column 8j + 2t + r%2.
 uint32_t wgmma_word(Warp &w, const Instruction &i, uint64_t descriptor, int row, int word) {
     if (descriptor >> 62 != 1) fail(w, i, 0, "an operand without the swizzle of 128 bytes");
-    if (descriptor >> 49 & 7) fail(w, i, 0, "an operand with a base offset");
+    if (descriptor >> 49 & 7 || descriptor & 0x38) fail(w, i, 0, "an operand that does not begin in the first of 8 rows");
+    if ((size_t)(w.index | 3) >= w.block->warps.size()) fail(w, i, 0, "there are no four warps for this product");
     uint64_t start = (descriptor & 0x3FFF) << 4, group = (descriptor >> 32 & 0x3FFF) << 4;
     uint64_t at = start + (uint64_t)(row / 8) * group + (uint64_t)(row % 8) * 128 + (uint64_t)word * 4;
     uint32_t u;
@@ -770,14 +777,23 @@ template <bool BF16> void wgmma(Warp &w, const Instruction &i) {
             else to[0] = tf32(u);
         }
     bool add = w.reg<uint32_t>(i.c)[0] & 1;
-    for (int l = 0; l < 32; l++)
-        for (int r = 0; r < 64; r++) {
+    for (int r = 0; r < 64; r++) {
+        float *now = w.reg<float>(i.list[(size_t)r]), *sum = w.sums.insert({i.list[(size_t)r], vector<float>(now, now + 32)}).first->second.data();
+        for (int l = 0; l < 32; l++) {
             int row = l / 4 + 8 * (r % 4 / 2), column = 8 * (r / 4) + 2 * (l % 4) + r % 2;
-            float *d = &w.reg<float>(i.list[(size_t)r])[l];
-            double sum = 0;
-            for (int k = 0; k < depth; k++) sum += (double)A[row][k] * B[k][column];
-            *d = (float)(sum + (add ? *d : 0));
+            double x = 0;
+            for (int k = 0; k < depth; k++) x += (double)A[row][k] * B[k][column];
+            sum[l] = (float)(x + (add ? sum[l] : 0));
+            now[l] = NAN;
         }
+    }
+    w.committed = false, w.products++;
+}
+void wgmma_commit(Warp &w, const Instruction &) { w.committed = true; }
+void wgmma_wait(Warp &w, const Instruction &) {                  // for all groups
+    for (auto &s : w.sums)
+        if (w.committed) memcpy(w.reg<float>(s.first), s.second.data(), 32 * sizeof(float));
+    w.sums.clear();
 }
 
 // ============================================================== 6. From text to programs
@@ -839,7 +855,7 @@ int bytes_of(const string &type) {                               // 0 for what i
 }
 size_t up_to(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 bool literal(const string &s, uint64_t *bits) {
-    if (s[0] == '0' && (s[1] == 'f' || s[1] == 'd')) *bits = strtoull(s.c_str() + 2, nullptr, 16);
+    if (s[0] == '0' && s.size() > 1 && strchr("fFdD", s[1])) *bits = strtoull(s.c_str() + 2, nullptr, 16);
     else if (s[0] == '-') *bits = (uint64_t)strtoll(s.c_str(), nullptr, 0);
     else if (isdigit((unsigned char)s[0])) *bits = strtoull(s.c_str(), nullptr, 0);
     else return false;
@@ -890,6 +906,7 @@ Execute arithmetic(const string &name, const string &type) {
     if (type == "f32" && name == "add.rz") return two<float, float, AddTowardsZero>;
     if (type == "f32") return real<float>(name);
     if (type == "f64") return real<double>(name);
+    if (type[0] == 'f') return nullptr;
     if (type == "pred") return of_predicates(name);
     bool is_signed = type[0] == 's';
     switch (bytes_of(type)) {
@@ -902,9 +919,9 @@ Execute arithmetic(const string &name, const string &type) {
 
 #define BY_SIZE(f, space, n) (n == 1 ? f<space, 1> : n == 2 ? f<space, 2> : n == 4 ? f<space, 4> : f<space, 8>)
 template <int SPACE> Execute access(bool is_load, int n) { return is_load ? BY_SIZE(load, SPACE, n) : BY_SIZE(store, SPACE, n); }
-template <int SPACE> Execute atomic_of(const string &type) {
-    return type == "f32" ? atomic<float, SPACE> : type == "f64" ? atomic<double, SPACE> : type == "s32" ? (Execute)atomic<int32_t, SPACE>
-         : type == "s64" ? atomic<int64_t, SPACE> : bytes_of(type) == 4 ? (Execute)atomic<uint32_t, SPACE> : atomic<uint64_t, SPACE>;
+Execute atomic_of(const string &type) {
+    return type == "f32" ? atomic<float> : type == "f64" ? atomic<double> : type == "s32" ? atomic<int32_t> : type == "s64" ? (Execute)atomic<int64_t>
+         : bytes_of(type) == 4 ? atomic<uint32_t> : bytes_of(type) == 8 ? (Execute)atomic<uint64_t> : nullptr;
 }
 
 template <class D> Execute conversion_from(const string &s) {
@@ -940,6 +957,7 @@ struct Translator {
     vector<std::map<string, Symbol>> scopes;
     std::map<string, Symbol> shared;
     std::map<std::pair<int, uint64_t>, int> constants;           // by width and bits
+    size_t dynamic_align = 1;                                    // what dynamic shared memory asks for
     int dynamic[2] = {-1, -1};                                   // slots of the address of dynamic shared memory, in 4 and 8 bytes
     struct Frame { std::map<string, int> labels; vector<std::pair<int, string>> jumps; vector<int> returns; };
     vector<Frame> frames;
@@ -986,7 +1004,10 @@ struct Translator {
         return v == variables.end() ? nullptr : &v->second;
     }
     Symbol *add_shared(const string &name, Shared s) {
-        if (s.dynamic) return &(shared[name] = {Symbol::DYNAMIC, 0, 0, 0});
+        if (s.dynamic) {
+            dynamic_align = std::max(dynamic_align, s.align);
+            return &(shared[name] = {Symbol::DYNAMIC, 0, 0, 0});
+        }
         uint64_t from = up_to(k.shared_bytes, s.align);
         k.shared_bytes = from + s.bytes;
         return &(shared[name] = {Symbol::STATIC, 0, 0, from});
@@ -1116,7 +1137,9 @@ struct Translator {
         Instruction last;
         last.run = end, last.control = true;
         k.code.push_back(last);
-        if (dynamic[0] >= 0 || dynamic[1] >= 0) k.shared_bytes = up_to(k.shared_bytes, 1024);
+        k.counts.resize(k.code.size());
+        k.shared_bytes = up_to(k.shared_bytes, dynamic_align);   // and no better aligned than that
+        if (dynamic_align > 1 && dynamic_align < 1024) k.shared_bytes |= dynamic_align;
         for (int s = 0; s < 2; s++)
             if (dynamic[s] >= 0) set_constant(dynamic[s], k.shared_bytes, s ? 8 : 4);
     }
@@ -1157,7 +1180,7 @@ bool Translator::access_to_memory(Instruction &i, const string &op, const string
         i.d = first == 2 ? slot(o[0].names[0], bytes) : -1;
         i.b = slot(o[first].names[0], bytes);
         if (i.target == CAS) i.c = slot(o[first + 1].names[0], bytes);
-        i.run = space == GLOBAL ? atomic_of<GLOBAL>(type) : space == SHARED ? atomic_of<SHARED>(type) : atomic_of<GENERIC>(type);
+        i.run = space == GLOBAL ? atomic_of(type) : nullptr;
         return true;
     }
     slots(i, o[!is_load], bytes);
@@ -1198,10 +1221,10 @@ bool Translator::of_a_warp(Instruction &i, const string &op, const string &type,
     if (op == "bar" && has("warp")) return i.run = warp_barrier, i.a = one(0), true;
     if (op == "bar" && has("red")) {
         i.run = barrier, i.mode = which({{"popc", COUNT}, {"and", ALL}, {"or", ANY}});
-        i.d = one(0), i.offset = atoi(o[1].names[0].c_str()), i.a = one(2), i.unless = o[2].negated;
-        return o.size() == 3 && i.guard < 0;
+        i.d = one(0), i.a = one(2), i.unless = o[2].negated;
+        return o[1].names[0] == "0" && o.size() == 3 && i.guard < 0;
     }
-    if (op == "bar") return i.run = barrier, i.offset = atoi(o[0].names[0].c_str()), o.size() == 1 && i.guard < 0;
+    if (op == "bar") return i.run = barrier, o[0].names[0] == "0" && o.size() == 1 && i.guard < 0;
     if (op == "shfl") {
         i.run = shuffle, i.mode = which({{"up", FROM_BELOW}, {"down", FROM_ABOVE}, {"bfly", BUTTERFLY}, {"idx", INDEXED}});
         i.d = one(0), i.a = one(1), i.list = {one(2), one(3), one(4)};
@@ -1257,6 +1280,7 @@ void Translator::instruction() {
         parts.push_back(text.substr(p, q - p));
     }
     const string op = parts[0], type = parts.back();
+    i.name = text;
     if (op == "call") return i.guard < 0 ? call() : refuse("a call under a predicate");
     vector<Operand> o;
     while (!taken(";")) o.push_back(operand());
@@ -1267,22 +1291,25 @@ void Translator::instruction() {
     else if (op == "exit" || (op == "ret" && frames.size() == 1)) i.run = end, i.control = true;
     else if (op == "ret") i.run = branch, i.control = true, frames.back().returns.push_back(here);
     else if (op == "trap") i.run = trap;
-    else if (op == "membar" || op == "fence" || (op == "wgmma" && !has("mma_async"))) i.run = nothing;
-    else if (op == "cp" && has("commit_group")) i.run = copy_commit;
-    else if (op == "cp" && has("wait_group")) i.run = copy_wait, i.offset = atoi(o[0].names[0].c_str());
-    else if (op == "cp") {
+    else if (op == "membar" || op == "fence" || (op == "wgmma" && has("fence"))) i.run = nothing;
+    else if (op == "wgmma" && has("commit_group")) i.run = wgmma_commit;
+    else if (op == "wgmma" && has("wait_group")) i.run = wgmma_wait, known = o[0].names[0] == "0";
+    else if (text == "cp.async.commit_group") i.run = copy_commit;
+    else if (text == "cp.async.wait_group") i.run = copy_wait, i.offset = atoi(o[0].names[0].c_str());
+    else if (op == "cp" && o.size() >= 3) {
         i.run = copy_async, i.mode = atoi(o[2].names[0].c_str());
         i.d = slot(o[0].names[0], 4), i.target = (int)o[0].offset, i.a = slot(o[1].names[0], 8), i.offset = o[1].offset;
         i.b = o.size() > 3 ? slot(o[3].names[0], 4) : -1;
-        known = has("async") && has("shared") && has("global") && o.size() <= 4;
-    } else if (op == "cvt") known = change_of_type(i, o);
+        known = has("async") && has("shared") && has("global") && !has("bulk") && o.size() <= 4 && (o.size() < 4 || o[3].names[0].compare(0, 2, "%p"));
+    } else if (op == "cp") known = false;
+    else if (op == "cvt") known = change_of_type(i, o);
     else if (op == "cvta") {                                     // those of global memory are what they are
         i.run = two<uint64_t, uint64_t, Add>, i.d = slot(o[0].names[0], 8), i.a = slot(o[1].names[0], 8);
         i.b = constant(!has("shared") ? 0 : has("to") ? 0 - SHARED_WINDOW : SHARED_WINDOW, 8);
         known = has("shared") || has("global");
     } else if (op == "mov" && (o[0].kind == Operand::LIST || o[1].kind == Operand::LIST)) {
         bool pack = o[1].kind == Operand::LIST;
-        i.run = pack ? ::parts<true> : ::parts<false>, i.mode = bytes_of(type);
+        i.run = pack ? pieces<true> : pieces<false>, i.mode = bytes_of(type);
         (pack ? i.d : i.a) = slot(o[!pack].names[0], i.mode);
         slots(i, o[pack], i.mode / (int)o[pack].names.size());
     } else if (op == "bfi") {
@@ -1298,7 +1325,7 @@ void Translator::instruction() {
             i.mode = (op.back() == 'c' ? TAKES : 0) | (has("cc") ? GIVES : 0) | (op.compare(0, 3, "sub") ? 0 : SUBTRACTS) |
                      (op.compare(0, 3, "mad") ? 0 : has("lo") ? LOW : HIGH);
         int width = bytes_of(type), wide = has("wide") ? 2 * width : width, *to[] = {&i.d, &i.a, &i.b, &i.c};
-        known = i.run && width && o.size() <= 4 && (!carry || width == 4);
+        known = i.run && width && o.size() <= 4 && (!carry || type == "u32") && (!has("ftz") || op == "ex2");
         for (size_t n = 0; known && n < o.size(); n++) {
             bool narrow = (n == 0 && (op == "setp" || op == "clz")) || (n == 2 && (op == "shl" || op == "shr")) || (n == 3 && op == "selp");
             *to[n] = slot(o[n].names[0], narrow ? 4 : n == 0 || n == 3 ? wide : width);
@@ -1339,6 +1366,7 @@ void read_module(const string &text) {
             variables[name] = {Symbol::VARIABLE, 0, 0, (uint64_t)p};
             for (uint64_t bits; t() != ";"; at++)
                 if (literal(t(), &bits)) memcpy(p, &bits, width), p += width;
+                else if (!strchr("={},", t()[0])) die("initial values that are not numbers: " + name);
         }
         at++;
     };
@@ -1403,11 +1431,11 @@ bool reverse_order;
 
 void run_warp(Warp &w) {                                         // until it waits in a barrier or has ended
     const Instruction *code = w.block->kernel->code.data();
-    uint64_t count = 0;
-    while (w.waiting < 0) {
+    uint64_t *counts = w.block->kernel->counts.data();
+    while (!w.waiting) {
+        counts[w.pc]++;
         const Instruction &i = code[w.pc++];
         uint32_t all = w.mask, on = i.control ? all : guarded(w, i);
-        count++;
         if (on == all) i.run(w, i);
         else if (on) {
             w.set(on);
@@ -1415,7 +1443,7 @@ void run_warp(Warp &w) {                                         // until it wai
             if (w.mask != on) fail(w, i, __builtin_ctz(on), "lanes that wait for others under a predicate: not emulated");
             w.set(all);
         }
-        if (w.waiting >= 0) break;
+        if (w.waiting) break;
         if (!w.mask) {
             if (w.next()) continue;
             for (Path &p : w.others) fail(w, code[p.pc], __builtin_ctz(p.mask), "lanes that are needed here never come");
@@ -1423,20 +1451,19 @@ void run_warp(Warp &w) {                                         // until it wai
         }
         if (w.pc >= w.stop) w.meet();
     }
-    w.block->kernel->instructions += count;
 }
 
 void run_block(Block &b) {
     Kernel &k = *b.kernel;
     std::fill(b.shared.begin(), b.shared.end(), 0xFF);
     std::fill(b.uses.begin(), b.uses.end(), Use());
-    b.time = 1, b.live = b.threads;
-    memset(b.barriers, 0, sizeof b.barriers);
+    b.time = 1, b.live = b.threads, b.arrived = b.sum = 0;
     for (Warp &w : b.warps) {
         int lanes = std::min(32, b.threads - 32 * w.index);
         w.live = ~0u >> (32 - lanes);
-        w.pc = 0, w.waiting = -1, w.syncs = 1, w.stop = INT32_MAX;
-        w.others.clear();
+        w.pc = 0, w.waiting = false, w.syncs = 1, w.stop = INT32_MAX, w.products = 0;
+        w.others.clear(), w.sums.clear();
+        std::fill(w.local.begin(), w.local.end(), 0xFF);
         w.set(w.live);
         for (Copies &c : w.copies) c.open.clear(), c.groups.clear();
         for (unsigned l = 0; l < 32; l++) {
@@ -1451,12 +1478,14 @@ void run_block(Block &b) {
         size_t n = b.warps.size();
         for (size_t m = 0; m < n; m++) {
             Warp &w = b.warps[reverse_order ? n - 1 - m : m];
-            if (w.waiting < 0 && w.live) run_warp(w), moved = true;
+            if (!w.waiting && w.live) run_warp(w), moved = true;
         }
-        open_barriers(b);
+        open_barrier(b);
         for (Warp &w : b.warps)
-            if (!moved && w.waiting >= 0) fail(w, k.code[(size_t)w.pc - 1], first_lane(w), "a barrier that some threads of the block never reach");
+            if (!moved && w.waiting) fail(w, k.code[(size_t)w.pc - 1], first_lane(w), "a barrier that some threads of the block never reach");
     }
+    for (Warp &w : b.warps)
+        if (w.products != b.warps[(size_t)w.index & ~(size_t)3].products) fail(w, k.code.back(), 0, "wgmma by a part of a warpgroup");
 }
 
 void run_grid(Kernel &k, dim3 grid, dim3 size, vector<unsigned char> parameters, size_t dynamic) {
@@ -1494,22 +1523,41 @@ struct { const void *here; const char *name; } registered[4096], variables_here[
 int registered_count, variable_count, capability;
 std::map<const void *, Kernel *> kernel_at;
 
+// What was executed, in instructions of a warp: by kernel, by instruction, and the lines of the source with the most. A GPU's own
+// instructions are others: most of mov and cvta are none there, those of 64 bits are two.
 void statistics() {
+    typedef std::pair<uint64_t, string> row;
+    vector<row> by_kernel, by_name, by_line;
+    std::map<string, uint64_t> names;
     uint64_t total = 0, never = 0;
-    for (auto &k : kernels) {
-        if (k.second->launches)
-            fprintf(stderr, "%8llu launches %14llu instructions of a warp  %s\n", (unsigned long long)k.second->launches,
-                    (unsigned long long)k.second->instructions, k.second->shown.c_str());
-        else fprintf(stderr, "%8d launches %32s  %s\n", 0, "", k.second->shown.c_str()), never++;
-        total += k.second->instructions;
+    for (auto &named : kernels) {
+        Kernel &k = *named.second;
+        std::map<int, uint64_t> lines;
+        uint64_t sum = 0;
+        for (size_t pc = 0; pc < k.counts.size(); pc++) {
+            sum += k.counts[pc], names[k.code[pc].name] += k.counts[pc];
+            lines[place_of_line[(size_t)k.code[pc].line]] += k.counts[pc];
+        }
+        for (auto &l : lines) by_line.push_back({l.second, (l.first < 0 ? "" : source_places[(size_t)l.first]) + "  " + k.shown});
+        by_kernel.push_back({sum, std::to_string(k.launches) + " launches  " + k.shown});
+        total += sum, never += !k.launches;
     }
-    fprintf(stderr, "%llu instructions of a warp; %llu of %zu kernels were never launched\n", (unsigned long long)total,
-            (unsigned long long)never, kernels.size());
+    for (auto &n : names) by_name.push_back({n.second, n.first});
+    for (auto table : {&by_kernel, &by_name, &by_line}) {
+        std::sort(table->rbegin(), table->rend());
+        if (table != &by_kernel) table->resize(std::min(table->size(), (size_t)40));
+        for (row &r : *table)
+            if (r.first) fprintf(stderr, "%14llu %5.1f %%  %s\n", (unsigned long long)r.first, 100. * (double)r.first / (double)total, r.second.c_str());
+        fprintf(stderr, "\n");
+    }
+    fprintf(stderr, "%llu instructions of a warp; %llu of %zu kernels were never launched\n", (unsigned long long)total, (unsigned long long)never, kernels.size());
 }
 
 // nvcc's object has a "fat binary": a header of 16 bytes, then entries for each architecture, of kind 1 when they are PTX.
 void read_program() {
-    if (!kernel_at.empty()) return;
+    static bool done;
+    if (done) return;
+    done = true;
     const char *order = getenv("CUDA_ORDER"), *memory = getenv("CUDA_MEMORY"), *says = getenv("CUDA_CAPABILITY");
     reverse_order = order && !strcmp(order, "reverse");
     if (memory) {
@@ -1517,7 +1565,7 @@ void read_program() {
         memory_limit = strtoull(memory, &end, 10);
         memory_limit <<= *end == 'G' ? 30 : *end == 'M' ? 20 : *end == 'k' ? 10 : 0;
     }
-    if (!program) die("there are no kernels in this program");
+    if (!program) return;
     const unsigned char *p = *(const unsigned char *const *)((const char *)program + 8), *end;
     string text;
     uint64_t bytes, flags;
@@ -1536,12 +1584,16 @@ void read_program() {
     if (text.empty()) die("there is no PTX in this program: compile with -gencode arch=compute_80,code=compute_80");
     if (says) capability = atoi(says);
     read_module(text);
-    for (int n = 0; n < registered_count; n++) kernel_at[registered[n].here] = kernels.at(registered[n].name);
+    for (int n = 0; n < registered_count; n++) {
+        if (!kernels.count(registered[n].name)) die(string("no PTX of ") + registered[n].name);
+        kernel_at[registered[n].here] = kernels[registered[n].name];
+    }
     if (getenv("CUDA_STATS")) atexit(statistics);
 }
 Kernel &kernel_of(const void *here) {
     read_program();
-    Kernel &k = *kernel_at.at(here);
+    if (!kernel_at.count(here)) die("a kernel that is not in this program");
+    Kernel &k = *kernel_at[here];
     if (k.code.empty()) Translator(k).kernel();
     return k;
 }
@@ -1570,10 +1622,10 @@ struct Configuration { dim3 grid, block; size_t shared; cudaStream_t stream; };
 vector<Configuration> configurations;
 
 cudaError_t launch(Kernel &k, dim3 grid, dim3 block, void **arguments, size_t dynamic, cudaStream_t stream) {
-    uint64_t threads = (uint64_t)block.x * block.y * block.z, room = k.max_dynamic ? shared_limit() : 48 * 1024;
+    uint64_t threads = (uint64_t)block.x * block.y * block.z, room = std::max<uint64_t>(48 * 1024, k.shared_bytes + (size_t)k.max_dynamic);
     if (stream && !streams.count(stream)) return result(cudaErrorInvalidResourceHandle);
     if (!threads || threads > (uint64_t)k.max_threads || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 ||
-        grid.z > 65535 || k.shared_bytes + dynamic > room || (k.max_dynamic && dynamic > std::max((size_t)k.max_dynamic, 48 * 1024 - k.shared_bytes)))
+        grid.z > 65535 || k.shared_bytes + dynamic > room)
         return result(cudaErrorInvalidConfiguration);
     vector<unsigned char> parameters(k.parameter_bytes);
     for (size_t p = 0; p < k.parameters.size(); p++) memcpy(&parameters[k.parameters[p].at], arguments[p], k.parameters[p].bytes);
@@ -1591,10 +1643,10 @@ const struct { cudaError_t code; const char *name, *text; } errors[] = {
     {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},
     {cudaErrorStreamCaptureImplicit, "cudaErrorStreamCaptureImplicit", "operation would depend on a capturing stream"},
 };
-cudaError_t copied(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {   // are both where the kind says?
+cudaError_t misplaced(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {   // is one of them not where the kind says?
     bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-    return (from_device && !covers((uint64_t)from, bytes)) || (to_device && !covers((uint64_t)to, bytes)) ? result(cudaErrorInvalidValue) : cudaSuccess;
+    return bytes && ((from_device && !covers((uint64_t)from, bytes)) || (to_device && !covers((uint64_t)to, bytes))) ? result(cudaErrorInvalidValue) : cudaSuccess;
 }
 
 } // namespace
@@ -1700,11 +1752,11 @@ cudaError_t cudaFreeHost(void *p) { return cudaFree(p); }
 cudaError_t cudaMemGetInfo(size_t *available, size_t *all) { return *available = memory_limit - memory_used, *all = memory_limit, cudaSuccess; }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
     if (captured) return not_captured(cudaErrorStreamCaptureImplicit);
-    cudaError_t e = copied(to, from, bytes, kind);
+    cudaError_t e = misplaced(to, from, bytes, kind);
     return e ? e : (memmove(to, from, bytes), cudaSuccess);
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-    cudaError_t e = copied(to, from, bytes, kind);
+    cudaError_t e = misplaced(to, from, bytes, kind);
     return e ? e : enqueue(stream, [=] { memmove(to, from, bytes); });
 }
 cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind) {

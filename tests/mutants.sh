@@ -21,7 +21,7 @@ try() {                                  # in the folder of one fault: writes to
     if ! (dir=$1; eval "$BUILD") > "$1/log" 2>&1; then echo "does not compile" > "$1/result"
     elif (cd "$1" && timeout "${LIMIT:-900}" sh -c "$CHECK" > log 2>&1); then echo "NOT NOTICED" > "$1/result"
     else
-        tail -n 60 "$1/log" | grep -a -m 1 -E 'FAILED|Sanitizer|runtime error|cuda_on_cpu' | cut -c 1-100 > "$1/result"
+        tail -n 60 "$1/log" | grep -a -m 1 -E 'FAILED|Sanitizer|runtime error|cuda_on_cpu|ptx_on_cpu' | cut -c 1-100 > "$1/result"
         [ -s "$1/result" ] || echo "crashed" > "$1/result"
     fi
     rm -f "$1/test"
