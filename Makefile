@@ -200,7 +200,7 @@ ptx-mutants: build/ptx-90a/test
 	BUILD='$(call PTX_NVCC,90a) -I. -c -o $$dir/cuda_metala.o $$dir/cuda_metala.cu && \
 	    $(CXX) -o $$dir/test build/ptx-90a/test.o build/ptx-90a/metala.o $$dir/cuda_metala.o build/ptx_on_cpu.o' \
 	CHECK='try() { ./test --device cuda --math $$1 --only "$$2" --stop || exit 1; }; \
-	    try bf16 "kernel matmul"; try tf32 "kernel matmul"; try bf16 "kernel scan"; try exact recorded; \
+	    try bf16 "kernel scan"; try bf16 "kernel matmul"; try tf32 "kernel matmul"; try exact recorded; \
 	    export CUDA_CAPABILITY=80; try bf16 "kernel matmul"; try tf32 "kernel matmul"' \
 	tests/mutants.sh $(COUNT)
 

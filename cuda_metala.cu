@@ -67,8 +67,12 @@ namespace {
     asm volatile("mma.sync.aligned." kind " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"                             \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                           \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-__device__ __forceinline__ void mma_bf16(float *d, const unsigned *a, const unsigned *b) { MMA("m16n8k16.row.col.f32.bf16.bf16.f32"); }
-__device__ __forceinline__ void mma_tf32(float *d, const unsigned *a, const unsigned *b) { MMA("m16n8k8.row.col.f32.tf32.tf32.f32"); }
+__device__ __forceinline__ void mma_bf16(float *d, const unsigned *a, const unsigned *b) {
+    MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+}
+__device__ __forceinline__ void mma_tf32(float *d, const unsigned *a, const unsigned *b) {
+    MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+}
 // A float rounded to tf32, 10 bits of fraction.
 __device__ __forceinline__ unsigned to_tf32(float x) {
     unsigned u;
@@ -2627,8 +2631,9 @@ __device__ void load_tokens(float *to, size_t pitch, size_t columns, const float
         const unsigned across = (unsigned)columns / 4, to_step = (unsigned)pitch, from_step = (unsigned)step;
         for (unsigned task = threadIdx.x; task < (unsigned)tokens * across; task += THREADS) {
             const unsigned t = task / across, i = task % across * 4;
-            *(float4 *)&to[t * to_step + i] = t < (unsigned)n && i < (unsigned)width ? *(const float4 *)&x[(size_t)t * from_step + i]
-                                                                                    : make_float4(rest, rest, rest, rest);
+            const bool real = t < (unsigned)n && i < (unsigned)width;
+            *(float4 *)&to[t * to_step + i] =
+                real ? *(const float4 *)&x[(size_t)t * from_step + i] : make_float4(rest, rest, rest, rest);
         }
         return;
     }
@@ -3434,9 +3439,9 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         else channel_dk(dk_chunk + here, q_chunk + here, alpha_chunk + here, PITCH, map, CHUNK_PITCH);
     }
     __syncthreads();
-    // da, a sum over the tokens from the last one on: each thread has a block of them of one channel, behind which are other blocks.
+    // da sums over the tokens from the last one on. A thread has a block of them of one channel, and adds the blocks behind it.
     float *part = decay_after;
-    auto along_block = [&](unsigned task, auto use) {                // of the tokens, from the last: use(token, q ⊙ dq - k ⊙ dk, place)
+    auto along_block = [&](unsigned task, auto use) {                // from its last token: use(token, q ⊙ dq - k ⊙ dk, place)
 #pragma unroll
         for (unsigned t = BLOCK; t-- > 0;) {
             const unsigned token = task / MOST * BLOCK + t, here = token * PITCH + task % MOST;

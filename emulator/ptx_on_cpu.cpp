@@ -234,15 +234,17 @@ inline bool covers(uint64_t a, size_t n) {
 
 // Was a word of shared memory used by another thread, with nothing since that orders the two?
 [[noreturn]] void race(Warp &w, const Instruction &i, int lane, bool write, uint64_t word, int thread, const char *did) {
-    fail(w, i, lane, string(write ? "writes" : "reads") + " the word at byte " + std::to_string(4 * word) + " of shared memory, which thread " +
-                         std::to_string(thread - 1) + did + " with no barrier since: a race");
+    fail(w, i, lane,
+         string(write ? "writes" : "reads") + " the word at byte " + std::to_string(4 * word) +
+             " of shared memory, which thread " + std::to_string(thread - 1) + did + " with no barrier since: a race");
 }
 inline void look_for_race(Warp &w, const Instruction &i, int lane, uint64_t word, bool write) {
     Use &u = w.block->uses[word];
     const int me = w.index * 32 + lane + 1;
     auto mine = [&](int thread) { return (thread - 1) / 32 == w.index; };
     const uint32_t time = w.block->time;
-    if (u.write_time == time && u.writer != me && !(mine(u.writer) && u.write_sync < w.syncs)) race(w, i, lane, write, word, u.writer, " wrote");
+    if (u.write_time == time && u.writer != me && !(mine(u.writer) && u.write_sync < w.syncs))
+        race(w, i, lane, write, word, u.writer, " wrote");
     bool read = u.read_time == time && !(mine(u.reader) && !u.warps && u.read_sync < w.syncs);
     if (write) {
         if (read && (u.warps || u.lanes || u.reader != me))
@@ -259,7 +261,8 @@ inline void look_for_race(Warp &w, const Instruction &i, int lane, uint64_t word
 enum Space { GLOBAL, SHARED, LOCAL, PARAM, GENERIC };
 const uint64_t SHARED_WINDOW = 0x7F00000000000000, WINDOW_BYTES = 1 << 24;   // generic addresses of shared memory
 
-[[noreturn]] void outside(Warp &w, const Instruction &i, int lane, uint64_t a, size_t n, bool write, size_t bytes, const char *what) {
+[[noreturn]] void outside(Warp &w, const Instruction &i, int lane, uint64_t a, size_t n, bool write, size_t bytes,
+                          const char *what) {
     fail(w, i, lane, string(write ? "writes " : "reads ") + std::to_string(n) + " bytes at byte " + std::to_string((int64_t)a) +
                          " of the " + std::to_string(bytes) + " of " + what);
 }
@@ -277,7 +280,10 @@ inline unsigned char *memory(Warp &w, const Instruction &i, int lane, Space spac
     Block &b = *w.block;
     size_t bytes = space == SHARED ? b.shared.size() : space == LOCAL ? w.lane_bytes() : b.kernel->parameter_bytes;
     if (a > bytes || n > bytes - a)
-        outside(w, i, lane, a, n, write, bytes, space == SHARED ? "shared memory" : space == LOCAL ? "local memory" : "the parameters");
+        outside(w, i, lane, a, n, write, bytes,
+                space == SHARED  ? "shared memory"
+                : space == LOCAL ? "local memory"
+                                 : "the parameters");
     if (space == LOCAL) return w.local.data() + (size_t)lane * bytes + a;
     if (space == PARAM) return b.parameters.data() + a;
     for (uint64_t word = a / 4; word <= (a + n - 1) / 4; word++) look_for_race(w, i, lane, word, write);
@@ -479,7 +485,8 @@ template <class T, bool REMAINDER> void divide(Warp &w, const Instruction &i) {
     }
 }
 void insert_bits(Warp &w, const Instruction &i) {                // bfi: list[1] bits of a at bit list[0] of b
-    const uint32_t *a = w.reg<uint32_t>(i.a), *b = w.reg<uint32_t>(i.b), *at = w.reg<uint32_t>(i.list[0]), *n = w.reg<uint32_t>(i.list[1]);
+    const uint32_t *a = w.reg<uint32_t>(i.a), *b = w.reg<uint32_t>(i.b), *at = w.reg<uint32_t>(i.list[0]),
+                   *n = w.reg<uint32_t>(i.list[1]);
     uint32_t *d = w.reg<uint32_t>(i.d);
     LANES(uint32_t to = std::min(at[l] & 255, 63u); uint64_t m = ((1ull << std::min(n[l] & 255, 63u)) - 1) << to;
           d[l] = (uint32_t)((b[l] & ~m) | ((uint64_t)a[l] << to & m)))
@@ -508,7 +515,9 @@ template <bool PACK> void pieces(Warp &w, const Instruction &i) { // mov between
 
 // cvt. Rounded to whole numbers, of a float or an integer type, as mode says.
 enum { NEAREST, ZERO, DOWN, UP, WHOLE = 4, SATURATE = 8 };
-double to_whole(double x, int mode) { return mode == NEAREST ? nearbyint(x) : mode == ZERO ? trunc(x) : mode == DOWN ? floor(x) : ceil(x); }
+double to_whole(double x, int mode) {
+    return mode == NEAREST ? nearbyint(x) : mode == ZERO ? trunc(x) : mode == DOWN ? floor(x) : ceil(x);
+}
 template <class D, class S> void convert(Warp &w, const Instruction &i) {
     D *d = w.reg<D>(i.d);
     const S *a = w.reg<S>(i.a);
@@ -520,7 +529,10 @@ template <class D, class S> void convert_to_integer(Warp &w, const Instruction &
     for (int l = 0; l < 32; l++) {
         if (!w.on[l]) continue;
         double x = to_whole((double)w.reg<S>(i.a)[l], i.mode & 3);
-        w.reg<D>(i.d)[l] = x != x ? none : x <= (double)limits::min() ? limits::min() : x >= (double)limits::max() ? limits::max() : (D)x;
+        w.reg<D>(i.d)[l] = x != x                       ? none
+                           : x <= (double)limits::min() ? limits::min()
+                           : x >= (double)limits::max() ? limits::max()
+                                                        : (D)x;
     }
 }
 template <class D, class S> void convert_to_real(Warp &w, const Instruction &i) {
@@ -566,7 +578,9 @@ void to_half(Warp &w, const Instruction &i) {
 void from_half(Warp &w, const Instruction &i) {
     const uint16_t *a = w.reg<uint16_t>(i.a);
     float *d = w.reg<float>(i.d);
-    auto value = [](int e, int m) { return e == 31 ? m ? NAN : INFINITY : ldexpf((float)(e ? m + 1024 : m), std::max(e, 1) - 25); };
+    auto value = [](int e, int m) {
+        return e == 31 ? m ? NAN : INFINITY : ldexpf((float)(e ? m + 1024 : m), std::max(e, 1) - 25);
+    };
     LANES(d[l] = copysignf(value(a[l] >> 10 & 31, a[l] & 1023), a[l] & 0x8000 ? -1.f : 1.f))
 }
 void to_bf16_pair(Warp &w, const Instruction &i) {               // a becomes the upper half
@@ -621,7 +635,8 @@ void open_barrier(Block &b) {                                    // when all liv
         if (pc >= 0 && w.pc != pc) fail(w, i, first_lane(w), "the warps of a block wait at different barriers");
         w.waiting = false, pc = w.pc;
         for (int l = 0; i.mode && l < 32; l++)
-            if (w.on[l]) w.reg<uint32_t>(i.d)[l] = (uint32_t)(i.mode == COUNT ? b.sum : i.mode == ALL ? b.sum == b.live : b.sum > 0);
+            if (w.on[l])
+                w.reg<uint32_t>(i.d)[l] = (uint32_t)(i.mode == COUNT ? b.sum : i.mode == ALL ? b.sum == b.live : b.sum > 0);
     }
     b.arrived = b.sum = 0;
     b.time++;
@@ -664,7 +679,8 @@ void shuffle(Warp &w, const Instruction &i) {
     }
 }
 // vote, redux and match of a by the lanes of the mask b.
-enum { BALLOT, VOTE_ANY, VOTE_ALL, VOTE_UNIFORM, MATCH, SUM, CONJUNCTION, DISJUNCTION, PARITY, LEAST, MOST, LEAST_SIGNED, MOST_SIGNED };
+enum { BALLOT, VOTE_ANY, VOTE_ALL, VOTE_UNIFORM, MATCH,
+       SUM, CONJUNCTION, DISJUNCTION, PARITY, LEAST, MOST, LEAST_SIGNED, MOST_SIGNED };
 void vote(Warp &w, const Instruction &i) {
     if (!meeting(w, i, i.b)) return;
     const uint32_t *a = w.reg<uint32_t>(i.a), mask = w.mask;
@@ -682,7 +698,8 @@ void vote(Warp &w, const Instruction &i) {
         case MOST_SIGNED: r = (uint32_t)std::max((int)r, (int)a[l]); break;
         }
     }
-    if (i.mode <= VOTE_UNIFORM) r = i.mode == BALLOT ? yes : i.mode == VOTE_ANY ? yes != 0 : yes == mask || (i.mode == VOTE_UNIFORM && !yes);
+    if (i.mode <= VOTE_UNIFORM)
+        r = i.mode == BALLOT ? yes : i.mode == VOTE_ANY ? yes != 0 : yes == mask || (i.mode == VOTE_UNIFORM && !yes);
     uint32_t out[32];
     for (int l = 0; l < 32; l++) {
         out[l] = r;
@@ -743,11 +760,13 @@ template <bool BF16> void mma(Warp &w, const Instruction &i) {
 void ldmatrix(Warp &w, const Instruction &i) {
     if (!full_warp(w, i)) return;
     uint16_t m[4][8][8];
-    for (int l = 0; l < 8 * (int)i.list.size(); l++) memcpy(m[l / 8][l % 8], memory(w, i, l, SHARED, address(w, i, l), 16, false), 16);
+    for (int l = 0; l < 8 * (int)i.list.size(); l++)
+        memcpy(m[l / 8][l % 8], memory(w, i, l, SHARED, address(w, i, l), 16, false), 16);
     for (size_t k = 0; k < i.list.size(); k++)
         for (int l = 0; l < 32; l++) {
             int g = l / 4, t = 2 * (l % 4);
-            w.reg<uint32_t>(i.list[k])[l] = i.target ? m[k][t][g] | (uint32_t)m[k][t + 1][g] << 16 : m[k][g][t] | (uint32_t)m[k][g][t + 1] << 16;
+            w.reg<uint32_t>(i.list[k])[l] =
+                i.target ? m[k][t][g] | (uint32_t)m[k][t + 1][g] << 16 : m[k][g][t] | (uint32_t)m[k][g][t + 1] << 16;
         }
 }
 // wgmma.m64n128: list has 64 slots of D, a and b are the descriptors of A and B, c is the predicate "add to D". Of the rows of
@@ -778,7 +797,8 @@ template <bool BF16> void wgmma(Warp &w, const Instruction &i) {
         }
     bool add = w.reg<uint32_t>(i.c)[0] & 1;
     for (int r = 0; r < 64; r++) {
-        float *now = w.reg<float>(i.list[(size_t)r]), *sum = w.sums.insert({i.list[(size_t)r], vector<float>(now, now + 32)}).first->second.data();
+        float *now = w.reg<float>(i.list[(size_t)r]),
+              *sum = w.sums.insert({i.list[(size_t)r], vector<float>(now, now + 32)}).first->second.data();
         for (int l = 0; l < 32; l++) {
             int row = l / 4 + 8 * (r % 4 / 2), column = 8 * (r / 4) + 2 * (l % 4) + r % 2;
             double x = 0;
@@ -826,7 +846,8 @@ void tokenize(const string &text) {
                 if (line[from] == '/' && line[c] == '/') break;
                 if (line[from] == '"') c = line.find('"', c) + 1;
                 else if (in_word(line[from]) || (line[from] == '-' && isdigit((unsigned char)line[c])))
-                    while (c < line.size() && (in_word(line[c]) || (line[c] == ':' && (line[c + 1] == ':' || line[c - 1] == ':')))) c++;
+                    while (c < line.size() && (in_word(line[c]) || (line[c] == ':' && (line[c + 1] == ':' || line[c - 1] == ':'))))
+                        c++;
                 tokens.push_back({line.substr(from, c - from), n});
             }
         ptx_lines.push_back(line), place_of_line.push_back(place);
@@ -889,16 +910,17 @@ template <class T> Execute real(const string &name) {
         {"rcp", one<T, T, Reciprocal>}, {"ex2", one<T, T, PowerOfTwo>}, {"add", two<T, T, Add>}, {"sub", two<T, T, Subtract>},
         {"mul", two<T, T, Multiply>}, {"div", two<T, T, Divide>}, {"min", two<T, T, Least>}, {"max", two<T, T, Most>},
         {"copysign", two<T, T, SignOf>}, {"fma", three<T, T, T, Fused>}, {"selp", three<T, T, uint32_t, Select>},
-        {"setp.ne", two<uint32_t, T, NotEqual>}, {"setp.equ", two<uint32_t, T, EqualU>}, {"setp.neu", two<uint32_t, T, NotEqualU>},
-        {"setp.ltu", two<uint32_t, T, LessU>}, {"setp.leu", two<uint32_t, T, LessEqualU>}, {"setp.gtu", two<uint32_t, T, GreaterU>},
+        {"setp.ne", two<uint32_t, T, NotEqual>}, {"setp.equ", two<uint32_t, T, EqualU>},
+        {"setp.neu", two<uint32_t, T, NotEqualU>}, {"setp.ltu", two<uint32_t, T, LessU>},
+        {"setp.leu", two<uint32_t, T, LessEqualU>}, {"setp.gtu", two<uint32_t, T, GreaterU>},
         {"setp.geu", two<uint32_t, T, GreaterEqualU>}, {"setp.num", two<uint32_t, T, Numbers>},
         {"setp.nan", two<uint32_t, T, NotNumbers>}, COMPARISONS(T)};
     return found(table, name);
 }
 Execute of_predicates(const string &name) {
     static const std::map<string, Execute> table = {
-        {"mov", one<uint32_t, uint32_t, Move>}, {"not", one<uint32_t, uint32_t, NotPredicate>}, {"and", two<uint32_t, uint32_t, And>},
-        {"or", two<uint32_t, uint32_t, Or>}, {"xor", two<uint32_t, uint32_t, Xor>}};
+        {"mov", one<uint32_t, uint32_t, Move>}, {"not", one<uint32_t, uint32_t, NotPredicate>},
+        {"and", two<uint32_t, uint32_t, And>}, {"or", two<uint32_t, uint32_t, Or>}, {"xor", two<uint32_t, uint32_t, Xor>}};
     return found(table, name);
 }
 Execute arithmetic(const string &name, const string &type) {
@@ -920,8 +942,13 @@ Execute arithmetic(const string &name, const string &type) {
 #define BY_SIZE(f, space, n) (n == 1 ? f<space, 1> : n == 2 ? f<space, 2> : n == 4 ? f<space, 4> : f<space, 8>)
 template <int SPACE> Execute access(bool is_load, int n) { return is_load ? BY_SIZE(load, SPACE, n) : BY_SIZE(store, SPACE, n); }
 Execute atomic_of(const string &type) {
-    return type == "f32" ? atomic<float> : type == "f64" ? atomic<double> : type == "s32" ? atomic<int32_t> : type == "s64" ? (Execute)atomic<int64_t>
-         : bytes_of(type) == 4 ? atomic<uint32_t> : bytes_of(type) == 8 ? (Execute)atomic<uint64_t> : nullptr;
+    return type == "f32"         ? atomic<float>
+           : type == "f64"       ? atomic<double>
+           : type == "s32"       ? atomic<int32_t>
+           : type == "s64"       ? (Execute)atomic<int64_t>
+           : bytes_of(type) == 4 ? atomic<uint32_t>
+           : bytes_of(type) == 8 ? (Execute)atomic<uint64_t>
+                                 : nullptr;
 }
 
 template <class D> Execute conversion_from(const string &s) {
@@ -932,13 +959,24 @@ template <class D> Execute conversion_from(const string &s) {
         if (s == "f32") return convert_to_real<D, float>;
         if (s == "f64") return convert_to_real<D, double>;
     }
-    return s == "u16" ? convert<D, uint16_t> : s == "s16" ? convert<D, int16_t> : s == "u32" ? convert<D, uint32_t>
-         : s == "s32" ? convert<D, int32_t> : s == "u64" ? convert<D, uint64_t> : s == "s64" ? (Execute)convert<D, int64_t> : nullptr;
+    return s == "u16"   ? convert<D, uint16_t>
+           : s == "s16" ? convert<D, int16_t>
+           : s == "u32" ? convert<D, uint32_t>
+           : s == "s32" ? convert<D, int32_t>
+           : s == "u64" ? convert<D, uint64_t>
+           : s == "s64" ? (Execute)convert<D, int64_t>
+                        : nullptr;
 }
 Execute conversion(const string &d, const string &s) {
-    return d == "f32" ? conversion_from<float>(s) : d == "f64" ? conversion_from<double>(s) : d == "u16" ? conversion_from<uint16_t>(s)
-         : d == "s16" ? conversion_from<int16_t>(s) : d == "u32" ? conversion_from<uint32_t>(s) : d == "s32" ? conversion_from<int32_t>(s)
-         : d == "u64" ? conversion_from<uint64_t>(s) : d == "s64" ? conversion_from<int64_t>(s) : nullptr;
+    return d == "f32"   ? conversion_from<float>(s)
+           : d == "f64" ? conversion_from<double>(s)
+           : d == "u16" ? conversion_from<uint16_t>(s)
+           : d == "s16" ? conversion_from<int16_t>(s)
+           : d == "u32" ? conversion_from<uint32_t>(s)
+           : d == "s32" ? conversion_from<int32_t>(s)
+           : d == "u64" ? conversion_from<uint64_t>(s)
+           : d == "s64" ? conversion_from<int64_t>(s)
+                        : nullptr;
 }
 
 // ---- One kernel. Functions that it calls are put in place of the calls.
@@ -964,7 +1002,9 @@ struct Translator {
 
     Translator(Kernel &k) : k(k), at(k.body) {}
 
-    [[noreturn]] void refuse(const string &what) { die(k.shown + ", PTX line " + std::to_string(line + 1) + ": " + what + ":" + ptx_lines[(size_t)line]); }
+    [[noreturn]] void refuse(const string &what) {
+        die(k.shown + ", PTX line " + std::to_string(line + 1) + ": " + what + ":" + ptx_lines[(size_t)line]);
+    }
     const string &peek() { return tokens[at].s; }
     const string &take() { return tokens[at++].s; }
     bool taken(const char *s) { return peek() == s ? at++, true : false; }
@@ -1065,7 +1105,8 @@ struct Translator {
                 int count = many ? number() : 1;
                 if (many) expect(">");
                 for (int r = 0; r < count; r++)
-                    scopes.back()[many ? name + std::to_string(r) : name] = {Symbol::REGISTER, new_slot(std::max(width, 2)), std::max(width, 2), 0};
+                    scopes.back()[many ? name + std::to_string(r) : name] = {Symbol::REGISTER, new_slot(std::max(width, 2)),
+                                                                             std::max(width, 2), 0};
                 continue;
             }
             if (taken("[")) n = (size_t)number(), expect("]");
@@ -1168,7 +1209,12 @@ bool Translator::access_to_memory(Instruction &i, const string &op, const string
     if (!is_load && op != "st" && op != "atom" && op != "red") return false;
     const Operand &where = o[op == "ld" || op == "atom"];
     int bytes = bytes_of(type), width;
-    int space = which({{"global", GLOBAL}, {"const", GLOBAL}, {"shared", SHARED}, {"shared::cta", SHARED}, {"local", LOCAL}, {"param", PARAM},
+    int space = which({{"global", GLOBAL},
+                       {"const", GLOBAL},
+                       {"shared", SHARED},
+                       {"shared::cta", SHARED},
+                       {"local", LOCAL},
+                       {"param", PARAM},
                        {type, GENERIC}});
     Symbol *s = find(where.names[0]);
     if (space == PARAM && s && s->kind == Symbol::STACK) space = LOCAL;          // of a call
@@ -1176,7 +1222,8 @@ bool Translator::access_to_memory(Instruction &i, const string &op, const string
     i.mode = (width == 8 ? WIDE : 0) | (type[0] == 's' ? SIGNED : 0);
     if (op == "atom" || op == "red") {
         size_t first = op == "atom" ? 2 : 1;
-        i.target = which({{"add", ADD}, {"max", MAX}, {"min", MIN}, {"and", AND}, {"or", OR}, {"xor", XOR}, {"exch", EXCHANGE}, {"cas", CAS}});
+        i.target = which(
+            {{"add", ADD}, {"max", MAX}, {"min", MIN}, {"and", AND}, {"or", OR}, {"xor", XOR}, {"exch", EXCHANGE}, {"cas", CAS}});
         i.d = first == 2 ? slot(o[0].names[0], bytes) : -1;
         i.b = slot(o[first].names[0], bytes);
         if (i.target == CAS) i.c = slot(o[first + 1].names[0], bytes);
@@ -1184,8 +1231,11 @@ bool Translator::access_to_memory(Instruction &i, const string &op, const string
         return true;
     }
     slots(i, o[!is_load], bytes);
-    i.run = space == GLOBAL ? access<GLOBAL>(is_load, bytes) : space == SHARED ? access<SHARED>(is_load, bytes)
-          : space == LOCAL ? access<LOCAL>(is_load, bytes) : space == PARAM ? access<PARAM>(is_load, bytes) : access<GENERIC>(is_load, bytes);
+    i.run = space == GLOBAL   ? access<GLOBAL>(is_load, bytes)
+            : space == SHARED ? access<SHARED>(is_load, bytes)
+            : space == LOCAL  ? access<LOCAL>(is_load, bytes)
+            : space == PARAM  ? access<PARAM>(is_load, bytes)
+                              : access<GENERIC>(is_load, bytes);
     return true;
 }
 
@@ -1236,8 +1286,13 @@ bool Translator::of_a_warp(Instruction &i, const string &op, const string &type,
         i.run = vote;
         if (op == "vote") i.mode = which({{"ballot", BALLOT}, {"any", VOTE_ANY}, {"all", VOTE_ALL}, {"uni", VOTE_UNIFORM}});
         else if (op == "match") i.mode = MATCH;
-        else i.mode = which({{"add", SUM}, {"and", CONJUNCTION}, {"or", DISJUNCTION}, {"xor", PARITY}, {"min", is_signed ? LEAST_SIGNED : LEAST},
-                             {"max", is_signed ? MOST_SIGNED : MOST}});
+        else
+            i.mode = which({{"add", SUM},
+                            {"and", CONJUNCTION},
+                            {"or", DISJUNCTION},
+                            {"xor", PARITY},
+                            {"min", is_signed ? LEAST_SIGNED : LEAST},
+                            {"max", is_signed ? MOST_SIGNED : MOST}});
         i.d = one(0), i.a = one(1), i.b = one(2), i.unless = o[1].negated;
         return i.guard < 0 && !(op == "match" && !has("any"));
     }
@@ -1252,8 +1307,9 @@ bool Translator::of_a_warp(Instruction &i, const string &op, const string &type,
         bool is_bf16 = has("bf16"), warpgroup = op == "wgmma";
         string name;
         for (const string &p : parts) name += p + ".";
-        const char *const known[] = {"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32.", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32.",
-                                     "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32.", "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16."};
+        const char *const known[] = {
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32.", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32.",
+            "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32.", "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16."};
         if (name != known[2 * warpgroup + is_bf16]) return false;
         if (!warpgroup) {
             for (size_t n = 0; n < 4; n++) slots(i, o[n], 4);
@@ -1300,7 +1356,8 @@ void Translator::instruction() {
         i.run = copy_async, i.mode = atoi(o[2].names[0].c_str());
         i.d = slot(o[0].names[0], 4), i.target = (int)o[0].offset, i.a = slot(o[1].names[0], 8), i.offset = o[1].offset;
         i.b = o.size() > 3 ? slot(o[3].names[0], 4) : -1;
-        known = has("async") && has("shared") && has("global") && !has("bulk") && o.size() <= 4 && (o.size() < 4 || o[3].names[0].compare(0, 2, "%p"));
+        known = has("async") && has("shared") && has("global") && !has("bulk") && o.size() <= 4 &&
+                (o.size() < 4 || o[3].names[0].compare(0, 2, "%p"));
     } else if (op == "cp") known = false;
     else if (op == "cvt") known = change_of_type(i, o);
     else if (op == "cvta") {                                     // those of global memory are what they are
@@ -1327,7 +1384,8 @@ void Translator::instruction() {
         int width = bytes_of(type), wide = has("wide") ? 2 * width : width, *to[] = {&i.d, &i.a, &i.b, &i.c};
         known = i.run && width && o.size() <= 4 && (!carry || type == "u32") && (!has("ftz") || op == "ex2");
         for (size_t n = 0; known && n < o.size(); n++) {
-            bool narrow = (n == 0 && (op == "setp" || op == "clz")) || (n == 2 && (op == "shl" || op == "shr")) || (n == 3 && op == "selp");
+            bool narrow =
+                (n == 0 && (op == "setp" || op == "clz")) || (n == 2 && (op == "shl" || op == "shr")) || (n == 3 && op == "selp");
             *to[n] = slot(o[n].names[0], narrow ? 4 : n == 0 || n == 3 ? wide : width);
             if (type == "pred" && o[n].names[0] == "-1") *to[n] = constant(1, 4);
             known = !o[n].negated && o[n].second.empty();
@@ -1482,10 +1540,12 @@ void run_block(Block &b) {
         }
         open_barrier(b);
         for (Warp &w : b.warps)
-            if (!moved && w.waiting) fail(w, k.code[(size_t)w.pc - 1], first_lane(w), "a barrier that some threads of the block never reach");
+            if (!moved && w.waiting)
+                fail(w, k.code[(size_t)w.pc - 1], first_lane(w), "a barrier that some threads of the block never reach");
     }
     for (Warp &w : b.warps)
-        if (w.products != b.warps[(size_t)w.index & ~(size_t)3].products) fail(w, k.code.back(), 0, "wgmma by a part of a warpgroup");
+        if (w.products != b.warps[(size_t)w.index & ~(size_t)3].products)
+            fail(w, k.code.back(), 0, "wgmma by a part of a warpgroup");
 }
 
 void run_grid(Kernel &k, dim3 grid, dim3 size, vector<unsigned char> parameters, size_t dynamic) {
@@ -1547,10 +1607,13 @@ void statistics() {
         std::sort(table->rbegin(), table->rend());
         if (table != &by_kernel) table->resize(std::min(table->size(), (size_t)40));
         for (row &r : *table)
-            if (r.first) fprintf(stderr, "%14llu %5.1f %%  %s\n", (unsigned long long)r.first, 100. * (double)r.first / (double)total, r.second.c_str());
+            if (r.first)
+                fprintf(stderr, "%14llu %5.1f %%  %s\n", (unsigned long long)r.first, 100. * (double)r.first / (double)total,
+                        r.second.c_str());
         fprintf(stderr, "\n");
     }
-    fprintf(stderr, "%llu instructions of a warp; %llu of %zu kernels were never launched\n", (unsigned long long)total, (unsigned long long)never, kernels.size());
+    fprintf(stderr, "%llu instructions of a warp; %llu of %zu kernels were never launched\n", (unsigned long long)total,
+            (unsigned long long)never, kernels.size());
 }
 
 // nvcc's object has a "fat binary": a header of 16 bytes, then entries for each architecture, of kind 1 when they are PTX.
@@ -1573,7 +1636,8 @@ void read_program() {
     for (p += 16, end = p + bytes; p < end;) {
         uint16_t kind;
         uint32_t header, architecture;
-        memcpy(&kind, p, 2), memcpy(&header, p + 4, 4), memcpy(&bytes, p + 8, 8), memcpy(&architecture, p + 28, 4), memcpy(&flags, p + 40, 8);
+        memcpy(&kind, p, 2), memcpy(&header, p + 4, 4), memcpy(&bytes, p + 8, 8), memcpy(&architecture, p + 28, 4),
+            memcpy(&flags, p + 40, 8);
         if (kind == 1) {
             if (flags & 0xF000) die("the PTX is compressed: compile with nvcc --no-compress");
             text.assign((const char *)p + header, strnlen((const char *)p + header, bytes));
@@ -1599,7 +1663,10 @@ Kernel &kernel_of(const void *here) {
 }
 size_t shared_limit() {
     read_program();
-    return (capability == 80 || capability == 87 ? 163u : capability == 86 || capability == 89 || capability >= 120 ? 99u : 227u) * 1024;
+    return (capability == 80 || capability == 87                        ? 163u
+            : capability == 86 || capability == 89 || capability >= 120 ? 99u
+                                                                        : 227u) *
+           1024;
 }
 
 // ---- Streams: what is asked is done at once, or noted in the graph that the stream is captured into. Meanwhile what waits, takes
@@ -1622,10 +1689,11 @@ struct Configuration { dim3 grid, block; size_t shared; cudaStream_t stream; };
 vector<Configuration> configurations;
 
 cudaError_t launch(Kernel &k, dim3 grid, dim3 block, void **arguments, size_t dynamic, cudaStream_t stream) {
-    uint64_t threads = (uint64_t)block.x * block.y * block.z, room = std::max<uint64_t>(48 * 1024, k.shared_bytes + (size_t)k.max_dynamic);
+    uint64_t threads = (uint64_t)block.x * block.y * block.z,
+             room = std::max<uint64_t>(48 * 1024, k.shared_bytes + (size_t)k.max_dynamic);
     if (stream && !streams.count(stream)) return result(cudaErrorInvalidResourceHandle);
-    if (!threads || threads > (uint64_t)k.max_threads || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 ||
-        grid.z > 65535 || k.shared_bytes + dynamic > room)
+    if (!threads || threads > (uint64_t)k.max_threads || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > INT32_MAX ||
+        grid.y > 65535 || grid.z > 65535 || k.shared_bytes + dynamic > room)
         return result(cudaErrorInvalidConfiguration);
     vector<unsigned char> parameters(k.parameter_bytes);
     for (size_t p = 0; p < k.parameters.size(); p++) memcpy(&parameters[k.parameters[p].at], arguments[p], k.parameters[p].bytes);
@@ -1633,20 +1701,24 @@ cudaError_t launch(Kernel &k, dim3 grid, dim3 block, void **arguments, size_t dy
 }
 
 struct Event { struct timespec time; bool recorded; };
-const struct { cudaError_t code; const char *name, *text; } errors[] = {
+const struct { cudaError_t code; const char *name, *text;
+} errors[] = {
     {cudaSuccess, "cudaSuccess", "no error"},
     {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
     {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
     {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
-    {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},
+    {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated",
+     "operation failed due to a previous error during capture"},
     {cudaErrorStreamCaptureImplicit, "cudaErrorStreamCaptureImplicit", "operation would depend on a capturing stream"},
 };
 cudaError_t misplaced(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {   // is one of them not where the kind says?
     bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-    return bytes && ((from_device && !covers((uint64_t)from, bytes)) || (to_device && !covers((uint64_t)to, bytes))) ? result(cudaErrorInvalidValue) : cudaSuccess;
+    return bytes && ((from_device && !covers((uint64_t)from, bytes)) || (to_device && !covers((uint64_t)to, bytes)))
+               ? result(cudaErrorInvalidValue)
+               : cudaSuccess;
 }
 
 } // namespace
@@ -1677,7 +1749,9 @@ cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, 
     configurations.pop_back();
     return *grid = c.grid, *block = c.block, *shared = c.shared, *(cudaStream_t *)stream = c.stream, cudaSuccess;
 }
-cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *here) { return *kernel = (cudaKernel_t)&kernel_of(here), cudaSuccess; }
+cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *here) {
+    return *kernel = (cudaKernel_t)&kernel_of(here), cudaSuccess;
+}
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
     return launch(*(Kernel *)kernel, grid, block, arguments, shared, stream);
 }
@@ -1708,8 +1782,10 @@ cudaError_t cudaDeviceSynchronize() { return not_captured(cudaErrorStreamCapture
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     memset(p, 0, sizeof *p);
     snprintf(p->name, sizeof p->name, "CPU (ptx_on_cpu.cpp)");
-    p->sharedMemPerBlock = 48 * 1024, p->sharedMemPerBlockOptin = shared_limit(), p->sharedMemPerMultiprocessor = shared_limit() + 1024;
-    p->totalGlobalMem = memory_limit, p->major = capability / 10, p->minor = capability % 10, p->multiProcessorCount = 4, p->warpSize = 32;
+    p->sharedMemPerBlock = 48 * 1024, p->sharedMemPerBlockOptin = shared_limit(),
+    p->sharedMemPerMultiprocessor = shared_limit() + 1024;
+    p->totalGlobalMem = memory_limit, p->major = capability / 10, p->minor = capability % 10, p->multiProcessorCount = 4,
+    p->warpSize = 32;
     p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048, p->regsPerBlock = 65536;
     p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
     p->maxGridSize[0] = INT32_MAX, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
@@ -1749,7 +1825,9 @@ cudaError_t cudaFree(void *p) {
     return !p || release(p) ? cudaSuccess : result(cudaErrorInvalidValue);
 }
 cudaError_t cudaFreeHost(void *p) { return cudaFree(p); }
-cudaError_t cudaMemGetInfo(size_t *available, size_t *all) { return *available = memory_limit - memory_used, *all = memory_limit, cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t *available, size_t *all) {
+    return *available = memory_limit - memory_used, *all = memory_limit, cudaSuccess;
+}
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
     if (captured) return not_captured(cudaErrorStreamCaptureImplicit);
     cudaError_t e = misplaced(to, from, bytes, kind);
@@ -1759,9 +1837,11 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
     cudaError_t e = misplaced(to, from, bytes, kind);
     return e ? e : enqueue(stream, [=] { memmove(to, from, bytes); });
 }
-cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind) {
+cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
+                         cudaMemcpyKind kind) {
     cudaError_t e = cudaSuccess;
-    for (size_t y = 0; y < height && !e; y++) e = cudaMemcpy((char *)to + y * to_pitch, (const char *)from + y * from_pitch, width, kind);
+    for (size_t y = 0; y < height && !e; y++)
+        e = cudaMemcpy((char *)to + y * to_pitch, (const char *)from + y * from_pitch, width, kind);
     return e;
 }
 cudaError_t cudaMemcpyToSymbol(const void *symbol, const void *from, size_t bytes, size_t offset, cudaMemcpyKind) {
@@ -1778,13 +1858,18 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stre
 cudaError_t cudaMemset(void *to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes, 0); }
 
 // ---- Streams, graphs, events
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return *s = (cudaStream_t)malloc(1), streams[*s] = 1, cudaSuccess; }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
+    return *s = (cudaStream_t)malloc(1), streams[*s] = 1, cudaSuccess;
+}
 cudaError_t cudaStreamCreate(cudaStream_t *s) { return cudaStreamCreateWithFlags(s, 0); }
-cudaError_t cudaStreamDestroy(cudaStream_t s) { return streams.erase(s) ? free((void *)s), cudaSuccess : result(cudaErrorInvalidResourceHandle); }
+cudaError_t cudaStreamDestroy(cudaStream_t s) {
+    return streams.erase(s) ? free((void *)s), cudaSuccess : result(cudaErrorInvalidResourceHandle);
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return not_captured(cudaErrorStreamCaptureUnsupported); }
 cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
     if (!s || captured) return result(cudaErrorStreamCaptureUnsupported);
-    return streams.count(s) ? captured = s, graph = new Graph, spoiled = false, cudaSuccess : result(cudaErrorInvalidResourceHandle);
+    return streams.count(s)               ? captured = s, graph = new Graph, spoiled = false,
+                              cudaSuccess : result(cudaErrorInvalidResourceHandle);
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *to) {
     *to = nullptr;
@@ -1812,6 +1897,7 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) {
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
     const Event &a = *(Event *)from, &b = *(Event *)to;
     if (!a.recorded || !b.recorded) return result(cudaErrorInvalidResourceHandle);
-    return *ms = (float)((double)(b.time.tv_sec - a.time.tv_sec) * 1e3 + (double)(b.time.tv_nsec - a.time.tv_nsec) * 1e-6), cudaSuccess;
+    return *ms = (float)((double)(b.time.tv_sec - a.time.tv_sec) * 1e3 + (double)(b.time.tv_nsec - a.time.tv_nsec) * 1e-6),
+           cudaSuccess;
 }
 }
