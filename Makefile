@@ -164,41 +164,39 @@ $(EMU_RUNS) emu-thread:
 	    >> build/$@.log 2>&1 || { grep -a -A 6 -E 'FAILED|cuda_on_cpu|Sanitizer' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
 	@echo "$@ ($(KIND), $(ORDER) order, $(MATH), $(CAPABILITY)): $$(tail -n 1 build/$@.log)"
 
-# The kernels as nvcc compiles them, for compute capability 8.0 and for an H100's own instructions (90a), executed on the CPU by
-# emulator/ptx_on_cpu.cpp, which is linked in place of the CUDA runtime. ptx-90a-tf32 is one of them in one arithmetic.
-PTX_NVCC = $(or $(NVCC_FOUND),$(error no nvcc in PATH, CUDA_HOME/bin or /usr/local/cuda/bin)) -std=c++17 -O3 --no-compress -lineinfo \
-           -diag-suppress 177 -gencode arch=compute_$(1),code=compute_$(1) $(if $(filter 90a,$(1)),-DMETALA_WGMMA) -DMETALA_CUDA -DPTX_ON_CPU
+# The kernels as nvcc compiles them, for compute capability 8.0 and with an H100's own instructions (90a), executed on the CPU by
+# emulator/ptx_on_cpu.cpp, which is linked in place of the CUDA runtime. ptx-90-tf32: on a device that says it is a 9.0, in tf32.
+NVCC_NEEDED = $(or $(NVCC_FOUND),$(error no nvcc in PATH, CUDA_HOME/bin or /usr/local/cuda/bin))
+PTX_NVCC = $(NVCC_NEEDED) -std=c++17 -O3 --no-compress -lineinfo \
+           -diag-suppress 177 $(foreach a,80 90a,-gencode arch=compute_$(a),code=compute_$(a)) -DMETALA_WGMMA -DMETALA_CUDA -DPTX_ON_CPU
 build/ptx_on_cpu.o: emulator/ptx_on_cpu.cpp build/flags
-	$(CXX) -std=c++17 -Wall -Wextra -O2 -g $(NATIVE) -I$(dir $(NVCC_FOUND))../include -c -o $@ $<
-build/ptx-%/test: test.c metala.c metala.h cuda_metala.cu build/ptx_on_cpu.o build/flags
+	$(CXX) -std=c++17 -Wall -Wextra -O2 -g $(NATIVE) -I$(dir $(NVCC_NEEDED))../include -c -o $@ $<
+build/ptx/test: test.c metala.c metala.h cuda_metala.cu build/ptx_on_cpu.o build/flags
 	@mkdir -p $(@D)
 	$(EMU_C) -c -o $(@D)/test.o test.c
 	$(EMU_C) -c -o $(@D)/metala.o metala.c
-	$(call PTX_NVCC,$*) -c -o $(@D)/cuda_metala.o cuda_metala.cu
+	$(PTX_NVCC) -c -o $(@D)/cuda_metala.o cuda_metala.cu
 	$(CXX) -o $@ $(@D)/test.o $(@D)/metala.o $(@D)/cuda_metala.o build/ptx_on_cpu.o
-build/ptx-%/selftest: emulator/selftest.cu build/ptx_on_cpu.o build/flags
+build/ptx/selftest: emulator/selftest.cu build/ptx_on_cpu.o build/flags
 	@mkdir -p $(@D)
-	$(call PTX_NVCC,$*) -c -o $(@D)/selftest.o emulator/selftest.cu
+	$(PTX_NVCC) -c -o $(@D)/selftest.o emulator/selftest.cu
 	$(CXX) -o $@ $(@D)/selftest.o build/ptx_on_cpu.o
 
-PTX_RUNS := ptx-90a-exact ptx-90a-tf32 ptx-90a-bf16 ptx-80-tf32 ptx-80-bf16
+PTX_RUNS := ptx-90-exact ptx-90-tf32 ptx-90-bf16 ptx-80-tf32 ptx-80-bf16
 test-ptx: ptx-selftest $(PTX_RUNS)
-ptx-selftest: build/ptx-90a/selftest
-	@build/ptx-90a/selftest > build/$@.log 2>&1 || { grep -a -A 6 FAILED build/$@.log; exit 1; }
+ptx-selftest: build/ptx/selftest
+	@build/ptx/selftest > build/$@.log 2>&1 || { grep -a -A 6 FAILED build/$@.log; exit 1; }
 	@echo "$@: $$(tail -n 1 build/$@.log)"
-$(filter ptx-90a%,$(PTX_RUNS)): build/ptx-90a/test
-$(filter ptx-80%,$(PTX_RUNS)): build/ptx-80/test
 $(PTX_RUNS): PARTS = $(subst -, ,$@)
-$(PTX_RUNS):
-	@build/ptx-$(word 2,$(PARTS))/test --device cuda --math $(word 3,$(PARTS)) $(WITH_GOLDEN) > build/$@.log 2>&1 || \
+$(PTX_RUNS): build/ptx/test
+	@CUDA_CAPABILITY=$(word 2,$(PARTS)) build/ptx/test --device cuda --math $(word 3,$(PARTS)) $(WITH_GOLDEN) > build/$@.log 2>&1 || \
 	    { grep -a -A 6 -E 'FAILED|ptx_on_cpu' build/$@.log | head -n 60; tail -n 3 build/$@.log; exit 1; }
 	@echo "$@: $$(tail -n 1 build/$@.log)"
 
-# One build: an H100's code takes the way of an older GPU where the device says that it is one.
-ptx-mutants: build/ptx-90a/test
+ptx-mutants: build/ptx/test
 	SOURCE=cuda_metala.cu LIST=tests/ptx_mutants.txt \
-	BUILD='$(call PTX_NVCC,90a) -I. -c -o $$dir/cuda_metala.o $$dir/cuda_metala.cu && \
-	    $(CXX) -o $$dir/test build/ptx-90a/test.o build/ptx-90a/metala.o $$dir/cuda_metala.o build/ptx_on_cpu.o' \
+	BUILD='$(PTX_NVCC) -I. -c -o $$dir/cuda_metala.o $$dir/cuda_metala.cu && \
+	    $(CXX) -o $$dir/test build/ptx/test.o build/ptx/metala.o $$dir/cuda_metala.o build/ptx_on_cpu.o' \
 	CHECK='try() { ./test --device cuda --math $$1 --only "$$2" --stop || exit 1; }; \
 	    try bf16 "kernel scan"; try bf16 "kernel matmul"; try tf32 "kernel matmul"; try exact recorded; \
 	    export CUDA_CAPABILITY=80; try bf16 "kernel matmul"; try tf32 "kernel matmul"' \

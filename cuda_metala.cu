@@ -16,7 +16,7 @@
 // To write a kernel of your own, put it in place of one here and ask
 //
 //     make CUDA=1 && ./test --device cuda --kernel rms_forward       on a GPU
-//     make test-emu                                                  without one
+//     make test-emu                                                  without one; with nvcc, make test-ptx
 //
 // which compare it with its CPU twin on random and edge shapes. So that it also runs without a GPU, where
 // emulator/cuda_on_cpu.h makes every thread a fiber of the CPU, three conventions hold:
@@ -2623,8 +2623,8 @@ enum { BLOCK = 16, BLOCKS = METALA_CHUNK / BLOCK, A_PITCH = BLOCK + 4 };
 __host__ __device__ constexpr size_t row_pitch(size_t K) { return round_up(K, 4) + 4; }
 
 // to (tokens, pitch) = n tokens of one head of x, `step` apart, their first `width` columns; `rest` beyond either, up to
-// `columns`, a multiple of 4 as the pitch is. Where rows are aligned a thread has four numbers at a time, which puts four times
-// the bytes on their way; else a warp has a row.
+// `columns`, a multiple of 4 as the pitch is. Where rows are aligned and whole fours, a thread has four numbers at a time, which
+// puts four times the bytes on their way; else a warp has a row. step < 2³²: metala_config_check sees to it.
 __device__ void load_tokens(float *to, size_t pitch, size_t columns, const float *x, size_t step, size_t n,
                             size_t width, float rest, size_t tokens = BLOCK) {
     if (width % 4 == 0 && step % 4 == 0 && (uintptr_t)x % 16 == 0) {
@@ -2643,19 +2643,20 @@ __device__ void load_tokens(float *to, size_t pitch, size_t columns, const float
 }
 
 // Over groups of 2·HALF lanes: lane t gets the sum of all lanes' x[t]. Two lanes exchange halves of what they have left, at each
-// step, so that 15 shuffles do for the sums of 16.
+// step, so that 15 shuffles do for the sums of 16. x is overwritten.
 template <int HALF>
 __device__ __forceinline__ float sum_for_each_lane(float *x) {
-    const bool upper = threadIdx.x & HALF;
+    if constexpr (HALF == 0) return x[0];
+    else {
+        const bool upper = threadIdx.x & HALF;
 #pragma unroll
-    for (int t = 0; t < HALF; t++) {
-        const float kept = upper ? x[t + HALF] : x[t], given = upper ? x[t] : x[t + HALF];
-        x[t] = kept + __shfl_xor_sync(ALL_LANES, given, HALF);
+        for (int t = 0; t < HALF; t++) {
+            const float kept = upper ? x[t + HALF] : x[t], given = upper ? x[t] : x[t + HALF];
+            x[t] = kept + __shfl_xor_sync(ALL_LANES, given, HALF);
+        }
+        return sum_for_each_lane<HALF / 2>(x);
     }
-    return sum_for_each_lane<HALF / 2>(x);
 }
-template <>
-__device__ __forceinline__ float sum_for_each_lane<0>(float *x) { return x[0]; }
 
 // A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. 16 threads share a key j: each carries some of its
 // channels from t = j on, multiplying by α_t, and they add up their products.
@@ -2990,7 +2991,7 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
 }
 
 // ---- Small products on tensor cores, of operands in shared memory or in registers, which are rounded when they are
-// used. With g = lane/4, t = lane%4, a 16×8 piece of a result has in x[e] row g + 8(e/2), column 2t + e%2. Of the 16 values
+// loaded. With g = lane/4, t = lane%4, a 16×8 piece of a result has in x[e] row g + 8(e/2), column 2t + e%2. Of the 16 values
 // of k of a product, a lane has four, which may be called 2t, 2t+1, 2t+8, 2t+9, as the columns of a result, or t, t+4, t+8,
 // t+12, if both operands call them the same. Two of them, of row j of a left operand or column j of a right one, are
 
@@ -3027,7 +3028,7 @@ __device__ __forceinline__ float4 load_right(const float *x, size_t pitch, unsig
 __device__ float4 times(float4 x, float4 y) { return make_float4(x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w); }
 __device__ float4 times(float4 x, float y) { return make_float4(x.x * y, x.y * y, x.z * y, x.w * y); }
 
-// Operands as mma takes them, rounded: one of bfloat16, two of tf32, each half of the values of k.
+// Operands as mma takes them, rounded: in one part for bfloat16, in two for tf32, each with half of the values of k.
 template <metala_math MATH> struct left_operand { unsigned part[MATH == METALA_BFLOAT16 ? 1 : 2][4]; };
 template <metala_math MATH> struct right_operand { unsigned part[MATH == METALA_BFLOAT16 ? 1 : 2][2]; };
 template <metala_math MATH>
@@ -3062,7 +3063,7 @@ __device__ __forceinline__ void multiply_pieces(float *d, const left_operand<MAT
 //
 //     oᵀ = Sᵀ qpᵀ + vᵀ Aᵀ,  qp_t = s q_t ⊙ p_t          Sᵀ <- Sᵀ diag(p_n) + vᵀ keys,  keys_j = k_j ⊙ Π_{j<r<=n} α_r
 //
-// S stays in float, and is rounded each time that it is read. The grid is (tiles of 128 columns, B·H).
+// S stays in float, and is rounded once for each block of tokens. The grid is (tiles of 128 columns, B·H).
 
 enum { TENSOR_COLUMNS = WARPS * 16 };
 
@@ -3075,8 +3076,8 @@ __device__ __forceinline__ void for_state(float (*s)[4], size_t K, size_t V, siz
     for (int n = 0; n < MOST / 8; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            size_t i = 8 * n + 2 * t + e % 2, j = column + e / 2 * 8;
-            if (i < K && j < columns) f(s[n][e], i * V + j);
+            const unsigned i = 8 * n + 2 * t + e % 2, j = column + e / 2 * 8;
+            if (i < (unsigned)K && j < (unsigned)columns) f(s[n][e], (size_t)i * (unsigned)V + j);
         }
 }
 // s <- s diag(total) + vᵀ keys over a block of tokens:   total [MOST]   v: columns of the warp, tokens   keys (BLOCK, MOST)
@@ -3439,34 +3440,28 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         else channel_dk(dk_chunk + here, q_chunk + here, alpha_chunk + here, PITCH, map, CHUNK_PITCH);
     }
     __syncthreads();
-    // da sums over the tokens from the last one on. A thread has a block of them of one channel, and adds the blocks behind it.
-    float *part = decay_after;
-    auto along_block = [&](unsigned task, auto use) {                // from its last token: use(token, q ⊙ dq - k ⊙ dk, place)
-#pragma unroll
-        for (unsigned t = BLOCK; t-- > 0;) {
-            const unsigned token = task / MOST * BLOCK + t, here = token * PITCH + task % MOST;
-            use(token, q_chunk[here] * dq_chunk[here] - k_chunk[here] * dk_chunk[here], here);
-        }
-    };
+    // da sums over the tokens from the last one on: those of a block here, in the place of α, and below the blocks behind it.
     for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS) {
         float sum = 0;
-        along_block(task, [&](unsigned, float x, unsigned) { sum += x; });
-        part[task] = sum;
+#pragma unroll
+        for (unsigned t = BLOCK; t-- > 0;) {
+            const unsigned here = (task / MOST * BLOCK + t) * PITCH + task % MOST;
+            sum += q_chunk[here] * dq_chunk[here] - k_chunk[here] * dk_chunk[here];
+            alpha_chunk[here] = sum;
+        }
     }
-    __syncthreads();
-    for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS) {
-        const unsigned i = task % MOST;
-        if (i >= K) continue;
-        float sum = decay_over<MOST>(total, 0, BLOCKS, i) * rowsum_states[i] + rowsum_keys[i] + rowsum_keys[MOST + i];
-        for (unsigned b = BLOCKS - 1; b > task / MOST; b--) sum += part[b * MOST + i];
-        along_block(task, [&](unsigned token, float x, unsigned here) {
-            sum += x;
-            if (token >= n) return;
-            const size_t there = (at + token * H) * K + i;
-            dq[there] = dq_chunk[here];
-            dk[there] = dk_chunk[here];
-            da[there] = sum;
-        });
+    for (unsigned i = threadIdx.x; i < MOST; i += THREADS)           // rowsum(Γ ⊙ S_n)
+        rowsum_states[i] = decay_over<MOST>(total, 0, BLOCKS, i) * rowsum_states[i] + rowsum_keys[i] + rowsum_keys[MOST + i];
+    __syncthreads();                                                 // what blocks add up to is there
+    for (unsigned task = threadIdx.x; task < METALA_CHUNK * MOST; task += THREADS) {
+        const unsigned token = task / MOST, i = task % MOST, here = token * PITCH + i;
+        if (token >= n || i >= K) continue;
+        float sum = rowsum_states[i] + alpha_chunk[here];
+        for (unsigned b = token / BLOCK + 1; b < BLOCKS; b++) sum += alpha_chunk[b * BLOCK * PITCH + i];
+        const size_t there = (at + token * H) * K + i;
+        dq[there] = dq_chunk[here];
+        dk[there] = dk_chunk[here];
+        da[there] = sum;
     }
 }
 
@@ -3540,7 +3535,7 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
         copy_shared<MATH>(ctx, &q, &k, &alpha, room, B, T, H, K, shared);
     }
     const size_t most_shared = shared_room(), wanted = chunkwise_forward_shared<WIDE>(K) * sizeof(float);
-    if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || wanted > most_shared || T == 1) {
+    if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || wanted > most_shared || T <= 1) {
 #define FORWARD(ROWS, GROUPS)                                                                                     \
     RUN((recurrent_forward_kernel<ROWS, GROUPS>), extent(ceil_div(V, RECURRENT_COLUMNS), B * H), dim3(WARP, GROUPS), \
         0, o, S, states, q, k, v, alpha, T, H, K, V, (float)scale)

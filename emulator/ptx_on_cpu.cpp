@@ -22,7 +22,7 @@
 // wgmma arrive when they are waited for, not before; operands of wgmma are read at once (that nobody overwrites them meanwhile is
 // cuda_on_cpu.h's to say). Stricter than the ISA: a mask must not name lanes that have ended; bytes of one word count as one place.
 //
-// Environment: CUDA_ORDER=reverse   of warps and blocks         CUDA_CAPABILITY=86   what the device says it is (as the PTX)
+// Environment: CUDA_ORDER=reverse   of warps and blocks         CUDA_CAPABILITY=86   what the device is (as the newest PTX)
 //              CUDA_MEMORY=64M      of the device (4G)          CUDA_STATS=1         what was executed, at exit
 //
 // Contents
@@ -1616,7 +1616,8 @@ void statistics() {
             (unsigned long long)never, kernels.size());
 }
 
-// nvcc's object has a "fat binary": a header of 16 bytes, then entries for each architecture, of kind 1 when they are PTX.
+// nvcc's object has a "fat binary": a header of 16 bytes, then entries for each architecture, of kind 1 when they are PTX. The
+// newest that the device can run is taken.
 void read_program() {
     static bool done;
     if (done) return;
@@ -1638,14 +1639,14 @@ void read_program() {
         uint32_t header, architecture;
         memcpy(&kind, p, 2), memcpy(&header, p + 4, 4), memcpy(&bytes, p + 8, 8), memcpy(&architecture, p + 28, 4),
             memcpy(&flags, p + 40, 8);
-        if (kind == 1) {
+        if (kind == 1 && (int)architecture >= capability && (!says || (int)architecture <= atoi(says))) {
             if (flags & 0xF000) die("the PTX is compressed: compile with nvcc --no-compress");
             text.assign((const char *)p + header, strnlen((const char *)p + header, bytes));
             capability = (int)architecture;
         }
         p += header + bytes;
     }
-    if (text.empty()) die("there is no PTX in this program: compile with -gencode arch=compute_80,code=compute_80");
+    if (text.empty()) die("no PTX for this device in the program: compile with -gencode arch=compute_80,code=compute_80");
     if (says) capability = atoi(says);
     read_module(text);
     for (int n = 0; n < registered_count; n++) {

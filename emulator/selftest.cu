@@ -842,8 +842,8 @@ void stack_overflow() { LAUNCH(deep_kernel, 1, 1, 0, 0, device<int>(1)); }
 #else
 #define TRAPS(words) NULL                                        // other processors divide by zero and go on
 #endif
-// What must be said without a sanitizer, by the address sanitizer, by the thread sanitizer, by ptx_on_cpu.cpp; NULL: nothing is
-// expected.
+// What must be said without a sanitizer, by the address sanitizer, by the thread sanitizer, by ptx_on_cpu.cpp; NULL: nothing, as
+// it cannot be seen there, or is allowed.
 const struct {
     void (*run)();
     const char *name, *plain, *address, *thread, *ptx;

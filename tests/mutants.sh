@@ -4,7 +4,7 @@
 #   tests/mutants.sh [COUNT]       all faults, or COUNT of them, evenly spread;  CC and CFLAGS from the environment
 #   ONLY="text" tests/mutants.sh   those whose name contains the text
 #   SOURCE=file LIST=list BUILD=command CHECK=command tests/mutants.sh       another file than metala.c: the command BUILD
-#       makes $dir/test of $dir/file, and CHECK, which runs in $dir, fails when the fault is noticed (make cuda-mutants)
+#       makes $dir/test of $dir/file, and CHECK, which runs in $dir, fails when the fault is noticed (make cuda-mutants, ptx-mutants)
 #
 # Two folders are worked on at a time (JOBS=2). Exit status 0 when every fault was noticed.
 set -u
@@ -13,7 +13,7 @@ CC=${CC:-cc} CFLAGS=${CFLAGS:--std=c99 -O1} JOBS=${JOBS:-2}
 [ "$JOBS" -ge 1 ] || { echo "mutants.sh: JOBS: got '$JOBS', expected 1 or more" >&2; exit 2; }
 SOURCE=${SOURCE:-metala.c} LIST=${LIST:-tests/mutants.txt}
 BUILD=${BUILD:-'$CC $CFLAGS -I. -o "$dir/test" test.c "$dir/$SOURCE" -lm'} CHECK=${CHECK:-./test --stop}
-work=build/mutants-$SOURCE
+work=build/$(basename "$LIST" .txt)
 rm -rf "$work"
 mkdir -p "$work"
 
