@@ -1043,6 +1043,11 @@ struct Translator {
         auto v = variables.find(name);
         return v == variables.end() ? nullptr : &v->second;
     }
+    Symbol known(const string &name) {
+        Symbol *s = find(name);
+        if (!s) refuse("unknown name " + name);
+        return *s;
+    }
     Symbol *add_shared(const string &name, Shared s) {
         if (s.dynamic) {
             dynamic_align = std::max(dynamic_align, s.align);
@@ -1060,14 +1065,13 @@ struct Translator {
         static const char *const special[] = {"%tid.", "%ntid.", "%ctaid.", "%nctaid."};
         for (int s = 0; s < SPECIAL; s++)
             if (name == special[s / 3] + string(1, "xyz"[s % 3])) return k.special[s];
-        Symbol *s = find(name);
-        if (!s) refuse("unknown name " + name);
-        if (s->kind == Symbol::REGISTER) {
-            if (own) *own = s->width;
-            else if (s->width != width) refuse(name + " has " + std::to_string(s->width) + " bytes, not " + std::to_string(width));
-            return s->slot;
+        const Symbol s = known(name);
+        if (s.kind == Symbol::REGISTER) {
+            if (own) *own = s.width;
+            else if (s.width != width) refuse(name + " has " + std::to_string(s.width) + " bytes, not " + std::to_string(width));
+            return s.slot;
         }
-        if (s->kind != Symbol::DYNAMIC) return constant(s->at, width);
+        if (s.kind != Symbol::DYNAMIC) return constant(s.at, width);
         int &d = dynamic[width == 8];
         return d < 0 ? d = new_slot(width) : d;
     }
@@ -1161,8 +1165,8 @@ struct Translator {
         if (taken(",")) given = group();
         expect(";");
         std::map<string, Symbol> names;
-        for (size_t p = 0; p < given.size(); p++) names[f->second.parameters[p]] = *find(given[p]);
-        if (!result.empty()) names[f->second.result] = *find(result[0]);
+        for (size_t p = 0; p < given.size(); p++) names[f->second.parameters[p]] = known(given[p]);
+        if (!result.empty()) names[f->second.result] = known(result[0]);
         scopes.push_back(names);
         size_t back = at;
         at = f->second.body;
