@@ -88,7 +88,7 @@ struct Instruction {
 struct Parameter { string name; size_t at, bytes; };
 struct Constant { int slot; vector<unsigned char> lanes; };
 
-enum { TID = 0, NTID = 3, CTAID = 6, NCTAID = 9, SPECIAL = 12 }; // with .x, .y, .z
+enum { SPECIAL = 12 };                                           // %tid, %ntid, %ctaid, %nctaid, each with .x, .y, .z
 
 struct Kernel {
     string shown;                                                // its name in C++
