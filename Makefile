@@ -250,7 +250,7 @@ bench: build/bench train
 bench-cuda: build/bench train
 	for math in exact tf32 bf16; do build/bench --device cuda --math $$math || exit 1; done
 	./train --bench --profile --device cuda --math bf16 --width 1024 --layers 24 --heads 8 --glu-dim 2816 --vocab 32000 \
-	    --context 2048 --batch 8                     # 28 GB; less memory with --checkpoint-layers
+	    --context 2048 --batch 8 --keep-all          # 45 GB; without --keep-all 28
 
 bench-peers: train run
 	bench/peers.sh

@@ -55,7 +55,7 @@ typedef struct {
     int match_params;
     int context, batch, accumulate, warmup, schedule, max_steps, stop_at, seed, form;
     int resume, save_every, eval_every, eval_batches, sample_every, sample_tokens, log_every;
-    int quiet, threads, device, math, checkpoint_layers, profile, bench, help, version;
+    int quiet, threads, device, math, keep_all, checkpoint_layers, profile, bench, help, version;
     double val_fraction, learning_rate, min_lr, max_seconds, temperature;
     metala_config config;
     metala_init initial;                 // 0 in std and residual_scale: what depends on the sizes
@@ -184,6 +184,9 @@ static const option options[] = {
     IS_WHOLE("threads", 0, "N", "0", 0, 1024, threads, "0 = one per core; the numbers are the same"),
     IS_CHOICE("device", "cpu|cuda", "cpu", device, "cuda: an NVIDIA GPU, where the programs were built with CUDA=1"),
     IS_CHOICE("math", "exact|tf32|bf16", "exact", math, "of large matrix products on the GPU: float, or tensor cores"),
+    IS_FLAG("keep-all", 0, keep_all,
+            "keep all that the layers compute for their gradients: more memory,\n"
+            "less to compute again, the same numbers"),
     IS_FLAG("checkpoint-layers", 0, checkpoint_layers,
             "keep only what enters each layer and compute it again: less memory,\n"
             "a third more work, the same numbers"),
@@ -391,6 +394,7 @@ static int check_settings(settings *s) {
     const char *const files[] = {s->out, s->keep_best, s->log, s->data, s->val, s->init};   // the first 3 are written
     if (s->help || s->version) return 0;
     if (is_given(s, "math") && s->device != ON_CUDA) return complain("--math: expected --device cuda with it");
+    if (s->keep_all && s->checkpoint_layers) return complain("--keep-all and --checkpoint-layers: expected one of them");
     if (s->bench && !is_given(s, "width")) s->config.width = 256;
     if (s->bench && !is_given(s, "layers")) s->config.layers = 6;
     if (s->bench && !is_given(s, "context")) s->context = 256;
@@ -647,7 +651,7 @@ static int check_vocabulary(program *p) {
 }
 
 static metala_keep kept_activations(const settings *s) {
-    return s->checkpoint_layers ? METALA_KEEP_INPUTS : METALA_KEEP_COSTLY;
+    return s->keep_all ? METALA_KEEP_ALL : s->checkpoint_layers ? METALA_KEEP_INPUTS : METALA_KEEP_COSTLY;
 }
 
 // Numbers of a token in the inputs: one, or a patch.
