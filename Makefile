@@ -11,6 +11,7 @@
 #                       llama2.c's, with LLMC=folder training with llm.c's, built there (bench/peers.sh says what they need)
 #   make CUDA=1         with the kernels of cuda_metala.cu, for --device cuda; without nvcc the CPU's programs alone
 #   make bench-cuda     speed of the GPU's kernels, as a share of what it does in a large product or copy (with CUDA=1)
+#   make gpu-report     all that only a GPU can say, in one go: checks, sanitizers, speed, PyTorch's where it is (with CUDA=1)
 #   make test-cuda      the GPU against the CPU: every kernel, models, golden files (make CUDA=1 test-cuda)
 #   make test-emu       the kernels of cuda_metala.cu on the CPU, without nvcc or a GPU (make -j2 test-emu, needs a C++
 #                       compiler); make emu-thread looks for races with the thread sanitizer, which takes long
@@ -252,6 +253,12 @@ bench-cuda: build/bench train
 	./train --bench --profile --device cuda --math bf16 --width 1024 --layers 24 --heads 8 --glu-dim 2816 --vocab 32000 \
 	    --context 2048 --batch 8 --keep-all          # 45 GB; without --keep-all 28
 
+# All that only a GPU can say: checks, speed, and PyTorch's speed where it is installed.
+gpu-report: build/test build/bench build/selftest-cuda train
+	bench/gpu.sh $(WITH_GOLDEN)
+build/selftest-cuda: emulator/selftest.cu build/flags
+	$(or $(NVCC),$(NVCC_NEEDED)) $(NVCCFLAGS) $(DEFINES) -o $@ $<
+
 bench-peers: train run
 	bench/peers.sh
 	bench/bench.sh
@@ -267,7 +274,7 @@ demo: train run data/stories
 clean:
 	rm -rf build train run test data/stories data/tasks
 
-.PHONY: all test bench-cuda test-cuda test64 asan test-programs mutants bench bench-peers demo clean FORCE
+.PHONY: all test gpu-report bench-cuda test-cuda test64 asan test-programs mutants bench bench-peers demo clean FORCE
 .PHONY: test-emu $(EMU_RUNS) emu-thread emu-traffic cuda-mutants
 .PHONY: test-ptx ptx-selftest $(PTX_RUNS) ptx-mutants
 .SECONDARY:

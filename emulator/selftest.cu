@@ -1,9 +1,8 @@
 // selftest.cu - does cuda_on_cpu.h run kernels as a GPU does, and does it notice what is wrong with others?
 //
 //     g++ -std=c++17 -O1 -g -x c++ -include emulator/cuda_on_cpu.h emulator/selftest.cu -o selftest && ./selftest
-//     nvcc -arch=sm_80 emulator/selftest.cu -o selftest && ./selftest        the first half, on a GPU
-//     nvcc -gencode arch=compute_90a,code=sm_90a -DMETALA_WGMMA emulator/selftest.cu ...     with wgmma, on an H100
-//     make ptx-selftest                                                      by nvcc, and run by ptx_on_cpu.cpp
+//     make CUDA=1 build/selftest-cuda && build/selftest-cuda         the first half, on a GPU; CUDA_ARCH="80 90a": with wgmma
+//     make ptx-selftest                                              by nvcc, and run by ptx_on_cpu.cpp
 //
 // 1. Everything that is emulated, each result computed a second time by plain loops. A GPU must pass these as well: in
 //    particular what mma, ldmatrix and wgmma expect where.
@@ -83,6 +82,11 @@ template <int PENDING> __device__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 #ifdef METALA_WGMMA
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define WGMMA_ASM(...) asm volatile(__VA_ARGS__)
+#else
+#define WGMMA_ASM(...) __trap()                                  // compiled for other GPUs as well, where test_wgmma does nothing
+#endif
 #define D_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define D_64 D_8(0), D_8(8), D_8(16), D_8(24), D_8(32), D_8(40), D_8(48), D_8(56)
 #define D_NAMES                                                                                                     \
@@ -90,16 +94,16 @@ template <int PENDING> __device__ void copy_wait() {
     "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"  \
     "%56,%57,%58,%59,%60,%61,%62,%63}"
 __device__ void wgmma_bf16(float *d, uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " D_NAMES ",%64,%65,1,1,1,0,0;" : D_64 : "l"(a), "l"(b));
+    WGMMA_ASM("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " D_NAMES ",%64,%65,1,1,1,0,0;" : D_64 : "l"(a), "l"(b));
 }
 __device__ void wgmma_tf32(float *d, uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " D_NAMES ",%64,%65,1,1,1;" : D_64 : "l"(a), "l"(b));
+    WGMMA_ASM("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " D_NAMES ",%64,%65,1,1,1;" : D_64 : "l"(a), "l"(b));
 }
 __device__ void wgmma_hold(float *d) { asm volatile("" : D_64 : : "memory"); }
-__device__ void wgmma_start() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-__device__ void wgmma_show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ void wgmma_start() { WGMMA_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ void wgmma_commit() { WGMMA_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ void wgmma_wait() { WGMMA_ASM("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+__device__ void wgmma_show() { WGMMA_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ uint64_t wgmma_operand(const void *rows, unsigned bytes) {
     uint64_t address = (unsigned)__cvta_generic_to_shared(rows) + bytes;
     return (address & 0x3FFFF) >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
@@ -367,6 +371,9 @@ bool multiply_by_warpgroup(int bug) {
     return true;
 }
 void test_wgmma() {
+    int major;
+    CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    if (major != 9) return;                                      // the instruction is the H100's alone
     check("wgmma m64n128k16 of bfloat16, four steps of k", multiply_by_warpgroup<true>(NOTHING));
     check("wgmma m64n128k8 of tf32, four steps of k", multiply_by_warpgroup<false>(NOTHING));
 }
