@@ -290,7 +290,7 @@ __host__ __device__ constexpr size_t round_up(size_t n, size_t unit) { return (n
 // Blocks for n independent numbers or rows. Each thread, or warp, takes one and then every so many further on, so that
 // the grid stays small whatever n is: very small in the emulator, which tries these loops on small shapes.
 #ifdef __CUDACC__
-enum { MOST_BLOCKS = 1 << 16 };
+enum { MOST_BLOCKS = 65535 };                                    // as many as CUDA allows in y
 #else
 enum { MOST_BLOCKS = 7 };
 #endif
@@ -554,30 +554,49 @@ __device__ uint4 rounded(const float *x, unsigned stride) {
 // straight[i][j] = turned[j][i] = x[i][j] rounded, up to whole lines zeros; NULL for what is not wanted.
 //   x (rows,columns)   straight (rows, lines of columns)   turned (columns, lines of rows)
 //   the rows of either are as many lines apart as straight_step and turned_step say
-// A block takes 32 rows of one line to shared memory, from where each thread takes 16 bytes for either copy.
+// A block has a square of as many rows as a line has numbers, a thread 16 bytes of each PASS of 32 rows; what is turned goes
+// through shared memory.
 template <metala_math MATH>
 __global__ void __launch_bounds__(THREADS)
-round_operand_kernel(uint4 *straight, size_t straight_step, uint4 *turned, size_t turned_step, const float *x, size_t rows,
-                     size_t columns) {
-    enum { SIDE = 32, NUMBERS = numbers_of_line<MATH>, EACH = NUMBERS / 8, PITCH = NUMBERS + 1 };   // EACH: in 16 bytes
+round_operand_kernel(uint4 *straight, size_t straight_step, uint4 *turned, size_t turned_step, const float *x, unsigned rows,
+                     unsigned columns) {
+    enum { SIDE = numbers_of_line<MATH>, EACH = SIDE / LINE_PARTS, PASS = THREADS / LINE_PARTS, PITCH = SIDE + 1 };
     __shared__ float tile[SIDE][PITCH];
-    const size_t lines = lines_of<MATH>(columns), blocks = lines_of<MATH>(rows) * (NUMBERS / SIDE) * lines;
-    FOR_EACH_ROW(block, blocks) {
-        const size_t i0 = block / lines * SIDE, line = block % lines, j0 = line * NUMBERS;
+    const unsigned line = blockIdx.x, i = threadIdx.x / LINE_PARTS, part = threadIdx.x % LINE_PARTS, j = line * SIDE + part * EACH;
+    const bool whole = j + EACH <= columns && columns % 4 == 0 && (uintptr_t)x % 16 == 0;
+    for (unsigned i0 = blockIdx.y * SIDE; i0 < rows; i0 += gridDim.y * SIDE) {
+        float number[SIDE / PASS][EACH] = {};
 #pragma unroll
-        for (unsigned e = 0; e < SIDE * NUMBERS / THREADS; e++) {
-            unsigned n = e * THREADS + threadIdx.x, i = n / NUMBERS, j = n % NUMBERS;
-            tile[i][j] = i0 + i < rows && j0 + j < columns ? x[(i0 + i) * columns + j0 + j] : 0;
+        for (unsigned pass = 0; pass < SIDE / PASS; pass++) {
+            const unsigned row = i0 + pass * PASS + i;
+            const float *from = x + (size_t)row * columns + j;
+            if (row < rows && whole)
+#pragma unroll
+                for (unsigned e = 0; e < EACH; e += 4) {
+                    const float4 four = *(const float4 *)(from + e);
+                    number[pass][e] = four.x, number[pass][e + 1] = four.y, number[pass][e + 2] = four.z, number[pass][e + 3] = four.w;
+                }
+            else if (row < rows)
+#pragma unroll
+                for (unsigned e = 0; e < EACH; e++)
+                    if (j + e < columns) number[pass][e] = from[e];
         }
+#pragma unroll
+        for (unsigned pass = 0; pass < SIDE / PASS; pass++) {
+            const unsigned row = i0 + pass * PASS + i;
+            if (straight && row < rows) straight[(row * straight_step + line) * LINE_PARTS + part] = rounded<MATH>(number[pass], 1);
+            if (turned)
+#pragma unroll
+                for (unsigned e = 0; e < EACH; e++) tile[pass * PASS + i][part * EACH + e] = number[pass][e];
+        }
+        if (!turned) continue;
         __syncthreads();                                             // the tile is there for all
-        if (straight) {
-            unsigned i = threadIdx.x / 8, at = threadIdx.x % 8;
-            if (i0 + i < rows) straight[((i0 + i) * straight_step + line) * 8 + at] = rounded<MATH>(&tile[i][at * EACH], 1);
-        }
-        if (turned) {
-            unsigned j = threadIdx.x / (SIDE / EACH), at = threadIdx.x % (SIDE / EACH);
-            if (j0 + j < columns)
-                turned[(j0 + j) * turned_step * 8 + i0 / EACH + at] = rounded<MATH>(&tile[at * EACH][j], PITCH);
+#pragma unroll
+        for (unsigned pass = 0; pass < SIDE / PASS; pass++) {
+            const unsigned column = pass * PASS + i;
+            if (line * SIDE + column < columns)
+                turned[((line * SIDE + column) * turned_step + i0 / SIDE) * LINE_PARTS + part] =
+                    rounded<MATH>(&tile[part * EACH][column], PITCH);
         }
         __syncthreads();                                             // the tile may be written again
     }
@@ -837,13 +856,17 @@ void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 
 #endif
 }
 
-// The rounded copies of x (rows,columns), NULL for what is not wanted: round_operand_kernel on tiles of 32 rows.
+// The rounded copies of x (rows,columns), NULL for what is not wanted: round_operand_kernel on squares.
 template <metala_math MATH>
 void round_operand(metala_context *ctx, uint4 *straight, size_t straight_step, uint4 *turned, size_t turned_step, const float *x,
                    size_t rows, size_t columns) {
-    size_t blocks = lines_of<MATH>(rows) * numbers_of_line<MATH> / 32 * lines_of<MATH>(columns);
-    RUN((round_operand_kernel<MATH>), blocks_for(blocks, 1), THREADS, 0, straight, straight_step, turned, turned_step, x, rows,
-        columns);
+    if (rows > INT_MAX || columns > INT_MAX) {
+        metala_context_fail(ctx, "%s:%d: a product of %zu x %zu numbers; its sizes may be %d; try a smaller batch", __FILE__, __LINE__,
+                            rows, columns, INT_MAX);
+        return;
+    }
+    RUN((round_operand_kernel<MATH>), extent(lines_of<MATH>(columns), blocks_for(lines_of<MATH>(rows), 1)), THREADS, 0, straight,
+        straight_step, turned, turned_step, x, (unsigned)rows, (unsigned)columns);
 }
 
 // Linear layers y = x Wᵀ + bias + residual for a few rows of x, as in generation: memory is the limit, each weight is read once.
