@@ -551,53 +551,57 @@ __device__ uint4 rounded(const float *x, unsigned stride) {
     return make_uint4(to[0], to[1], to[2], to[3]);
 }
 
+// Four numbers to place j of a row.
+template <metala_math MATH>
+__device__ void store_rounded(uint4 *row, unsigned j, const float *x) {
+    if (MATH == METALA_BFLOAT16) ((uint2 *)row)[j / 4] = make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
+    else row[j / 4] = make_uint4(to_tf32(x[0]), to_tf32(x[1]), to_tf32(x[2]), to_tf32(x[3]));
+}
+
 // straight[i][j] = turned[j][i] = x[i][j] rounded, up to whole lines zeros; NULL for what is not wanted.
 //   x (rows,columns)   straight (rows, lines of columns)   turned (columns, lines of rows)
 //   the rows of either are as many lines apart as straight_step and turned_step say
-// A block has a square of as many rows as a line has numbers, a thread 16 bytes of each PASS of 32 rows; what is turned goes
-// through shared memory.
+// A block has a square of as many rows as a line has numbers, in PIECES of 32 × 32 of which a thread takes 4 numbers; what is
+// turned goes through shared memory.
 template <metala_math MATH>
 __global__ void __launch_bounds__(THREADS)
 round_operand_kernel(uint4 *straight, size_t straight_step, uint4 *turned, size_t turned_step, const float *x, unsigned rows,
                      unsigned columns) {
-    enum { SIDE = numbers_of_line<MATH>, EACH = SIDE / LINE_PARTS, PASS = THREADS / LINE_PARTS, PITCH = SIDE + 1 };
-    __shared__ float tile[SIDE][PITCH];
-    const unsigned line = blockIdx.x, i = threadIdx.x / LINE_PARTS, part = threadIdx.x % LINE_PARTS, j = line * SIDE + part * EACH;
-    const bool whole = j + EACH <= columns && columns % 4 == 0 && (uintptr_t)x % 16 == 0;
+    enum { SIDE = numbers_of_line<MATH>, PIECE = 32, PIECES = SIDE / PIECE, EACH = SIDE / LINE_PARTS, PARTS = THREADS / SIDE };
+    __shared__ float tile[SIDE][SIDE + 1];
+    const unsigned line = blockIdx.x, i = threadIdx.x / 8, j = threadIdx.x % 8 * 4;
+    const bool fours = columns % 4 == 0 && (uintptr_t)x % 16 == 0;
     for (unsigned i0 = blockIdx.y * SIDE; i0 < rows; i0 += gridDim.y * SIDE) {
-        float number[SIDE / PASS][EACH] = {};
+        float number[PIECES * PIECES][4] = {};
 #pragma unroll
-        for (unsigned pass = 0; pass < SIDE / PASS; pass++) {
-            const unsigned row = i0 + pass * PASS + i;
-            const float *from = x + (size_t)row * columns + j;
-            if (row < rows && whole)
+        for (unsigned p = 0; p < PIECES * PIECES; p++) {
+            const unsigned row = i0 + p / PIECES * PIECE + i, column = line * SIDE + p % PIECES * PIECE + j;
+            const float *from = x + (size_t)row * columns + column;
+            if (fours && row < rows && column < columns) {
+                const float4 four = *(const float4 *)from;
+                number[p][0] = four.x, number[p][1] = four.y, number[p][2] = four.z, number[p][3] = four.w;
+            } else if (row < rows)
 #pragma unroll
-                for (unsigned e = 0; e < EACH; e += 4) {
-                    const float4 four = *(const float4 *)(from + e);
-                    number[pass][e] = four.x, number[pass][e + 1] = four.y, number[pass][e + 2] = four.z, number[pass][e + 3] = four.w;
-                }
-            else if (row < rows)
-#pragma unroll
-                for (unsigned e = 0; e < EACH; e++)
-                    if (j + e < columns) number[pass][e] = from[e];
+                for (unsigned e = 0; e < 4; e++)
+                    if (column + e < columns) number[p][e] = from[e];
         }
 #pragma unroll
-        for (unsigned pass = 0; pass < SIDE / PASS; pass++) {
-            const unsigned row = i0 + pass * PASS + i;
-            if (straight && row < rows) straight[(row * straight_step + line) * LINE_PARTS + part] = rounded<MATH>(number[pass], 1);
+        for (unsigned p = 0; p < PIECES * PIECES; p++) {
+            const unsigned row = p / PIECES * PIECE + i, column = p % PIECES * PIECE + j;
+            if (straight && i0 + row < rows)
+                store_rounded<MATH>(straight + ((i0 + row) * straight_step + line) * LINE_PARTS, column, number[p]);
             if (turned)
 #pragma unroll
-                for (unsigned e = 0; e < EACH; e++) tile[pass * PASS + i][part * EACH + e] = number[pass][e];
+                for (unsigned e = 0; e < 4; e++) tile[row][column + e] = number[p][e];
         }
         if (!turned) continue;
         __syncthreads();                                             // the tile is there for all
+        const unsigned column = threadIdx.x / PARTS;
 #pragma unroll
-        for (unsigned pass = 0; pass < SIDE / PASS; pass++) {
-            const unsigned column = pass * PASS + i;
+        for (unsigned part = threadIdx.x % PARTS; part < LINE_PARTS; part += PARTS)
             if (line * SIDE + column < columns)
                 turned[((line * SIDE + column) * turned_step + i0 / SIDE) * LINE_PARTS + part] =
-                    rounded<MATH>(&tile[part * EACH][column], PITCH);
-        }
+                    rounded<MATH>(&tile[part * EACH][column], SIDE + 1);
         __syncthreads();                                             // the tile may be written again
     }
 }
