@@ -257,7 +257,8 @@ bench-cuda: build/bench train
 gpu-report: build/test build/bench build/selftest-cuda train
 	bench/gpu.sh $(WITH_GOLDEN)
 build/selftest-cuda: emulator/selftest.cu build/flags
-	$(or $(NVCC),$(NVCC_NEEDED)) $(NVCCFLAGS) $(DEFINES) -o $@ $<
+	$(if $(GPU),,$(error only with CUDA=1, and nvcc in PATH, CUDA_HOME/bin or /usr/local/cuda/bin))
+	$(NVCC) $(NVCCFLAGS) $(DEFINES) -o $@ $<
 
 bench-peers: train run
 	bench/peers.sh

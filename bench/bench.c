@@ -3,7 +3,7 @@
 //   build/bench [--threads N] [--only TEXT] [--rounds N] [--device cpu|cuda] [--math exact|tf32|bf16] [--divide N]
 //
 // First the limits. On the CPU: multiply-adds in registers alone (GFLOP/s), and reading an array that no cache holds (GB/s).
-// On a GPU: a product of matrices of 8192 × 8192 in the chosen --math (by cuBLAS in a build with CUBLAS=1), and a copy of 1 GB.
+// On a GPU: a product of matrices of 8192 × 8192 in the chosen --math (by cuBLAS in a build with CUBLAS=1), and a copy of 2^26 numbers.
 // There --divide makes all sizes smaller, to try this program. Then a line for each kernel and shape, and for a model that
 // reads a prompt and writes tokens: median time of the rounds, its rate, and that rate as a share of the limit that bounds
 // it. A round repeats a kernel for about 30 ms. Rates of kernels that move data count each tensor once.
@@ -370,7 +370,10 @@ static void bench_model(void) {
             snprintf(shape, sizeof shape, "%zu tokens, the same", r.T);
             line("model, a prompt", shape, median_time(prefill, &r), 2.0 * (bytes / sizeof(real) - 2 * numbers) * (double)r.T, 0);
         }
-        if (r.failed) printf("%s: %s\n", kinds[i].name, metala_error(ctx));
+        if (r.failed) {
+            fprintf(stderr, "bench: %s: %s\n", kinds[i].name, metala_error(ctx));
+            exit(1);
+        }
         metala_state_free(r.state), metala_model_free(m), free(r.tokens), free(r.logits);
     }
 }

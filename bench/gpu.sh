@@ -4,54 +4,80 @@
 #   make CUDA=1 CUDA_ARCH="80 90a" gpu-report            (an H100 or H200; CUDA_ARCH=80 for an A100)
 #
 # Prints what matters; all that the parts printed is in build/gpu. A part that fails is said and the others go on; exit status
-# 1 then. LIMIT=150 seconds for each part. PARTS="selftest test sanitizer bench train peers", in this order. SANITIZE="kernel "
-# says which checks run under compute-sanitizer, where that is installed. TEST, SELFTEST, BENCH, TRAIN: other programs; SIZES
-# of the model that trains. Arguments are files for the test.
+# 1 then. From the environment:
+#   PARTS="selftest test sanitizer bench train products scans"       in this order; the last two are PyTorch's, and the scans are
+#                   flash-linear-attention's, which tries hundreds of kernels first
+#   LIMIT=600       seconds for each run
+#   SIZES="…"       of the model that trains, options of train: 380 M parameters and 45 GB (28 without its --keep-all)
+#   SANITIZE="kernel "      the checks that run under compute-sanitizer, as test --only
+#   TEST, SELFTEST, BENCH, TRAIN        other programs
+# Arguments go to the test.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 test=${TEST:-build/test} selftest=${SELFTEST:-build/selftest-cuda} bench=${BENCH:-build/bench} train=${TRAIN:-./train}
-limit=${LIMIT:-150} sizes=${SIZES:---width 1024 --layers 24 --heads 8 --glu-dim 2816 --vocab 32000 --context 2048 --batch 8}
-failed=0
-mkdir -p build/gpu || exit 1
-for program in "$test" "$selftest" "$bench" "$train"; do
-    [ -x "$program" ] || { echo "gpu.sh: $program is missing: make CUDA=1 gpu-report" >&2; exit 1; }
+all="selftest test sanitizer bench train products scans" parts=${PARTS:-selftest test sanitizer bench train products scans}
+limit=${LIMIT:-600} failed=0 pid=
+sizes=${SIZES:---width 1024 --layers 24 --heads 8 --glu-dim 2816 --vocab 32000 --context 2048 --batch 8 --keep-all}
+PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+
+stop() { echo "gpu.sh: $*" >&2; exit 1; }
+for part in $parts; do
+    case " $all " in *" $part "*) ;; *) stop "PARTS: got $part, expected some of $all" ;; esac
 done
-if command -v timeout > /dev/null; then within="timeout $limit"; else within=""; fi
+case $limit in '' | *[!0-9]*) stop "LIMIT: got $limit, expected seconds" ;; esac
+for program in "$test" "$selftest" "$bench" "$train"; do
+    [ -x "$program" ] || stop "$program is missing: make CUDA=1 gpu-report"
+done
+rm -rf build/gpu
+mkdir -p build/gpu || exit 1
+if command -v timeout > /dev/null; then within="timeout -k 10 $limit"
+else within="" && echo "no timeout in PATH: a run that hangs is not ended"; fi
+trap '[ -z "$pid" ] || kill "$pid"; exit 130' HUP INT TERM
 
 run() {                                  # NAME COMMAND...: to build/gpu/NAME, and how it ended
     name=$1 log=build/gpu/$1 began=$(date +%s)
     shift
-    $within "$@" > "$log" 2>&1
-    status=$?
+    $within "$@" > "$log" 2>&1 &
+    pid=$!
+    wait $pid
+    status=$? pid=
     case $status in
     0) end="done" ;;
-    124) end="NOT FINISHED within LIMIT=$limit" failed=1 ;;
+    124 | 137) end="NOT FINISHED within LIMIT=$limit" failed=1 ;;
     *) end="FAILED, status $status" failed=1 ;;
     esac
     echo
     echo "== $name: $end, $(($(date +%s) - began)) s, $*"
-    if [ $status -ne 0 ]; then grep -a -E -A 3 'FAILED|ERROR|Error' "$log" | head -n "${LINES_OF_ERROR:-12}"; fi
+    [ $status -eq 0 ] && return
+    grep -a -A 3 -E 'FAILED|[Ee]rror|ERROR|Invalid|Uninitialized|Race reported' "$log" | head -n 12
+    tail -n 3 "$log"
 }
-says() { grep -a -E -e "$1" "$log" | tail -n "${2:-99}"; }
-wants() { case " ${PARTS:-selftest test sanitizer bench train peers} " in *" $1 "*) true ;; *) false ;; esac; }
+says() { grep -a -E -e "$1" "$log"; }
+wants() { case " $parts " in *" $1 "*) true ;; *) false ;; esac; }
+skipped() { echo; echo "== $1: not tried, $2"; }
 
 date -u '+%Y-%m-%d %H:%M UTC'
+cat build/flags 2> /dev/null
 if command -v nvidia-smi > /dev/null; then nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader; fi
+# Without a GPU train goes on with the CPU, and nothing here would mean anything.
+run gpu "$test" --device cuda --only "kernel rms"
+[ $failed -eq 0 ] || exit 1
 
-if wants selftest; then run selftest "$selftest"; says passed 1; fi
+if wants selftest; then run selftest "$selftest"; says 'wgmma|passed'; fi
 if wants test; then
     for math in exact tf32 bf16; do
         run "test-$math" "$test" --device cuda --math $math "$@"
-        says ' passed' 1
+        says ' passed'
     done
 fi
 if wants sanitizer; then
     if command -v compute-sanitizer > /dev/null; then
         for tool in memcheck racecheck initcheck synccheck; do
-            run $tool compute-sanitizer --tool $tool --error-exitcode 9 "$test" --device cuda --math bf16 --only "${SANITIZE:-kernel }"
-            says ' passed|SUMMARY' 2
+            run $tool compute-sanitizer --tool $tool --error-exitcode 9 "$test" --device cuda --math bf16 \
+                --only "${SANITIZE:-kernel }"
+            says ' passed|SUMMARY'
         done
-    else echo; echo "no compute-sanitizer in PATH: not tried"; fi
+    else skipped sanitizer "no compute-sanitizer in PATH"; fi
 fi
 if wants bench; then
     for math in bf16 tf32 exact; do
@@ -59,18 +85,21 @@ if wants bench; then
         says 'FLOP/s|GB/s'
     done
 fi
-if wants train; then
+if wants train; then                     # the profile waits after each kernel, so its steps are slower
     for math in bf16 tf32; do
         # shellcheck disable=SC2086
-        run "train-$math" "$train" --bench --profile --keep-all --device cuda --math $math $sizes
+        run "train-$math" "$train" --bench --device cuda --math $math $sizes
         says '^bench'
     done
+    # shellcheck disable=SC2086
+    run profile "$train" --bench --profile --device cuda --math bf16 $sizes
+    says '%|kernel'
 fi
-if wants peers; then
-    if python3 -c 'import torch' 2> /dev/null; then
-        run peers python3 bench/pytorch_gpu.py --math bf16
-        says 'FLOP/s|PyTorch|chunk_gla'
-    else echo; echo "python3 has no torch: our own figures only"; fi
-fi
-[ $failed -eq 0 ] && echo && echo "all parts done"
+for part in products scans; do
+    wants $part || continue
+    if ! python3 -c 'import torch' 2> build/gpu/torch; then skipped $part "python3 cannot import torch"; continue; fi
+    run $part python3 bench/pytorch_gpu.py --math bf16 --only $part
+    says '^(matmul|chunk_gla|PyTorch)'
+done
+[ $failed -eq 0 ] && echo && echo "no part failed"
 exit $failed

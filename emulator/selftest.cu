@@ -116,6 +116,7 @@ namespace {
 int passed, failed;
 void check(const char *name, bool good, const char *detail = "") {
     printf("%-52s %s%s%s\n", name, good ? "ok" : "FAILED", *detail ? "  " : "", detail);
+    fflush(stdout);                                              // in a file as well, should the next one hang
     (good ? passed : failed)++;
 }
 #define CHECK(call)                                                                                          \
@@ -373,12 +374,12 @@ bool multiply_by_warpgroup(int bug) {
 void test_wgmma() {
     int major;
     CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    if (major != 9) return;                                      // the instruction is the H100's alone
+    if (major != 9) return (void)puts("wgmma: not on this GPU");
     check("wgmma m64n128k16 of bfloat16, four steps of k", multiply_by_warpgroup<true>(NOTHING));
     check("wgmma m64n128k8 of tf32, four steps of k", multiply_by_warpgroup<false>(NOTHING));
 }
 #else
-void test_wgmma() {}
+void test_wgmma() { puts("wgmma: not compiled"); }
 #endif
 
 __global__ void ldmatrix_kernel(unsigned *out) {                 // matrix m, row i, column j is 1000m + 10i + j

@@ -673,6 +673,7 @@ done
 train text.txt $six --layers 2 --out all.st > out 2> err
 for flag in "" --keep-all --checkpoint-layers; do
     train --bench $tiny --layers 2 --context 64 --batch 16 $flag | sed 's/.*, \([0-9.]*\) MB$/\1/' > "memory$flag"
+    rm -f kept.st
     train text.txt $six --layers 2 $flag --out kept.st > out 2> err
     same_bytes "train $flag: the same checkpoint" all.st kept.st
 done
@@ -680,6 +681,7 @@ holds "train --keep-all: more memory" "$(cat memory--keep-all) > $(cat memory)"
 holds "train --checkpoint-layers: less memory" "$(cat memory--checkpoint-layers) < $(cat memory)"
 fails_at_once 2 "--keep-all and --checkpoint-layers: expected one of them" "train --keep-all --checkpoint-layers" \
     train text.txt --keep-all --checkpoint-layers
+rm -f kept.st
 train text.txt $six --layers 2 --profile --out kept.st > out 2> err
 same_bytes "train --profile: the same checkpoint" all.st kept.st
 has "train --profile: the time of each kernel" out "kernel, ms of a step" "matrix products" "decay scan" AdamW
