@@ -18,7 +18,7 @@
 // files - main.
 
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
-#define _POSIX_C_SOURCE 200809L          // opendir; everything else is C99
+#define _POSIX_C_SOURCE 200809L          // opendir, getpid; everything else is C99
 #endif
 
 #include "metala.h"
@@ -35,6 +35,7 @@
 #endif
 #ifdef _POSIX_C_SOURCE
 #include <dirent.h>
+#include <unistd.h>
 #endif
 
 typedef metala_real real;
@@ -2927,11 +2928,16 @@ static void check_models(void) {
 // ------------------------------------------------------------------------------------------------ states
 
 static char scratch_folder[200];
-static const char *scratch_path(const char *name) {
+static const char *scratch_path(const char *name) {          // of this process alone, as several may test at a time
+#ifdef _POSIX_C_SOURCE
+    const long process = (long)getpid();
+#else
+    const long process = 0;
+#endif
     static char path[4][300];            // a few at a time
     static int turn;
     turn = (turn + 1) % 4;
-    snprintf(path[turn], sizeof path[turn], "%s%s", scratch_folder, name);
+    snprintf(path[turn], sizeof path[turn], "%s%ld-%s", scratch_folder, process, name);
     return path[turn];
 }
 
@@ -6739,8 +6745,11 @@ int main(int argc, char **argv) {
     else if (run.math && !strcmp(run.math, "bf16")) math = METALA_BFLOAT16;
     else if (run.math && strcmp(run.math, "exact")) return usage("--math is exact, tf32 or bf16, not", run.math);
     if (run.kernel && strcmp(run.device, "cuda")) return usage("--device cuda is needed for --kernel", run.kernel);
-    FILE *there = fopen("build/test.tmp", "wb");             // files go to build/ where there is such a folder
-    if (there) fclose(there), remove("build/test.tmp"), strcpy(scratch_folder, "build/");
+    strcpy(scratch_folder, "build/");                        // files go there where there is such a folder
+    const char *trial = scratch_path("test.tmp");
+    FILE *there = fopen(trial, "wb");
+    if (there) fclose(there), remove(trial);
+    else *scratch_folder = 0;
     if (run.golden && !files && !run.kernel && list_golden_folder()) return 2;
     if (open_device(math)) return 1;
     for (int i = 1; i <= files; i++) status |= check_golden(argv[i]);
