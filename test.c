@@ -18,7 +18,7 @@
 // files - main.
 
 #if !defined(_POSIX_C_SOURCE) && (defined(__unix__) || defined(__APPLE__))
-#define _POSIX_C_SOURCE 200809L          // opendir, getpid; everything else is C99
+#define _POSIX_C_SOURCE 200809L          // opendir, mkdir, getpid; everything else is C99
 #endif
 
 #include "metala.h"
@@ -35,6 +35,7 @@
 #endif
 #ifdef _POSIX_C_SOURCE
 #include <dirent.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #endif
 
@@ -2928,18 +2929,28 @@ static void check_models(void) {
 // ------------------------------------------------------------------------------------------------ states
 
 static char scratch_folder[200];
-static const char *scratch_path(const char *name) {          // of this process alone, as several may test at a time
-#ifdef _POSIX_C_SOURCE
-    const long process = (long)getpid();
-#else
-    const long process = 0;
-#endif
+static const char *scratch_path(const char *name) {
     static char path[4][300];            // a few at a time
     static int turn;
     turn = (turn + 1) % 4;
-    snprintf(path[turn], sizeof path[turn], "%s%ld-%s", scratch_folder, process, name);
+    snprintf(path[turn], sizeof path[turn], "%s%s", scratch_folder, name);
     return path[turn];
 }
+
+// Files go to build/ where there is such a folder, and there to one of this process, as several may test at a time.
+#ifdef _POSIX_C_SOURCE
+static void remove_scratch_folder(void) { rmdir(scratch_folder); }
+static void find_scratch_folder(void) {
+    snprintf(scratch_folder, sizeof scratch_folder, "build/test-%ld/", (long)getpid());
+    if (mkdir(scratch_folder, 0777)) *scratch_folder = 0;
+    else atexit(remove_scratch_folder);
+}
+#else
+static void find_scratch_folder(void) {
+    FILE *there = fopen("build/test.tmp", "wb");
+    if (there) fclose(there), remove("build/test.tmp"), strcpy(scratch_folder, "build/");
+}
+#endif
 
 static void write_bytes(const char *path, const void *bytes, size_t n) {
     FILE *stream = fopen(path, "wb");
@@ -6745,11 +6756,7 @@ int main(int argc, char **argv) {
     else if (run.math && !strcmp(run.math, "bf16")) math = METALA_BFLOAT16;
     else if (run.math && strcmp(run.math, "exact")) return usage("--math is exact, tf32 or bf16, not", run.math);
     if (run.kernel && strcmp(run.device, "cuda")) return usage("--device cuda is needed for --kernel", run.kernel);
-    strcpy(scratch_folder, "build/");                        // files go there where there is such a folder
-    const char *trial = scratch_path("test.tmp");
-    FILE *there = fopen(trial, "wb");
-    if (there) fclose(there), remove(trial);
-    else *scratch_folder = 0;
+    find_scratch_folder();
     if (run.golden && !files && !run.kernel && list_golden_folder()) return 2;
     if (open_device(math)) return 1;
     for (int i = 1; i <= files; i++) status |= check_golden(argv[i]);
