@@ -99,9 +99,9 @@ __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 
 // D += A Bᵀ by a warpgroup, four warps, on the tensor cores of compute capability 9.0, which read both operands from shared
 // memory: D 64×128 in float, A 64 rows and B 128 rows of 32 bytes, which are 8 numbers in tf32 or 16 in bfloat16. d[4j + i]
 // is row 16w + g + 8(i/2), column 8j + 2t + i%2, of warp w. It runs on its own, from wgmma_start, before the first product,
-// over wgmma_commit, which makes a group of those so far, to wgmma_wait, which waits for all groups. wgmma_hold(d) tells the
-// compiler that the 64 numbers of d are in their registers now, so that it moves no use of them across: for each d before
-// wgmma_start and after wgmma_wait. What threads wrote, or copied, to shared memory they show by wgmma_show before the barrier.
+// over wgmma_commit, which makes a group of those so far, to wgmma_wait<PENDING>, after which no more groups go on. wgmma_hold(d)
+// tells the compiler that the 64 numbers of d are in their registers now, so that it moves no use of them across: for each d
+// before wgmma_start and after wgmma_wait. What threads wrote, or copied, to shared memory they show by wgmma_show before the barrier.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define WGMMA_ASM(...) asm volatile(__VA_ARGS__)
 #else
@@ -122,7 +122,9 @@ __device__ __forceinline__ void wgmma_tf32(float *d, uint64_t a, uint64_t b) {
 __device__ __forceinline__ void wgmma_hold(float *d) { WGMMA_ASM("" : D_64 : : "memory"); }
 __device__ __forceinline__ void wgmma_start() { WGMMA_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { WGMMA_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { WGMMA_ASM("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+    WGMMA_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
 __device__ __forceinline__ void wgmma_show() { WGMMA_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
 // An operand in shared memory: rows of 128 bytes, from a multiple of 1024 on, of which `bytes`, 0, 32, 64 or 96, come before
 // those to be read; the 16 bytes number p of row i lie at place p ^ i%8 ("128-byte swizzle"). Bits 0 to 13: address/16;
@@ -608,13 +610,15 @@ round_operand_kernel(uint4 *straight, size_t straight_step, uint4 *turned, size_
 
 // C = A Bᵀ + bias + base of two such copies with rows of `lines` lines, sums in float. A block has a warp for each 64 × 64 of a tile of
 // 128 × COLUMNS, COLUMNS threads: the wider one is more work for what it reads. Lines come by asynchronous copies, two on
-// their way while a third is used.
+// their way while a third is used. Alone on a multiprocessor, the warpgroups of a wide tile start a line before the one before
+// is done, which has a fourth stage.
 //
 // In shared memory, the 16 bytes number p of row i lie at place p ^ i%8 of the row: what the lanes of ldmatrix read at a time
 // is then in different banks. It is also what wgmma expects, by which WARPGROUPS of four warps multiply 128 × 128 each.
 //
 // gridDim.z > 1: block z sums lines from z·lines_each on and leaves its part in c + z·M·N.
-enum { PRODUCT_ROWS = 128, STAGES = 3 };
+enum { PRODUCT_ROWS = 128 };
+__host__ __device__ constexpr int stages_of(int columns, bool warpgroups) { return warpgroups && columns == 256 ? 4 : 3; }
 #if defined(METALA_WGMMA) || !defined(__CUDACC__)
 const bool HAS_WGMMA = true;                                     // compiled for sm_90a, among others, or for the emulator
 #else
@@ -680,16 +684,17 @@ __device__ __forceinline__ void start_line(float (*sum)[8][4], const uint4 *a, c
         }
     wgmma_commit();
 }
+template <int PENDING>
 __device__ __forceinline__ void finish_line(float (*sum)[8][4]) {
-    wgmma_wait();
-    wgmma_hold(sum[0][0]), wgmma_hold(sum[2][0]);
+    wgmma_wait<PENDING>();
+    if (!PENDING) wgmma_hold(sum[0][0]), wgmma_hold(sum[2][0]);
 }
 
 template <metala_math MATH, int COLUMNS, bool WARPGROUPS>
 __global__ void __launch_bounds__(COLUMNS, 256 / COLUMNS)
 tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bias, const float *base, size_t M, size_t N,
                        size_t lines, size_t lines_each) {
-    enum { STAGE = (PRODUCT_ROWS + COLUMNS) * LINE / sizeof(uint4) };
+    enum { STAGE = (PRODUCT_ROWS + COLUMNS) * LINE / sizeof(uint4), STAGES = stages_of(COLUMNS, WARPGROUPS), AHEAD = 2 };
     DYNAMIC_SHARED(uint4, memory);
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const place tile = place_of(blockIdx.x, M, N, PRODUCT_ROWS, COLUMNS);
@@ -708,18 +713,19 @@ tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bi
         }
         copy_commit();
     };
-    for (unsigned stage = 0; stage < STAGES - 1; stage++) fetch(first + stage, stage);
+    for (unsigned stage = 0; stage < AHEAD; stage++) fetch(first + stage, stage);
     unsigned stage = 0;
     for (size_t line = first; line < last; line++, stage = (stage + 1) % STAGES) {
         const uint4 *of_a = memory + stage * STAGE, *of_b = of_a + PRODUCT_ROWS * 8;
-        copy_wait<STAGES - 2>();
+        copy_wait<AHEAD - 1>();
         if constexpr (WARPGROUPS) wgmma_show();
-        __syncthreads();                                             // this line is there for all, the one before is done with
+        __syncthreads();                                             // this line is there for all, and a stage free
         if constexpr (WARPGROUPS) start_line<MATH>(sum, of_a, of_b + column_of(0) * 8);
-        fetch(line + STAGES - 1, (stage + STAGES - 1) % STAGES);
-        if constexpr (WARPGROUPS) finish_line(sum);
+        fetch(line + AHEAD, (stage + AHEAD) % STAGES);
+        if constexpr (WARPGROUPS) finish_line<STAGES - AHEAD - 1>(sum);
         else multiply_line<MATH>(sum, of_a + row_of(0) * 8, of_b + column_of(0) * 8);
     }
+    if constexpr (WARPGROUPS) finish_line<0>(sum);
     float *to = c + blockIdx.z * M * N;
     auto each = [&](int i, auto use) {                               // two neighbours of a row, if both are in C
 #pragma unroll
@@ -842,10 +848,10 @@ void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 
     library_multiply(ctx, MATH, c, a, step, true, b, step, true, bias, base, M, N, step);
 #else
     const portions p = portions_of<MATH>(M, N, lines);
-    auto shared = [](size_t columns) { return STAGES * LINE * (PRODUCT_ROWS + columns); };
+    const bool warpgroups = HAS_WGMMA && runs_wgmma;
+    auto shared = [=](int columns) { return (size_t)stages_of(columns, warpgroups) * LINE * (PRODUCT_ROWS + columns); };
     const size_t down = ceil_div(M, PRODUCT_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
     const bool wide = down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
-    const bool warpgroups = HAS_WGMMA && runs_wgmma;
     float *to = p.count > 1 ? parts : c;
 #define MULTIPLY(COLUMNS, BY)                                                                                              \
     RUN((tensor_multiply_kernel<MATH, COLUMNS, BY>), extent(down * ceil_div(N, COLUMNS), 1, p.count), COLUMNS, shared(COLUMNS), to, \

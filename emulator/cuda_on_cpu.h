@@ -233,10 +233,11 @@ struct Copy { void *to; const void *from; int bytes, group; };  // a cp.async on
 // What a thread has of the wgmma that run: sums of its own, which are NaN until it waits, and the parts of the operands that it
 // watches over.
 struct Wgmma {
-    struct Sum { float *d, value[64]; bool committed; };
-    struct Part { const void *at; unsigned char bytes[16]; };
+    struct Sum { float *d, value[64]; int group; };
+    struct Part { const void *at; unsigned char bytes[16]; int group; };
     std::vector<Sum> sums;
     std::vector<Part> parts;
+    int group;                                                   // of the next products
     bool started, shown;                                         // by wgmma_start; by wgmma_show, what cp.async brought
 };
 
@@ -1071,7 +1072,7 @@ EMU_UNWATCHED inline void run_block() {
     for (int i = 0; i < E->n; i++) {
         Thread &t = E->threads[i];
         t.index = i, t.lane = i % 32, t.state = READY, t.group = 0, t.barriers = 0, t.fake_stack = nullptr;
-        t.copies->clear(), *t.wgmma = {{}, {}, false, true};
+        t.copies->clear(), *t.wgmma = {{}, {}, 0, false, true};
         memset(t.operations, 0, sizeof t.operations);
         t.thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
         prepare(t);
@@ -1543,7 +1544,7 @@ EMU_UNTRACED void wgmma(float *d, uint64_t a, uint64_t b, const char *file, int 
             stop(true, "%s:%d: wgmma while copies of thread %d have come that no wgmma_show followed", file, line, i);
     for (int part = 0; part < 4; part++) {                       // each thread watches over a row of A and one of B
         const char *at = wgmma_part(part < 2 ? a : b, t.index % (part < 2 ? 64 : 128), part % 2, file, line);
-        Wgmma::Part p = {at, {}};
+        Wgmma::Part p = {at, {}, t.wgmma->group};
         look_at(at, 16);
         memcpy(p.bytes, at, 16);
         t.wgmma->parts.push_back(p);
@@ -1552,29 +1553,32 @@ EMU_UNTRACED void wgmma(float *d, uint64_t a, uint64_t b, const char *file, int 
     std::vector<Wgmma::Sum> &sums = t.wgmma->sums;
     while (s < sums.size() && sums[s].d != d) s++;
     if (s == sums.size()) {
-        sums.push_back({d, {}, false});
+        sums.push_back({d, {}, 0});
         memcpy(sums[s].value, d, sizeof sums[s].value);
         memset(d, UNWRITTEN, sizeof sums[s].value);
     }
-    sums[s].committed = false;
+    sums[s].group = t.wgmma->group;
     Product p = {sums[s].value, a, b};
     warpgroup_operation("wgmma", &p, operate_wgmma<BFLOAT16>, file, line);
 }
-EMU_UNWATCHED inline void wgmma_wait(const char *file, int line) {
+EMU_UNWATCHED inline void wgmma_wait(int pending, const char *file, int line) {      // until at most so many groups go on
     Wgmma &of = *E->self->wgmma;
-    for (const Wgmma::Part &p : of.parts)
+    size_t left = 0;
+    for (const Wgmma::Part &p : of.parts) {
         if (memcmp(p.at, p.bytes, 16))
             stop(true, "%s:%d: shared memory at byte %ld was written while wgmma read it", file, line,
                  (long)((const char *)p.at - E->dynamic));
-    size_t left = 0;
-    for (Wgmma::Sum &s : of.sums) {
+        if (p.group >= of.group - pending) of.parts[left++] = p;
+    }
+    of.parts.resize(left);
+    left = 0;
+    for (const Wgmma::Sum &s : of.sums) {
         for (size_t i = 0; i < sizeof s.value; i++)
             if (((unsigned char *)s.d)[i] != UNWRITTEN) stop(true, "%s:%d: a sum was written while wgmma computed it", file, line);
-        if (s.committed) memcpy(s.d, s.value, sizeof s.value);
+        if (s.group < of.group - pending) memcpy(s.d, s.value, sizeof s.value);
         else of.sums[left++] = s;
     }
     of.sums.resize(left);
-    of.parts.clear();
     of.started = false;
 }
 
@@ -1627,10 +1631,8 @@ inline void wgmma_bf16(float *d, uint64_t a, uint64_t b, EMU_HERE) { emu::wgmma<
 inline void wgmma_tf32(float *d, uint64_t a, uint64_t b, EMU_HERE) { emu::wgmma<false>(d, a, b, file, line); }
 inline void wgmma_hold(float *) {}                               // only nvcc must be told
 inline void wgmma_start() { emu::E->self->wgmma->started = true; }
-inline void wgmma_commit() {
-    for (auto &s : emu::E->self->wgmma->sums) s.committed = true;
-}
-inline void wgmma_wait(EMU_HERE) { emu::wgmma_wait(file, line); }
+inline void wgmma_commit() { emu::E->self->wgmma->group++; }
+template <int PENDING> void wgmma_wait(EMU_HERE) { emu::wgmma_wait(PENDING, file, line); }
 inline void wgmma_show() { emu::E->self->wgmma->shown = true; }
 inline uint64_t wgmma_operand(const void *rows, unsigned bytes, EMU_HERE) {
     size_t at = (size_t)((const char *)rows - emu::E->dynamic);

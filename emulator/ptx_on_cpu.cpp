@@ -137,8 +137,9 @@ struct Warp {
     vector<unsigned char> local;
     uint32_t carry[32];
     Copies copies[32];
-    std::map<int, vector<float>> sums;                           // of wgmma, by slot, until they are waited for
-    bool committed = false;                                      // all products so far
+    struct Sum { vector<float> value; int group; };
+    std::map<int, Sum> sums;                                     // of wgmma, by slot, until they are waited for
+    int group = 0;                                               // of the next products
     int products = 0;                                            // of a warpgroup, which its four warps make together
 
     template <class T> T *reg(int slot) { return (T *)(registers + slot); }
@@ -797,8 +798,10 @@ template <bool BF16> void wgmma(Warp &w, const Instruction &i) {
         }
     bool add = w.reg<uint32_t>(i.c)[0] & 1;
     for (int r = 0; r < 64; r++) {
-        float *now = w.reg<float>(i.list[(size_t)r]),
-              *sum = w.sums.insert({i.list[(size_t)r], vector<float>(now, now + 32)}).first->second.data();
+        float *now = w.reg<float>(i.list[(size_t)r]);
+        Warp::Sum &of = w.sums.insert({i.list[(size_t)r], {vector<float>(now, now + 32), 0}}).first->second;
+        float *sum = of.value.data();
+        of.group = w.group;
         for (int l = 0; l < 32; l++) {
             int row = l / 4 + 8 * (r % 4 / 2), column = 8 * (r / 4) + 2 * (l % 4) + r % 2;
             double x = 0;
@@ -807,13 +810,23 @@ template <bool BF16> void wgmma(Warp &w, const Instruction &i) {
             now[l] = NAN;
         }
     }
-    w.committed = false, w.products++;
+    w.products++;
 }
-void wgmma_commit(Warp &w, const Instruction &) { w.committed = true; }
-void wgmma_wait(Warp &w, const Instruction &) {                  // for all groups
-    for (auto &s : w.sums)
-        if (w.committed) memcpy(w.reg<float>(s.first), s.second.data(), 32 * sizeof(float));
-    w.sums.clear();
+void wgmma_commit(Warp &w, const Instruction &) { w.group++; }
+void wgmma_wait(Warp &w, const Instruction &i) {                 // until at most i.offset groups go on
+    for (auto s = w.sums.begin(); s != w.sums.end();)
+        if (s->second.group < w.group - i.offset) {
+            memcpy(w.reg<float>(s->first), s->second.value.data(), 32 * sizeof(float));
+            s = w.sums.erase(s);
+        } else s++;
+}
+// From one turn of a loop to the next, sums on their way may change names, for which the assembler has no instruction.
+void move_word(Warp &w, const Instruction &i) {
+    one<float, float, Move>(w, i);
+    if (w.sums.empty() || i.d == i.a) return;
+    auto s = w.sums.find(i.a);
+    if (s != w.sums.end()) w.sums[i.d] = Warp::Sum(s->second);
+    else w.sums.erase(i.d);
 }
 
 // ============================================================== 6. From text to programs
@@ -926,7 +939,7 @@ Execute of_predicates(const string &name) {
 Execute arithmetic(const string &name, const string &type) {
     if (type == "f32" && name == "fma.rm") return three<float, float, float, FusedDown>;
     if (type == "f32" && name == "add.rz") return two<float, float, AddTowardsZero>;
-    if (type == "f32") return real<float>(name);
+    if (type == "f32") return name == "mov" ? move_word : real<float>(name);
     if (type == "f64") return real<double>(name);
     if (type[0] == 'f') return nullptr;
     if (type == "pred") return of_predicates(name);
@@ -1353,7 +1366,7 @@ void Translator::instruction() {
     else if (op == "trap") i.run = trap;
     else if (op == "membar" || op == "fence" || (op == "wgmma" && has("fence"))) i.run = nothing;
     else if (op == "wgmma" && has("commit_group")) i.run = wgmma_commit;
-    else if (op == "wgmma" && has("wait_group")) i.run = wgmma_wait, known = o[0].names[0] == "0";
+    else if (op == "wgmma" && has("wait_group")) i.run = wgmma_wait, i.offset = atoi(o[0].names[0].c_str());
     else if (text == "cp.async.commit_group") i.run = copy_commit;
     else if (text == "cp.async.wait_group") i.run = copy_wait, i.offset = atoi(o[0].names[0].c_str());
     else if (op == "cp" && o.size() >= 3) {
@@ -1523,7 +1536,7 @@ void run_block(Block &b) {
     for (Warp &w : b.warps) {
         int lanes = std::min(32, b.threads - 32 * w.index);
         w.live = ~0u >> (32 - lanes);
-        w.pc = 0, w.waiting = false, w.syncs = 1, w.stop = INT32_MAX, w.products = 0;
+        w.pc = 0, w.waiting = false, w.syncs = 1, w.stop = INT32_MAX, w.products = w.group = 0;
         w.others.clear(), w.sums.clear();
         std::fill(w.local.begin(), w.local.end(), 0xFF);
         w.set(w.live);

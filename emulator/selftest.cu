@@ -102,7 +102,7 @@ __device__ void wgmma_tf32(float *d, uint64_t a, uint64_t b) {
 __device__ void wgmma_hold(float *d) { asm volatile("" : D_64 : : "memory"); }
 __device__ void wgmma_start() { WGMMA_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void wgmma_commit() { WGMMA_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ void wgmma_wait() { WGMMA_ASM("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int PENDING> __device__ void wgmma_wait() { WGMMA_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 __device__ void wgmma_show() { WGMMA_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ uint64_t wgmma_operand(const void *rows, unsigned bytes) {
     uint64_t address = (unsigned)__cvta_generic_to_shared(rows) + bytes;
@@ -342,7 +342,7 @@ __global__ void wgmma_kernel(float *d, const uint4 *a, const uint4 *b, int bug) 
     if (bug == OVERWRITTEN) rows[thread] = make_uint4(0, 0, 0, 0);
     float early = bug == READ_EARLY ? sum[5] : 0;
     if (bug == WRITTEN_EARLY) sum[5] = 1;
-    wgmma_wait();
+    wgmma_wait<0>();
     wgmma_hold(sum);
     for (unsigned i = 0; i < 64; i++)
         d[(thread / 32 * 16 + lane / 4 + i % 4 / 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sum[i] + early;
