@@ -349,7 +349,8 @@ __device__ Number block_sum(Number x) {
 __global__ void sum_parts_kernel(float *to, const float *parts, size_t count, size_t stride, size_t n, int accumulate) {
     FOR_EACH(i, n) {
         float sum = 0;
-        for (size_t p = 0; p < count; p++) sum += parts[p * stride + i];
+#pragma unroll 16
+        for (size_t p = 0; p < count; p++) sum += parts[p * stride + i];             // few threads: many loads at a time
         to[i] = accumulate ? to[i] + sum : sum;
     }
 }
@@ -2488,10 +2489,10 @@ typedef struct { float scale, keep, beta1, beta2, eps, rate, root; } adamw_numbe
 
 __global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n, adamw_numbers a) {
     FOR_EACH(i, n) {
-        float gradient = a.scale * g[i];
-        m[i] = a.beta1 * m[i] + (1 - a.beta1) * gradient;
-        v[i] = a.beta2 * v[i] + (1 - a.beta2) * gradient * gradient;
-        p[i] = a.keep * p[i] - a.rate * m[i] / (sqrtf(v[i]) * a.root + a.eps);
+        float gradient = a.scale * g[i], mean = m[i], square = v[i], old = p[i];     // all loads before the first store
+        m[i] = mean = a.beta1 * mean + (1 - a.beta1) * gradient;
+        v[i] = square = a.beta2 * square + (1 - a.beta2) * gradient * gradient;
+        p[i] = a.keep * old - a.rate * mean / (sqrtf(square) * a.root + a.eps);
     }
 }
 void adamw(metala_context *ctx, float *p, float *m, float *v, const float *g, size_t n, const metala_adamw *adamw,

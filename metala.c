@@ -4560,7 +4560,7 @@ static void layer_backward(metala_context *ctx, const metala_model *m, int layer
     be->rms_backward(ctx, dx, d->n, a->mixer_residual, a->residual_r, NULL, rows, D);        // dx is now dh
 
     be->zero(ctx, d->u, rows * s->u * sizeof(real));                    // these are sums over all that read u and n
-    be->zero(ctx, d->n, rows * D * sizeof(real));
+    if (m->config.row.conv != METALA_CONV_ON) be->zero(ctx, d->n, rows * D * sizeof(real));     // which conv_backward sets
     if (d->shift_k) be->zero(ctx, d->shift_k, rows * D * sizeof(real));
     if (d->shift_v) be->zero(ctx, d->shift_v, rows * D * sizeof(real));
     if (d->ssm) be->zero(ctx, d->ssm, member_count(&m->config, PER_SSM, p->B, p->T) * sizeof(real));

@@ -468,10 +468,25 @@ static int *read_prompt(const program *p, size_t *count) {
 
 // ------------------------------------------------------------------------------------------------ sampling
 
-static int by_likelihood(const void *a, const void *b) {     // ties by token, so that every qsort gives one order
-    const candidate *x = a, *y = b;
-    if (x->likelihood != y->likelihood) return x->likelihood > y->likelihood ? -1 : 1;
-    return x->token < y->token ? -1 : x->token > y->token;
+// Candidates as a heap, no one likelier than what is above, at half its place: the likeliest few of many without sorting all.
+static int is_likelier(const candidate *x, const candidate *y) {          // ties by token
+    return x->likelihood != y->likelihood ? x->likelihood > y->likelihood : x->token < y->token;
+}
+static void swap_candidates(candidate *x, candidate *y) {
+    candidate old = *x;
+    *x = *y, *y = old;
+}
+static void sink(candidate *c, size_t i, size_t n) {         // number i of n, below all that are likelier
+    for (size_t next; (next = 2 * i + 1) < n; i = next) {
+        if (next + 1 < n && is_likelier(c + next + 1, c + next)) next++;
+        if (is_likelier(c + i, c + next)) return;
+        swap_candidates(c + i, c + next);
+    }
+}
+// The likelihood of number k of N from the likeliest on; those that have left the heap lie behind it, the first one last.
+static double likelihood_of(candidate *c, size_t N, size_t *left, size_t k) {
+    for (; *left <= k; sink(c, 0, N - ++*left)) swap_candidates(c, c + (N - 1 - *left));
+    return c[N - 1 - k].likelihood;
 }
 
 // Draws the next token from logits l (N); -1 when they are not numbers. In this order:
@@ -482,7 +497,7 @@ static int by_likelihood(const void *a, const void *b) {     // ties by token, s
 //     top-p               only the shortest prefix, by falling p, with Σ p >= P                  (Holtzman et al. 2020)
 //     min-p               only p_i >= M max p
 //
-// Sums are taken in double, over candidates sorted from the largest.
+// Sums are taken in double.
 static int choose_token(const program *p, sequence *q) {
     const settings *s = p->s;
     const metala_real *l = p->logits;
@@ -503,17 +518,23 @@ static int choose_token(const program *p, sequence *q) {
         for (size_t i = 1; i < N; i++) best = c[i].likelihood > best->likelihood ? c + i : best;
         return best->token;
     }
-    qsort(c, N, sizeof *c, by_likelihood);
     double most = c[0].likelihood, total = 0, sum = 0;
-    if (s->top_k && s->top_k < N) kept = (size_t)s->top_k;
-    for (size_t i = 0; i < kept; i++) total += c[i].likelihood = exp((c[i].likelihood - most) / s->temperature);
-    size_t end = 0;
-    do sum += c[end++].likelihood;                           // the first one always stays, its likelihood is 1
-    while (end < kept && sum < s->top_p * total && c[end].likelihood >= s->min_p);
+    size_t end = 0, left = 0, i = 0;
+    for (i = 1; i < N; i++) most = c[i].likelihood > most ? c[i].likelihood : most;
+    for (i = 0; i < N; i++) total += c[i].likelihood = exp((c[i].likelihood - most) / s->temperature);
+    for (i = N / 2; i-- > 0;) sink(c, i, N);
+    if (s->top_k && s->top_k < N) {
+        kept = (size_t)s->top_k;
+        for (i = 0, total = 0; i < kept; i++) total += likelihood_of(c, N, &left, i);
+    }
+    if (s->top_p >= 1 && s->min_p <= 0) end = kept, sum = total;
+    else                                                     // the first one always stays, its likelihood is 1
+        do sum += likelihood_of(c, N, &left, end++);
+        while (end < kept && sum < s->top_p * total && likelihood_of(c, N, &left, end) >= s->min_p);
     double point = metala_uniform(&q->random) * sum;
-    for (size_t i = 0; i < end; i++)
-        if ((point -= c[i].likelihood) < 0) return c[i].token;
-    return c[end - 1].token;                                 // rounding
+    for (i = 0; i + 1 < end && (point -= likelihood_of(c, N, &left, i)) >= 0;) i++;
+    likelihood_of(c, N, &left, i);
+    return c[N - 1 - i].token;
 }
 
 // ------------------------------------------------------------------------------------------------ reading and writing
