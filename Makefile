@@ -248,14 +248,11 @@ bench: build/bench train
 	./train --bench
 	./train --bench --width 512 --layers 8 --heads 8 --glu-dim 1408 --vocab 8192
 
-bench-cuda: build/bench train
-	for math in exact tf32 bf16; do build/bench --device cuda --math $$math || exit 1; done
-	./train --bench --profile --device cuda --math bf16 --width 1024 --layers 24 --heads 8 --glu-dim 2816 --vocab 32000 \
-	    --context 2048 --batch 8 --keep-all          # 45 GB; without --keep-all 28
-
-# All that only a GPU can say: checks, speed, and PyTorch's speed where it is installed.
+# All that only a GPU can say: checks, speed, and PyTorch's speed where it is installed; or our own speed alone.
 gpu-report: build/test build/bench build/selftest-cuda train
 	bench/gpu.sh $(WITH_GOLDEN)
+bench-cuda: build/test build/bench train
+	PARTS="bench train" bench/gpu.sh
 build/selftest-cuda: emulator/selftest.cu build/flags
 	$(if $(GPU),,$(error only with CUDA=1, and nvcc in PATH, CUDA_HOME/bin or /usr/local/cuda/bin))
 	$(NVCC) $(NVCCFLAGS) $(DEFINES) -o $@ $<

@@ -99,9 +99,10 @@ __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 
 // D += A Bᵀ by a warpgroup, four warps, on the tensor cores of compute capability 9.0, which read both operands from shared
 // memory: D 64×128 in float, A 64 rows and B 128 rows of 32 bytes, which are 8 numbers in tf32 or 16 in bfloat16. d[4j + i]
 // is row 16w + g + 8(i/2), column 8j + 2t + i%2, of warp w. It runs on its own, from wgmma_start, before the first product,
-// over wgmma_commit, which makes a group of those so far, to wgmma_wait<PENDING>, after which no more groups go on. wgmma_hold(d)
-// tells the compiler that the 64 numbers of d are in their registers now, so that it moves no use of them across: for each d
-// before wgmma_start and after wgmma_wait. What threads wrote, or copied, to shared memory they show by wgmma_show before the barrier.
+// over wgmma_commit, which makes a group of those so far, to wgmma_wait<PENDING>, after which at most so many groups go on.
+// wgmma_hold(d) tells the compiler that the 64 numbers of d are in their registers now, so that it moves no use of them across:
+// for each d before wgmma_start and after its last wait. What threads wrote, or copied, to shared memory they show by
+// wgmma_show before the barrier.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define WGMMA_ASM(...) asm volatile(__VA_ARGS__)
 #else
@@ -609,10 +610,10 @@ round_operand_kernel(uint4 *straight, size_t straight_step, uint4 *turned, size_
     }
 }
 
-// C = A Bᵀ + bias + base of two such copies with rows of `lines` lines, sums in float. A block has a warp for each 64 × 64 of a tile of
-// 128 × COLUMNS, COLUMNS threads: the wider one is more work for what it reads. Lines come by asynchronous copies, two on
-// their way while a third is used. Alone on a multiprocessor, the warpgroups of a wide tile start a line before the one before
-// is done, which has a fourth stage.
+// C = A Bᵀ + bias + base of two such copies with rows of `lines` lines, sums in float. A block has a warp for each 64 × 64 of a
+// tile of 128 × COLUMNS, COLUMNS threads: the wider one is more work for what it reads. Lines come by asynchronous copies,
+// AHEAD of them on their way while one is used. The warpgroups of a wide tile, alone on a multiprocessor, would idle from the end
+// of a line to the start of the next: they start it while the one before goes on, which keeps a fourth stage.
 //
 // In shared memory, the 16 bytes number p of row i lie at place p ^ i%8 of the row: what the lanes of ldmatrix read at a time
 // is then in different banks. It is also what wgmma expects, by which WARPGROUPS of four warps multiply 128 × 128 each.
@@ -867,15 +868,11 @@ void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 
 #endif
 }
 
-// The rounded copies of x (rows,columns), NULL for what is not wanted: round_operand_kernel on squares.
+// The rounded copies of x (rows,columns), NULL for what is not wanted. That rows and columns fit in 32 bits, who
+// made room for the copies has seen: a row of either takes 128 bytes at least.
 template <metala_math MATH>
 void round_operand(metala_context *ctx, uint4 *straight, size_t straight_step, uint4 *turned, size_t turned_step, const float *x,
                    size_t rows, size_t columns) {
-    if (rows > INT_MAX || columns > INT_MAX) {
-        metala_context_fail(ctx, "%s:%d: a product of %zu x %zu numbers; its sizes may be %d; try a smaller batch", __FILE__, __LINE__,
-                            rows, columns, INT_MAX);
-        return;
-    }
     RUN((round_operand_kernel<MATH>), extent(lines_of<MATH>(columns), blocks_for(lines_of<MATH>(rows), 1)), THREADS, 0, straight,
         straight_step, turned, turned_step, x, (unsigned)rows, (unsigned)columns);
 }

@@ -15,19 +15,22 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 test=${TEST:-build/test} selftest=${SELFTEST:-build/selftest-cuda} bench=${BENCH:-build/bench} train=${TRAIN:-./train}
-all="selftest test sanitizer bench train products scans" parts=${PARTS:-selftest test sanitizer bench train products scans}
-limit=${LIMIT:-600} failed=0 pid=
+all="selftest test sanitizer bench train products scans"
+parts=${PARTS:-$all} limit=${LIMIT:-600} failed=0 pid=
 sizes=${SIZES:---width 1024 --layers 24 --heads 8 --glu-dim 2816 --vocab 32000 --context 2048 --batch 8 --keep-all}
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 
 stop() { echo "gpu.sh: $*" >&2; exit 1; }
+wants() { case " $parts " in *" $1 "*) true ;; *) false ;; esac; }
+needs() { [ -x "$1" ] || stop "$1 is missing: make CUDA=1 gpu-report"; }
 for part in $parts; do
     case " $all " in *" $part "*) ;; *) stop "PARTS: got $part, expected some of $all" ;; esac
 done
 case $limit in '' | *[!0-9]*) stop "LIMIT: got $limit, expected seconds" ;; esac
-for program in "$test" "$selftest" "$bench" "$train"; do
-    [ -x "$program" ] || stop "$program is missing: make CUDA=1 gpu-report"
-done
+needs "$test"
+if wants selftest; then needs "$selftest"; fi
+if wants bench; then needs "$bench"; fi
+if wants train; then needs "$train"; fi
 rm -rf build/gpu
 mkdir -p build/gpu || exit 1
 if command -v timeout > /dev/null; then within="timeout -k 10 $limit"
@@ -53,7 +56,6 @@ run() {                                  # NAME COMMAND...: to build/gpu/NAME, a
     tail -n 3 "$log"
 }
 says() { grep -a -E -e "$1" "$log"; }
-wants() { case " $parts " in *" $1 "*) true ;; *) false ;; esac; }
 skipped() { echo; echo "== $1: not tried, $2"; }
 
 date -u '+%Y-%m-%d %H:%M UTC'
