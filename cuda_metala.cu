@@ -97,42 +97,72 @@ template <int PENDING>
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
 // D += A Bᵀ by a warpgroup, four warps, on the tensor cores of compute capability 9.0, which read both operands from shared
-// memory: D 64×128 in float, A 64 rows and B 128 rows of 32 bytes, which are 8 numbers in tf32 or 16 in bfloat16. d[4j + i]
+// memory: D 64×256 in float, A 64 rows and B 256 rows of 32 bytes, which are 8 numbers in tf32 or 16 in bfloat16. d[4j + i]
 // is row 16w + g + 8(i/2), column 8j + 2t + i%2, of warp w. It runs on its own, from wgmma_start, before the first product,
 // over wgmma_commit, which makes a group of those so far, to wgmma_wait<PENDING>, after which at most so many groups go on.
-// wgmma_hold(d) tells the compiler that the 64 numbers of d are in their registers now, so that it moves no use of them across:
-// for each d before wgmma_start and after its last wait. What threads wrote, or copied, to shared memory they show by
-// wgmma_show before the barrier.
+// wgmma_hold(d) tells the compiler that the 128 numbers of d are in their registers now, so that it moves no use of them
+// across: before wgmma_start and after the last wait. What threads wrote, or copied, to shared memory they show by
+// wgmma_show before the barrier; what bulk_copy brought needs none.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define WGMMA_ASM(...) asm volatile(__VA_ARGS__)
+#define ASM_90A(...) asm volatile(__VA_ARGS__)
 #else
-#define WGMMA_ASM(...) __trap()                                  // in the code for other GPUs, where nobody launches it
+#define ASM_90A(...) __trap()                                    // in the code for other GPUs, where nobody launches it
 #endif
 #define D_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define D_64 D_8(0), D_8(8), D_8(16), D_8(24), D_8(32), D_8(40), D_8(48), D_8(56)
-#define D_NAMES                                                                                                     \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
-    "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"  \
-    "%56,%57,%58,%59,%60,%61,%62,%63}"
+#define D_64(i) D_8(i), D_8(i + 8), D_8(i + 16), D_8(i + 24), D_8(i + 32), D_8(i + 40), D_8(i + 48), D_8(i + 56)
+#define D_128 D_64(0), D_64(64)
+#define D_NAMES                                                                                             \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"   \
+    "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"  \
+    "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,"  \
+    "%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,"     \
+    "%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,"  \
+    "%121,%122,%123,%124,%125,%126,%127}"
 __device__ __forceinline__ void wgmma_bf16(float *d, uint64_t a, uint64_t b) {
-    WGMMA_ASM("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " D_NAMES ",%64,%65,1,1,1,0,0;" : D_64 : "l"(a), "l"(b));
+    ASM_90A("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " D_NAMES ",%128,%129,1,1,1,0,0;" : D_128 : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void wgmma_tf32(float *d, uint64_t a, uint64_t b) {
-    WGMMA_ASM("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " D_NAMES ",%64,%65,1,1,1;" : D_64 : "l"(a), "l"(b));
+    ASM_90A("wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 " D_NAMES ",%128,%129,1,1,1;" : D_128 : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void wgmma_hold(float *d) { WGMMA_ASM("" : D_64 : : "memory"); }
-__device__ __forceinline__ void wgmma_start() { WGMMA_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { WGMMA_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_hold(float *d) { ASM_90A("" : D_128 : : "memory"); }
+__device__ __forceinline__ void wgmma_start() { ASM_90A("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { ASM_90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
-    WGMMA_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+    ASM_90A("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-__device__ __forceinline__ void wgmma_show() { WGMMA_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_show() { ASM_90A("fence.proxy.async.shared::cta;" ::: "memory"); }
 // An operand in shared memory: rows of 128 bytes, from a multiple of 1024 on, of which `bytes`, 0, 32, 64 or 96, come before
 // those to be read; the 16 bytes number p of row i lie at place p ^ i%8 ("128-byte swizzle"). Bits 0 to 13: address/16;
 // 16 to 29: 1, without meaning here; 32 to 45: the 1024 bytes from 8 rows to the next 8, /16; 62: this swizzle.
 __device__ __forceinline__ uint64_t wgmma_operand(const void *rows, unsigned bytes) {
     uint64_t address = (unsigned)__cvta_generic_to_shared(rows) + bytes;
     return (address & 0x3FFFF) >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+// Barriers in shared memory, 8 bytes each (mbarrier): a phase of one ends when `count` threads have arrived, and all bytes that
+// were to be expected have come; the next begins. The phases are 0, 1, 0, … in turn, and barrier_wait waits until one that is
+// `phase` has ended: at first only the one before the first, as it were, a 1. After barrier_init: wgmma_show, then a barrier of
+// the block. barrier_expect arrives as well. bulk_copy needs one thread, from global memory, multiples of 16.
+__device__ __forceinline__ void barrier_init(uint64_t *barrier, unsigned count) {
+    ASM_90A("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
+    ASM_90A("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64_t *barrier, unsigned bytes) {
+    ASM_90A("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((unsigned)__cvta_generic_to_shared(barrier)),
+            "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned phase) {
+    unsigned ended = 0;
+    while (!ended)
+        ASM_90A("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                : "=r"(ended) : "r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(phase) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(void *shared, const void *global, unsigned bytes, uint64_t *barrier) {
+    ASM_90A("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+            ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes),
+              "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
 }
 #endif
 
@@ -273,6 +303,15 @@ size_t shared_room() {
     return (size_t)bytes;
 }
 
+// For kernels whose blocks go from one piece of work to the next.
+size_t multiprocessors() {
+    int device = 0, count = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+        cudaGetLastError();
+    return count > 0 ? (size_t)count : 1;
+}
+
 // RUN(kernel, grid, block, shared bytes, arguments...): checks the limits, launches, checks the launch.
 #define RUN(kernel, grid, block, shared, ...)                                         \
     do {                                                                              \
@@ -381,9 +420,9 @@ enum { LARGE_FROM = 4, WIDE_FROM = 2 };
 // Which tile a block computes. Blocks that run at the same time should share operands, which then come from the cache:
 // a group of 8 tiles in height is gone through column by column.
 struct place { size_t i, j; };
-__device__ place place_of(size_t block, size_t M, size_t N, size_t tile_rows, size_t tile_columns) {
-    const size_t rows = ceil_div(M, tile_rows), columns = ceil_div(N, tile_columns), first = block / (8 * columns) * 8;
-    const size_t height = least(rows - first, 8), n = block - first * columns;
+__device__ place place_of(unsigned block, size_t M, size_t N, size_t tile_rows, size_t tile_columns) {
+    const unsigned rows = (unsigned)ceil_div(M, tile_rows), columns = (unsigned)ceil_div(N, tile_columns);
+    const unsigned first = block / (8 * columns) * 8, height = rows - first < 8 ? rows - first : 8, n = block - first * columns;
     place p = {(first + n % height) * tile_rows, n / height * tile_columns};
     return p;
 }
@@ -532,12 +571,28 @@ size_t splits_of(size_t tiles, size_t K) {
 // turned over where k is not what lies contiguous, rounded to tf32 (4 bytes) or bfloat16 (2 bytes), and filled up with zeros
 // to whole lines of 128 bytes. Then one kernel does all products, whatever their form and alignment, and for bfloat16 moves
 // half of what floats would take.
+//
+// The lines number n of all rows lie together, row by row, so that those of a tile are one piece of memory. In the line of row i
+// the 16 bytes number p lie at place p ^ i%8: what the lanes of ldmatrix read at a time is then in different banks of shared
+// memory. It is also what wgmma expects.
 
 enum { LINE = 128, LINE_PARTS = LINE / 16, LINE_FLOATS = LINE / 4 };
 template <metala_math MATH>
 constexpr size_t numbers_of_line = LINE / (MATH == METALA_BFLOAT16 ? 2 : 4);
 template <metala_math MATH>
 __host__ __device__ constexpr size_t lines_of(size_t k) { return ceil_div(k, numbers_of_line<MATH>); }
+
+struct operand { uint4 *memory; size_t rows, lines; };
+// The first 16 bytes of a line. cuBLAS wants whole rows, one behind the other, with nothing exchanged.
+#ifdef METALA_CUBLAS
+const unsigned EXCHANGE = 1;
+__host__ __device__ uint4 *line_of(operand x, size_t row, size_t line) { return x.memory + (row * x.lines + line) * LINE_PARTS; }
+#else
+const unsigned EXCHANGE = 8;
+__host__ __device__ uint4 *line_of(operand x, size_t row, size_t line) { return x.memory + (line * x.rows + row) * LINE_PARTS; }
+#endif
+operand from_line(operand x, size_t line) { return {line_of(x, 0, line), x.rows, x.lines}; }
+uint4 *end_of(operand x) { return x.memory + x.rows * x.lines * LINE_PARTS; }
 
 // Two floats as bfloat16 in one register, the first in the lower half.
 __device__ unsigned pack(float first, float second) {
@@ -555,22 +610,13 @@ __device__ uint4 rounded(const float *x, unsigned stride) {
     return make_uint4(to[0], to[1], to[2], to[3]);
 }
 
-// Four numbers to place j of a row.
-template <metala_math MATH>
-__device__ void store_rounded(uint4 *row, unsigned j, const float *x) {
-    if (MATH == METALA_BFLOAT16) ((uint2 *)row)[j / 4] = make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
-    else row[j / 4] = make_uint4(to_tf32(x[0]), to_tf32(x[1]), to_tf32(x[2]), to_tf32(x[3]));
-}
-
-// straight[i][j] = turned[j][i] = x[i][j] rounded, up to whole lines zeros; NULL for what is not wanted.
-//   x (rows,columns)   straight (rows, lines of columns)   turned (columns, lines of rows)
-//   the rows of either are as many lines apart as straight_step and turned_step say
+// straight[i][j] = turned[j][i] = x[i][j] rounded, up to whole lines zeros; memory NULL for what is not wanted.
+//   x (rows,columns)   straight (rows, lines of columns)   turned (columns, lines of rows), both perhaps with more lines
 // A block has a square of as many rows as a line has numbers, in PIECES of 32 × 32 of which a thread takes 4 numbers; what is
 // turned goes through shared memory.
 template <metala_math MATH>
 __global__ void __launch_bounds__(THREADS)
-round_operand_kernel(uint4 *straight, size_t straight_step, uint4 *turned, size_t turned_step, const float *x, unsigned rows,
-                     unsigned columns) {
+round_operand_kernel(operand straight, operand turned, const float *x, unsigned rows, unsigned columns) {
     enum { SIDE = numbers_of_line<MATH>, PIECE = 32, PIECES = SIDE / PIECE, EACH = SIDE / LINE_PARTS, PARTS = THREADS / SIDE };
     __shared__ float tile[SIDE][SIDE + 1];
     const unsigned line = blockIdx.x, i = threadIdx.x / 8, j = threadIdx.x % 8 * 4;
@@ -591,52 +637,79 @@ round_operand_kernel(uint4 *straight, size_t straight_step, uint4 *turned, size_
         }
 #pragma unroll
         for (unsigned p = 0; p < PIECES * PIECES; p++) {
-            const unsigned row = p / PIECES * PIECE + i, column = p % PIECES * PIECE + j;
-            if (straight && i0 + row < rows)
-                store_rounded<MATH>(straight + ((i0 + row) * straight_step + line) * LINE_PARTS, column, number[p]);
-            if (turned)
+            const unsigned row = i0 + p / PIECES * PIECE + i, column = p % PIECES * PIECE + j;
+            if (straight.memory && row < rows) {
+                uint4 *to = line_of(straight, row, line) + (column / EACH ^ row % EXCHANGE);
+                const float *y = number[p];
+                if (MATH == METALA_BFLOAT16) ((uint2 *)to)[column / 4 % 2] = make_uint2(pack(y[0], y[1]), pack(y[2], y[3]));
+                else *to = make_uint4(to_tf32(y[0]), to_tf32(y[1]), to_tf32(y[2]), to_tf32(y[3]));
+            }
+            if (turned.memory)
 #pragma unroll
-                for (unsigned e = 0; e < 4; e++) tile[row][column + e] = number[p][e];
+                for (unsigned e = 0; e < 4; e++) tile[p / PIECES * PIECE + i][column + e] = number[p][e];
         }
-        if (!turned) continue;
+        if (!turned.memory) continue;
         __syncthreads();                                             // the tile is there for all
-        const unsigned column = threadIdx.x / PARTS;
+        const unsigned column = threadIdx.x / PARTS, row = line * SIDE + column;
 #pragma unroll
         for (unsigned part = threadIdx.x % PARTS; part < LINE_PARTS; part += PARTS)
-            if (line * SIDE + column < columns)
-                turned[((line * SIDE + column) * turned_step + i0 / SIDE) * LINE_PARTS + part] =
-                    rounded<MATH>(&tile[part * EACH][column], SIDE + 1);
+            if (row < columns)
+                line_of(turned, row, i0 / SIDE)[part ^ row % EXCHANGE] = rounded<MATH>(&tile[part * EACH][column], SIDE + 1);
         __syncthreads();                                             // the tile may be written again
     }
 }
 
-// C = A Bᵀ + bias + base of two such copies with rows of `lines` lines, sums in float. A block has a warp for each 64 × 64 of a
-// tile of 128 × COLUMNS, COLUMNS threads: the wider one is more work for what it reads. Lines come by asynchronous copies,
-// AHEAD of them on their way while one is used. The warpgroups of a wide tile, alone on a multiprocessor, would idle from the end
-// of a line to the start of the next: they start it while the one before goes on, which keeps a fourth stage.
-//
-// In shared memory, the 16 bytes number p of row i lie at place p ^ i%8 of the row: what the lanes of ldmatrix read at a time
-// is then in different banks. It is also what wgmma expects, by which WARPGROUPS of four warps multiply 128 × 128 each.
+// 16 × 64 of C to row i0, column j0: sum + bias + base. Of the numbers of a lane, sum[j][0] and [1] are neighbours in row lane/4,
+// column 8j + lane%4·2, and [2] and [3] so 8 rows further down.
+__device__ __forceinline__ void store_piece(float *c, float (*sum)[4], const float *bias, const float *base, size_t i0, size_t j0,
+                                            size_t M, size_t N) {
+    const unsigned lane = threadIdx.x % WARP;
+    const size_t i = i0 + lane / 4, j = j0 + lane % 4 * 2, at = i * N + j;
+    const bool pairs = N % 2 == 0 && (uintptr_t)c % 8 == 0 && (uintptr_t)base % 8 == 0;
+    if (pairs && i0 + 16 <= M && j0 + 64 <= N) {                     // for the whole warp: no lane asks again
+        if (bias)
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                const float first = bias[j + 8 * n], second = bias[j + 8 * n + 1];
+                sum[n][0] += first, sum[n][1] += second, sum[n][2] += first, sum[n][3] += second;
+            }
+        if (base)                                                    // before the first store, for which loads would wait
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float2 old[8];
+#pragma unroll
+                for (int n = 0; n < 8; n++) old[n] = *(const float2 *)(base + at + 8 * half * N + 8 * n);
+#pragma unroll
+                for (int n = 0; n < 8; n++) sum[n][2 * half] += old[n].x, sum[n][2 * half + 1] += old[n].y;
+            }
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+            for (int half = 0; half < 2; half++)
+                *(float2 *)(c + at + 8 * half * N + 8 * n) = make_float2(sum[n][2 * half], sum[n][2 * half + 1]);
+    } else
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+            for (int e = 0; e < 4; e++) {
+                const size_t row = i + e / 2 * 8, column = j + 8 * n + e % 2, here = row * N + column;
+                if (row < M && column < N) c[here] = sum[n][e] + (bias ? bias[column] : 0) + (base ? base[here] : 0);
+            }
+}
+
+// C = A Bᵀ + bias + base of two such copies, sums in float, in two ways. This one uses what each GPU has from compute capability
+// 8.0 on. A block has a warp for each 64 × 64 of a tile of 128 × COLUMNS, COLUMNS threads: the wider one is more work for what it
+// reads. Lines come by asynchronous copies, AHEAD of them on their way while one is used.
 //
 // gridDim.z > 1: block z sums lines from z·lines_each on and leaves its part in c + z·M·N.
-enum { PRODUCT_ROWS = 128 };
-__host__ __device__ constexpr int stages_of(int columns, bool warpgroups) { return warpgroups && columns == 256 ? 4 : 3; }
-#if defined(METALA_WGMMA) || !defined(__CUDACC__)
-const bool HAS_WGMMA = true;                                     // compiled for sm_90a, among others, or for the emulator
-#else
-const bool HAS_WGMMA = false;
-#endif
-std::atomic<bool> runs_wgmma;                                    // so is the code that this GPU runs: metala_cuda has asked it
+enum { PRODUCT_ROWS = 128, PRODUCT_STAGES = 3 };
 
+// Of the line, as many rows from i0 on; beyond the last, zeros.
 template <int ROWS, int BLOCK_THREADS>
-__device__ void copy_line(uint4 *strip, const uint4 *x, size_t lines, size_t line, size_t i0, size_t rows) {
-    const unsigned row = threadIdx.x / 8, p = threadIdx.x % 8;
-    const uint4 *from = x + ((i0 + row) * lines + line) * 8 + p;
-    uint4 *to = strip + row * 8 + (p ^ row % 8);
+__device__ void copy_line(uint4 *strip, operand x, size_t line, size_t i0) {
+    const uint4 *from = line_of(x, i0, line);
 #pragma unroll
-    for (unsigned i = 0; i < ROWS; i += BLOCK_THREADS / 8, from += BLOCK_THREADS * lines) {
-        bool real = i0 + row + i < rows;
-        copy16_async(to + i * 8, real ? from : x, real);
+    for (unsigned n = threadIdx.x; n < ROWS * LINE_PARTS; n += BLOCK_THREADS) {
+        const bool real = i0 + n / LINE_PARTS < x.rows;
+        copy16_async(strip + n, real ? from + n : x.memory, real);
     }
 }
 
@@ -646,7 +719,7 @@ __device__ void load_operand(unsigned *r, const uint4 *strip, unsigned row, unsi
     const unsigned lane = threadIdx.x % WARP, i = row + lane % 16, p = 2 * mma + lane / 16;
     ldmatrix_x4(r, strip + i * 8 + (p ^ i % 8));
 }
-// sum += A Bᵀ of one line: by a warp, 64 rows of A with 64 of B …
+// sum += A Bᵀ of one line by a warp, 64 rows of A with 64 of B.
 template <metala_math MATH>
 __device__ __forceinline__ void multiply_line(float (*sum)[8][4], const uint4 *a, const uint4 *b) {
 #pragma unroll
@@ -670,91 +743,109 @@ __device__ __forceinline__ void multiply_line(float (*sum)[8][4], const uint4 *a
         }
     }
 }
-// … or by a warpgroup, 128 rows of A with 128 of B, which goes on while its threads do something else. The 64 numbers of a
-// product, from sum[2 half] on, are two pieces of sum, of its columns 0…63 and 64…127.
-template <metala_math MATH>
-__device__ __forceinline__ void start_line(float (*sum)[8][4], const uint4 *a, const uint4 *b) {
-    wgmma_hold(sum[0][0]), wgmma_hold(sum[2][0]);
-    wgmma_start();
-#pragma unroll
-    for (unsigned mma = 0; mma < LINE / 32; mma++)
-#pragma unroll
-        for (unsigned half = 0; half < 2; half++) {
-            const uint64_t left = wgmma_operand(a + half * 64 * 8, 32 * mma), right = wgmma_operand(b, 32 * mma);
-            if (MATH == METALA_BFLOAT16) wgmma_bf16(sum[2 * half][0], left, right);
-            else wgmma_tf32(sum[2 * half][0], left, right);
-        }
-    wgmma_commit();
-}
-template <int PENDING>
-__device__ __forceinline__ void finish_line(float (*sum)[8][4]) {
-    wgmma_wait<PENDING>();
-    if (!PENDING) wgmma_hold(sum[0][0]), wgmma_hold(sum[2][0]);
-}
 
-template <metala_math MATH, int COLUMNS, bool WARPGROUPS>
+template <metala_math MATH, int COLUMNS>
 __global__ void __launch_bounds__(COLUMNS, 256 / COLUMNS)
-tensor_multiply_kernel(float *c, const uint4 *a, const uint4 *b, const float *bias, const float *base, size_t M, size_t N,
-                       size_t lines, size_t lines_each) {
-    enum { STAGE = (PRODUCT_ROWS + COLUMNS) * LINE / sizeof(uint4), STAGES = stages_of(COLUMNS, WARPGROUPS), AHEAD = 2 };
+tensor_multiply_kernel(float *c, operand a, operand b, const float *bias, const float *base, size_t lines_each) {
+    enum { STAGE = (PRODUCT_ROWS + COLUMNS) * LINE_PARTS, AHEAD = PRODUCT_STAGES - 1 };
     DYNAMIC_SHARED(uint4, memory);
-    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const unsigned warp = threadIdx.x / WARP, row = warp % 2 * 64, column = warp / 2 * 64;       // of the warp's 64 × 64
+    const size_t M = a.rows, N = b.rows;
     const place tile = place_of(blockIdx.x, M, N, PRODUCT_ROWS, COLUMNS);
-    const size_t i0 = tile.i, j0 = tile.j;
-    const size_t first = blockIdx.z * lines_each, last = least(lines, first + lines_each);
+    const size_t first = blockIdx.z * lines_each, last = least(a.lines, first + lines_each);
     float sum[4][8][4] = {};                                         // four pieces of 16 × 64
-    // Where piece i lies in the tile: one below the other, or 16 rows of each 64 × 64 of the warpgroup's 128 × 128.
-    auto row_of = [&](unsigned i) { return WARPGROUPS ? i / 2 * 64 + warp % 4 * 16 : warp % 2 * 64 + i * 16; };
-    auto column_of = [&](unsigned i) { return WARPGROUPS ? warp / 4 * 128 + i % 2 * 64 : warp / 2 * 64; };
 
     auto fetch = [&](size_t line, unsigned stage) {                  // an empty group beyond the end keeps the count
         uint4 *to = memory + stage * STAGE;
         if (line < last) {
-            copy_line<PRODUCT_ROWS, COLUMNS>(to, a, lines, line, i0, M);
-            copy_line<COLUMNS, COLUMNS>(to + PRODUCT_ROWS * 8, b, lines, line, j0, N);
+            copy_line<PRODUCT_ROWS, COLUMNS>(to, a, line, tile.i);
+            copy_line<COLUMNS, COLUMNS>(to + PRODUCT_ROWS * LINE_PARTS, b, line, tile.j);
         }
         copy_commit();
     };
     for (unsigned stage = 0; stage < AHEAD; stage++) fetch(first + stage, stage);
     unsigned stage = 0;
-    for (size_t line = first; line < last; line++, stage = (stage + 1) % STAGES) {
-        const uint4 *of_a = memory + stage * STAGE, *of_b = of_a + PRODUCT_ROWS * 8;
+    for (size_t line = first; line < last; line++, stage = (stage + 1) % PRODUCT_STAGES) {
+        const uint4 *of_a = memory + stage * STAGE, *of_b = of_a + PRODUCT_ROWS * LINE_PARTS;
         copy_wait<AHEAD - 1>();
-        if constexpr (WARPGROUPS) wgmma_show();
         __syncthreads();                                             // this line is there for all, and a stage free
-        if constexpr (WARPGROUPS) start_line<MATH>(sum, of_a, of_b + column_of(0) * 8);
-        fetch(line + AHEAD, (stage + AHEAD) % STAGES);
-        if constexpr (WARPGROUPS) finish_line<STAGES - AHEAD - 1>(sum);
-        else multiply_line<MATH>(sum, of_a + row_of(0) * 8, of_b + column_of(0) * 8);
+        fetch(line + AHEAD, (stage + AHEAD) % PRODUCT_STAGES);
+        multiply_line<MATH>(sum, of_a + row * LINE_PARTS, of_b + column * LINE_PARTS);
     }
-    if constexpr (WARPGROUPS) finish_line<0>(sum);
-    float *to = c + blockIdx.z * M * N;
-    auto each = [&](int i, auto use) {                               // two neighbours of a row, if both are in C
+    const bool alone = gridDim.z == 1;
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                size_t at_i = i0 + row_of(i) + 8 * half + lane / 4, at_j = j0 + column_of(i) + 8 * j + lane % 4 * 2;
-                if (at_i < M && at_j < N) use(&sum[i][j][2 * half], at_i * N + at_j, at_j, at_j + 1 < N);
+    for (int i = 0; i < 4; i++)
+        store_piece(c + blockIdx.z * M * N, sum[i], alone ? bias : NULL, alone ? base : NULL, tile.i + row + 16 * i, tile.j + column,
+                    M, N);
+}
+
+// The same on an H100: two warpgroups multiply 64 × 256 each, and the first thread of a warp of its own, behind them, has the
+// lines brought for them, WIDE_STAGES ahead. There are two barriers for each stage: `full`, when its lines have come, and `empty`,
+// when all warps have used them. A block stays on its multiprocessor and takes one tile after the other: while C is written, the
+// lines of the next tile come already.
+//
+// The parts of a sum are tiles as well: tile number n + z·(tiles of C) sums lines from z·lines_each on.
+enum { WIDE_COLUMNS = 256, WIDE_STAGES = 4, WIDE_WARPS = 8, WIDE_THREADS = (WIDE_WARPS + 1) * WARP };
+enum { WIDE_STAGE = (PRODUCT_ROWS + WIDE_COLUMNS) * LINE_PARTS };
+const size_t WIDE_BYTES = WIDE_STAGES * WIDE_STAGE * sizeof(uint4);
+
+template <metala_math MATH>
+__global__ void __launch_bounds__(WIDE_THREADS, 1)
+warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, const float *base, unsigned lines_each, unsigned splits) {
+    DYNAMIC_SHARED(uint4, memory);
+    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lines = (unsigned)a.lines;
+    const unsigned tiles = (unsigned)(ceil_div(a.rows, PRODUCT_ROWS) * ceil_div(b.rows, WIDE_COLUMNS));
+    if (threadIdx.x < WIDE_STAGES) barrier_init(full + threadIdx.x, 1), barrier_init(empty + threadIdx.x, WIDE_WARPS), wgmma_show();
+    __syncthreads();
+    unsigned stage = 0, phase = 0;
+    auto step = [&] { phase ^= ++stage == WIDE_STAGES, stage %= WIDE_STAGES; };
+
+    if (warp == WIDE_WARPS) {
+        for (unsigned n = blockIdx.x; n < tiles * splits && lane == 0; n += gridDim.x) {
+            const place tile = place_of(n % tiles, a.rows, b.rows, PRODUCT_ROWS, WIDE_COLUMNS);
+            const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
+            const unsigned of_a = LINE * (unsigned)least(PRODUCT_ROWS, a.rows - tile.i);
+            const unsigned of_b = LINE * (unsigned)least(WIDE_COLUMNS, b.rows - tile.j);
+            for (unsigned line = first; line < last; line++, step()) {
+                uint4 *to = memory + stage * WIDE_STAGE;
+                barrier_wait(empty + stage, phase ^ 1);
+                barrier_expect(full + stage, of_a + of_b);
+                bulk_copy(to, line_of(a, tile.i, line), of_a, full + stage);
+                bulk_copy(to + PRODUCT_ROWS * LINE_PARTS, line_of(b, tile.j, line), of_b, full + stage);
             }
-    };
-    const bool pairs = N % 2 == 0 && (uintptr_t)to % 8 == 0 && (uintptr_t)base % 8 == 0;
+        }
+        return;
+    }
+    for (unsigned n = blockIdx.x; n < tiles * splits; n += gridDim.x) {
+        const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
+        float sum[4][8][4] = {};                                     // 16 × 256
+        unsigned before = 0;                                         // the stage of the line before
+        for (unsigned line = first; line < last; line++, step()) {
+            const uint4 *of_a = memory + stage * WIDE_STAGE + warp / 4 * 64 * LINE_PARTS;
+            const uint4 *of_b = memory + stage * WIDE_STAGE + PRODUCT_ROWS * LINE_PARTS;
+            barrier_wait(full + stage, phase);
+            wgmma_hold(sum[0][0]);
+            wgmma_start();
 #pragma unroll
-    for (int i = 0; i < 4; i++) {                                    // first all loads: after a store they would wait for it
-        if (gridDim.z == 1 && bias)
-            each(i, [&](float *x, size_t, size_t j, bool both) { x[0] += bias[j], x[1] += both ? bias[j + 1] : 0; });
-        if (gridDim.z == 1 && base)
-            each(i, [&](float *x, size_t at, size_t, bool both) {
-                const float *y = base + at;
-                const float2 old = pairs ? *(const float2 *)y : make_float2(y[0], both ? y[1] : 0);
-                x[0] += old.x, x[1] += old.y;
-            });
-        each(i, [&](const float *x, size_t at, size_t, bool both) {
-            float *y = to + at;
-            if (pairs) *(float2 *)y = make_float2(x[0], x[1]);
-            else if (both) y[0] = x[0], y[1] = x[1];
-            else y[0] = x[0];
-        });
+            for (unsigned k = 0; k < LINE; k += 32) {
+                if (MATH == METALA_BFLOAT16) wgmma_bf16(sum[0][0], wgmma_operand(of_a, k), wgmma_operand(of_b, k));
+                else wgmma_tf32(sum[0][0], wgmma_operand(of_a, k), wgmma_operand(of_b, k));
+            }
+            wgmma_commit();
+            wgmma_wait<1>();                                         // this one goes on, so that the cores never idle
+            if (line > first && lane == 0) barrier_arrive(empty + before);
+            before = stage;
+        }
+        wgmma_wait<0>();
+        wgmma_hold(sum[0][0]);
+        if (first < last && lane == 0) barrier_arrive(empty + before);
+        const place tile = place_of(n % tiles, a.rows, b.rows, PRODUCT_ROWS, WIDE_COLUMNS);
+        float *to = c + n / tiles * a.rows * b.rows;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            store_piece(to, sum[i], splits == 1 ? bias : NULL, splits == 1 ? base : NULL, tile.i + warp * 16, tile.j + 64 * i, a.rows,
+                        b.rows);
     }
 }
 
@@ -826,55 +917,73 @@ void exact_multiply(metala_context *ctx, float *c, const float *a, size_t a_step
 #endif
 }
 
-// How the lines of a row are shared out: `each` to one part, `count` parts, and the floats that these take.
+#if defined(METALA_WGMMA) || !defined(__CUDACC__)
+const bool HAS_WGMMA = true;                                     // compiled for sm_90a, among others, or for the emulator
+#else
+const bool HAS_WGMMA = false;
+#endif
+std::atomic<bool> runs_wgmma;                                    // so is the code that this GPU runs: metala_cuda has asked it
+bool by_warpgroups() { return HAS_WGMMA && runs_wgmma; }
+
+// How the lines of a row are shared out: `each` to one part, `count` parts, and the floats that these take. Warpgroups have one
+// tile for each multiprocessor at a time, on an H100 132, so that the last ones may leave many idle: as many parts as take least
+// time, for which a tile costs its lines and about as much as 8 more. (132 on other GPUs, too: only the shape decides.)
 struct portions { size_t each, count, floats; };
 template <metala_math MATH>
 portions portions_of(size_t M, size_t N, size_t lines) {
     portions p = {lines, 1, 0};
 #ifndef METALA_CUBLAS
-    p.each = ceil_div(lines, splits_of(ceil_div(M, PRODUCT_ROWS) * ceil_div(N, 128), lines * numbers_of_line<MATH>));
+    size_t splits = splits_of(ceil_div(M, PRODUCT_ROWS) * ceil_div(N, 128), lines * numbers_of_line<MATH>);
+    if (by_warpgroups()) {
+        const size_t tiles = ceil_div(M, PRODUCT_ROWS) * ceil_div(N, WIDE_COLUMNS), most = lines * numbers_of_line<MATH> / 512;
+        size_t least_time = SIZE_MAX;
+        splits = 1;
+        for (size_t n = 1; n <= least(most, 16); n++) {
+            const size_t time = ceil_div(tiles * n, 132) * (ceil_div(lines, n) + 8);
+            if (time < least_time) least_time = time, splits = n;
+        }
+    }
+    p.each = ceil_div(lines, splits);
     p.count = lines ? ceil_div(lines, p.each) : 1;
     p.floats = p.count > 1 ? p.count * M * N : 0;
 #endif
     return p;
 }
 
-// C = A Bᵀ + bias + base of rounded copies A (M,lines) and B (N,lines). The wide tile is taken where there are enough of
-// them, at most an eighth more of C to compute, and room for its stages; it does not change the order of a sum. HAS_WGMMA
-// in place of `true`: nothing is compiled that nobody can run.
+// C = A Bᵀ + bias + base of rounded copies of as many lines. The wide tile of warps is taken where there are enough of them, at
+// most an eighth more of C to compute, and room for its stages; it does not change the order of a sum. HAS_WGMMA: nothing is
+// compiled that nobody can run.
 template <metala_math MATH>
-void tensor_multiply(metala_context *ctx, float *c, const uint4 *a, const uint4 *b, float *parts, const float *bias,
-                     const float *base, size_t M, size_t N, size_t lines) {
+void tensor_multiply(metala_context *ctx, float *c, operand a, operand b, float *parts, const float *bias, const float *base) {
+    const size_t M = a.rows, N = b.rows;
 #ifdef METALA_CUBLAS
-    const size_t step = lines * numbers_of_line<MATH>;
-    library_multiply(ctx, MATH, c, a, step, true, b, step, true, bias, base, M, N, step);
+    const size_t step = a.lines * numbers_of_line<MATH>;
+    library_multiply(ctx, MATH, c, a.memory, step, true, b.memory, step, true, bias, base, M, N, step);
 #else
-    const portions p = portions_of<MATH>(M, N, lines);
-    const bool warpgroups = HAS_WGMMA && runs_wgmma;
-    auto shared = [=](int columns) { return (size_t)stages_of(columns, warpgroups) * LINE * (PRODUCT_ROWS + columns); };
-    const size_t down = ceil_div(M, PRODUCT_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, 256);
+    const portions p = portions_of<MATH>(M, N, a.lines);
+    const size_t down = ceil_div(M, PRODUCT_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, WIDE_COLUMNS);
+    auto shared = [=](int columns) { return (size_t)PRODUCT_STAGES * LINE * (PRODUCT_ROWS + columns); };
     const bool wide = down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
     float *to = p.count > 1 ? parts : c;
-#define MULTIPLY(COLUMNS, BY)                                                                                              \
-    RUN((tensor_multiply_kernel<MATH, COLUMNS, BY>), extent(down * ceil_div(N, COLUMNS), 1, p.count), COLUMNS, shared(COLUMNS), to, \
-        a, b, bias, base, M, N, lines, p.each)
-    if (wide && warpgroups) MULTIPLY(256, HAS_WGMMA);
-    else if (wide) MULTIPLY(256, false);
-    else if (warpgroups) MULTIPLY(128, HAS_WGMMA);
-    else MULTIPLY(128, false);
-#undef MULTIPLY
+    if constexpr (HAS_WGMMA)
+        if (by_warpgroups())
+            RUN((warpgroup_multiply_kernel<MATH>), least(down * across_wide * p.count, multiprocessors()), WIDE_THREADS, WIDE_BYTES, to, a,
+                b, bias, base, (unsigned)p.each, (unsigned)p.count);
+    if (!by_warpgroups() && wide)
+        RUN((tensor_multiply_kernel<MATH, 256>), extent(down * across_wide, 1, p.count), 256, shared(256), to, a, b, bias, base, p.each);
+    else if (!by_warpgroups())
+        RUN((tensor_multiply_kernel<MATH, 128>), extent(down * across, 1, p.count), 128, shared(128), to, a, b, bias, base, p.each);
     if (p.count > 1)
         RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, parts, bias, base, p.count, M, N);
 #endif
 }
 
-// The rounded copies of x (rows,columns), NULL for what is not wanted. That rows and columns fit in 32 bits, who
+// The rounded copies of x (rows,columns), without memory for what is not wanted. That rows and columns fit in 32 bits, who
 // made room for the copies has seen: a row of either takes 128 bytes at least.
 template <metala_math MATH>
-void round_operand(metala_context *ctx, uint4 *straight, size_t straight_step, uint4 *turned, size_t turned_step, const float *x,
-                   size_t rows, size_t columns) {
+void round_operand(metala_context *ctx, operand straight, operand turned, const float *x, size_t rows, size_t columns) {
     RUN((round_operand_kernel<MATH>), extent(lines_of<MATH>(columns), blocks_for(lines_of<MATH>(rows), 1)), THREADS, 0, straight,
-        straight_step, turned, turned_step, x, (unsigned)rows, (unsigned)columns);
+        turned, x, (unsigned)rows, (unsigned)columns);
 }
 
 // Linear layers y = x Wᵀ + bias + residual for a few rows of x, as in generation: memory is the limit, each weight is read once.
@@ -970,13 +1079,14 @@ void rounded_forward(metala_context *ctx, const metala_linear *layers, int count
         most_out = greatest(most_out, layers[i].out);
         most_parts = greatest(most_parts, portions_of<MATH>(rows, layers[i].out, lines).floats);
     }
-    uint4 *of_x = (uint4 *)scratch(ctx, (rows + most_out) * lines * LINE_FLOATS + most_parts);
-    if (lines && !of_x) return;
-    uint4 *of_w = of_x + rows * lines * LINE_PARTS, *end = of_w + most_out * lines * LINE_PARTS;
-    round_operand<MATH>(ctx, of_x, lines, NULL, 0, x, rows, in);
+    const operand of_x = {(uint4 *)scratch(ctx, (rows + most_out) * lines * LINE_FLOATS + most_parts), rows, lines};
+    if (lines && !of_x.memory) return;
+    float *parts = (float *)(end_of(of_x) + most_out * lines * LINE_PARTS);
+    round_operand<MATH>(ctx, of_x, {}, x, rows, in);
     for (const metala_linear *l = layers; l < layers + count; l++) {
-        round_operand<MATH>(ctx, of_w, lines, NULL, 0, (const float *)l->w, l->out, in);
-        tensor_multiply<MATH>(ctx, l->y, of_x, of_w, (float *)end, l->bias, l->residual, rows, l->out, lines);
+        const operand of_w = {end_of(of_x), l->out, lines};
+        round_operand<MATH>(ctx, of_w, {}, (const float *)l->w, l->out, in);
+        tensor_multiply<MATH>(ctx, l->y, of_x, of_w, parts, l->bias, l->residual);
     }
 }
 template <metala_math MATH>
@@ -1028,21 +1138,22 @@ void rounded_backward(metala_context *ctx, float *dx, const metala_linear_gradie
         most_parts = greatest(most_parts, portions_of<MATH>(l->out, in, by_rows).floats);
     }
     if (dx) most_parts = greatest(most_parts, portions_of<MATH>(rows, in, by_out).floats);
-    uint4 *of_dy = (uint4 *)scratch(ctx, ((rows + in) * by_out + (most_out + in) * by_rows) * LINE_FLOATS + most_parts);
-    if (!of_dy) return;
-    uint4 *of_w = of_dy + rows * by_out * LINE_PARTS, *of_x = of_w + in * by_out * LINE_PARTS;
-    uint4 *of_dy_turned = of_x + in * by_rows * LINE_PARTS;
-    float *parts = (float *)(of_dy_turned + most_out * by_rows * LINE_PARTS);
-    if (by_rows) round_operand<MATH>(ctx, NULL, 0, of_x, by_rows, x, rows, in);
-    size_t at = 0;                                                   // of this layer's part of a row of of_dy and of_w
+    const size_t floats = ((rows + in) * by_out + (most_out + in) * by_rows) * LINE_FLOATS + most_parts;
+    const operand of_dy = {(uint4 *)scratch(ctx, floats), rows, by_out};
+    if (!of_dy.memory) return;
+    const operand of_w = {end_of(of_dy), in, by_out}, of_x = {end_of(of_w), in, by_rows};
+    float *parts = (float *)(end_of(of_x) + most_out * by_rows * LINE_PARTS);
+    if (by_rows) round_operand<MATH>(ctx, {}, of_x, x, rows, in);
+    size_t at = 0;                                                   // of this layer's lines of of_dy and of_w
     for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
+        const operand turned = {end_of(of_x), l->out, by_rows};
         if (dx || l->dw)
-            round_operand<MATH>(ctx, dx ? of_dy + at : NULL, by_out, l->dw ? of_dy_turned : NULL, by_rows, l->dy, rows, l->out);
-        if (dx) round_operand<MATH>(ctx, NULL, 0, of_w + at, by_out, l->w, l->out, in);
-        if (l->dw) tensor_multiply<MATH>(ctx, l->dw, of_dy_turned, of_x, parts, NULL, l->dw, l->out, in, by_rows);
-        at += lines_of<MATH>(l->out) * LINE_PARTS;
+            round_operand<MATH>(ctx, dx ? from_line(of_dy, at) : operand{}, l->dw ? turned : operand{}, l->dy, rows, l->out);
+        if (dx) round_operand<MATH>(ctx, {}, from_line(of_w, at), l->w, l->out, in);
+        if (l->dw) tensor_multiply<MATH>(ctx, l->dw, turned, of_x, parts, NULL, l->dw);
+        at += lines_of<MATH>(l->out);
     }
-    if (dx) tensor_multiply<MATH>(ctx, dx, of_dy, of_w, parts, NULL, accumulate ? dx : NULL, rows, in, by_out);
+    if (dx) tensor_multiply<MATH>(ctx, dx, of_dy, of_w, parts, NULL, accumulate ? dx : NULL);
 }
 template <metala_math MATH>
 void matmul_backward(metala_context *ctx, float *dx, const metala_linear_gradient *layers, int count, const float *x, size_t rows,

@@ -11,19 +11,19 @@
 //     LAUNCH(kernel, grid, block, shared, stream, arguments...)    kernel<<<grid, block, shared, stream>>>(arguments...)
 //     DYNAMIC_SHARED(type, name)                                   extern __shared__ type name[]
 //     inline PTX stands in functions of one instruction each, which section 7 has as well, with the register layouts of
-//     the PTX ISA: mma_bf16, mma_tf32, ldmatrix_x4, …, copy16_async, copy_commit, copy_wait, wgmma_bf16, wgmma_tf32, …
+//     the PTX ISA: mma_bf16, mma_tf32, ldmatrix_x4, …, copy16_async, copy_commit, copy_wait, wgmma_bf16, wgmma_tf32, barrier_wait, …
 //
 // What it notices by itself, in every build, named by kernel, block and thread:
-//     barriers that not all threads of the block reach; warp operations whose lanes do not meet
+//     barriers that not all threads of the block reach; warp operations whose lanes do not meet; phases that never end
 //     operands of wgmma, and sums, that are touched while it runs; asynchronous copies that were not shown to it
 //     accesses beyond an allocation or the dynamic shared memory that reach the next page, and writes that do not
 //     host code that follows a device pointer; kernels that are given a host pointer; copies that overrun
 //     launches beyond a limit of the GPU; memory freed twice or never; what a stream's capture does not allow
 // What shows as NaN or a different result:
-//     fresh global and shared memory, and what cp.async is about to overwrite, read as NaN (integers as -1)
+//     fresh global and shared memory, and what cp.async or bulk_copy are about to overwrite, read as NaN (integers as -1)
 //     the threads between two barriers, and the blocks, run in an order that can be chosen
 //
-// It is one CPU's idea of a GPU: speed, real concurrency and the last bits of expf are not its business. TMA, wmma,
+// It is one CPU's idea of a GPU: speed, real concurrency and the last bits of expf are not its business. Tensor maps, wmma,
 // clusters, cooperative groups and blocks that wait for each other are not there. A kernel may not return early while
 // other threads of its block still meet in barriers (on a GPU it may, since Volta).
 //
@@ -46,7 +46,7 @@
 //     4. Memory
 //     5. Launches
 //     6. Numbers
-//     7. Instructions: mma, ldmatrix, cp.async, wgmma
+//     7. Instructions: mma, ldmatrix, cp.async, wgmma, mbarrier
 //     8. The runtime's functions
 
 #ifndef CUDA_ON_CPU_H
@@ -69,6 +69,7 @@
 #include <cmath>
 #include <deque>
 #include <functional>
+#include <list>
 #include <map>
 #include <memory>
 #include <set>
@@ -224,7 +225,7 @@ namespace emu {
 
 const int MOST_THREADS = 1024;                                   // of a block
 
-enum State { READY, AT_BARRIER, IN_WARP_OPERATION, RETURNED };
+enum State { READY, AT_BARRIER, IN_WARP_OPERATION, AT_PHASE, RETURNED };
 
 typedef void Operation(void **arguments, unsigned mask);        // does a warp operation for all its lanes
 
@@ -233,12 +234,22 @@ struct Copy { void *to; const void *from; int bytes, group; };  // a cp.async on
 // What a thread has of the wgmma that run: sums of its own, which are NaN until it waits, and the parts of the operands that it
 // watches over.
 struct Wgmma {
-    struct Sum { float *d, value[64]; int group; };
+    struct Sum { float *d, value[128]; int group; };
     struct Part { const void *at; unsigned char bytes[16]; int group; };
     std::vector<Sum> sums;
     std::vector<Part> parts;
     int group;                                                   // of the next products
     bool started, shown;                                         // by wgmma_start; by wgmma_show, what cp.async brought
+};
+
+// A barrier in shared memory (mbarrier), and the copies on their way to it. A phase ends when nobody is left to arrive, and no byte
+// to come; then the next begins.
+struct Phases {
+    uint64_t *at;
+    int count, left;                                             // threads that arrive in a phase, and that still must
+    long bytes, phase;                                           // expected minus come
+    std::vector<Copy> copies;
+    char tag[2];                                                 // of even and odd phases, see section 3
 };
 
 struct Thread {
@@ -251,6 +262,7 @@ struct Thread {
     void *argument;
     Operation *operation;
     int vote;                                                    // its argument of __syncthreads_or and the like
+    Phases *phases;                                              // the barrier in shared memory whose phase it waits for
     std::vector<Copy> *copies;
     int group;                                                   // of the next cp.async
     Wgmma *wgmma;
@@ -300,6 +312,7 @@ struct Engine {
     int at;                                                      // place in it
     char *dynamic;                                               // shared memory of this launch
     char *shared_end;                                            // behind it, where forbidden pages begin
+    std::list<Phases> *phases;                                   // of this block
     int any, all, count;                                         // of the last votes
     char start_tag, end_tag, block_tag[2], warp_tag[32][9][2];   // see section 3
     uint64_t random;
@@ -331,14 +344,14 @@ EMU_UNWATCHED inline void print_place(bool with_thread) {
 
 // Where the threads of the block are: a line for each place with the threads that are there. For gdb, too.
 EMU_UNWATCHED inline void where() {
-    static const char *const states[] = {"ready to run", "wait in", "wait in", "have returned"};
+    static const char *const states[] = {"ready to run", "wait in", "wait in", "wait in", "have returned"};
     std::vector<std::pair<std::string, std::string>> groups;
     for (int i = 0; i < E->n;) {
         char place[300];
         int end = i;
         auto describe = [&](const Thread &t) {
             int n = snprintf(place, sizeof place, "%s", &t == E->self ? "runs" : states[t.state]);
-            if (t.state == AT_BARRIER || t.state == IN_WARP_OPERATION)
+            if (t.state == AT_BARRIER || t.state == IN_WARP_OPERATION || t.state == AT_PHASE)
                 n += snprintf(place + n, sizeof place - n, " %s, %s:%d", t.what, t.file, t.line);
             if (t.state == IN_WARP_OPERATION) snprintf(place + n, sizeof place - n, ", for the lanes 0x%08x", t.mask);
             return std::string(place);
@@ -443,6 +456,7 @@ inline void *map_pages(size_t bytes) {
 inline void ready_engine(int n) {
     if (!E) {
         E = new Engine();
+        E->phases = new std::list<Phases>();
         E->threads = (Thread *)calloc(MOST_THREADS, sizeof(Thread));
         E->self = &E->scheduler;
         stack_t alternate = {};                                  // for the report about a stack that is too small
@@ -488,6 +502,9 @@ EMU_UNWATCHED inline void release_barrier() {
             stop(false,
                  "a warp operation waits for lanes of its mask that never come; all lanes that the mask names, for wgmma"
                  " four warps, must reach the same call");
+        if (t.state == AT_PHASE)
+            stop(false, "a phase of a barrier in shared memory never ends: %d threads must still arrive, and %ld bytes come",
+                 t.phases->left, t.phases->bytes);
         if (t.state == AT_BARRIER && !first) first = &t;
         if (t.state == RETURNED || t.line != first->line || strcmp(t.file, first->file))
             stop(false,
@@ -1064,11 +1081,13 @@ EMU_UNWATCHED inline void arrange(int *order, int n, uint64_t *random) {
         }
 }
 
+bool bring_copies();                                             // section 7
+
 // All threads of one block, in rounds: each thread that can run does so until it waits or returns.
 EMU_UNWATCHED inline void run_block() {
     const dim3 &size = E->launch->block;
     fill_shared();
-    E->returned = 0;
+    E->returned = 0, E->phases->clear();
     for (int i = 0; i < E->n; i++) {
         Thread &t = E->threads[i];
         t.index = i, t.lane = i % 32, t.state = READY, t.group = 0, t.barriers = 0, t.fake_stack = nullptr;
@@ -1082,8 +1101,8 @@ EMU_UNWATCHED inline void run_block() {
         arrange(E->order, E->n, &E->random);
         E->at = -1;
         Thread *t = next_ready();
-        if (t == &E->scheduler) release_barrier();               // nobody can run
-        else switch_to(t);
+        if (t != &E->scheduler) switch_to(t);
+        else if (!bring_copies()) release_barrier();             // nobody can run
     }
     EMU_ACQUIRE(&E->end_tag);
     check_shared();
@@ -1364,7 +1383,7 @@ inline float2 __half22float2(__half2 v) { return {v.x, v.y}; }
 inline float __low2float(__half2 v) { return v.x; }
 inline float __high2float(__half2 v) { return v.y; }
 
-// ============================================================== 7. Instructions: mma, ldmatrix, cp.async, wgmma
+// ============================================================== 7. Instructions: mma, ldmatrix, cp.async, wgmma, mbarrier
 
 // Under the register layouts of the PTX ISA ("Matrix fragments"); lane = 4g + t, g = 0…7, t = 0…3. Products are exact
 // and summed in double, then rounded to float once: tensor cores keep fewer digits, in an order of their own.
@@ -1489,7 +1508,7 @@ inline void wait_async(int pending) {                            // until at mos
     t.copies->resize(left);
 }
 
-// wgmma, m64n128: 64 rows of A and 128 rows of B, k being contiguous in both, with 32 bytes of each; 16 rows of D to a warp, in
+// wgmma, m64n256: 64 rows of A and 256 rows of B, k being contiguous in both, with 32 bytes of each; 16 rows of D to a warp, in
 // pieces of 8 columns that lie in registers as those of mma. That wgmma_show follows what was written is asked of cp.async alone.
 //
 // An operand, in 64 bits: 0 to 13 its address in shared memory / 16; 32 to 45 the distance from 8 rows to the next / 16; 49 to
@@ -1513,8 +1532,8 @@ template <bool BFLOAT16>
 EMU_UNWATCHED EMU_UNTRACED inline void operate_wgmma(void **x, unsigned) {
     enum { EACH = BFLOAT16 ? 8 : 4, K = 2 * EACH };              // numbers in 16 bytes
     const Product *first = (Product *)x[0];
-    float A[64][K], B[128][K];
-    for (int i = 0; i < 192; i++)
+    float A[64][K], B[256][K];
+    for (int i = 0; i < 64 + 256; i++)
         for (int part = 0; part < 2; part++) {
             const int row = i < 64 ? i : i - 64;
             float *to = (i < 64 ? A[row] : B[row]) + part * EACH;
@@ -1526,7 +1545,7 @@ EMU_UNWATCHED EMU_UNTRACED inline void operate_wgmma(void **x, unsigned) {
     for (int i = 0; i < 128; i++) {
         const Product *p = (Product *)x[i];
         if (p->a != first->a || p->b != first->b) stop(false, "wgmma with other operands in thread %d of the warpgroup", i);
-        for (int n = 0; n < 64; n++) {
+        for (int n = 0; n < 128; n++) {
             int row = i / 32 * 16 + i % 32 / 4 + n % 4 / 2 * 8, column = n / 4 * 8 + i % 4 * 2 + n % 2;
             double sum = p->sum[n];
             for (int k = 0; k < K; k++) sum += (double)A[row][k] * B[column][k];
@@ -1542,8 +1561,9 @@ EMU_UNTRACED void wgmma(float *d, uint64_t a, uint64_t b, const char *file, int 
     for (int i = 0; i < E->n; i++)
         if (!E->threads[i].wgmma->shown)
             stop(true, "%s:%d: wgmma while copies of thread %d have come that no wgmma_show followed", file, line, i);
-    for (int part = 0; part < 4; part++) {                       // each thread watches over a row of A and one of B
-        const char *at = wgmma_part(part < 2 ? a : b, t.index % (part < 2 ? 64 : 128), part % 2, file, line);
+    for (int part = 0; part < 6; part++) {                       // each thread watches over a row of A and two of B
+        const int row = part < 2 ? t.index % 64 : t.index % 128 + part / 4 * 128;
+        const char *at = wgmma_part(part < 2 ? a : b, row, part % 2, file, line);
         Wgmma::Part p = {at, {}, t.wgmma->group};
         look_at(at, 16);
         memcpy(p.bytes, at, 16);
@@ -1580,6 +1600,71 @@ EMU_UNWATCHED inline void wgmma_wait(int pending, const char *file, int line) { 
     }
     of.sums.resize(left);
     of.started = false;
+    warp_operation("wgmma_wait", ~0u, nullptr, operate_nothing, file, line);
+}
+
+// The barrier at that place; it is there from barrier_init on.
+EMU_UNWATCHED inline Phases &phases_at(const char *what, const uint64_t *barrier, const char *file, int line) {
+    for (Phases &p : *E->phases)
+        if (p.at == barrier) return p;
+    stop(true, "%s:%d: %s of %p, which barrier_init has not made a barrier", file, line, what, (const void *)barrier);
+}
+EMU_UNWATCHED inline void begin_phases(uint64_t *barrier, unsigned count, const char *file, int line) {
+    if (heap.capability != 90) stop(true, "%s:%d: barrier_init; only compute capability 9.0 has these barriers", file, line);
+    if ((uintptr_t)barrier % 8 || !in_shared_memory(barrier, 8) || !count)
+        stop(true, "%s:%d: barrier_init of %p for %u threads; it takes 8 aligned bytes of shared memory, and a thread", file, line,
+             (void *)barrier, count);
+    for (Phases &p : *E->phases)
+        if (p.at == barrier) stop(true, "%s:%d: barrier_init of %p, which is a barrier already", file, line, (void *)barrier);
+    E->phases->push_back({barrier, (int)count, (int)count, 0, 0, {}, {}});
+}
+EMU_UNWATCHED inline void end_phase(Phases &p) {                 // if all is there
+    if (p.left || p.bytes) return;
+    p.left = p.count, p.phase++;
+    for (int i = 0; i < E->n; i++)
+        if (E->threads[i].state == AT_PHASE && E->threads[i].phases == &p) E->threads[i].state = READY;
+}
+EMU_UNWATCHED inline void arrive_in_phase(Phases &p, long bytes, const char *file, int line) {
+    if (!p.left) stop(true, "%s:%d: more threads arrive in a phase than the %d of barrier_init", file, line, p.count);
+    EMU_RELEASE(&p.tag[p.phase & 1]);
+    p.left--, p.bytes += bytes;
+    end_phase(p);
+}
+EMU_UNWATCHED inline void wait_for_phase(Phases &p, unsigned phase, const char *file, int line) {
+    Thread &t = *E->self;
+    while ((p.phase & 1) == (phase & 1)) {
+        t.what = "barrier_wait", t.file = file, t.line = line, t.phases = &p, t.state = AT_PHASE;
+        yield();
+    }
+    EMU_ACQUIRE(&p.tag[phase & 1]);
+}
+// From now on the destination is undefined (NaN), until the phase has ended, which it does as late as it can: when nobody can run.
+inline void copy_in_bulk(void *to, const void *from, unsigned bytes, Phases &p, const char *file, int line) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16)
+        stop(true, "%s:%d: a bulk copy of %u bytes to %p from %p; all must be multiples of 16", file, line, bytes, to, from);
+    if (!in_shared_memory(to, bytes)) stop(true, "%s:%d: a bulk copy to %p, which is not in shared memory", file, line, to);
+    const Allocation *a = find(from);
+    if (!a || (const char *)from + bytes > a->memory + a->bytes)
+        stop(true, "%s:%d: a bulk copy of %u bytes from %p, which is not in global memory", file, line, bytes, from);
+    look_at(from, (int)bytes);
+    traffic(from, (int)bytes, false, file, line);                // into shared memory it goes without conflicts
+    move_words(to, nullptr, ~0u, (int)bytes);
+    EMU_RELEASE(&p.tag[p.phase & 1]);
+    p.copies.push_back({to, from, (int)bytes, 0});
+}
+inline bool bring_copies() {                                     // did any come?
+    bool some = false;
+    for (Phases &p : *E->phases) {
+        if (p.copies.empty()) continue;
+        char *tag = &p.tag[p.phase & 1];
+        EMU_ACQUIRE(tag);
+        for (const Copy &c : p.copies) move_words(c.to, c.from, 0, c.bytes), p.bytes -= c.bytes;
+        EMU_RELEASE(tag);
+        p.copies.clear();
+        end_phase(p);
+        some = true;
+    }
+    return some;
 }
 
 }  // namespace emu
@@ -1634,6 +1719,21 @@ inline void wgmma_start() { emu::E->self->wgmma->started = true; }
 inline void wgmma_commit() { emu::E->self->wgmma->group++; }
 template <int PENDING> void wgmma_wait(EMU_HERE) { emu::wgmma_wait(PENDING, file, line); }
 inline void wgmma_show() { emu::E->self->wgmma->shown = true; }
+
+// Barriers in shared memory, and copies that arrive there (cp.async.bulk), as in cuda_metala.cu.
+inline void barrier_init(uint64_t *barrier, unsigned count, EMU_HERE) { emu::begin_phases(barrier, count, file, line); }
+inline void barrier_arrive(uint64_t *barrier, EMU_HERE) {
+    emu::arrive_in_phase(emu::phases_at("barrier_arrive", barrier, file, line), 0, file, line);
+}
+inline void barrier_expect(uint64_t *barrier, unsigned bytes, EMU_HERE) {
+    emu::arrive_in_phase(emu::phases_at("barrier_expect", barrier, file, line), bytes, file, line);
+}
+inline void barrier_wait(uint64_t *barrier, unsigned phase, EMU_HERE) {
+    emu::wait_for_phase(emu::phases_at("barrier_wait", barrier, file, line), phase, file, line);
+}
+inline void bulk_copy(void *shared, const void *global, unsigned bytes, uint64_t *barrier, EMU_HERE) {
+    emu::copy_in_bulk(shared, global, bytes, emu::phases_at("bulk_copy", barrier, file, line), file, line);
+}
 inline uint64_t wgmma_operand(const void *rows, unsigned bytes, EMU_HERE) {
     size_t at = (size_t)((const char *)rows - emu::E->dynamic);
     if (((uintptr_t)rows | at) % emu::WGMMA_ALIGN)

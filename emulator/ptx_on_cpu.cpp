@@ -17,9 +17,10 @@
 //     accesses beyond an allocation, shared memory, local memory or the parameters, and addresses not aligned to their size
 //     two threads that use a word of shared memory, one of them writing, without a barrier (or __syncwarp) between them
 //     barriers, shuffles, votes and products that some of the lanes do not reach, and wrong masks; division by zero
+//     phases of mbarriers that never end
 //     what a stream's capture does not allow
-// Fresh memory, global, shared and local, and what cp.async is about to overwrite, is filled with ones: NaN. Copies and the sums of
-// wgmma arrive when they are waited for, not before; operands of wgmma are read at once (that nobody overwrites them meanwhile is
+// Fresh memory, global, shared and local, and what cp.async, also in bulk, is about to overwrite, is filled with ones: NaN. Copies
+// and the sums of wgmma arrive when they are waited for, those in bulk when nobody can go on, not before; operands of wgmma are read at once (that nobody overwrites them meanwhile is
 // cuda_on_cpu.h's to say). Stricter than the ISA: a mask must not name lanes that have ended; bytes of one word count as one place.
 //
 // Environment: CUDA_ORDER=reverse   of warps and blocks         CUDA_CAPABILITY=86   what the device is (as the newest PTX)
@@ -107,6 +108,8 @@ struct Path { int pc; uint32_t mask; bool parked; };             // parked: it w
 struct Copy { uint64_t to, from; int bytes, real; };
 struct Copies { vector<Copy> open; std::deque<vector<Copy>> groups; };
 
+struct Phases { int count, left; int64_t bytes; unsigned phase; vector<Copy> copies; };    // an mbarrier and the copies to it
+
 struct Use {                                                     // of four bytes of shared memory
     uint16_t writer, reader;                                     // thread + 1
     bool lanes, warps;                                           // several lanes of the reader's warp; several warps
@@ -118,6 +121,8 @@ struct Block {
     dim3 grid, size, at;
     vector<unsigned char> parameters, shared;
     vector<Use> uses;
+    std::map<uint64_t, Phases> phases;                           // by place in shared memory
+    uint64_t steps = 0;                                          // what has happened to them
     vector<Warp> warps;
     uint32_t time = 1;                                           // barriers so far
     int threads = 0, live = 0;
@@ -132,6 +137,7 @@ struct Warp {
     int stop = INT32_MAX;                                        // where the next other path is that is not parked, or INT32_MAX
     vector<Path> others;
     bool waiting = false;                                        // in the barrier
+    bool stuck = false;                                          // has just been told that a phase has not ended
     uint32_t syncs = 1;                                          // __syncwarp so far
     unsigned char *registers = nullptr;
     vector<unsigned char> local;
@@ -372,6 +378,73 @@ void copy_wait(Warp &w, const Instruction &i) {                  // until offset
             }
             w.copies[l].groups.pop_front();
         }
+}
+
+// ---- mbarriers: of each as many threads as `count` arrive in a phase, and bytes come. The 8 bytes themselves are left alone.
+uint64_t place_of_phases(Warp &w, const Instruction &i, int lane) {
+    uint64_t at = w.reg<uint32_t>(i.a)[lane] + (uint64_t)i.offset;
+    memory(w, i, lane, SHARED, at, 8, false);
+    return at;
+}
+Phases &phases_of(Warp &w, const Instruction &i, int lane, uint64_t at) {
+    auto p = w.block->phases.find(at);
+    if (p == w.block->phases.end()) fail(w, i, lane, "no mbarrier is there");
+    return p->second;
+}
+void end_phase(Phases &p) {
+    if (!p.left && !p.bytes) p.left = p.count, p.phase++;
+}
+void begin_phases(Warp &w, const Instruction &i) {               // b: count
+    for (int l = 0; l < 32; l++) {
+        if (!w.on[l]) continue;
+        int count = w.reg<int>(i.b)[l];
+        if (count < 1 || !w.block->phases.insert({place_of_phases(w, i, l), {count, count, 0, 0, {}}}).second)
+            fail(w, i, l, "an mbarrier for nobody, or for the second time");
+    }
+}
+void arrive_in_phase(Warp &w, const Instruction &i) {            // b: bytes to expect as well, or -1
+    for (int l = 0; l < 32; l++) {
+        if (!w.on[l]) continue;
+        Phases &p = phases_of(w, i, l, place_of_phases(w, i, l));
+        w.block->steps++;
+        if (!p.left) fail(w, i, l, "more threads arrive in a phase than there are");
+        p.left--, p.bytes += i.b >= 0 ? w.reg<uint32_t>(i.b)[l] : 0;
+        end_phase(p);
+    }
+}
+void try_phase(Warp &w, const Instruction &i) {                  // d: has the phase that is b modulo 2 ended?
+    for (int l = 0; l < 32; l++) {
+        if (!w.on[l]) continue;
+        bool ended = (phases_of(w, i, l, place_of_phases(w, i, l)).phase & 1) != (w.reg<uint32_t>(i.b)[l] & 1);
+        w.reg<uint32_t>(i.d)[l] = ended;
+        if (ended) w.block->steps++;
+        else w.stuck = true;
+    }
+}
+// cp.async.bulk: c bytes from a + offset to d + target in shared memory, for the mbarrier at b + mode.
+void copy_in_bulk(Warp &w, const Instruction &i) {
+    for (int l = 0; l < 32; l++) {
+        if (!w.on[l]) continue;
+        uint64_t to = w.reg<uint32_t>(i.d)[l] + (uint64_t)i.target, from = w.reg<uint64_t>(i.a)[l] + (uint64_t)i.offset;
+        size_t bytes = w.reg<uint32_t>(i.c)[l];
+        if (to % 16 || from % 16 || bytes % 16) fail(w, i, l, "a copy in bulk that is not of multiples of 16");
+        for (size_t n = 0; n < bytes; n += 16) {
+            memory(w, i, l, GLOBAL, from + n, 16, false);
+            unsigned char *p = memory(w, i, l, SHARED, to + n, 16, false);       // who may use it, the phase says
+            memset(p, 0xFF, 16);
+        }
+        phases_of(w, i, l, w.reg<uint32_t>(i.b)[l] + (uint64_t)i.mode).copies.push_back({to, from, (int)bytes, (int)bytes});
+    }
+}
+bool bring_copies(Block &b) {                                    // did any come?
+    bool some = false;
+    for (auto &at : b.phases) {
+        Phases &p = at.second;
+        for (const Copy &c : p.copies) memcpy(&b.shared[c.to], (const void *)c.from, (size_t)c.bytes), p.bytes -= c.bytes, some = true;
+        p.copies.clear();
+        end_phase(p);
+    }
+    return some;
 }
 
 // ============================================================== 3. Arithmetic
@@ -770,7 +843,7 @@ void ldmatrix(Warp &w, const Instruction &i) {
                 i.target ? m[k][t][g] | (uint32_t)m[k][t + 1][g] << 16 : m[k][g][t] | (uint32_t)m[k][g][t + 1] << 16;
         }
 }
-// wgmma.m64n128: list has 64 slots of D, a and b are the descriptors of A and B, c is the predicate "add to D". Of the rows of
+// wgmma.m64n256: list has 128 slots of D, a and b are the descriptors of A and B, c is the predicate "add to D". Of the rows of
 // D a warp has 16, which it computes when it comes here; d[4j + r] is row g + 8(r/2), column 8j + 2t + r%2.
 uint32_t wgmma_word(Warp &w, const Instruction &i, uint64_t descriptor, int row, int word) {
     if (descriptor >> 62 != 1) fail(w, i, 0, "an operand without the swizzle of 128 bytes");
@@ -788,16 +861,16 @@ template <bool BF16> void wgmma(Warp &w, const Instruction &i) {
     for (int l = 0; l < 32; l++)
         if (w.reg<uint64_t>(i.a)[l] != a || w.reg<uint64_t>(i.b)[l] != b) fail(w, i, l, "other operands than in lane 0");
     const int depth = BF16 ? 16 : 8;
-    float A[16][16], B[16][128];
+    float A[16][16], B[16][256];
     for (int word = 0; word < 8; word++)
-        for (int n = 0; n < 16 + 128; n++) {
+        for (int n = 0; n < 16 + 256; n++) {
             uint32_t u = n < 16 ? wgmma_word(w, i, a, w.index % 4 * 16 + n, word) : wgmma_word(w, i, b, n - 16, word);
             float *to = n < 16 ? &A[n][BF16 ? 2 * word : word] : &B[BF16 ? 2 * word : word][n - 16];
-            if (BF16) to[0] = bf16(u, 0), to[n < 16 ? 1 : 128] = bf16(u, 1);
+            if (BF16) to[0] = bf16(u, 0), to[n < 16 ? 1 : 256] = bf16(u, 1);
             else to[0] = tf32(u);
         }
     bool add = w.reg<uint32_t>(i.c)[0] & 1;
-    for (int r = 0; r < 64; r++) {
+    for (int r = 0; r < 128; r++) {
         float *now = w.reg<float>(i.list[(size_t)r]);
         Warp::Sum &of = w.sums.insert({i.list[(size_t)r], {vector<float>(now, now + 32), 0}}).first->second;
         float *sum = of.value.data();
@@ -1326,7 +1399,7 @@ bool Translator::of_a_warp(Instruction &i, const string &op, const string &type,
         for (const string &p : parts) name += p + ".";
         const char *const known[] = {
             "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32.", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32.",
-            "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32.", "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16."};
+            "wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32.", "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16."};
         if (name != known[2 * warpgroup + is_bf16]) return false;
         if (!warpgroup) {
             for (size_t n = 0; n < 4; n++) slots(i, o[n], 4);
@@ -1337,7 +1410,7 @@ bool Translator::of_a_warp(Instruction &i, const string &op, const string &type,
         i.a = one(1, 8), i.b = one(2, 8), i.c = one(3), i.run = is_bf16 ? wgmma<true> : wgmma<false>;
         for (size_t n = 4; n < o.size(); n++)                    // no factors -1, nothing transposed
             if (o[n].names[0] != (n < 6 ? "1" : "0")) return false;
-        return i.list.size() == 64 && o.size() == (is_bf16 ? 8 : 6);
+        return i.list.size() == 128 && o.size() == (is_bf16 ? 8 : 6);
     }
     return false;
 }
@@ -1369,7 +1442,18 @@ void Translator::instruction() {
     else if (op == "wgmma" && has("wait_group")) i.run = wgmma_wait, i.offset = atoi(o[0].names[0].c_str());
     else if (text == "cp.async.commit_group") i.run = copy_commit;
     else if (text == "cp.async.wait_group") i.run = copy_wait, i.offset = atoi(o[0].names[0].c_str());
-    else if (op == "cp" && o.size() >= 3) {
+    else if (op == "mbarrier") {
+        bool tries = has("try_wait"), inits = has("init"), expects = has("expect_tx");
+        const Operand &place = o[inits ? 0 : 1];
+        i.run = tries ? try_phase : inits ? begin_phases : arrive_in_phase;
+        i.a = slot(place.names[0], 4), i.offset = place.offset, i.b = inits || tries || expects ? slot(o.back().names[0], 4) : -1;
+        if (tries) i.d = slot(o[0].names[0], 4);
+        known = text == "mbarrier.init.shared::cta.b64" || text == "mbarrier.try_wait.parity.shared::cta.b64" ||
+                ((text == "mbarrier.arrive.shared::cta.b64" || text == "mbarrier.arrive.expect_tx.shared::cta.b64") && o[0].names[0] == "_");
+    } else if (text == "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes") {
+        i.run = copy_in_bulk, i.d = slot(o[0].names[0], 4), i.target = (int)o[0].offset, i.a = slot(o[1].names[0], 8);
+        i.offset = o[1].offset, i.c = slot(o[2].names[0], 4), i.b = slot(o[3].names[0], 4), i.mode = (int)o[3].offset;
+    } else if (op == "cp" && o.size() >= 3) {
         i.run = copy_async, i.mode = atoi(o[2].names[0].c_str());
         i.d = slot(o[0].names[0], 4), i.target = (int)o[0].offset, i.a = slot(o[1].names[0], 8), i.offset = o[1].offset;
         i.b = o.size() > 3 ? slot(o[3].names[0], 4) : -1;
@@ -1519,6 +1603,10 @@ void run_warp(Warp &w) {                                         // until it wai
             w.set(all);
         }
         if (w.waiting) break;
+        if (w.stuck) {                                           // others first, and then it asks again
+            if (w.pc >= w.stop) w.meet();
+            break;
+        }
         if (!w.mask) {
             if (w.next()) continue;
             for (Path &p : w.others) fail(w, code[p.pc], __builtin_ctz(p.mask), "lanes that are needed here never come");
@@ -1532,11 +1620,11 @@ void run_block(Block &b) {
     Kernel &k = *b.kernel;
     std::fill(b.shared.begin(), b.shared.end(), 0xFF);
     std::fill(b.uses.begin(), b.uses.end(), Use());
-    b.time = 1, b.live = b.threads, b.arrived = b.sum = 0;
+    b.time = 1, b.live = b.threads, b.arrived = b.sum = 0, b.phases.clear();
     for (Warp &w : b.warps) {
         int lanes = std::min(32, b.threads - 32 * w.index);
         w.live = ~0u >> (32 - lanes);
-        w.pc = 0, w.waiting = false, w.syncs = 1, w.stop = INT32_MAX, w.products = w.group = 0;
+        w.pc = 0, w.waiting = w.stuck = false, w.syncs = 1, w.stop = INT32_MAX, w.products = w.group = 0;
         w.others.clear(), w.sums.clear();
         std::fill(w.local.begin(), w.local.end(), 0xFF);
         w.set(w.live);
@@ -1550,15 +1638,22 @@ void run_block(Block &b) {
     }
     while (b.live) {
         bool moved = false;
+        uint64_t steps = b.steps;
         size_t n = b.warps.size();
         for (size_t m = 0; m < n; m++) {
             Warp &w = b.warps[reverse_order ? n - 1 - m : m];
-            if (!w.waiting && w.live) run_warp(w), moved = true;
+            if (w.waiting || !w.live) continue;
+            w.stuck = false;
+            run_warp(w);
+            if (!w.stuck) moved = true;
         }
         open_barrier(b);
-        for (Warp &w : b.warps)
-            if (!moved && w.waiting)
+        if (moved || b.steps != steps || bring_copies(b)) continue;
+        for (Warp &w : b.warps) {
+            if (w.stuck) fail(w, k.code[(size_t)w.pc - 1], first_lane(w), "a phase of an mbarrier that never ends");
+            if (w.waiting)
                 fail(w, k.code[(size_t)w.pc - 1], first_lane(w), "a barrier that some threads of the block never reach");
+        }
     }
     for (Warp &w : b.warps)
         if (w.products != b.warps[(size_t)w.index & ~(size_t)3].products)

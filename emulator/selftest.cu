@@ -83,30 +83,55 @@ template <int PENDING> __device__ void copy_wait() {
 }
 #ifdef METALA_WGMMA
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define WGMMA_ASM(...) asm volatile(__VA_ARGS__)
+#define ASM_90A(...) asm volatile(__VA_ARGS__)
 #else
-#define WGMMA_ASM(...) __trap()                                  // compiled for other GPUs as well, where test_wgmma does nothing
+#define ASM_90A(...) __trap()                                  // compiled for other GPUs as well, where test_wgmma does nothing
 #endif
 #define D_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define D_64 D_8(0), D_8(8), D_8(16), D_8(24), D_8(32), D_8(40), D_8(48), D_8(56)
-#define D_NAMES                                                                                                     \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
-    "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"  \
-    "%56,%57,%58,%59,%60,%61,%62,%63}"
+#define D_64(i) D_8(i), D_8(i + 8), D_8(i + 16), D_8(i + 24), D_8(i + 32), D_8(i + 40), D_8(i + 48), D_8(i + 56)
+#define D_128 D_64(0), D_64(64)
+#define D_NAMES                                                                                             \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"   \
+    "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"  \
+    "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,"  \
+    "%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,"     \
+    "%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,"  \
+    "%121,%122,%123,%124,%125,%126,%127}"
 __device__ void wgmma_bf16(float *d, uint64_t a, uint64_t b) {
-    WGMMA_ASM("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " D_NAMES ",%64,%65,1,1,1,0,0;" : D_64 : "l"(a), "l"(b));
+    ASM_90A("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " D_NAMES ",%128,%129,1,1,1,0,0;" : D_128 : "l"(a), "l"(b));
 }
 __device__ void wgmma_tf32(float *d, uint64_t a, uint64_t b) {
-    WGMMA_ASM("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " D_NAMES ",%64,%65,1,1,1;" : D_64 : "l"(a), "l"(b));
+    ASM_90A("wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 " D_NAMES ",%128,%129,1,1,1;" : D_128 : "l"(a), "l"(b));
 }
-__device__ void wgmma_hold(float *d) { asm volatile("" : D_64 : : "memory"); }
-__device__ void wgmma_start() { WGMMA_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void wgmma_commit() { WGMMA_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING> __device__ void wgmma_wait() { WGMMA_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
-__device__ void wgmma_show() { WGMMA_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ void wgmma_hold(float *d) { asm volatile("" : D_128 : : "memory"); }
+__device__ void wgmma_start() { ASM_90A("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ void wgmma_commit() { ASM_90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ void wgmma_wait() { ASM_90A("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+__device__ void wgmma_show() { ASM_90A("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ uint64_t wgmma_operand(const void *rows, unsigned bytes) {
     uint64_t address = (unsigned)__cvta_generic_to_shared(rows) + bytes;
     return (address & 0x3FFFF) >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+__device__ void barrier_init(uint64_t *barrier, unsigned count) {
+    ASM_90A("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(count) : "memory");
+}
+__device__ void barrier_arrive(uint64_t *barrier) {
+    ASM_90A("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
+}
+__device__ void barrier_expect(uint64_t *barrier, unsigned bytes) {
+    ASM_90A("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((unsigned)__cvta_generic_to_shared(barrier)),
+            "r"(bytes) : "memory");
+}
+__device__ void barrier_wait(uint64_t *barrier, unsigned phase) {
+    unsigned ended = 0;
+    while (!ended)
+        ASM_90A("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                : "=r"(ended) : "r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(phase) : "memory");
+}
+__device__ void bulk_copy(void *shared, const void *global, unsigned bytes, uint64_t *barrier) {
+    ASM_90A("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+            ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes),
+              "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
 }
 #endif
 #endif
@@ -311,18 +336,18 @@ void test_mma() {
 }
 
 #if !defined(__CUDACC__) || defined(METALA_WGMMA)
-// Four warps: d[64][128] = a[64] b[128]ᵀ, rows of 128 bytes, 64 numbers in bfloat16 or 32 in tf32.
+// Four warps: d[64][256] = a[64] b[256]ᵀ, rows of 128 bytes, 64 numbers in bfloat16 or 32 in tf32.
 enum { NOTHING, NOT_SHOWN, NOT_STARTED, OVERWRITTEN, READ_EARLY, WRITTEN_EARLY, NOT_COMMITTED, NOT_ALIGNED, BEYOND, NO_SWIZZLE,
        THREE_WARPS, TWO_OPERANDS };
 template <bool BFLOAT16>
 __global__ void wgmma_kernel(float *d, const uint4 *a, const uint4 *b, int bug) {
     DYNAMIC_SHARED(uint4, rows);
     const unsigned thread = threadIdx.x, lane = thread % 32;
-    float sum[64] = {};
+    float sum[128] = {};
 #ifdef __CUDACC__
     bug = NOTHING;                                               // and sum stays in registers
 #endif
-    for (unsigned n = thread; n < 192 * 8; n += 128)             // the 16 bytes p of row i at place p ^ i%8
+    for (unsigned n = thread; n < 320 * 8; n += 128)             // the 16 bytes p of row i at place p ^ i%8
         copy16_async(rows + n / 8 * 8 + (n % 8 ^ n / 8 % 8), n < 64 * 8 ? a + n : b + n - 64 * 8, true);
     copy_commit();
     copy_wait<0>();
@@ -332,7 +357,7 @@ __global__ void wgmma_kernel(float *d, const uint4 *a, const uint4 *b, int bug) 
     wgmma_hold(sum);
     if (bug != NOT_STARTED) wgmma_start();
     for (unsigned part = 0; part < 4; part++) {
-        uint64_t left = wgmma_operand(rows + (bug == NOT_ALIGNED ? 8 : bug == BEYOND ? 136 * 8 : 0), 32 * part),
+        uint64_t left = wgmma_operand(rows + (bug == NOT_ALIGNED ? 8 : bug == BEYOND ? 264 * 8 : 0), 32 * part),
                  right = wgmma_operand(rows + 64 * 8, 32 * (bug == TWO_OPERANDS && thread >= 64 ? 0 : part));
         if (bug == NO_SWIZZLE) left &= ~((uint64_t)3 << 62);
         if (BFLOAT16) wgmma_bf16(sum, left, right);
@@ -344,39 +369,87 @@ __global__ void wgmma_kernel(float *d, const uint4 *a, const uint4 *b, int bug) 
     if (bug == WRITTEN_EARLY) sum[5] = 1;
     wgmma_wait<0>();
     wgmma_hold(sum);
-    for (unsigned i = 0; i < 64; i++)
-        d[(thread / 32 * 16 + lane / 4 + i % 4 / 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sum[i] + early;
+    for (unsigned i = 0; i < 128; i++)
+        d[(thread / 32 * 16 + lane / 4 + i % 4 / 2 * 8) * 256 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sum[i] + early;
 }
 template <bool BFLOAT16>
 bool multiply_by_warpgroup(int bug) {
     const int K = BFLOAT16 ? 64 : 32, bytes = 128 / K;
-    std::vector<unsigned char> x(192 * 128);
+    std::vector<unsigned char> x(320 * 128);
     auto number = [](int row, int k) { return (float)((row * 37 + k * 11) % 61 - 30); };           // exact in 8 bits
-    for (int i = 0; i < 192; i++)
+    for (int i = 0; i < 320; i++)
         for (int k = 0; k < K; k++) {
             float value = number(i, k);
             memcpy(&x[i * 128 + k * bytes], (char *)&value + 4 - bytes, bytes);                    // of bfloat16 the upper half
         }
     uint4 *rows = (uint4 *)upload(x);
-    float *d = device<float>(64 * 128);
-    LAUNCH(wgmma_kernel<BFLOAT16>, 1, 128, 192 * 128, 0, d, rows, rows + 64 * 8, bug);
+    float *d = device<float>(64 * 256);
+    LAUNCH(wgmma_kernel<BFLOAT16>, 1, 128, 320 * 128, 0, d, rows, rows + 64 * 8, bug);
     CHECK(cudaGetLastError());
-    std::vector<float> got = download(d, 64 * 128);
+    std::vector<float> got = download(d, 64 * 256);
     CHECK(cudaFree(rows));
     for (int i = 0; i < 64; i++)
-        for (int j = 0; j < 128; j++) {
+        for (int j = 0; j < 256; j++) {
             float sum = 0;
             for (int k = 0; k < K; k++) sum += number(i, k) * number(64 + j, k);
-            if (got[i * 128 + j] != sum) return false;
+            if (got[i * 256 + j] != sum) return false;
         }
+    return true;
+}
+
+// A thread of its own has pieces of 64 numbers brought, two ahead of two warps that add them up: out[t] = Σ_p x[64 p + t].
+enum { NO_WAIT_FOR_COPIES = 1, NO_WAIT_FOR_ROOM, TOO_MUCH_EXPECTED, NO_BARRIER, ONE_TOO_MANY };
+__global__ void relay_kernel(float *out, const float *x, unsigned pieces, int bug) {
+    __shared__ __align__(128) float piece[2][64];
+    __shared__ uint64_t full[2], empty[2];
+#ifdef __CUDACC__
+    bug = NOTHING;
+#endif
+    if (threadIdx.x < 2) {
+        if (bug != NO_BARRIER) barrier_init(full + threadIdx.x, 1);
+        barrier_init(empty + threadIdx.x, 2);
+        wgmma_show();
+    }
+    __syncthreads();
+    if (threadIdx.x < 64) {
+        float sum = 0;
+        for (unsigned p = 0; p < pieces; p++) {
+            if (bug != NO_WAIT_FOR_COPIES) barrier_wait(full + p % 2, p / 2 % 2);
+            sum += piece[p % 2][threadIdx.x];
+            __syncwarp();
+            if (threadIdx.x % 32 == 0 || bug == ONE_TOO_MANY) barrier_arrive(empty + p % 2);
+        }
+        out[threadIdx.x] = sum;
+    } else if (threadIdx.x == 64)
+        for (unsigned p = 0; p < pieces; p++) {
+            if (bug != NO_WAIT_FOR_ROOM) barrier_wait(empty + p % 2, p / 2 % 2 ^ 1);
+            barrier_expect(full + p % 2, bug == TOO_MUCH_EXPECTED ? 272 : 256);
+            bulk_copy(piece[p % 2], x + 64 * p, 256, full + p % 2);
+        }
+}
+bool relay(int bug) {
+    const unsigned pieces = 7;
+    std::vector<float> numbers(64 * pieces);
+    for (size_t i = 0; i < numbers.size(); i++) numbers[i] = (float)(i * i % 101);
+    float *x = upload(numbers), *out = device<float>(64);
+    LAUNCH(relay_kernel, 1, 96, 0, 0, out, x, pieces, bug);
+    CHECK(cudaGetLastError());
+    std::vector<float> got = download(out, 64);
+    CHECK(cudaFree(x));
+    for (unsigned t = 0; t < 64; t++) {
+        float sum = 0;
+        for (unsigned p = 0; p < pieces; p++) sum += numbers[64 * p + t];
+        if (got[t] != sum) return false;
+    }
     return true;
 }
 void test_wgmma() {
     int major;
     CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
     if (major != 9) return (void)puts("wgmma: not on this GPU");
-    check("wgmma m64n128k16 of bfloat16, four steps of k", multiply_by_warpgroup<true>(NOTHING));
-    check("wgmma m64n128k8 of tf32, four steps of k", multiply_by_warpgroup<false>(NOTHING));
+    check("wgmma m64n256k16 of bfloat16, four steps of k", multiply_by_warpgroup<true>(NOTHING));
+    check("wgmma m64n256k8 of tf32, four steps of k", multiply_by_warpgroup<false>(NOTHING));
+    check("mbarrier and copies in bulk", relay(NOTHING));
 }
 #else
 void test_wgmma() { puts("wgmma: not compiled"); }
@@ -813,6 +886,11 @@ void wgmma_without_a_commit() { result(multiply_by_warpgroup<true>(NOT_COMMITTED
 void wgmma_operand_not_aligned() { multiply_by_warpgroup<true>(NOT_ALIGNED); }
 void wgmma_by_three_warps() { multiply_by_warpgroup<true>(THREE_WARPS); }
 void wgmma_of_two_operands() { multiply_by_warpgroup<true>(TWO_OPERANDS); }
+void copies_not_waited_for() { relay(NO_WAIT_FOR_COPIES); }
+void copies_over_what_is_read() { relay(NO_WAIT_FOR_ROOM); }
+void phase_that_never_ends() { relay(TOO_MUCH_EXPECTED); }
+void barrier_that_nobody_made() { relay(NO_BARRIER); }
+void more_arrive_than_expected() { relay(ONE_TOO_MANY); }
 #endif
 
 __global__ void chain_kernel(float *x) {                         // block b needs what block b - 1 wrote
@@ -900,13 +978,18 @@ const struct {
     M(wgmma_operand_overwritten, "was written while wgmma read it", "was written while", "was written while", NULL),
     M(wgmma_sum_read_before_the_wait, "wrong result", "wrong result", "wrong result", NULL),
     M(wgmma_sum_written_before_the_wait, "a sum was written while", "a sum was written", "a sum was written", NULL),
-    M(wgmma_operand_beyond_shared_memory, "at byte 24576 of 24576", "at byte 24576", "at byte 24576", NULL),
+    M(wgmma_operand_beyond_shared_memory, "at byte 40960 of 40960", "at byte 40960", "at byte 40960", NULL),
     M(wgmma_operand_without_swizzle, "only swizzles of 128 bytes", "only swizzles", "only swizzles", NULL),
     M(wgmma_on_an_older_gpu, "only compute capability 9.0", "only compute", "only compute", NULL),
     M(wgmma_without_a_commit, "wrong result", "wrong result", "wrong result", NULL),
     M(wgmma_operand_not_aligned, "at multiples of 1024", "at multiples of 1024", "at multiples of 1024", NULL),
     M(wgmma_by_three_warps, "for wgmma four warps", "for wgmma four warps", "for wgmma four warps", NULL),
     M(wgmma_of_two_operands, "other operands in thread 64", "other operands in", "other operands in", NULL),
+    M(copies_not_waited_for, "more threads arrive", "more threads arrive", "more threads arrive", NULL),
+    M(copies_over_what_is_read, "more threads arrive", "more threads arrive", "more threads arrive", NULL),
+    M(phase_that_never_ends, "and 16 bytes come", "and 16 bytes come", "and 16 bytes come", NULL),
+    M(barrier_that_nobody_made, "barrier_init has not made", "barrier_init has not made", "barrier_init has not made", NULL),
+    M(more_arrive_than_expected, "more threads arrive", "more threads arrive", "more threads arrive", NULL),
 #endif
     M(blocks_that_need_each_other, "wrong result", "wrong result", "wrong result", "wrong result"),
     M(float_atomics, "adds floats atomically", "adds floats atomically", "adds floats atomically", NULL),
