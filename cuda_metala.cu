@@ -166,6 +166,37 @@ __device__ __forceinline__ void bulk_copy(void *shared, const void *global, unsi
 }
 #endif
 
+// Kernels that follow each other, from compute capability 9.0 on: one that is launched early (RUN_EARLY) may begin as soon as all
+// blocks of the one before have said next_may_begin, or ended. It must not touch what that one writes, nor write, before
+// wait_for_before, after which all earlier kernels have ended.
+#ifdef __CUDACC__
+__device__ __forceinline__ void next_may_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+bool runs_early;                                                 // the code that this GPU runs has these: metala_cuda has asked it
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments... arguments) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t launch = {};
+    launch.gridDim = grid, launch.blockDim = block, launch.dynamicSmemBytes = shared, launch.stream = stream;
+    launch.attrs = &early, launch.numAttrs = runs_early ? 1 : 0;
+    cudaLaunchKernelEx(&launch, kernel, Parameters(arguments)...);       // its error stays for who asks for the last one
+}
+#define LAUNCH_EARLY(kernel, grid, block, shared, stream, ...) launch_early(kernel, grid, dim3(block), shared, stream, __VA_ARGS__)
+#else
+#define LAUNCH_EARLY LAUNCH
+bool runs_early;
+#endif
+
 // ============================================================== 1. Context: errors, memory, launches
 
 enum { WARP = 32, THREADS = 256, WARPS = THREADS / WARP };       // of a block, unless a kernel says otherwise
@@ -313,13 +344,15 @@ size_t multiprocessors() {
 }
 
 // RUN(kernel, grid, block, shared bytes, arguments...): checks the limits, launches, checks the launch.
-#define RUN(kernel, grid, block, shared, ...)                                         \
+#define RUN(...) RUN_BY(LAUNCH, __VA_ARGS__)
+#define RUN_EARLY(...) RUN_BY(LAUNCH_EARLY, __VA_ARGS__)
+#define RUN_BY(HOW, kernel, grid, block, shared, ...)                                 \
     do {                                                                              \
         extent grid_ = grid;                                                          \
         size_t shared_ = shared;                                                      \
         if (fits(ctx, kernel, #kernel, grid_, shared_, __FILE__, __LINE__)) {         \
             dim3 blocks_((unsigned)grid_.x, (unsigned)grid_.y, (unsigned)grid_.z);    \
-            LAUNCH(kernel, blocks_, block, shared_, stream, __VA_ARGS__);             \
+            HOW(kernel, blocks_, block, shared_, stream, __VA_ARGS__);                \
             check(ctx, cudaGetLastError(), #kernel, __FILE__, __LINE__);              \
         }                                                                             \
     } while (0)
@@ -1001,12 +1034,15 @@ template <class Weights>
 struct few_rows_layers { few_rows_layer<Weights> of[TOGETHER]; };
 
 // ROWS: at least as many as there are; of one that is missing, the last one's numbers are taken for nothing. First AHEAD loads of
-// weights, then their use: to keep the memory busy, each multiprocessor must have some ten kilobytes on their way.
+// weights, then their use: to keep the memory busy, each multiprocessor must have some ten kilobytes on their way. The first
+// weights are on theirs before x is there: who wrote them is further back than the kernel before, as a model's first kernels are
+// no products.
 template <int ROWS, bool FOUR, class Weights>
 __global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, size_t rows, size_t in) {
     enum { EACH = FOUR ? 4 : 1, STEP = WARP * EACH, AHEAD = 8 };
     const real_weights of_x = {x, 1, in};
     const few_rows_layer<Weights> &l = layers.of[blockIdx.y];
+    next_may_begin();
     FOR_EACH_WARP(o, l.out) {
         float sum[ROWS] = {};
         for (size_t k0 = 0; k0 < in; k0 += AHEAD * STEP) {
@@ -1018,6 +1054,7 @@ __global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, co
                     if constexpr (FOUR) loaded[a] = l.w.load(k, o);
                     else loaded[a] = l.w.at(k, o);
                 }
+            wait_for_before();
             __syncwarp();                                            // the compiler leaves the loads before it
 #pragma unroll
             for (int a = 0; a < AHEAD; a++)
@@ -1061,7 +1098,7 @@ void matmul_few_rows(metala_context *ctx, const metala_linear *layers, int count
             four = four && (uintptr_t)l->w % 16 == 0;
         }
 #define FEW(ROWS, FOUR) \
-    RUN((matmul_few_rows_kernel<ROWS, FOUR, Weights>), extent(blocks_for(outs, WARPS), layers_here), THREADS, 0, some, x, rows, in)
+    RUN_EARLY((matmul_few_rows_kernel<ROWS, FOUR, Weights>), extent(blocks_for(outs, WARPS), layers_here), THREADS, 0, some, x, rows, in)
         if (four && rows == 1) FEW(1, true);
         else if (four) FEW(FEW_ROWS, true);
         else if (rows == 1) FEW(1, false);
@@ -3814,6 +3851,7 @@ mixer_step_kernel(float *y, float *S, const float *z, const float *q, const floa
     float *alpha = memory, *key = alpha + K, *query = key + K, *part = query + K;
     const size_t head = blockIdx.x;
     const unsigned tiles = (unsigned)ceil_div(V, WARP), groups = (unsigned)step_groups(V);
+    next_may_begin(), wait_for_before();
     float w = 0;
     for (size_t i = threadIdx.x; i < K; i += STEP_WARPS * WARP) {
         float a = log_sigmoid(z[head * K + i]) * inverse_tau;
@@ -3857,7 +3895,7 @@ mixer_step_kernel(float *y, float *S, const float *z, const float *q, const floa
 }
 void mixer_step(metala_context *ctx, float *y, float *S, const float *z, const float *q, const float *v, const float *g,
                 const float *b, size_t B, size_t H, size_t K, size_t V, double tau, double scale, double eps) {
-    RUN(mixer_step_kernel, B * H, STEP_WARPS * WARP, (3 * K + step_groups(V) * V) * sizeof(float), y, S, z, q, v, g, b, H, K, V,
+    RUN_EARLY(mixer_step_kernel, B * H, STEP_WARPS * WARP, (3 * K + step_groups(V) * V) * sizeof(float), y, S, z, q, v, g, b, H, K, V,
         (float)(1 / tau), (float)scale, (float)eps);
 }
 
@@ -3914,10 +3952,12 @@ const metala_backend *backend() {
     return &table;
 }
 
-enum { RUNS = 42, RUNS_WGMMA = 43 };
+enum { RUNS = 42, RUNS_EARLY = 43, RUNS_WGMMA = 44 };
 __global__ void probe_kernel(int *answer) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     *answer = RUNS_WGMMA;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    *answer = RUNS_EARLY;
 #else
     *answer = RUNS;
 #endif
@@ -3947,8 +3987,8 @@ const metala_backend *metala_cuda(metala_math math, char *why, size_t size) {
 #ifndef __CUDACC__
     if (answer == RUNS && 10 * gpu.major + gpu.minor == 90) answer = RUNS_WGMMA;
 #endif
-    runs_wgmma = answer == RUNS_WGMMA;
-    if (error != cudaSuccess || (answer != RUNS && answer != RUNS_WGMMA)) {
+    runs_wgmma = answer == RUNS_WGMMA, runs_early = answer > RUNS;
+    if (error != cudaSuccess || answer < RUNS || answer > RUNS_WGMMA) {
         cudaGetLastError();
         snprintf(why, size, "CUDA error %d, %s; %s", (int)error, cudaGetErrorString(error), advice((int)error));
         return NULL;

@@ -1720,6 +1720,9 @@ inline void wgmma_commit() { emu::E->self->wgmma->group++; }
 template <int PENDING> void wgmma_wait(EMU_HERE) { emu::wgmma_wait(PENDING, file, line); }
 inline void wgmma_show() { emu::E->self->wgmma->shown = true; }
 
+inline void next_may_begin() {}                                  // kernels run one after the other
+inline void wait_for_before() {}
+
 // Barriers in shared memory, and copies that arrive there (cp.async.bulk), as in cuda_metala.cu.
 inline void barrier_init(uint64_t *barrier, unsigned count, EMU_HERE) { emu::begin_phases(barrier, count, file, line); }
 inline void barrier_arrive(uint64_t *barrier, EMU_HERE) {

@@ -1437,7 +1437,7 @@ void Translator::instruction() {
     else if (op == "exit" || (op == "ret" && frames.size() == 1)) i.run = end, i.control = true;
     else if (op == "ret") i.run = branch, i.control = true, frames.back().returns.push_back(here);
     else if (op == "trap") i.run = trap;
-    else if (op == "membar" || op == "fence" || (op == "wgmma" && has("fence"))) i.run = nothing;
+    else if (op == "membar" || op == "fence" || op == "griddepcontrol" || (op == "wgmma" && has("fence"))) i.run = nothing;
     else if (op == "wgmma" && has("commit_group")) i.run = wgmma_commit;
     else if (op == "wgmma" && has("wait_group")) i.run = wgmma_wait, i.offset = atoi(o[0].names[0].c_str());
     else if (text == "cp.async.commit_group") i.run = copy_commit;
@@ -1870,6 +1870,9 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void 
 }
 cudaError_t cudaLaunchKernel(const void *here, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
     return launch(kernel_of(here), grid, block, arguments, shared, stream);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *how, const void *here, void **arguments) {      // nothing begins early here
+    return launch(kernel_of(here), how->gridDim, how->blockDim, arguments, how->dynamicSmemBytes, how->stream);
 }
 
 // ---- Devices, errors
