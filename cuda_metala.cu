@@ -306,6 +306,46 @@ size_t blocks_for(size_t n, size_t in_block) {
 #define FOR_EACH_WARP(row, rows) \
     for (size_t row = blockIdx.x * (size_t)WARPS + threadIdx.x / WARP; row < (rows); row += (size_t)gridDim.x * WARPS)
 
+// What bounds a kernel that only reads and writes is how much of it is on its way at a time. So a thread loads several numbers
+// before it stores one: no load moves up across a store, which might change what is to be loaded.
+
+// store(i, load(i)) for a thread's numbers i, i + THREADS, …, FEW of them, below n.
+enum { FEW = 4 };
+template <class Load, class Store>
+__device__ __forceinline__ void few(size_t first, size_t n, Load load, Store store) {
+    decltype(load(first)) loaded[FEW];
+#pragma unroll
+    for (int j = 0; j < FEW; j++)
+        if (first + j * THREADS < n) loaded[j] = load(first + j * THREADS);
+#pragma unroll
+    for (int j = 0; j < FEW; j++)
+        if (first + j * THREADS < n) store(first + j * THREADS, loaded[j]);
+}
+#define FOR_EACH_FEW(first, n)                                                                   \
+    for (size_t first = blockIdx.x * (size_t)(FEW * THREADS) + threadIdx.x; first < (n);         \
+         first += (size_t)gridDim.x * (FEW * THREADS))
+
+// A row, or head, of a warp: each lane holds HELD of its numbers at a time, d, d + 32, …. A row of up to 32·HELD is held whole,
+// and needs no second reading when a sum over it is there; of a longer one each stretch is loaded anew.
+#define FOR_EACH_STRETCH(d, width) for (size_t d = threadIdx.x % WARP; d < (width); d += HELD * WARP)
+#define FOR_EACH_HELD(j, d, width) \
+    _Pragma("unroll") for (unsigned j = 0; j < HELD; j++) if (j * WARP < left_of(d, width, HELD * WARP))
+__device__ __forceinline__ unsigned left_of(size_t d, size_t width, unsigned most) {
+    return d < width ? (unsigned)least(width - d, most) : 0;
+}
+template <int HELD>
+__device__ __forceinline__ void hold(float (&x)[HELD], const float *row, size_t d, size_t width) {
+    FOR_EACH_HELD(j, d, width) x[j] = row[d + j * WARP];
+}
+// run(HELD) with the least that holds a row whole, or with the most: a row of the model, or one of its heads.
+enum { HELD_OF_HEAD = 8, HELD_OF_ROW = 32 };
+template <int MOST, int HELD = 4, class Run>
+void by_width(size_t width, Run run) {
+    if constexpr (HELD < MOST)
+        if (width > HELD * WARP) return by_width<MOST, 2 * HELD>(width, run);
+    run(std::integral_constant<int, HELD>());
+}
+
 // ============================================================== 2. Scalar functions; sums over warps and blocks
 
 // expf, log1pf and expm1f of the CUDA library are right to one or two units of the last place (no -use_fast_math).
@@ -1125,39 +1165,57 @@ void patch_forward(metala_context *ctx, float *x, const int *bytes, size_t n) {
 
 // RMS norm:  n = m x r,  r = (mean_D(x²) + eps)^(-1/2)
 //   n, x (rows,D)   r (rows)   mask m (rows) of 0 and 1, or NULL: a warp for each row.
+template <int HELD>
 __global__ void rms_forward_kernel(float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
                                    float eps) {
     FOR_EACH_WARP(row, rows) {
-        const float *in = x + row * D;
-        float sum = 0;
-        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) sum += in[d] * in[d];
+        const bool kept = !mask || mask[row];
+        float in[HELD], sum = 0;
+        FOR_EACH_STRETCH(d, D) {
+            hold(in, x + row * D, d, D);
+            FOR_EACH_HELD(j, d, D) sum += in[j] * in[j];
+        }
         float scale = 1 / sqrtf(warp_sum(sum) / (float)D + eps);
         if (threadIdx.x % WARP == 0) r[row] = scale;
-        if (mask && !mask[row]) scale = 0;
-        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) n[row * D + d] = in[d] * scale;
+        if (!kept) scale = 0;
+        FOR_EACH_STRETCH(d, D) {
+            if (D > HELD * WARP) hold(in, x + row * D, d, D);
+            FOR_EACH_HELD(j, d, D) n[row * D + d + j * WARP] = in[j] * scale;
+        }
     }
 }
 void rms_forward(metala_context *ctx, float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
                  double eps) {
-    RUN(rms_forward_kernel, blocks_for(rows, WARPS), THREADS, 0, n, r, x, mask, rows, D, (float)eps);
+    by_width<HELD_OF_ROW>(D, [=](auto HELD) {
+        RUN(rms_forward_kernel<HELD>, blocks_for(rows, WARPS), THREADS, 0, n, r, x, mask, rows, D, (float)eps);
+    });
 }
 
 // dx += r (m dn - x̂ mean_D(m dn ⊙ x̂)),  x̂ = x r         dx, dn (rows,D)   r (rows): a warp for each row.
-__global__ void rms_backward_kernel(float *dx, const float *dn, const float *x, const float *r, const uint8_t *mask,
-                                    size_t rows, size_t D) {
+template <int HELD>
+__global__ void __launch_bounds__(THREADS, 2)
+rms_backward_kernel(float *dx, const float *dn, const float *x, const float *r, const uint8_t *mask, size_t rows, size_t D) {
     FOR_EACH_WARP(row, rows) {
-        const float *in = x + row * D, *gradient = dn + row * D;
-        float scale = r[row], sum = 0;
-        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) sum += gradient[d] * in[d];
+        const bool kept = !mask || mask[row];
+        float in[HELD], gradient[HELD], scale = r[row], sum = 0;
+        auto load = [&](size_t d) { hold(in, x + row * D, d, D), hold(gradient, dn + row * D, d, D); };
+        FOR_EACH_STRETCH(d, D) {
+            load(d);
+            FOR_EACH_HELD(j, d, D) sum += gradient[j] * in[j];
+        }
         float mean = scale * warp_sum(sum) / (float)D;
-        if (!mask || mask[row])
-            for (size_t d = threadIdx.x % WARP; d < D; d += WARP)
-                dx[row * D + d] += scale * (gradient[d] - in[d] * scale * mean);
+        if (kept)
+            FOR_EACH_STRETCH(d, D) {
+                if (D > HELD * WARP) load(d);
+                FOR_EACH_HELD(j, d, D) dx[row * D + d + j * WARP] += scale * (gradient[j] - in[j] * scale * mean);
+            }
     }
 }
 void rms_backward(metala_context *ctx, float *dx, const float *dn, const float *x, const float *r, const uint8_t *mask,
                   size_t rows, size_t D) {
-    RUN(rms_backward_kernel, blocks_for(rows, WARPS), THREADS, 0, dx, dn, x, r, mask, rows, D);
+    by_width<HELD_OF_ROW>(D, [=](auto HELD) {
+        RUN(rms_backward_kernel<HELD>, blocks_for(rows, WARPS), THREADS, 0, dx, dn, x, r, mask, rows, D);
+    });
 }
 
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
@@ -1266,42 +1324,68 @@ void gate_backward(metala_context *ctx, float *dz, const float *da, const float 
 
 // Self-augmentation:  p_t = o_t + σ(w_t v_t),  w_t = Σ_i q_{t,i} k_{t,i} b_i        per head
 //   p, o, v (rows,H,V)   q, k (rows,H,K)   b [H·K]: a warp for each row and head.
-__device__ float augment_weight(const float *q, const float *k, const float *b, size_t K) {
-    float w = 0;
-    for (size_t i = threadIdx.x % WARP; i < K; i += WARP) w += q[i] * k[i] * b[i];
-    return warp_sum(w);
-}
-
+template <int HELD>
 __global__ void augment_forward_kernel(float *p, const float *o, const float *q, const float *k, const float *v,
                                        const float *b, size_t rows, size_t H, size_t K, size_t V) {
     FOR_EACH_WARP(r, rows * H) {
-        float w = augment_weight(q + r * K, k + r * K, b + r % H * K, K);
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) p[r * V + j] = o[r * V + j] + sigmoid(w * v[r * V + j]);
+        const float *bh = b + r % H * K;
+        float query[HELD], key[HELD], balance[HELD], value[HELD], out[HELD], w = 0;
+        auto load = [&](size_t j) { hold(value, v + r * V, j, V), hold(out, o + r * V, j, V); };
+        if (V <= HELD * WARP) load(threadIdx.x % WARP);          // on its way together with what makes w
+        FOR_EACH_STRETCH(i, K) {
+            hold(query, q + r * K, i, K), hold(key, k + r * K, i, K), hold(balance, bh, i, K);
+            FOR_EACH_HELD(e, i, K) w += query[e] * key[e] * balance[e];
+        }
+        w = warp_sum(w);
+        FOR_EACH_STRETCH(j, V) {
+            if (V > HELD * WARP) load(j);
+            FOR_EACH_HELD(e, j, V) p[r * V + j + e * WARP] = out[e] + sigmoid(w * value[e]);
+        }
     }
 }
 void augment_forward(metala_context *ctx, float *p, const float *o, const float *q, const float *k, const float *v,
                      const float *b, size_t rows, size_t H, size_t K, size_t V) {
-    RUN(augment_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, p, o, q, k, v, b, rows, H, K, V);
+    by_width<HELD_OF_HEAD>(greatest(K, V), [=](auto HELD) {
+        RUN(augment_forward_kernel<HELD>, blocks_for(rows * H, WARPS), THREADS, 0, p, o, q, k, v, b, rows, H, K, V);
+    });
 }
 
 // With e = σ(w v), t = dp ⊙ e ⊙ (1 - e):   do = dp (the same memory serves both)     dw = Σ_V t ⊙ v
 //   dv += w t     dq += dw (k ⊙ b)     dk += dw (q ⊙ b)     db += Σ_rows dw (q ⊙ k)
 // A warp for each row and head, which leaves dw (rows,H); then db in strips of rows.
+template <int HELD>
 __global__ void augment_backward_kernel(float *dq, float *dk, float *dv, float *dw, const float *dp, const float *q,
                                         const float *k, const float *v, const float *b, size_t rows, size_t H, size_t K,
                                         size_t V) {
     FOR_EACH_WARP(r, rows * H) {
-        const float *qh = q + r * K, *kh = k + r * K, *bh = b + r % H * K;
-        float w = augment_weight(qh, kh, bh, K), sum = 0;
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
-            float e = sigmoid(w * v[r * V + j]), t = dp[r * V + j] * e * (1 - e);
-            dv[r * V + j] += w * t;
-            sum += t * v[r * V + j];
+        const float *bh = b + r % H * K;
+        float query[HELD], key[HELD], balance[HELD], value[HELD], gradient[HELD], so_far[HELD], of_key[HELD], w = 0, sum = 0;
+        auto load_keys = [&](size_t i) { hold(query, q + r * K, i, K), hold(key, k + r * K, i, K), hold(balance, bh, i, K); };
+        auto load_values = [&](size_t j) {
+            hold(value, v + r * V, j, V), hold(gradient, dp + r * V, j, V), hold(so_far, dv + r * V, j, V);
+        };
+        if (V <= HELD * WARP) load_values(threadIdx.x % WARP);   // on their way together with what makes w
+        FOR_EACH_STRETCH(i, K) {
+            load_keys(i);
+            FOR_EACH_HELD(e, i, K) w += query[e] * key[e] * balance[e];
+        }
+        w = warp_sum(w);
+        FOR_EACH_STRETCH(j, V) {
+            if (V > HELD * WARP) load_values(j);
+            FOR_EACH_HELD(e, j, V) {
+                float open = sigmoid(w * value[e]), t = gradient[e] * open * (1 - open);
+                dv[r * V + j + e * WARP] = so_far[e] + w * t;
+                sum += t * value[e];
+            }
         }
         sum = warp_sum(sum);
-        for (size_t i = threadIdx.x % WARP; i < K; i += WARP) {
-            dq[r * K + i] += sum * kh[i] * bh[i];
-            dk[r * K + i] += sum * qh[i] * bh[i];
+        FOR_EACH_STRETCH(i, K) {
+            if (K > HELD * WARP) load_keys(i);
+            hold(so_far, dq + r * K, i, K), hold(of_key, dk + r * K, i, K);
+            FOR_EACH_HELD(e, i, K) {
+                dq[r * K + i + e * WARP] = so_far[e] + sum * key[e] * balance[e];
+                dk[r * K + i + e * WARP] = of_key[e] + sum * query[e] * balance[e];
+            }
         }
         if (threadIdx.x % WARP == 0) dw[r] = sum;
     }
@@ -1322,57 +1406,88 @@ void augment_backward(metala_context *ctx, float *dq, float *dk, float *dv, floa
     float *dw = scratch(ctx, rows * H + strips * H * K);
     if (!dw) return;
     float *parts = dw + rows * H;
-    RUN(augment_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dq, dk, dv, dw, dp, q, k, v, b, rows, H, K,
-        V);
+    by_width<HELD_OF_HEAD>(greatest(K, V), [=](auto HELD) {
+        RUN(augment_backward_kernel<HELD>, blocks_for(rows * H, WARPS), THREADS, 0, dq, dk, dv, dw, dp, q, k, v, b, rows, H, K, V);
+    });
     RUN(augment_balance_kernel, blocks_for(strips * H * K, THREADS), THREADS, 0, parts, dw, q, k, rows, H, K);
     RUN(sum_parts_kernel, blocks_for(H * K, THREADS), THREADS, 0, db, parts, strips, H * K, H * K, 1);
 }
 
 // n = (p - μ) ρ,  ρ = (mean((p-μ)²) + eps)^(-1/2)      y = silu(g) ⊙ n, with g NULL no y: a warp for each head.
 //   y, n, p, g (rows,H,V)   ρ (rows,H)
+template <int HELD>
 __global__ void head_norm_forward_kernel(float *y, float *n, float *rho, const float *p, const float *g, size_t heads, size_t V,
                                          float eps) {
     FOR_EACH_WARP(r, heads) {
-        float sum = 0, square = 0;
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) sum += p[r * V + j];
+        float in[HELD], gate[HELD], sum = 0, square = 0;
+        auto load = [&](size_t j) {
+            hold(in, p + r * V, j, V);
+            if (g) hold(gate, g + r * V, j, V);
+        };
+        FOR_EACH_STRETCH(j, V) {
+            load(j);
+            FOR_EACH_HELD(e, j, V) sum += in[e];
+        }
         float mean = warp_sum(sum) / (float)V;
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) square += (p[r * V + j] - mean) * (p[r * V + j] - mean);
+        FOR_EACH_STRETCH(j, V) {
+            if (V > HELD * WARP) load(j);
+            FOR_EACH_HELD(e, j, V) square += (in[e] - mean) * (in[e] - mean);
+        }
         float scale = 1 / sqrtf(warp_sum(square) / (float)V + eps);
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
-            float normal = (p[r * V + j] - mean) * scale;
-            n[r * V + j] = normal;
-            if (g) y[r * V + j] = silu(g[r * V + j]) * normal;
+        FOR_EACH_STRETCH(j, V) {
+            if (V > HELD * WARP) load(j);
+            FOR_EACH_HELD(e, j, V) {
+                const size_t at = r * V + j + e * WARP;
+                float normal = (in[e] - mean) * scale;
+                n[at] = normal;
+                if (g) y[at] = silu(gate[e]) * normal;
+            }
         }
         if (threadIdx.x % WARP == 0) rho[r] = scale;
     }
 }
 void head_norm_forward(metala_context *ctx, float *y, float *n, float *rho, const float *p, const float *g, size_t rows, size_t H,
                        size_t V, double eps) {
-    RUN(head_norm_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, y, n, rho, p, g, rows * H, V, (float)eps);
+    by_width<HELD_OF_HEAD>(V, [=](auto HELD) {
+        RUN(head_norm_forward_kernel<HELD>, blocks_for(rows * H, WARPS), THREADS, 0, y, n, rho, p, g, rows * H, V, (float)eps);
+    });
 }
 
 // dn = dy ⊙ silu(g), or dy with g NULL      dp = ρ (dn - mean(dn) - n mean(dn ⊙ n))      dg = dy ⊙ n ⊙ silu'(g)
-// A warp for each head; dn is made twice, which is less than to write and read it.
+// A warp for each head; dn is made twice, which takes fewer registers than to keep it.
+template <int HELD>
 __global__ void head_norm_backward_kernel(float *dp, float *dg, const float *dy, const float *n, const float *rho, const float *g,
                                           size_t heads, size_t V) {
     FOR_EACH_WARP(r, heads) {
-        float sum = 0, product = 0;
-        for (size_t j = r * V + threadIdx.x % WARP; j < (r + 1) * V; j += WARP) {
-            float dn = g ? dy[j] * silu(g[j]) : dy[j];
-            sum += dn;
-            product += dn * n[j];
+        float gradient[HELD], normal[HELD], gate[HELD], sum = 0, product = 0, scale = rho[r];
+        auto load = [&](size_t j) {
+            hold(gradient, dy + r * V, j, V), hold(normal, n + r * V, j, V);
+            if (g) hold(gate, g + r * V, j, V);
+        };
+        FOR_EACH_STRETCH(j, V) {
+            load(j);
+            FOR_EACH_HELD(e, j, V) {
+                float dn = g ? gradient[e] * silu(gate[e]) : gradient[e];
+                sum += dn;
+                product += dn * normal[e];
+            }
         }
         float mean = warp_sum(sum) / (float)V, along = warp_sum(product) / (float)V;
-        for (size_t j = r * V + threadIdx.x % WARP; j < (r + 1) * V; j += WARP) {
-            float gradient = dy[j], normal = n[j];
-            if (g) dg[j] = gradient * normal * silu_slope(g[j]);
-            dp[j] = rho[r] * ((g ? gradient * silu(g[j]) : gradient) - mean - normal * along);
+        FOR_EACH_STRETCH(j, V) {
+            if (V > HELD * WARP) load(j);
+            FOR_EACH_HELD(e, j, V) {
+                const size_t at = r * V + j + e * WARP;
+                if (g) dg[at] = gradient[e] * normal[e] * silu_slope(gate[e]);
+                dp[at] = scale * ((g ? gradient[e] * silu(gate[e]) : gradient[e]) - mean - normal[e] * along);
+            }
         }
     }
 }
 void head_norm_backward(metala_context *ctx, float *dp, float *dg, const float *dy, const float *n, const float *rho,
                         const float *g, size_t rows, size_t H, size_t V) {
-    RUN(head_norm_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dp, dg, dy, n, rho, g, rows * H, V);
+    by_width<HELD_OF_HEAD>(V, [=](auto HELD) {
+        RUN(head_norm_backward_kernel<HELD>, blocks_for(rows * H, WARPS), THREADS, 0, dp, dg, dy, n, rho, g, rows * H, V);
+    });
 }
 
 // Gated product:  y = silu(a) ⊙ b, n numbers.
