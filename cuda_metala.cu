@@ -1128,33 +1128,74 @@ void embedding_forward(metala_context *ctx, float *x, const int *tokens, const f
     RUN(embedding_forward_kernel, blocks_for(rows, 1), THREADS, 0, x, tokens, E, rows, D, (float)scale);
 }
 
-// dE[token] += scale · dx, but nothing for the padding token. A token may come often, and its rows are to be added in
-// order: block `row` looks whether an earlier row has the same token, in which case that one's block does the work;
-// otherwise it adds up all rows of the token. blockIdx.y: 256 columns each.
-__global__ void embedding_backward_kernel(float *dE, const float *dx, const int *tokens, size_t rows, size_t D,
-                                          float scale, int pad_token_id) {
-    __shared__ unsigned hits[WARPS];
-    const size_t row = blockIdx.x, d = blockIdx.y * (size_t)THREADS + threadIdx.x;
-    const int token = tokens[row];
-    bool first = token != pad_token_id;
-    for (size_t end = row; first && end > 0; end = end < THREADS ? 0 : end - THREADS)
-        first = !__syncthreads_or(threadIdx.x < end && tokens[end - 1 - threadIdx.x] == token);
-    float sum = first && d < D ? dE[(size_t)token * D + d] : 0;
-    for (size_t base = row; first && base < rows; base += THREADS) {
-        unsigned hit = __ballot_sync(ALL_LANES, base + threadIdx.x < rows && tokens[base + threadIdx.x] == token);
-        if (threadIdx.x % WARP == 0) hits[threadIdx.x / WARP] = hit;
-        __syncthreads();
-        for (int warp = 0; warp < WARPS && d < D; warp++)
-            for (int lane = 0; lane < WARP && hits[warp]; lane++)
-                if (hits[warp] >> lane & 1) sum += scale * dx[(base + warp * WARP + lane) * D + d];
-        __syncthreads();
+// dE[token] += scale · dx, but nothing for the padding token. A token may come often, and its rows are to be added in order:
+// so rows are sorted by token, those of one token in their order, and the block of the first adds up all. To sort by a digit
+// of the token, block x, which writes those whose digit is x, counts how many come before: a warp takes one part of the rows.
+struct token_row { int token, row; };
+enum { DIGIT_BITS = 8, DIGITS = 1 << DIGIT_BITS, TOKEN_BITS = 32, ROWS_AHEAD = 8 };
+
+__global__ void sort_tokens_kernel(token_row *to, const token_row *from, const int *tokens, size_t rows, int shift) {
+    __shared__ unsigned counts[WARPS];
+    const size_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const size_t each = ceil_div(rows, WARPS), first = least(rows, warp * each), count = least(rows - first, each);
+    auto get = [=](size_t i) { return from ? from[i] : token_row{tokens[i], (int)i}; };
+    auto digit = [=](token_row x) { return (unsigned)x.token >> shift & (DIGITS - 1); };
+    constexpr int HELD = 8;
+    unsigned before = 0, own = 0;
+    FOR_EACH_STRETCH(i, count) {
+        token_row x[HELD];
+        FOR_EACH_HELD(j, i, count) x[j] = get(first + i + j * WARP);
+        FOR_EACH_HELD(j, i, count) before += digit(x[j]) < blockIdx.x, own += digit(x[j]) == blockIdx.x;
     }
-    if (first && d < D) dE[(size_t)token * D + d] = sum;
+    own = warp_sum(own);
+    if (lane == 0) counts[warp] = own;
+    unsigned at = block_sum(before);
+    for (size_t earlier = 0; earlier < warp; earlier++) at += counts[earlier];
+    for (size_t i = lane; i - lane < count && own > 0; i += WARP) {
+        const token_row x = i < count ? get(first + i) : token_row();
+        const bool mine = i < count && digit(x) == blockIdx.x;
+        const unsigned all = __ballot_sync(ALL_LANES, mine);
+        if (mine) to[at + __popc(all & ((1u << lane) - 1))] = x;
+        at += __popc(all);
+    }
+}
+
+// A block for each place in the sorted list; blockIdx.y: 256 columns each. A warp looks at 32 places at a time.
+__global__ void embedding_backward_kernel(float *dE, const float *dx, const token_row *sorted, size_t rows, size_t D,
+                                          float scale, int pad_token_id) {
+    const size_t place = blockIdx.x, d = blockIdx.y * (size_t)THREADS + threadIdx.x;
+    const int token = sorted[place].token;
+    if (token == pad_token_id || (place > 0 && sorted[place - 1].token == token)) return;
+    const float *column = dx + least(d, D - 1);                  // threads beyond the last one read it too
+    float sum = d < D ? dE[(size_t)token * D + d] : 0;
+    for (unsigned base = 0, same = WARP; same == WARP; base += WARP) {
+        const size_t own = place + base + threadIdx.x % WARP;
+        const token_row x = own < rows ? sorted[own] : token_row();
+        same = __popc(__ballot_sync(ALL_LANES, own < rows && x.token == token));
+        for (unsigned i = 0; i < same; i += ROWS_AHEAD) {
+            float loaded[ROWS_AHEAD];
+#pragma unroll
+            for (unsigned j = 0; j < ROWS_AHEAD; j++) {
+                const size_t row = __shfl_sync(ALL_LANES, x.row, i + j);
+                if (i + j < same) loaded[j] = column[row * D];
+            }
+#pragma unroll
+            for (unsigned j = 0; j < ROWS_AHEAD; j++)
+                if (i + j < same) sum += scale * loaded[j];
+        }
+    }
+    if (d < D) dE[(size_t)token * D + d] = sum;
 }
 void embedding_backward(metala_context *ctx, float *dE, const float *dx, const int *tokens, size_t rows, size_t D,
                         double scale, int pad_token_id) {
-    RUN(embedding_backward_kernel, extent(rows, ceil_div(D, THREADS)), THREADS, 0, dE, dx, tokens, rows, D,
-        (float)scale, pad_token_id);
+    token_row *to = (token_row *)scratch(ctx, 4 * rows), *other = to + rows, *from = NULL;
+    if (!to) return;
+    for (int shift = 0; shift < TOKEN_BITS; shift += DIGIT_BITS) {
+        RUN(sort_tokens_kernel, rows ? DIGITS : 0, THREADS, 0, to, from, tokens, rows, shift);
+        from = to, to = other, other = from;
+    }
+    RUN(embedding_backward_kernel, extent(rows, ceil_div(D, THREADS)), THREADS, 0, dE, dx, from, rows, D, (float)scale,
+        pad_token_id);
 }
 
 // Patches:  x = bytes/255      x, bytes (n)
