@@ -378,6 +378,46 @@ size_t blocks_for(size_t n, size_t in_block) {
 #define FOR_EACH_WARP(row, rows) \
     for (size_t row = blockIdx.x * (size_t)WARPS + threadIdx.x / WARP; row < (rows); row += (size_t)gridDim.x * WARPS)
 
+// What bounds a kernel that only reads and writes is how much of it is on its way at a time. So a thread loads several numbers
+// before it stores one: no load moves up across a store, which might change what is to be loaded.
+
+// store(i, load(i)) for a thread's numbers i, i + THREADS, …, FEW of them, below n.
+enum { FEW = 4 };
+template <class Load, class Store>
+__device__ __forceinline__ void few(size_t first, size_t n, Load load, Store store) {
+    decltype(load(first)) loaded[FEW];
+#pragma unroll
+    for (int j = 0; j < FEW; j++)
+        if (first + j * THREADS < n) loaded[j] = load(first + j * THREADS);
+#pragma unroll
+    for (int j = 0; j < FEW; j++)
+        if (first + j * THREADS < n) store(first + j * THREADS, loaded[j]);
+}
+#define FOR_EACH_FEW(first, n)                                                                   \
+    for (size_t first = blockIdx.x * (size_t)(FEW * THREADS) + threadIdx.x; first < (n);         \
+         first += (size_t)gridDim.x * (FEW * THREADS))
+
+// A row, or head, of a warp: each lane holds HELD of its numbers at a time, d, d + 32, …. A row of up to 32·HELD is held whole,
+// and needs no second reading when a sum over it is there; of a longer one each stretch is loaded anew.
+#define FOR_EACH_STRETCH(d, width) for (size_t d = threadIdx.x % WARP; d < (width); d += HELD * WARP)
+#define FOR_EACH_HELD(j, d, width) \
+    _Pragma("unroll") for (unsigned j = 0; j < HELD; j++) if (j * WARP < left_of(d, width, HELD * WARP))
+__device__ __forceinline__ unsigned left_of(size_t d, size_t width, unsigned most) {
+    return d < width ? (unsigned)least(width - d, most) : 0;
+}
+template <int HELD>
+__device__ __forceinline__ void hold(float (&x)[HELD], const float *row, size_t d, size_t width) {
+    FOR_EACH_HELD(j, d, width) x[j] = row[d + j * WARP];
+}
+// run(HELD) with the least that holds a row whole, or with the most: a row of the model, or one of its heads.
+enum { HELD_OF_HEAD = 8, HELD_OF_ROW = 32 };
+template <int MOST, int HELD = 4, class Run>
+void by_width(size_t width, Run run) {
+    if constexpr (HELD < MOST)
+        if (width > HELD * WARP) return by_width<MOST, 2 * HELD>(width, run);
+    run(std::integral_constant<int, HELD>());
+}
+
 // ============================================================== 2. Scalar functions; sums over warps and blocks
 
 // expf, log1pf and expm1f of the CUDA library are right to one or two units of the last place (no -use_fast_math).
@@ -422,7 +462,7 @@ __device__ Number block_sum(Number x) {
 __global__ void sum_parts_kernel(float *to, const float *parts, size_t count, size_t stride, size_t n, int accumulate) {
     FOR_EACH(i, n) {
         float sum = 0;
-#pragma unroll 16
+#pragma unroll 32
         for (size_t p = 0; p < count; p++) sum += parts[p * stride + i];             // few threads: many loads at a time
         to[i] = accumulate ? to[i] + sum : sum;
     }
@@ -1236,33 +1276,74 @@ void embedding_forward(metala_context *ctx, float *x, const int *tokens, const f
     RUN(embedding_forward_kernel, blocks_for(rows, 1), THREADS, 0, x, tokens, E, rows, D, (float)scale);
 }
 
-// dE[token] += scale · dx, but nothing for the padding token. A token may come often, and its rows are to be added in
-// order: block `row` looks whether an earlier row has the same token, in which case that one's block does the work;
-// otherwise it adds up all rows of the token. blockIdx.y: 256 columns each.
-__global__ void embedding_backward_kernel(float *dE, const float *dx, const int *tokens, size_t rows, size_t D,
-                                          float scale, int pad_token_id) {
-    __shared__ unsigned hits[WARPS];
-    const size_t row = blockIdx.x, d = blockIdx.y * (size_t)THREADS + threadIdx.x;
-    const int token = tokens[row];
-    bool first = token != pad_token_id;
-    for (size_t end = row; first && end > 0; end = end < THREADS ? 0 : end - THREADS)
-        first = !__syncthreads_or(threadIdx.x < end && tokens[end - 1 - threadIdx.x] == token);
-    float sum = first && d < D ? dE[(size_t)token * D + d] : 0;
-    for (size_t base = row; first && base < rows; base += THREADS) {
-        unsigned hit = __ballot_sync(ALL_LANES, base + threadIdx.x < rows && tokens[base + threadIdx.x] == token);
-        if (threadIdx.x % WARP == 0) hits[threadIdx.x / WARP] = hit;
-        __syncthreads();
-        for (int warp = 0; warp < WARPS && d < D; warp++)
-            for (int lane = 0; lane < WARP && hits[warp]; lane++)
-                if (hits[warp] >> lane & 1) sum += scale * dx[(base + warp * WARP + lane) * D + d];
-        __syncthreads();
+// dE[token] += scale · dx, but nothing for the padding token. A token may come often, and its rows are to be added in order:
+// so rows are sorted by token, those of one token in their order, and the block of the first adds up all. To sort by a digit
+// of the token, block x, which writes those whose digit is x, counts how many come before: a warp takes one part of the rows.
+struct token_row { int token, row; };
+enum { DIGIT_BITS = 8, DIGITS = 1 << DIGIT_BITS, TOKEN_BITS = 32, ROWS_AHEAD = 8 };
+
+__global__ void sort_tokens_kernel(token_row *to, const token_row *from, const int *tokens, size_t rows, int shift) {
+    __shared__ unsigned counts[WARPS];
+    const size_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const size_t each = ceil_div(rows, WARPS), first = least(rows, warp * each), count = least(rows - first, each);
+    auto get = [=](size_t i) { return from ? from[i] : token_row{tokens[i], (int)i}; };
+    auto digit = [=](token_row x) { return (unsigned)x.token >> shift & (DIGITS - 1); };
+    constexpr int HELD = 8;
+    unsigned before = 0, own = 0;
+    FOR_EACH_STRETCH(i, count) {
+        token_row x[HELD];
+        FOR_EACH_HELD(j, i, count) x[j] = get(first + i + j * WARP);
+        FOR_EACH_HELD(j, i, count) before += digit(x[j]) < blockIdx.x, own += digit(x[j]) == blockIdx.x;
     }
-    if (first && d < D) dE[(size_t)token * D + d] = sum;
+    own = warp_sum(own);
+    if (lane == 0) counts[warp] = own;
+    unsigned at = block_sum(before);
+    for (size_t earlier = 0; earlier < warp; earlier++) at += counts[earlier];
+    for (size_t i = lane; i - lane < count && own > 0; i += WARP) {
+        const token_row x = i < count ? get(first + i) : token_row();
+        const bool mine = i < count && digit(x) == blockIdx.x;
+        const unsigned all = __ballot_sync(ALL_LANES, mine);
+        if (mine) to[at + __popc(all & ((1u << lane) - 1))] = x;
+        at += __popc(all);
+    }
+}
+
+// A block for each place in the sorted list; blockIdx.y: 256 columns each. A warp looks at 32 places at a time.
+__global__ void embedding_backward_kernel(float *dE, const float *dx, const token_row *sorted, size_t rows, size_t D,
+                                          float scale, int pad_token_id) {
+    const size_t place = blockIdx.x, d = blockIdx.y * (size_t)THREADS + threadIdx.x;
+    const int token = sorted[place].token;
+    if (token == pad_token_id || (place > 0 && sorted[place - 1].token == token)) return;
+    const float *column = dx + least(d, D - 1);                  // threads beyond the last one read it too
+    float sum = d < D ? dE[(size_t)token * D + d] : 0;
+    for (unsigned base = 0, same = WARP; same == WARP; base += WARP) {
+        const size_t own = place + base + threadIdx.x % WARP;
+        const token_row x = own < rows ? sorted[own] : token_row();
+        same = __popc(__ballot_sync(ALL_LANES, own < rows && x.token == token));
+        for (unsigned i = 0; i < same; i += ROWS_AHEAD) {
+            float loaded[ROWS_AHEAD];
+#pragma unroll
+            for (unsigned j = 0; j < ROWS_AHEAD; j++) {
+                const size_t row = __shfl_sync(ALL_LANES, x.row, i + j);
+                if (i + j < same) loaded[j] = column[row * D];
+            }
+#pragma unroll
+            for (unsigned j = 0; j < ROWS_AHEAD; j++)
+                if (i + j < same) sum += scale * loaded[j];
+        }
+    }
+    if (d < D) dE[(size_t)token * D + d] = sum;
 }
 void embedding_backward(metala_context *ctx, float *dE, const float *dx, const int *tokens, size_t rows, size_t D,
                         double scale, int pad_token_id) {
-    RUN(embedding_backward_kernel, extent(rows, ceil_div(D, THREADS)), THREADS, 0, dE, dx, tokens, rows, D,
-        (float)scale, pad_token_id);
+    token_row *to = (token_row *)scratch(ctx, 4 * rows), *other = to + rows, *from = NULL;
+    if (!to) return;
+    for (int shift = 0; shift < TOKEN_BITS; shift += DIGIT_BITS) {
+        RUN(sort_tokens_kernel, rows ? DIGITS : 0, THREADS, 0, to, from, tokens, rows, shift);
+        from = to, to = other, other = from;
+    }
+    RUN(embedding_backward_kernel, extent(rows, ceil_div(D, THREADS)), THREADS, 0, dE, dx, from, rows, D, (float)scale,
+        pad_token_id);
 }
 
 // Patches:  x = bytes/255      x, bytes (n)
@@ -1273,48 +1354,66 @@ void patch_forward(metala_context *ctx, float *x, const int *bytes, size_t n) {
 
 // RMS norm:  n = m x r,  r = (mean_D(x²) + eps)^(-1/2)
 //   n, x (rows,D)   r (rows)   mask m (rows) of 0 and 1, or NULL: a warp for each row.
+template <int HELD>
 __global__ void rms_forward_kernel(float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
                                    float eps) {
     FOR_EACH_WARP(row, rows) {
-        const float *in = x + row * D;
-        float sum = 0;
-        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) sum += in[d] * in[d];
+        const bool kept = !mask || mask[row];
+        float in[HELD], sum = 0;
+        FOR_EACH_STRETCH(d, D) {
+            hold(in, x + row * D, d, D);
+            FOR_EACH_HELD(j, d, D) sum += in[j] * in[j];
+        }
         float scale = 1 / sqrtf(warp_sum(sum) / (float)D + eps);
         if (threadIdx.x % WARP == 0) r[row] = scale;
-        if (mask && !mask[row]) scale = 0;
-        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) n[row * D + d] = in[d] * scale;
+        if (!kept) scale = 0;
+        FOR_EACH_STRETCH(d, D) {
+            if (D > HELD * WARP) hold(in, x + row * D, d, D);
+            FOR_EACH_HELD(j, d, D) n[row * D + d + j * WARP] = in[j] * scale;
+        }
     }
 }
 void rms_forward(metala_context *ctx, float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
                  double eps) {
-    RUN(rms_forward_kernel, blocks_for(rows, WARPS), THREADS, 0, n, r, x, mask, rows, D, (float)eps);
+    by_width<HELD_OF_ROW>(D, [=](auto HELD) {
+        RUN(rms_forward_kernel<HELD>, blocks_for(rows, WARPS), THREADS, 0, n, r, x, mask, rows, D, (float)eps);
+    });
 }
 
 // dx += r (m dn - x̂ mean_D(m dn ⊙ x̂)),  x̂ = x r         dx, dn (rows,D)   r (rows): a warp for each row.
-__global__ void rms_backward_kernel(float *dx, const float *dn, const float *x, const float *r, const uint8_t *mask,
-                                    size_t rows, size_t D) {
+template <int HELD>
+__global__ void __launch_bounds__(THREADS, 2)
+rms_backward_kernel(float *dx, const float *dn, const float *x, const float *r, const uint8_t *mask, size_t rows, size_t D) {
     FOR_EACH_WARP(row, rows) {
-        const float *in = x + row * D, *gradient = dn + row * D;
-        float scale = r[row], sum = 0;
-        for (size_t d = threadIdx.x % WARP; d < D; d += WARP) sum += gradient[d] * in[d];
+        const bool kept = !mask || mask[row];
+        float in[HELD], gradient[HELD], scale = r[row], sum = 0;
+        auto load = [&](size_t d) { hold(in, x + row * D, d, D), hold(gradient, dn + row * D, d, D); };
+        FOR_EACH_STRETCH(d, D) {
+            load(d);
+            FOR_EACH_HELD(j, d, D) sum += gradient[j] * in[j];
+        }
         float mean = scale * warp_sum(sum) / (float)D;
-        if (!mask || mask[row])
-            for (size_t d = threadIdx.x % WARP; d < D; d += WARP)
-                dx[row * D + d] += scale * (gradient[d] - in[d] * scale * mean);
+        if (kept)
+            FOR_EACH_STRETCH(d, D) {
+                if (D > HELD * WARP) load(d);
+                FOR_EACH_HELD(j, d, D) dx[row * D + d + j * WARP] += scale * (gradient[j] - in[j] * scale * mean);
+            }
     }
 }
 void rms_backward(metala_context *ctx, float *dx, const float *dn, const float *x, const float *r, const uint8_t *mask,
                   size_t rows, size_t D) {
-    RUN(rms_backward_kernel, blocks_for(rows, WARPS), THREADS, 0, dx, dn, x, r, mask, rows, D);
+    by_width<HELD_OF_ROW>(D, [=](auto HELD) {
+        RUN(rms_backward_kernel<HELD>, blocks_for(rows, WARPS), THREADS, 0, dx, dn, x, r, mask, rows, D);
+    });
 }
 
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
 //   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read and then all replaced, NULL for zeros. With u
 // NULL the convolution alone. A thread takes one channel through a run of tokens of one sequence, with the last inputs in
-// registers. The thread of the first run, which alone reads the tail, also replaces it.
-enum { RUN_TOKENS = 32, REACH = METALA_CONV - 1 };
-__global__ void conv_forward_kernel(float *u, float *c, const float *n, const float *w, float *tail, size_t B, size_t T,
-                                    size_t D) {
+// registers and the next STRIDE on their way. The thread of the first run, which alone reads the tail, also replaces it.
+enum { RUN_TOKENS = 32, STRIDE = 4, REACH = METALA_CONV - 1 };
+__global__ void
+conv_forward_kernel(float *u, float *c, const float *n, const float *w, float *tail, size_t B, size_t T, size_t D) {
     const size_t runs = ceil_div(T, RUN_TOKENS);
     FOR_EACH(i, B * runs * D) {
         size_t d = i % D, b = i / D / runs, t0 = i / D % runs * RUN_TOKENS, end = least(T, t0 + RUN_TOKENS);
@@ -1324,13 +1423,20 @@ __global__ void conv_forward_kernel(float *u, float *c, const float *n, const fl
             if (t0 + j >= METALA_CONV) near[j] = n[(b * T + t0 + j - METALA_CONV) * D + d];
             else if (tail) near[j] = tail[(b * METALA_CONV + t0 + j) * D + d];
         }
-        for (size_t t = t0; t < end; t++) {
-            size_t at = (b * T + t) * D + d;
-            near[0] = near[1], near[1] = near[2], near[2] = near[3], near[3] = n[at];
-            float sum = 0;
-            for (size_t j = 0; j < METALA_CONV; j++) sum += taps[j] * near[j];
-            c[at] = sum;
-            if (u) u[at] = silu(sum);
+        for (size_t base = t0, at = (b * T + t0) * D + d; base < end; base += STRIDE) {
+            float in[STRIDE];
+#pragma unroll
+            for (size_t t = 0; t < STRIDE; t++)
+                if (base + t < end) in[t] = n[at + t * D];
+#pragma unroll
+            for (size_t t = 0; t < STRIDE; t++, at += D) {
+                if (base + t >= end) break;
+                near[0] = near[1], near[1] = near[2], near[2] = near[3], near[3] = in[t];
+                float sum = 0;
+                for (size_t j = 0; j < METALA_CONV; j++) sum += taps[j] * near[j];
+                c[at] = sum;
+                if (u) u[at] = silu(sum);
+            }
         }
         for (size_t j = 0; tail && t0 == 0 && j < METALA_CONV; j++)
             tail[(b * METALA_CONV + j) * D + d] = end == T ? near[j] : n[(b * T + T - METALA_CONV + j) * D + d];
@@ -1345,20 +1451,34 @@ void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const
 // dw[:,j] += Σ_{b,t} n_t ⊙ dc_{t+3-j}, t from -3 on where there is a tail
 // A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of the next
 // three in registers, and leaves the run's part of dw in parts (runs,D,4).
-__global__ void conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, const float *n,
-                                     const float *w, const float *tail, size_t B, size_t T, size_t D) {
+__global__ void
+conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, const float *n, const float *w,
+                     const float *tail, size_t B, size_t T, size_t D) {
     const size_t runs = ceil_div(T, RUN_TOKENS);
     FOR_EACH(i, B * runs * D) {
         size_t d = i % D, b = i / D / runs, t0 = i / D % runs * RUN_TOKENS, end = least(T, t0 + RUN_TOKENS);
         float taps[METALA_CONV], later[METALA_CONV] = {}, sum[METALA_CONV] = {};     // later: dc of t, t+1, t+2, t+3
         for (size_t j = 0; j < METALA_CONV; j++) taps[j] = w[d * METALA_CONV + j];
         auto shift = [&](float dc) { later[3] = later[2], later[2] = later[1], later[1] = later[0], later[0] = dc; };
-        for (size_t t = end + REACH; t-- > t0;) {
-            size_t at = (b * T + t) * D + d;
-            shift(t >= T ? 0 : c ? du[at] * silu_slope(c[at]) : du[at]);
-            if (t >= end) continue;                              // the next run's, only looked at
-            dn[at] = taps[3] * later[0] + taps[2] * later[1] + taps[1] * later[2] + taps[0] * later[3];
-            for (size_t j = 0; j < METALA_CONV; j++) sum[j] += n[at] * later[REACH - j];
+        const size_t first = (b * T + t0) * D + d;
+        const unsigned own = (unsigned)(end - t0), there = (unsigned)(least(T, end + REACH) - t0);
+        for (unsigned left = there; left > 0; left -= (unsigned)least(left, STRIDE)) {
+            float gradient[STRIDE], before[STRIDE], in[STRIDE];
+#pragma unroll
+            for (unsigned s = 0; s < STRIDE; s++) {
+                const unsigned t = left - 1 - s;                 // larger than all when none is left
+                if (t < there) gradient[s] = du[first + t * D];
+                if (t < there && c) before[s] = c[first + t * D];
+                if (t < own) in[s] = n[first + t * D];
+            }
+#pragma unroll
+            for (unsigned s = 0; s < STRIDE; s++) {
+                const unsigned t = left - 1 - s;
+                if (t < there) shift(c ? gradient[s] * silu_slope(before[s]) : gradient[s]);
+                if (t >= own) continue;                          // the next run's, only looked at
+                dn[first + t * D] = taps[3] * later[0] + taps[2] * later[1] + taps[1] * later[2] + taps[0] * later[3];
+                for (size_t j = 0; j < METALA_CONV; j++) sum[j] += in[s] * later[REACH - j];
+            }
         }
         for (size_t t = REACH; tail && t0 == 0 && t > 0; t--) {
             shift(0);
@@ -1388,14 +1508,15 @@ void mask_rows(metala_context *ctx, float *x, const uint8_t *mask, size_t rows, 
 
 // a = log σ(z) / τ,  α = e^a,  k = 1 - α        alpha, k, z: n numbers; k NULL when the key is not tied to the decay.
 __global__ void gate_forward_kernel(float *alpha, float *k, const float *z, size_t n, float inverse_tau) {
-    FOR_EACH(i, n) {
-        float a = log_sigmoid(z[i]) * inverse_tau;
-        alpha[i] = expf(a);
-        if (k) k[i] = -expm1f(a);
-    }
+    FOR_EACH_FEW(first, n)
+        few(first, n, [=](size_t i) { return z[i]; }, [=](size_t i, float z) {
+            float a = log_sigmoid(z) * inverse_tau;
+            alpha[i] = expf(a);
+            if (k) k[i] = -expm1f(a);
+        });
 }
 void gate_forward(metala_context *ctx, float *alpha, float *k, const float *z, size_t n, double tau) {
-    RUN(gate_forward_kernel, blocks_for(n, THREADS), THREADS, 0, alpha, k, z, n, (float)(1 / tau));
+    RUN(gate_forward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, alpha, k, z, n, (float)(1 / tau));
 }
 
 // dz = (da - α dk) σ(-z) / τ      da is the gradient in a = log α, dk that of the tied key, NULL when it is not tied.
@@ -1414,42 +1535,68 @@ void gate_backward(metala_context *ctx, float *dz, const float *da, const float 
 
 // Self-augmentation:  p_t = o_t + σ(w_t v_t),  w_t = Σ_i q_{t,i} k_{t,i} b_i        per head
 //   p, o, v (rows,H,V)   q, k (rows,H,K)   b [H·K]: a warp for each row and head.
-__device__ float augment_weight(const float *q, const float *k, const float *b, size_t K) {
-    float w = 0;
-    for (size_t i = threadIdx.x % WARP; i < K; i += WARP) w += q[i] * k[i] * b[i];
-    return warp_sum(w);
-}
-
+template <int HELD>
 __global__ void augment_forward_kernel(float *p, const float *o, const float *q, const float *k, const float *v,
                                        const float *b, size_t rows, size_t H, size_t K, size_t V) {
     FOR_EACH_WARP(r, rows * H) {
-        float w = augment_weight(q + r * K, k + r * K, b + r % H * K, K);
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) p[r * V + j] = o[r * V + j] + sigmoid(w * v[r * V + j]);
+        const float *bh = b + r % H * K;
+        float query[HELD], key[HELD], balance[HELD], value[HELD], out[HELD], w = 0;
+        auto load = [&](size_t j) { hold(value, v + r * V, j, V), hold(out, o + r * V, j, V); };
+        if (V <= HELD * WARP) load(threadIdx.x % WARP);          // on its way together with what makes w
+        FOR_EACH_STRETCH(i, K) {
+            hold(query, q + r * K, i, K), hold(key, k + r * K, i, K), hold(balance, bh, i, K);
+            FOR_EACH_HELD(e, i, K) w += query[e] * key[e] * balance[e];
+        }
+        w = warp_sum(w);
+        FOR_EACH_STRETCH(j, V) {
+            if (V > HELD * WARP) load(j);
+            FOR_EACH_HELD(e, j, V) p[r * V + j + e * WARP] = out[e] + sigmoid(w * value[e]);
+        }
     }
 }
 void augment_forward(metala_context *ctx, float *p, const float *o, const float *q, const float *k, const float *v,
                      const float *b, size_t rows, size_t H, size_t K, size_t V) {
-    RUN(augment_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, p, o, q, k, v, b, rows, H, K, V);
+    by_width<HELD_OF_HEAD>(greatest(K, V), [=](auto HELD) {
+        RUN(augment_forward_kernel<HELD>, blocks_for(rows * H, WARPS), THREADS, 0, p, o, q, k, v, b, rows, H, K, V);
+    });
 }
 
 // With e = σ(w v), t = dp ⊙ e ⊙ (1 - e):   do = dp (the same memory serves both)     dw = Σ_V t ⊙ v
 //   dv += w t     dq += dw (k ⊙ b)     dk += dw (q ⊙ b)     db += Σ_rows dw (q ⊙ k)
 // A warp for each row and head, which leaves dw (rows,H); then db in strips of rows.
+template <int HELD>
 __global__ void augment_backward_kernel(float *dq, float *dk, float *dv, float *dw, const float *dp, const float *q,
                                         const float *k, const float *v, const float *b, size_t rows, size_t H, size_t K,
                                         size_t V) {
     FOR_EACH_WARP(r, rows * H) {
-        const float *qh = q + r * K, *kh = k + r * K, *bh = b + r % H * K;
-        float w = augment_weight(qh, kh, bh, K), sum = 0;
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
-            float e = sigmoid(w * v[r * V + j]), t = dp[r * V + j] * e * (1 - e);
-            dv[r * V + j] += w * t;
-            sum += t * v[r * V + j];
+        const float *bh = b + r % H * K;
+        float query[HELD], key[HELD], balance[HELD], value[HELD], gradient[HELD], so_far[HELD], of_key[HELD], w = 0, sum = 0;
+        auto load_keys = [&](size_t i) { hold(query, q + r * K, i, K), hold(key, k + r * K, i, K), hold(balance, bh, i, K); };
+        auto load_values = [&](size_t j) {
+            hold(value, v + r * V, j, V), hold(gradient, dp + r * V, j, V), hold(so_far, dv + r * V, j, V);
+        };
+        if (V <= HELD * WARP) load_values(threadIdx.x % WARP);   // on their way together with what makes w
+        FOR_EACH_STRETCH(i, K) {
+            load_keys(i);
+            FOR_EACH_HELD(e, i, K) w += query[e] * key[e] * balance[e];
+        }
+        w = warp_sum(w);
+        FOR_EACH_STRETCH(j, V) {
+            if (V > HELD * WARP) load_values(j);
+            FOR_EACH_HELD(e, j, V) {
+                float open = sigmoid(w * value[e]), t = gradient[e] * open * (1 - open);
+                dv[r * V + j + e * WARP] = so_far[e] + w * t;
+                sum += t * value[e];
+            }
         }
         sum = warp_sum(sum);
-        for (size_t i = threadIdx.x % WARP; i < K; i += WARP) {
-            dq[r * K + i] += sum * kh[i] * bh[i];
-            dk[r * K + i] += sum * qh[i] * bh[i];
+        FOR_EACH_STRETCH(i, K) {
+            if (K > HELD * WARP) load_keys(i);
+            hold(so_far, dq + r * K, i, K), hold(of_key, dk + r * K, i, K);
+            FOR_EACH_HELD(e, i, K) {
+                dq[r * K + i + e * WARP] = so_far[e] + sum * key[e] * balance[e];
+                dk[r * K + i + e * WARP] = of_key[e] + sum * query[e] * balance[e];
+            }
         }
         if (threadIdx.x % WARP == 0) dw[r] = sum;
     }
@@ -1470,79 +1617,112 @@ void augment_backward(metala_context *ctx, float *dq, float *dk, float *dv, floa
     float *dw = scratch(ctx, rows * H + strips * H * K);
     if (!dw) return;
     float *parts = dw + rows * H;
-    RUN(augment_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dq, dk, dv, dw, dp, q, k, v, b, rows, H, K,
-        V);
+    by_width<HELD_OF_HEAD>(greatest(K, V), [=](auto HELD) {
+        RUN(augment_backward_kernel<HELD>, blocks_for(rows * H, WARPS), THREADS, 0, dq, dk, dv, dw, dp, q, k, v, b, rows, H, K, V);
+    });
     RUN(augment_balance_kernel, blocks_for(strips * H * K, THREADS), THREADS, 0, parts, dw, q, k, rows, H, K);
     RUN(sum_parts_kernel, blocks_for(H * K, THREADS), THREADS, 0, db, parts, strips, H * K, H * K, 1);
 }
 
 // n = (p - μ) ρ,  ρ = (mean((p-μ)²) + eps)^(-1/2)      y = silu(g) ⊙ n, with g NULL no y: a warp for each head.
 //   y, n, p, g (rows,H,V)   ρ (rows,H)
+template <int HELD>
 __global__ void head_norm_forward_kernel(float *y, float *n, float *rho, const float *p, const float *g, size_t heads, size_t V,
                                          float eps) {
     FOR_EACH_WARP(r, heads) {
-        float sum = 0, square = 0;
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) sum += p[r * V + j];
+        float in[HELD], gate[HELD], sum = 0, square = 0;
+        auto load = [&](size_t j) {
+            hold(in, p + r * V, j, V);
+            if (g) hold(gate, g + r * V, j, V);
+        };
+        FOR_EACH_STRETCH(j, V) {
+            load(j);
+            FOR_EACH_HELD(e, j, V) sum += in[e];
+        }
         float mean = warp_sum(sum) / (float)V;
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) square += (p[r * V + j] - mean) * (p[r * V + j] - mean);
+        FOR_EACH_STRETCH(j, V) {
+            if (V > HELD * WARP) load(j);
+            FOR_EACH_HELD(e, j, V) square += (in[e] - mean) * (in[e] - mean);
+        }
         float scale = 1 / sqrtf(warp_sum(square) / (float)V + eps);
-        for (size_t j = threadIdx.x % WARP; j < V; j += WARP) {
-            float normal = (p[r * V + j] - mean) * scale;
-            n[r * V + j] = normal;
-            if (g) y[r * V + j] = silu(g[r * V + j]) * normal;
+        FOR_EACH_STRETCH(j, V) {
+            if (V > HELD * WARP) load(j);
+            FOR_EACH_HELD(e, j, V) {
+                const size_t at = r * V + j + e * WARP;
+                float normal = (in[e] - mean) * scale;
+                n[at] = normal;
+                if (g) y[at] = silu(gate[e]) * normal;
+            }
         }
         if (threadIdx.x % WARP == 0) rho[r] = scale;
     }
 }
 void head_norm_forward(metala_context *ctx, float *y, float *n, float *rho, const float *p, const float *g, size_t rows, size_t H,
                        size_t V, double eps) {
-    RUN(head_norm_forward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, y, n, rho, p, g, rows * H, V, (float)eps);
+    by_width<HELD_OF_HEAD>(V, [=](auto HELD) {
+        RUN(head_norm_forward_kernel<HELD>, blocks_for(rows * H, WARPS), THREADS, 0, y, n, rho, p, g, rows * H, V, (float)eps);
+    });
 }
 
 // dn = dy ⊙ silu(g), or dy with g NULL      dp = ρ (dn - mean(dn) - n mean(dn ⊙ n))      dg = dy ⊙ n ⊙ silu'(g)
-// A warp for each head; dn is made twice, which is less than to write and read it.
+// A warp for each head; dn is made twice, which takes fewer registers than to keep it.
+template <int HELD>
 __global__ void head_norm_backward_kernel(float *dp, float *dg, const float *dy, const float *n, const float *rho, const float *g,
                                           size_t heads, size_t V) {
     FOR_EACH_WARP(r, heads) {
-        float sum = 0, product = 0;
-        for (size_t j = r * V + threadIdx.x % WARP; j < (r + 1) * V; j += WARP) {
-            float dn = g ? dy[j] * silu(g[j]) : dy[j];
-            sum += dn;
-            product += dn * n[j];
+        float gradient[HELD], normal[HELD], gate[HELD], sum = 0, product = 0, scale = rho[r];
+        auto load = [&](size_t j) {
+            hold(gradient, dy + r * V, j, V), hold(normal, n + r * V, j, V);
+            if (g) hold(gate, g + r * V, j, V);
+        };
+        FOR_EACH_STRETCH(j, V) {
+            load(j);
+            FOR_EACH_HELD(e, j, V) {
+                float dn = g ? gradient[e] * silu(gate[e]) : gradient[e];
+                sum += dn;
+                product += dn * normal[e];
+            }
         }
         float mean = warp_sum(sum) / (float)V, along = warp_sum(product) / (float)V;
-        for (size_t j = r * V + threadIdx.x % WARP; j < (r + 1) * V; j += WARP) {
-            float gradient = dy[j], normal = n[j];
-            if (g) dg[j] = gradient * normal * silu_slope(g[j]);
-            dp[j] = rho[r] * ((g ? gradient * silu(g[j]) : gradient) - mean - normal * along);
+        FOR_EACH_STRETCH(j, V) {
+            if (V > HELD * WARP) load(j);
+            FOR_EACH_HELD(e, j, V) {
+                const size_t at = r * V + j + e * WARP;
+                if (g) dg[at] = gradient[e] * normal[e] * silu_slope(gate[e]);
+                dp[at] = scale * ((g ? gradient[e] * silu(gate[e]) : gradient[e]) - mean - normal[e] * along);
+            }
         }
     }
 }
 void head_norm_backward(metala_context *ctx, float *dp, float *dg, const float *dy, const float *n, const float *rho,
                         const float *g, size_t rows, size_t H, size_t V) {
-    RUN(head_norm_backward_kernel, blocks_for(rows * H, WARPS), THREADS, 0, dp, dg, dy, n, rho, g, rows * H, V);
+    by_width<HELD_OF_HEAD>(V, [=](auto HELD) {
+        RUN(head_norm_backward_kernel<HELD>, blocks_for(rows * H, WARPS), THREADS, 0, dp, dg, dy, n, rho, g, rows * H, V);
+    });
 }
 
 // Gated product:  y = silu(a) ⊙ b, n numbers.
 __global__ void silu_gate_forward_kernel(float *y, const float *a, const float *b, size_t n) {
-    FOR_EACH(i, n) y[i] = silu(a[i]) * b[i];
+    FOR_EACH_FEW(first, n)
+        few(first, n, [=](size_t i) { return make_float2(a[i], b[i]); }, [=](size_t i, float2 ab) { y[i] = silu(ab.x) * ab.y; });
 }
 void silu_gate_forward(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
-    RUN(silu_gate_forward_kernel, blocks_for(n, THREADS), THREADS, 0, y, a, b, n);
+    RUN(silu_gate_forward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, y, a, b, n);
 }
 
 // da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
 __global__ void silu_gate_backward_kernel(float *da, float *db, const float *dy, const float *a, const float *b,
                                           size_t n) {
-    FOR_EACH(i, n) {
-        float s = sigmoid(a[i]), gradient = dy[i];
-        da[i] = gradient * b[i] * s * (1 + a[i] * (1 - s));
-        db[i] = gradient * a[i] * s;
-    }
+    FOR_EACH_FEW(first, n)
+        few(first, n, [=](size_t i) { return make_float3(dy[i], a[i], b[i]); }, [=](size_t i, float3 in) {
+            float gradient = in.x, a = in.y, b = in.z, s = sigmoid(a);
+            da[i] = gradient * b * s * (1 + a * (1 - s));
+            db[i] = gradient * a * s;
+        });
 }
 void silu_gate_backward(metala_context *ctx, float *da, float *db, const float *dy, const float *a, const float *b,
                         size_t n) {
-    RUN(silu_gate_backward_kernel, blocks_for(n, THREADS), THREADS, 0, da, db, dy, a, b, n);
+    RUN(silu_gate_backward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, da, db, dy, a, b, n);
 }
 
 // Sum:  y = a + b, n numbers; y may be a or b.
@@ -2589,10 +2769,11 @@ __global__ void cross_entropy_backward_kernel(float *dlogits, const float *logit
     FOR_EACH_ROW(row, rows) {
         const int target = targets[row];
         const float base = lse[row];
-        for (size_t i = threadIdx.x; i < N; i += THREADS) {
-            float p = weight * expf(logits[row * N + i] - base) - ((size_t)target == i ? weight : 0);
-            dlogits[row * N + i] = target == METALA_IGNORE ? 0 : p;
-        }
+        for (size_t first = threadIdx.x; first < N; first += FEW * THREADS)
+            few(first, N, [=](size_t i) { return logits[row * N + i]; }, [=](size_t i, float logit) {
+                float p = weight * expf(logit - base) - ((size_t)target == i ? weight : 0);
+                dlogits[row * N + i] = target == METALA_IGNORE ? 0 : p;
+            });
     }
 }
 void cross_entropy_backward(metala_context *ctx, float *dlogits, const float *logits, const float *lse,

@@ -495,6 +495,7 @@ OP1(Root, (T)sqrt(a))
 OP1(Reciprocal, (T)(1 / a))
 OP1(PowerOfTwo, (T)exp2(a))
 OP1(LeadingZeros, a ? __builtin_clzll((unsigned long long)a) - (int)(64 - 8 * sizeof(T)) : (int)(8 * sizeof(T)))
+OP1(Ones, __builtin_popcountll((unsigned long long)a))
 OP2(Add, (T)(a + b))
 OP2(Subtract, (T)(a - b))
 OP2(Multiply, (T)(a * b))
@@ -981,7 +982,8 @@ template <class T> Execute integer(const string &name) {
     typedef std::make_unsigned_t<T> U;
     static const std::map<string, Execute> table = {
         {"mov", one<U, U, Move>}, {"neg", one<U, U, Negate>}, {"not", one<U, U, Not>}, {"abs", one<T, T, Absolute>},
-        {"clz", one<uint32_t, U, LeadingZeros>}, {"add", two<U, U, Add>}, {"sub", two<U, U, Subtract>},
+        {"clz", one<uint32_t, U, LeadingZeros>}, {"popc", one<uint32_t, U, Ones>},
+        {"add", two<U, U, Add>}, {"sub", two<U, U, Subtract>},
         {"mul.lo", two<U, U, Multiply>}, {"mul.hi", two<T, T, MultiplyHigh>}, {"mul.wide", two<Wide<T>, T, MultiplyWide>},
         {"mad.lo", three<U, U, U, MultiplyAdd>}, {"mad.hi", three<T, T, T, MultiplyAddHigh>},
         {"mad.wide", three<Wide<T>, T, Wide<T>, MultiplyAddWide>}, {"div", divide<T, false>}, {"rem", divide<T, true>},
@@ -1485,8 +1487,8 @@ void Translator::instruction() {
         int width = bytes_of(type), wide = has("wide") ? 2 * width : width, *to[] = {&i.d, &i.a, &i.b, &i.c};
         known = i.run && width && o.size() <= 4 && (!carry || type == "u32") && (!has("ftz") || op == "ex2");
         for (size_t n = 0; known && n < o.size(); n++) {
-            bool narrow =
-                (n == 0 && (op == "setp" || op == "clz")) || (n == 2 && (op == "shl" || op == "shr")) || (n == 3 && op == "selp");
+            bool narrow = (n == 0 && (op == "setp" || op == "clz" || op == "popc")) ||
+                          (n == 2 && (op == "shl" || op == "shr")) || (n == 3 && op == "selp");
             *to[n] = slot(o[n].names[0], narrow ? 4 : n == 0 || n == 3 ? wide : width);
             if (type == "pred" && o[n].names[0] == "-1") *to[n] = constant(1, 4);
             known = !o[n].negated && o[n].second.empty();
