@@ -1357,6 +1357,7 @@ void patch_forward(metala_context *ctx, float *x, const int *bytes, size_t n) {
 template <int HELD>
 __global__ void rms_forward_kernel(float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
                                    float eps) {
+    next_may_begin(), wait_for_before();
     FOR_EACH_WARP(row, rows) {
         const bool kept = !mask || mask[row];
         float in[HELD], sum = 0;
@@ -1376,7 +1377,7 @@ __global__ void rms_forward_kernel(float *n, float *r, const float *x, const uin
 void rms_forward(metala_context *ctx, float *n, float *r, const float *x, const uint8_t *mask, size_t rows, size_t D,
                  double eps) {
     by_width<HELD_OF_ROW>(D, [=](auto HELD) {
-        RUN(rms_forward_kernel<HELD>, blocks_for(rows, WARPS), THREADS, 0, n, r, x, mask, rows, D, (float)eps);
+        RUN_EARLY(rms_forward_kernel<HELD>, blocks_for(rows, WARPS), THREADS, 0, n, r, x, mask, rows, D, (float)eps);
     });
 }
 
@@ -1415,6 +1416,7 @@ enum { RUN_TOKENS = 32, STRIDE = 4, REACH = METALA_CONV - 1 };
 __global__ void
 conv_forward_kernel(float *u, float *c, const float *n, const float *w, float *tail, size_t B, size_t T, size_t D) {
     const size_t runs = ceil_div(T, RUN_TOKENS);
+    next_may_begin(), wait_for_before();
     FOR_EACH(i, B * runs * D) {
         size_t d = i % D, b = i / D / runs, t0 = i / D % runs * RUN_TOKENS, end = least(T, t0 + RUN_TOKENS);
         float taps[METALA_CONV], near[METALA_CONV] = {};         // near: n of t-3, t-2, t-1, t
@@ -1444,7 +1446,7 @@ conv_forward_kernel(float *u, float *c, const float *n, const float *w, float *t
 }
 void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const float *w, float *tail, size_t B, size_t T,
                   size_t D) {
-    RUN(conv_forward_kernel, blocks_for(B * ceil_div(T, RUN_TOKENS) * D, THREADS), THREADS, 0, u, c, n, w, tail, B, T, D);
+    RUN_EARLY(conv_forward_kernel, blocks_for(B * ceil_div(T, RUN_TOKENS) * D, THREADS), THREADS, 0, u, c, n, w, tail, B, T, D);
 }
 
 // dc = du ⊙ silu'(c), or du where c is NULL      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)
@@ -1703,11 +1705,12 @@ void head_norm_backward(metala_context *ctx, float *dp, float *dg, const float *
 
 // Gated product:  y = silu(a) ⊙ b, n numbers.
 __global__ void silu_gate_forward_kernel(float *y, const float *a, const float *b, size_t n) {
+    next_may_begin(), wait_for_before();
     FOR_EACH_FEW(first, n)
         few(first, n, [=](size_t i) { return make_float2(a[i], b[i]); }, [=](size_t i, float2 ab) { y[i] = silu(ab.x) * ab.y; });
 }
 void silu_gate_forward(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
-    RUN(silu_gate_forward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, y, a, b, n);
+    RUN_EARLY(silu_gate_forward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, y, a, b, n);
 }
 
 // da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
