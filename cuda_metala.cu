@@ -1262,8 +1262,8 @@ void rms_backward(metala_context *ctx, float *dx, const float *dn, const float *
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
 //   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read and then all replaced, NULL for zeros. With u
 // NULL the convolution alone. A thread takes one channel through a run of tokens of one sequence, with the last inputs in
-// registers. The thread of the first run, which alone reads the tail, also replaces it.
-enum { RUN_TOKENS = 32, REACH = METALA_CONV - 1 };
+// registers and the next four on their way. The thread of the first run, which alone reads the tail, also replaces it.
+enum { RUN_TOKENS = 32, TOKENS_AHEAD = 4, REACH = METALA_CONV - 1 };
 __global__ void conv_forward_kernel(float *u, float *c, const float *n, const float *w, float *tail, size_t B, size_t T,
                                     size_t D) {
     const size_t runs = ceil_div(T, RUN_TOKENS);
@@ -1275,13 +1275,20 @@ __global__ void conv_forward_kernel(float *u, float *c, const float *n, const fl
             if (t0 + j >= METALA_CONV) near[j] = n[(b * T + t0 + j - METALA_CONV) * D + d];
             else if (tail) near[j] = tail[(b * METALA_CONV + t0 + j) * D + d];
         }
-        for (size_t t = t0; t < end; t++) {
-            size_t at = (b * T + t) * D + d;
-            near[0] = near[1], near[1] = near[2], near[2] = near[3], near[3] = n[at];
-            float sum = 0;
-            for (size_t j = 0; j < METALA_CONV; j++) sum += taps[j] * near[j];
-            c[at] = sum;
-            if (u) u[at] = silu(sum);
+        for (size_t base = t0, at = (b * T + t0) * D + d; base < end; base += TOKENS_AHEAD) {
+            float in[TOKENS_AHEAD];
+#pragma unroll
+            for (size_t t = 0; t < TOKENS_AHEAD; t++)
+                if (base + t < end) in[t] = n[at + t * D];
+#pragma unroll
+            for (size_t t = 0; t < TOKENS_AHEAD; t++, at += D) {
+                if (base + t >= end) break;
+                near[0] = near[1], near[1] = near[2], near[2] = near[3], near[3] = in[t];
+                float sum = 0;
+                for (size_t j = 0; j < METALA_CONV; j++) sum += taps[j] * near[j];
+                c[at] = sum;
+                if (u) u[at] = silu(sum);
+            }
         }
         for (size_t j = 0; tail && t0 == 0 && j < METALA_CONV; j++)
             tail[(b * METALA_CONV + j) * D + d] = end == T ? near[j] : n[(b * T + T - METALA_CONV + j) * D + d];
@@ -1295,7 +1302,7 @@ void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const
 // dc = du ⊙ silu'(c), or du where c is NULL      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)
 // dw[:,j] += Σ_{b,t} n_t ⊙ dc_{t+3-j}, t from -3 on where there is a tail
 // A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of the next
-// three in registers, and leaves the run's part of dw in parts (runs,D,4).
+// three in registers and what four take on its way, and leaves the run's part of dw in parts (runs,D,4).
 __global__ void conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, const float *n,
                                      const float *w, const float *tail, size_t B, size_t T, size_t D) {
     const size_t runs = ceil_div(T, RUN_TOKENS);
@@ -1304,12 +1311,25 @@ __global__ void conv_backward_kernel(float *dn, float *parts, const float *du, c
         float taps[METALA_CONV], later[METALA_CONV] = {}, sum[METALA_CONV] = {};     // later: dc of t, t+1, t+2, t+3
         for (size_t j = 0; j < METALA_CONV; j++) taps[j] = w[d * METALA_CONV + j];
         auto shift = [&](float dc) { later[3] = later[2], later[2] = later[1], later[1] = later[0], later[0] = dc; };
-        for (size_t t = end + REACH; t-- > t0;) {
-            size_t at = (b * T + t) * D + d;
-            shift(t >= T ? 0 : c ? du[at] * silu_slope(c[at]) : du[at]);
-            if (t >= end) continue;                              // the next run's, only looked at
-            dn[at] = taps[3] * later[0] + taps[2] * later[1] + taps[1] * later[2] + taps[0] * later[3];
-            for (size_t j = 0; j < METALA_CONV; j++) sum[j] += n[at] * later[REACH - j];
+        const size_t first = (b * T + t0) * D + d;
+        const unsigned own = (unsigned)(end - t0), there = (unsigned)(least(T, end + REACH) - t0);
+        for (unsigned left = there; left > 0; left -= (unsigned)least(left, TOKENS_AHEAD)) {
+            float gradient[TOKENS_AHEAD], before[TOKENS_AHEAD], in[TOKENS_AHEAD];
+#pragma unroll
+            for (unsigned s = 0; s < TOKENS_AHEAD; s++) {
+                const unsigned t = left - 1 - s;                 // larger than all when none is left
+                if (t < there) gradient[s] = du[first + t * D];
+                if (t < there && c) before[s] = c[first + t * D];
+                if (t < own) in[s] = n[first + t * D];
+            }
+#pragma unroll
+            for (unsigned s = 0; s < TOKENS_AHEAD; s++) {
+                const unsigned t = left - 1 - s;
+                if (t < there) shift(c ? gradient[s] * silu_slope(before[s]) : gradient[s]);
+                if (t >= own) continue;                          // the next run's, only looked at
+                dn[first + t * D] = taps[3] * later[0] + taps[2] * later[1] + taps[1] * later[2] + taps[0] * later[3];
+                for (size_t j = 0; j < METALA_CONV; j++) sum[j] += in[s] * later[REACH - j];
+            }
         }
         for (size_t t = REACH; tail && t0 == 0 && t > 0; t--) {
             shift(0);
