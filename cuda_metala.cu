@@ -390,7 +390,7 @@ __device__ Number block_sum(Number x) {
 __global__ void sum_parts_kernel(float *to, const float *parts, size_t count, size_t stride, size_t n, int accumulate) {
     FOR_EACH(i, n) {
         float sum = 0;
-#pragma unroll 16
+#pragma unroll 32
         for (size_t p = 0; p < count; p++) sum += parts[p * stride + i];             // few threads: many loads at a time
         to[i] = accumulate ? to[i] + sum : sum;
     }
@@ -1359,14 +1359,15 @@ void mask_rows(metala_context *ctx, float *x, const uint8_t *mask, size_t rows, 
 
 // a = log σ(z) / τ,  α = e^a,  k = 1 - α        alpha, k, z: n numbers; k NULL when the key is not tied to the decay.
 __global__ void gate_forward_kernel(float *alpha, float *k, const float *z, size_t n, float inverse_tau) {
-    FOR_EACH(i, n) {
-        float a = log_sigmoid(z[i]) * inverse_tau;
-        alpha[i] = expf(a);
-        if (k) k[i] = -expm1f(a);
-    }
+    FOR_EACH_FEW(first, n)
+        few(first, n, [=](size_t i) { return z[i]; }, [=](size_t i, float z) {
+            float a = log_sigmoid(z) * inverse_tau;
+            alpha[i] = expf(a);
+            if (k) k[i] = -expm1f(a);
+        });
 }
 void gate_forward(metala_context *ctx, float *alpha, float *k, const float *z, size_t n, double tau) {
-    RUN(gate_forward_kernel, blocks_for(n, THREADS), THREADS, 0, alpha, k, z, n, (float)(1 / tau));
+    RUN(gate_forward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, alpha, k, z, n, (float)(1 / tau));
 }
 
 // dz = (da - α dk) σ(-z) / τ      da is the gradient in a = log α, dk that of the tied key, NULL when it is not tied.
@@ -1553,24 +1554,26 @@ void head_norm_backward(metala_context *ctx, float *dp, float *dg, const float *
 
 // Gated product:  y = silu(a) ⊙ b, n numbers.
 __global__ void silu_gate_forward_kernel(float *y, const float *a, const float *b, size_t n) {
-    FOR_EACH(i, n) y[i] = silu(a[i]) * b[i];
+    FOR_EACH_FEW(first, n)
+        few(first, n, [=](size_t i) { return make_float2(a[i], b[i]); }, [=](size_t i, float2 ab) { y[i] = silu(ab.x) * ab.y; });
 }
 void silu_gate_forward(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
-    RUN(silu_gate_forward_kernel, blocks_for(n, THREADS), THREADS, 0, y, a, b, n);
+    RUN(silu_gate_forward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, y, a, b, n);
 }
 
 // da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
 __global__ void silu_gate_backward_kernel(float *da, float *db, const float *dy, const float *a, const float *b,
                                           size_t n) {
-    FOR_EACH(i, n) {
-        float s = sigmoid(a[i]), gradient = dy[i];
-        da[i] = gradient * b[i] * s * (1 + a[i] * (1 - s));
-        db[i] = gradient * a[i] * s;
-    }
+    FOR_EACH_FEW(first, n)
+        few(first, n, [=](size_t i) { return make_float3(dy[i], a[i], b[i]); }, [=](size_t i, float3 in) {
+            float gradient = in.x, a = in.y, b = in.z, s = sigmoid(a);
+            da[i] = gradient * b * s * (1 + a * (1 - s));
+            db[i] = gradient * a * s;
+        });
 }
 void silu_gate_backward(metala_context *ctx, float *da, float *db, const float *dy, const float *a, const float *b,
                         size_t n) {
-    RUN(silu_gate_backward_kernel, blocks_for(n, THREADS), THREADS, 0, da, db, dy, a, b, n);
+    RUN(silu_gate_backward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, da, db, dy, a, b, n);
 }
 
 // Sum:  y = a + b, n numbers; y may be a or b.
@@ -2617,10 +2620,11 @@ __global__ void cross_entropy_backward_kernel(float *dlogits, const float *logit
     FOR_EACH_ROW(row, rows) {
         const int target = targets[row];
         const float base = lse[row];
-        for (size_t i = threadIdx.x; i < N; i += THREADS) {
-            float p = weight * expf(logits[row * N + i] - base) - ((size_t)target == i ? weight : 0);
-            dlogits[row * N + i] = target == METALA_IGNORE ? 0 : p;
-        }
+        for (size_t first = threadIdx.x; first < N; first += FEW * THREADS)
+            few(first, N, [=](size_t i) { return logits[row * N + i]; }, [=](size_t i, float logit) {
+                float p = weight * expf(logit - base) - ((size_t)target == i ? weight : 0);
+                dlogits[row * N + i] = target == METALA_IGNORE ? 0 : p;
+            });
     }
 }
 void cross_entropy_backward(metala_context *ctx, float *dlogits, const float *logits, const float *lse,
