@@ -1411,10 +1411,10 @@ void rms_backward(metala_context *ctx, float *dx, const float *dn, const float *
 // Short causal convolution and SiLU:  c_t = Σ_j w[:,j] ⊙ n_{t-3+j},  u_t = silu(c_t)
 //   u, c, n (B,T,D)   w [D,1,4]   tail (B,4,D) of which the last 3 are read and then all replaced, NULL for zeros. With u
 // NULL the convolution alone. A thread takes one channel through a run of tokens of one sequence, with the last inputs in
-// registers and the next STRIDE on their way. The thread of the first run, which alone reads the tail, also replaces it.
-enum { RUN_TOKENS = 32, STRIDE = 4, REACH = METALA_CONV - 1 };
-__global__ void
-conv_forward_kernel(float *u, float *c, const float *n, const float *w, float *tail, size_t B, size_t T, size_t D) {
+// registers and the next four on their way. The thread of the first run, which alone reads the tail, also replaces it.
+enum { RUN_TOKENS = 32, TOKENS_AHEAD = 4, REACH = METALA_CONV - 1 };
+__global__ void conv_forward_kernel(float *u, float *c, const float *n, const float *w, float *tail, size_t B, size_t T,
+                                    size_t D) {
     const size_t runs = ceil_div(T, RUN_TOKENS);
     next_may_begin(), wait_for_before();
     FOR_EACH(i, B * runs * D) {
@@ -1425,13 +1425,13 @@ conv_forward_kernel(float *u, float *c, const float *n, const float *w, float *t
             if (t0 + j >= METALA_CONV) near[j] = n[(b * T + t0 + j - METALA_CONV) * D + d];
             else if (tail) near[j] = tail[(b * METALA_CONV + t0 + j) * D + d];
         }
-        for (size_t base = t0, at = (b * T + t0) * D + d; base < end; base += STRIDE) {
-            float in[STRIDE];
+        for (size_t base = t0, at = (b * T + t0) * D + d; base < end; base += TOKENS_AHEAD) {
+            float in[TOKENS_AHEAD];
 #pragma unroll
-            for (size_t t = 0; t < STRIDE; t++)
+            for (size_t t = 0; t < TOKENS_AHEAD; t++)
                 if (base + t < end) in[t] = n[at + t * D];
 #pragma unroll
-            for (size_t t = 0; t < STRIDE; t++, at += D) {
+            for (size_t t = 0; t < TOKENS_AHEAD; t++, at += D) {
                 if (base + t >= end) break;
                 near[0] = near[1], near[1] = near[2], near[2] = near[3], near[3] = in[t];
                 float sum = 0;
@@ -1452,10 +1452,9 @@ void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const
 // dc = du ⊙ silu'(c), or du where c is NULL      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)
 // dw[:,j] += Σ_{b,t} n_t ⊙ dc_{t+3-j}, t from -3 on where there is a tail
 // A thread takes one channel through a run of tokens of one sequence, from the last to the first, with dc of the next
-// three in registers, and leaves the run's part of dw in parts (runs,D,4).
-__global__ void
-conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, const float *n, const float *w,
-                     const float *tail, size_t B, size_t T, size_t D) {
+// three in registers and what four take on its way, and leaves the run's part of dw in parts (runs,D,4).
+__global__ void conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, const float *n,
+                                     const float *w, const float *tail, size_t B, size_t T, size_t D) {
     const size_t runs = ceil_div(T, RUN_TOKENS);
     FOR_EACH(i, B * runs * D) {
         size_t d = i % D, b = i / D / runs, t0 = i / D % runs * RUN_TOKENS, end = least(T, t0 + RUN_TOKENS);
@@ -1464,17 +1463,17 @@ conv_backward_kernel(float *dn, float *parts, const float *du, const float *c, c
         auto shift = [&](float dc) { later[3] = later[2], later[2] = later[1], later[1] = later[0], later[0] = dc; };
         const size_t first = (b * T + t0) * D + d;
         const unsigned own = (unsigned)(end - t0), there = (unsigned)(least(T, end + REACH) - t0);
-        for (unsigned left = there; left > 0; left -= (unsigned)least(left, STRIDE)) {
-            float gradient[STRIDE], before[STRIDE], in[STRIDE];
+        for (unsigned left = there; left > 0; left -= (unsigned)least(left, TOKENS_AHEAD)) {
+            float gradient[TOKENS_AHEAD], before[TOKENS_AHEAD], in[TOKENS_AHEAD];
 #pragma unroll
-            for (unsigned s = 0; s < STRIDE; s++) {
+            for (unsigned s = 0; s < TOKENS_AHEAD; s++) {
                 const unsigned t = left - 1 - s;                 // larger than all when none is left
                 if (t < there) gradient[s] = du[first + t * D];
                 if (t < there && c) before[s] = c[first + t * D];
                 if (t < own) in[s] = n[first + t * D];
             }
 #pragma unroll
-            for (unsigned s = 0; s < STRIDE; s++) {
+            for (unsigned s = 0; s < TOKENS_AHEAD; s++) {
                 const unsigned t = left - 1 - s;
                 if (t < there) shift(c ? gradient[s] * silu_slope(before[s]) : gradient[s]);
                 if (t >= own) continue;                          // the next run's, only looked at

@@ -5809,6 +5809,7 @@ static void check_twins(void) {
     // Rows and heads that a warp holds whole in each of the lengths, and some that it does not
     static const shape wide[] = {{1, 9, 256, 2, 70, 150, 0, 1}, {1, 3, 500, 1, 260, 100, 0, 0}, {2, 2, 1000, 1, 30, 290, 0, 1},
         {1, 3, 2060, 2, 300, 520, 0, 0}};
+    static const shape repetitions[] = {{1, 2100, 3, 0, 0, 0, 300, 0}, {2, 60, 5, 0, 0, 0, 2, 0}};   // of tokens
     // B T . H K V past variant
     static const shape attentions[] = {{1, 1, 0, 1, 1, 1, 0, 0}, {2, 3, 0, 2, 4, 3, 0, 1}, {1, 16, 0, 1, 33, 64, 5, 2},
         {2, 1, 0, 3, 16, 65, 130, 3}, {1, 64, 0, 1, 64, 64, 0, 0}, {1, 65, 0, 2, 40, 70, 0, 5},
@@ -5860,7 +5861,8 @@ static void check_twins(void) {
         ENTRY(mixer_step, 1e-6, scans), ENTRY(mixer_step, 1e-6, wide_steps),
         ENTRY(rms_forward, 5e-7, wide), ENTRY(rms_backward, 5e-7, wide), ENTRY(augment_forward, 5e-7, wide),
         ENTRY(augment_backward, 2e-6, wide), ENTRY(head_norm_forward, 1e-6, wide), ENTRY(head_norm_backward, 1e-6, wide),
-        {"head_norm_backward", "gated ", twin_gated_head_norm_backward, 5e-7, wide, COUNT(wide)}};
+        {"head_norm_backward", "gated ", twin_gated_head_norm_backward, 5e-7, wide, COUNT(wide)},
+        ENTRY(embedding_backward, 2e-7, repetitions)};
     for (size_t e = 0; e < COUNT(entries); e++)
         for (size_t n = 0; n < 2 * entries[e].count; n++) {
             size_t i = n / 2;
