@@ -2661,6 +2661,7 @@ __device__ void load_tokens(float *to, size_t pitch, size_t columns, const float
                             size_t width, float rest, size_t tokens = BLOCK) {
     if (width % 4 == 0 && step % 4 == 0 && (uintptr_t)x % 16 == 0) {
         const unsigned across = (unsigned)columns / 4, to_step = (unsigned)pitch, from_step = (unsigned)step;
+#pragma unroll 1
         for (unsigned task = threadIdx.x; task < (unsigned)tokens * across; task += THREADS) {
             const unsigned t = task / across, i = task % across * 4;
             const bool real = t < (unsigned)n && i < (unsigned)width;
@@ -2669,7 +2670,9 @@ __device__ void load_tokens(float *to, size_t pitch, size_t columns, const float
         }
         return;
     }
+#pragma unroll 1
     for (size_t t = threadIdx.x / WARP; t < tokens; t += WARPS)
+#pragma unroll 1
         for (size_t i = threadIdx.x % WARP; i < columns; i += WARP)
             to[t * pitch + i] = t < n && i < width ? x[t * step + i] : rest;
 }
@@ -2700,9 +2703,10 @@ __device__ __forceinline__ float sum_for_each_lane(float *x) {
 // loads and are 17 numbers of A for each warp. A lane carries every 32nd channel of both from t = j on, multiplying by α_t,
 // and the lanes add up their products.
 __device__ __forceinline__ void block_map(float *A, size_t a_pitch, const float *q, const float *k, const float *alpha, size_t K,
-                                          size_t pitch, float scale) {
+                                          size_t pitch, size_t alpha_pitch, float scale) {
     static_assert(2 * WARPS == BLOCK && 2 * BLOCK == WARP, "two keys for each warp, a lane for each of their products");
-    const unsigned first = threadIdx.x / WARP, second = BLOCK - 1 - first, lane = threadIdx.x % WARP, step = (unsigned)pitch;
+    const unsigned first = threadIdx.x / WARP, second = BLOCK - 1 - first, lane = threadIdx.x % WARP;
+    const unsigned step = (unsigned)pitch, alpha_step = (unsigned)alpha_pitch;
     float sum[2 * BLOCK] = {};
 #pragma unroll 1
     for (unsigned i = lane; i < (unsigned)K; i += WARP) {
@@ -2710,7 +2714,7 @@ __device__ __forceinline__ void block_map(float *A, size_t a_pitch, const float 
 #pragma unroll
         for (unsigned t = 0; t < BLOCK; t++) {
             if (t < first) continue;
-            const float query = q[t * step + i], decay = t + 1 < BLOCK ? alpha[(t + 1) * step + i] : 1;
+            const float query = q[t * step + i], decay = t + 1 < BLOCK ? alpha[(t + 1) * alpha_step + i] : 1;
             sum[t] += query * key, key *= decay;
             if (t >= BLOCK / 2 && t >= second) sum[BLOCK + t] += query * other, other *= decay;
         }
@@ -2721,12 +2725,13 @@ __device__ __forceinline__ void block_map(float *A, size_t a_pitch, const float 
 // In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q or k may be NULL. A thread for each
 // channel, of several blocks one behind the other; it reads all tokens before it writes any, which would hold up the reads.
 __device__ __forceinline__ void block_decay(float *q, float *k, const float *alpha, float *total, size_t K, size_t pitch,
-                                            float scale, size_t blocks = 1) {
+                                            size_t alpha_pitch, float scale, size_t blocks = 1) {
     for (unsigned task = threadIdx.x; task < (unsigned)(blocks * K); task += THREADS) {
-        const unsigned at = task / (unsigned)K * BLOCK * (unsigned)pitch + task % (unsigned)K, step = (unsigned)pitch;
+        const unsigned token = task / (unsigned)K * BLOCK, i = task % (unsigned)K, step = (unsigned)pitch;
+        const unsigned at = token * step + i;
         float a[BLOCK], x[BLOCK], p = 1, rest = 1;
 #pragma unroll
-        for (unsigned t = 0; t < BLOCK; t++) a[t] = alpha[at + t * step], x[t] = q ? q[at + t * step] : 0;
+        for (unsigned t = 0; t < BLOCK; t++) a[t] = alpha[(token + t) * (unsigned)alpha_pitch + i], x[t] = q ? q[at + t * step] : 0;
 #pragma unroll
         for (unsigned t = 0; t < BLOCK; t++) {
             p *= a[t];
@@ -2816,9 +2821,9 @@ chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, cons
         if (states && t0 % METALA_CHUNK == 0)
             store_state<COLUMNS>(states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V + j0, state, COLUMNS, K, V,
                                  columns);
-        block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, scale);
+        block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, pitch, scale);
         __syncthreads();
-        block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
+        block_decay(q_block, k_block, alpha_block, total, Kp, pitch, pitch, scale);
         __syncthreads();
         for (unsigned task = threadIdx.x; task < BLOCK * (COLUMNS / 4); task += THREADS) {     // o = qp S_0 + A v
             const unsigned t = task / (COLUMNS / 4), j = task % (COLUMNS / 4) * 4;
@@ -2908,12 +2913,12 @@ __device__ void block_values(float *dv, size_t step, size_t n, size_t columns, c
 }
 
 // One channel of dq_t = s p_t y_t + Σ_{j<=t} D_tj (k_j ⊙ Π_{j<r<=t} α_r), in the place of y: keys decay forwards.
-__device__ void channel_dq(float *y, const float *k, const float *alpha, size_t pitch, const float *D, size_t d_pitch,
-                           float scale) {
+__device__ void channel_dq(float *y, const float *k, const float *alpha, size_t pitch, size_t alpha_pitch, const float *D,
+                           size_t d_pitch, float scale) {
     float key[BLOCK], p = 1;
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
-        float a = alpha[t * pitch], sum;
+        float a = alpha[t * alpha_pitch], sum;
         p *= a;
         sum = scale * p * y[t * pitch];
         key[t] = k[t * pitch];
@@ -2928,11 +2933,12 @@ __device__ void channel_dq(float *y, const float *k, const float *alpha, size_t 
 
 // One channel of dk_j = Π_{j<r<=n} α_r y_j + Σ_{t>=j} D_tj (q_t ⊙ Π_{j<r<=t} α_r), in the place of y: queries decay
 // backwards.
-__device__ void channel_dk(float *y, const float *q, const float *alpha, size_t pitch, const float *D, size_t d_pitch) {
+__device__ void channel_dk(float *y, const float *q, const float *alpha, size_t pitch, size_t alpha_pitch, const float *D,
+                           size_t d_pitch) {
     float query[BLOCK], rest = 1;
 #pragma unroll
     for (int j = BLOCK - 1; j >= 0; j--) {
-        float a = alpha[j * pitch], sum = rest * y[j * pitch];
+        float a = alpha[j * alpha_pitch], sum = rest * y[j * pitch];
         query[j] = q[j * pitch];
 #pragma unroll
         for (int t = BLOCK - 1; t >= 0; t--)
@@ -2982,7 +2988,7 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             load_tokens(v_block, PITCH, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
             wait_for_tokens();
             if (b > 0) store_state<COLUMNS>(own + (b - 1) * K * V, state, PITCH, K, V, columns);
-            block_decay(NULL, k_block, alpha_block, total, Kp, pitch, scale);
+            block_decay(NULL, k_block, alpha_block, total, Kp, pitch, pitch, scale);
             __syncthreads();
             block_update<COLUMNS>(state, PITCH, total, k_block, pitch, v_block, PITCH, Kp);
             __syncthreads();
@@ -3005,15 +3011,15 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             load_tokens(v_block, PITCH, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
             load_tokens(dO_block, PITCH, COLUMNS, dO + at * V + j0, H * V, n, columns, 0);
             wait_for_tokens();
-            block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, scale);
+            block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, pitch, scale);
             block_products(D, dO_block, v_block, PITCH, COLUMNS, scale);
             block_project<COLUMNS>(dq_block, pitch, dO_block, state, PITCH, Kp);
             block_project<COLUMNS>(dk_block, pitch, v_block, gamma, PITCH, Kp);
             __syncthreads();
             for (size_t task = threadIdx.x; task < 2 * Kp; task += THREADS) {
                 const size_t i = task % Kp;
-                if (task < Kp) channel_dq(dq_block + i, k_block + i, alpha_block + i, pitch, D, A_PITCH, scale);
-                else channel_dk(dk_block + i, q_block + i, alpha_block + i, pitch, D, A_PITCH);
+                if (task < Kp) channel_dq(dq_block + i, k_block + i, alpha_block + i, pitch, pitch, D, A_PITCH, scale);
+                else channel_dk(dk_block + i, q_block + i, alpha_block + i, pitch, pitch, D, A_PITCH);
             }
             __syncthreads();
             for (size_t i = threadIdx.x; i < K; i += THREADS) {
@@ -3028,7 +3034,7 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
                 }
             }
             __syncthreads();
-            block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
+            block_decay(q_block, k_block, alpha_block, total, Kp, pitch, pitch, scale);
             __syncthreads();
             block_values<COLUMNS>(dv + at * V + j0, H * V, n, columns, A, dO_block, k_block, pitch, gamma, PITCH, Kp);
             __syncthreads();
@@ -3185,8 +3191,8 @@ tensor_carry_kernel(float *states, float *S, const float *x, const float *y, con
         wait_for_tokens();                                           // the chunk is there, the one before it done with
         if (step + 1 < count) start(FORWARD ? c + 1 : c - 1, memory + (step + 1) % 2 * CARRY_CHUNK);
         store(states + (b_h * count + c - c0) * K * V);
-        block_decay(FORWARD ? NULL : x_chunk, FORWARD ? x_chunk : NULL, alpha_chunk, total, CARRY_CHANNELS, CARRY_X_PITCH, scale,
-                    BLOCKS);
+        block_decay(FORWARD ? NULL : x_chunk, FORWARD ? x_chunk : NULL, alpha_chunk, total, CARRY_CHANNELS, CARRY_X_PITCH,
+                    CARRY_X_PITCH, scale, BLOCKS);
         __syncthreads();                                             // x has decayed
 #pragma unroll
         for (unsigned n = 0; n < BLOCKS; n++) {
@@ -3222,7 +3228,7 @@ __device__ float4 decays_over(const float *total, unsigned from, unsigned to, un
 }
 
 // A (64,64), but for blocks above the diagonal, of a chunk of q, k and α (64, MOST); q_t ⊙ p_t and k_j ⊙ r_j in their place, and
-// total = P(J,J+1). A barrier before A is read is the caller's.
+// total = P(J,J+1). A barrier before A is read is the caller's. Rows of α, which only threads side by side read, lie without gaps.
 enum { CHUNK_PITCH = METALA_CHUNK + 8 };
 template <metala_math MATH, int MOST>
 __device__ __forceinline__ void chunk_map(float *A, float *q, float *k, const float *alpha, float *total, size_t K, float scale) {
@@ -3231,10 +3237,11 @@ __device__ __forceinline__ void chunk_map(float *A, float *q, float *k, const fl
 #pragma unroll 1
     for (unsigned b = 0; b < BLOCKS; b++) {                          // the blocks on the diagonal
         const unsigned from = b * BLOCK * PITCH;
-        block_map(A + b * BLOCK * (CHUNK_PITCH + 1), CHUNK_PITCH, q + from, k + from, alpha + from, K, PITCH, scale);
+        block_map(A + b * BLOCK * (CHUNK_PITCH + 1), CHUNK_PITCH, q + from, k + from, alpha + b * BLOCK * MOST, K, PITCH, MOST,
+                  scale);
     }
     __syncthreads();                                                 // q and k are read as they were
-    block_decay(q, k, alpha, total, MOST, PITCH, 1, BLOCKS);
+    block_decay(q, k, alpha, total, MOST, PITCH, MOST, 1, BLOCKS);
     __syncthreads();                                                 // decays are there
     for (unsigned task = threadIdx.x / WARP; task < 12; task += WARPS) {         // those below, 16 × 8 at a time
         const unsigned pair = task / 2, I = pair < 1 ? 1 : pair < 3 ? 2 : 3, J = pair - I * (I - 1) / 2;
@@ -3276,7 +3283,7 @@ __device__ __forceinline__ void load_columns(right_operand<MATH> (*to)[2], const
 enum { TENSOR_COLUMNS = WARPS * 16 };
 template <int MOST>
 constexpr size_t tensor_forward_shared() {                           // in floats: q, k, α; decays; A
-    return 3 * METALA_CHUNK * (MOST + 8) + 2 * BLOCKS * MOST + METALA_CHUNK * CHUNK_PITCH;
+    return METALA_CHUNK * (3 * MOST + 2 * 8) + 2 * BLOCKS * MOST + METALA_CHUNK * CHUNK_PITCH;
 }
 template <metala_math MATH, int MOST>
 __global__ void __launch_bounds__(THREADS, MATH == METALA_BFLOAT16 && MOST <= 64 ? 2 : 1)
@@ -3291,12 +3298,12 @@ tensor_forward_kernel(float *o, const float *states, const float *q, const float
     const bool twos = V % 2 == 0 && (uintptr_t)state % 8 == 0 && (uintptr_t)v % 8 == 0;
     const bool fours = V % 4 == 0 && (uintptr_t)o % 16 == 0;
     float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
-    float *total = alpha_chunk + METALA_CHUNK * PITCH, *decay_before = total + BLOCKS * MOST;    // P(J,J+1), s P(0,J)
+    float *total = alpha_chunk + METALA_CHUNK * MOST, *decay_before = total + BLOCKS * MOST;    // P(J,J+1), s P(0,J)
     float *A = decay_before + BLOCKS * MOST;
 
     load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
     load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
-    load_tokens(alpha_chunk, PITCH, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
+    load_tokens(alpha_chunk, MOST, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
 #pragma unroll 1
     for (size_t j0 = column; j0 < V + column; j0 += TENSOR_COLUMNS) {            // all warps as often: they meet at barriers
         right_operand<MATH> of_S[MOST / 16][2], of_v[BLOCKS][2];
@@ -3357,12 +3364,13 @@ tensor_forward_kernel(float *o, const float *states, const float *q, const float
 
 // All gradients of a chunk of one head: the grid is (chunks from c0 on, B·H). A block goes through V by tiles of 32 columns. Of dq
 // and dk a warp has two blocks of tokens and a quarter of the channels, summed over the tiles in registers; of dv a block of
-// tokens and half of a tile; of D a block of tokens t and half of the tokens j.
+// tokens and half of a tile; of D a block of tokens t and half of the tokens j. With K up to 64 two blocks share a multiprocessor:
+// 113 KB of shared memory each, in which D takes the place of A, and dq and dk those of the tiles; 128 registers for a thread.
 enum { TILE_COLUMNS = 32, TILE_PITCH = TILE_COLUMNS + 8 };
 template <int MOST>
-constexpr size_t tensor_backward_shared() {                          // in floats: q, k, α; decays, three vectors; D;
-    return 3 * METALA_CHUNK * (MOST + 8) + (2 * BLOCKS + 3) * MOST + METALA_CHUNK * CHUNK_PITCH +
-           2 * (METALA_CHUNK + MOST) * TILE_PITCH + METALA_CHUNK * CHUNK_PITCH;        // v, do, S, Γ, and A, or dq and dk
+constexpr size_t tensor_backward_shared() {                          // in floats: q, k, α; decays, three vectors;
+    return METALA_CHUNK * (3 * MOST + 2 * 8) + (2 * BLOCKS + 3) * MOST + METALA_CHUNK * CHUNK_PITCH +    // A or D, in turn
+           greatest(2 * (METALA_CHUNK + MOST) * TILE_PITCH, 2 * METALA_CHUNK * (MOST + 8));      // v, do, S, Γ, or dq and dk
 }
 
 // of += D (x ⊙ P(from,to)), or of Dᵀ, over one block of tokens: 16 rows from row - g on, with the channels of a warp.
@@ -3381,13 +3389,11 @@ __device__ __forceinline__ void add_block(float (*of)[4], const float *D, unsign
 }
 
 template <metala_math MATH, int MOST>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(THREADS, MOST <= 64 ? 2 : 1)
 tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *gammas, const float *dO, const float *states,
                        const float *q, const float *k, const float *v, const float *alpha, size_t c0, size_t T, size_t H,
                        size_t K, size_t V, float scale) {
     enum { PITCH = MOST + 8, PIECES = MOST / 32 };                   // PIECES: 8 channels each, of the quarter that a warp has
-    static_assert(2 * METALA_CHUNK * PITCH <= 2 * (METALA_CHUNK + MOST) * TILE_PITCH + METALA_CHUNK * CHUNK_PITCH,
-                  "dq and dk take the place of the tiles and A");
     DYNAMIC_SHARED(float, memory);
     const size_t b_h = blockIdx.y, c = c0 + blockIdx.x, t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK);
     const size_t at = first_row(b_h, T, H) + t0 * H;
@@ -3395,19 +3401,17 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
     const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
     const unsigned half = warp % 2, quarter = warp / 2, channel = quarter * (MOST / 4);
     float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
-    float *total = alpha_chunk + METALA_CHUNK * PITCH, *decay_after = total + BLOCKS * MOST;     // P(J,J+1), P(J+1,4)
+    float *total = alpha_chunk + METALA_CHUNK * MOST, *decay_after = total + BLOCKS * MOST;     // P(J,J+1), P(J+1,4)
     float *rowsum_states = decay_after + BLOCKS * MOST, *rowsum_keys = rowsum_states + MOST;
-    float *D = rowsum_keys + 2 * MOST, *v_tile = D + METALA_CHUNK * CHUNK_PITCH, *dO_tile = v_tile + METALA_CHUNK * TILE_PITCH;
-    float *S_tile = dO_tile + METALA_CHUNK * TILE_PITCH, *gamma_tile = S_tile + MOST * TILE_PITCH;
-    float *A = gamma_tile + MOST * TILE_PITCH, *dq_chunk = v_tile, *dk_chunk = dq_chunk + METALA_CHUNK * PITCH;
-    float of_q[2][PIECES][4] = {}, of_k[2][PIECES][4] = {};          // of the blocks 2 half and 2 half + 1, from `channel` on
-    float of_D[4][4] = {};                                           // of block `quarter` with the tokens from 32 half on
+    float *A = rowsum_keys + 2 * MOST, *D = A, *v_tile = A + METALA_CHUNK * CHUNK_PITCH;
+    float *dO_tile = v_tile + METALA_CHUNK * TILE_PITCH, *S_tile = dO_tile + METALA_CHUNK * TILE_PITCH;
+    float *gamma_tile = S_tile + MOST * TILE_PITCH, *dq_chunk = v_tile, *dk_chunk = dq_chunk + METALA_CHUNK * PITCH;
     float a[2][4];
 
     // 1. A, and the decays.
     load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
     load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
-    load_tokens(alpha_chunk, PITCH, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
+    load_tokens(alpha_chunk, MOST, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
     for (unsigned i = threadIdx.x; i < MOST; i += THREADS) rowsum_states[i] = 0;
     wait_for_tokens();
     chunk_map<MATH, MOST>(A, q_chunk, k_chunk, alpha_chunk, total, K, scale);
@@ -3423,6 +3427,9 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         keys[i / 16] = round_left<MATH>(a);
     }
     // 2. The tiles: dv, and sums of dq, dk and D.
+    float of_q[2][PIECES][4] = {}, of_k[2][PIECES][4] = {};          // of the blocks 2 half and 2 half + 1, from `channel` on
+    float of_D[4][4] = {};                                           // of block `quarter` with the tokens from 32 half on
+#pragma unroll 1
     for (size_t j0 = 0; j0 < V; j0 += TILE_COLUMNS) {
         const size_t columns = least(V - j0, TILE_COLUMNS);
         __syncthreads();                                             // the tile is done with
@@ -3441,25 +3448,24 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
             sum += __shfl_xor_sync(ALL_LANES, sum, 1);
             if (task % 2 == 0) rowsum_states[task / 2] += sum;
         }
-#pragma unroll
+#pragma unroll 1
         for (unsigned l = 2 * t; l < TILE_COLUMNS; l += 16) {        // S do, Γ v, and do·v
-            left_operand<MATH> of_do[2], of_v[2];
+            right_operand<MATH> of_S[PIECES], of_gamma[PIECES];
+#pragma unroll
+            for (unsigned p = 0; p < PIECES; p++) {
+                of_S[p] = round_right<MATH>(load_right<along>(S_tile, TILE_PITCH, l, channel + 8 * p + g));
+                of_gamma[p] = round_right<MATH>(load_right<along>(gamma_tile, TILE_PITCH, l, channel + 8 * p + g));
+            }
 #pragma unroll
             for (unsigned m = 0; m < 2; m++) {
                 load_left<along>(a, dO_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
-                of_do[m] = round_left<MATH>(a);
+                const left_operand<MATH> of_do = round_left<MATH>(a);
                 load_left<along>(a, v_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
-                of_v[m] = round_left<MATH>(a);
-            }
+                const left_operand<MATH> of_v = round_left<MATH>(a);
 #pragma unroll
-            for (unsigned p = 0; p < PIECES; p++) {
-                const unsigned i = channel + 8 * p + g;
-                const right_operand<MATH> of_S = round_right<MATH>(load_right<along>(S_tile, TILE_PITCH, l, i));
-                const right_operand<MATH> of_gamma = round_right<MATH>(load_right<along>(gamma_tile, TILE_PITCH, l, i));
-#pragma unroll
-                for (unsigned m = 0; m < 2; m++) {
-                    multiply_pieces<MATH>(of_q[m][p], of_do[m], of_S);
-                    multiply_pieces<MATH>(of_k[m][p], of_v[m], of_gamma);
+                for (unsigned p = 0; p < PIECES; p++) {
+                    multiply_pieces<MATH>(of_q[m][p], of_do, of_S[p]);
+                    multiply_pieces<MATH>(of_k[m][p], of_v, of_gamma[p]);
                 }
             }
             load_left<along>(a, dO_tile, TILE_PITCH, l, quarter * BLOCK + g);
@@ -3470,6 +3476,7 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
                     multiply_pieces<MATH>(of_D[p], left, load_right<along>(v_tile, TILE_PITCH, l, half * 32 + 8 * p + g));
         }
         float of_dv[2][4] = {};                                      // of block `quarter`, 16 columns
+#pragma unroll 1
         for (unsigned token = quarter * BLOCK + t; token < METALA_CHUNK; token += BLOCK) {
             load_left<down>(a, A, CHUNK_PITCH, token, quarter * BLOCK + g);
             const left_operand<MATH> left = round_left<MATH>(a);
@@ -3485,20 +3492,23 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
                                       load_right<down>(gamma_tile, TILE_PITCH, i + t, half * 16 + 8 * p + g));
         const bool pairs = V % 2 == 0 && (uintptr_t)dv % 8 == 0;
 #pragma unroll
-        for (unsigned p = 0; p < 2; p++)
+        for (unsigned e = 0; e < 4; e += 2) {
+            const unsigned j = quarter * BLOCK + g + e / 2 * 8;
+            float *row = dv + (at + j * H) * V + j0;
 #pragma unroll
-            for (unsigned e = 0; e < 4; e += 2) {
-                const unsigned j = quarter * BLOCK + g + e / 2 * 8, l = half * 16 + 8 * p + 2 * t;
-                float *to = dv + (at + j * H) * V + j0 + l;
+            for (unsigned p = 0; p < 2; p++) {
+                const unsigned l = half * 16 + 8 * p + 2 * t;
                 if (j >= n || l >= columns) continue;
-                if (pairs) *(float2 *)to = make_float2(of_dv[p][e], of_dv[p][e + 1]);
+                if (pairs) *(float2 *)&row[l] = make_float2(of_dv[p][e], of_dv[p][e + 1]);
                 else {
-                    to[0] = of_dv[p][e];
-                    if (l + 1 < columns) to[1] = of_dv[p][e + 1];
+                    row[l] = of_dv[p][e];
+                    if (l + 1 < columns) row[l + 1] = of_dv[p][e + 1];
                 }
             }
+        }
     }
     // 3. D, and what dq and dk have from outside of the chunk.
+    __syncthreads();                                                 // A is done with, and so is the tile
     for (unsigned p = 0; p < 4; p++)
         for (unsigned e = 0; e < 4; e++)
             D[(quarter * BLOCK + g + e / 2 * 8) * CHUNK_PITCH + half * 32 + 8 * p + 2 * t + e % 2] = scale * of_D[p][e];
@@ -3519,13 +3529,15 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
             for (int distance = 4; distance < WARP; distance *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
             if (g == 0) rowsum_keys[half * MOST + i] = sum;
         }
-    __syncthreads();                                                 // D is there; the tile and A are done with
+    __syncthreads();                                                 // D is there
     // 4. What they have from the other blocks.
 #pragma unroll
     for (unsigned m = 0; m < 2; m++) {
         const unsigned block = 2 * half + m, row = block * BLOCK + g;
+#pragma unroll 1
         for (unsigned J = 0; J < block; J++)
             add_block<MATH, MOST, beside>(of_q[m], D, row, k_chunk, J * BLOCK + t, channel + g, total, J + 1, block);
+#pragma unroll 1
         for (unsigned I = block + 1; I < BLOCKS; I++)
             add_block<MATH, MOST, down>(of_k[m], D, row, q_chunk, I * BLOCK + t, channel + g, total, block + 1, I);
 #pragma unroll
@@ -3542,11 +3554,12 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
     load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
     load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
     wait_for_tokens();
+#pragma unroll 1
     for (unsigned task = threadIdx.x; task < 2 * BLOCKS * MOST; task += THREADS) {
         const unsigned block = task / 2 / MOST, here = block * BLOCK * PITCH + task % MOST;
-        const float *map = D + block * BLOCK * (CHUNK_PITCH + 1);
-        if (task / MOST % 2 == 0) channel_dq(dq_chunk + here, k_chunk + here, alpha_chunk + here, PITCH, map, CHUNK_PITCH, 1);
-        else channel_dk(dk_chunk + here, q_chunk + here, alpha_chunk + here, PITCH, map, CHUNK_PITCH);
+        const float *map = D + block * BLOCK * (CHUNK_PITCH + 1), *a = alpha_chunk + block * BLOCK * MOST + task % MOST;
+        if (task / MOST % 2 == 0) channel_dq(dq_chunk + here, k_chunk + here, a, PITCH, MOST, map, CHUNK_PITCH, 1);
+        else channel_dk(dk_chunk + here, q_chunk + here, a, PITCH, MOST, map, CHUNK_PITCH);
     }
     __syncthreads();
     // da sums over the tokens from the last one on: those of a block here, in the place of α, and below the blocks behind it.
@@ -3554,9 +3567,9 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         float sum = 0;
 #pragma unroll
         for (unsigned t = BLOCK; t-- > 0;) {
-            const unsigned here = (task / MOST * BLOCK + t) * PITCH + task % MOST;
+            const unsigned token = task / MOST * BLOCK + t, here = token * PITCH + task % MOST;
             sum += q_chunk[here] * dq_chunk[here] - k_chunk[here] * dk_chunk[here];
-            alpha_chunk[here] = sum;
+            alpha_chunk[token * MOST + task % MOST] = sum;
         }
     }
     for (unsigned i = threadIdx.x; i < MOST; i += THREADS)           // rowsum(Γ ⊙ S_n)
@@ -3565,8 +3578,8 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
     for (unsigned task = threadIdx.x; task < METALA_CHUNK * MOST; task += THREADS) {
         const unsigned token = task / MOST, i = task % MOST, here = token * PITCH + i;
         if (token >= n || i >= K) continue;
-        float sum = rowsum_states[i] + alpha_chunk[here];
-        for (unsigned b = token / BLOCK + 1; b < BLOCKS; b++) sum += alpha_chunk[b * BLOCK * PITCH + i];
+        float sum = rowsum_states[i] + alpha_chunk[token * MOST + i];
+        for (unsigned b = token / BLOCK + 1; b < BLOCKS; b++) sum += alpha_chunk[b * BLOCK * MOST + i];
         const size_t there = (at + token * H) * K + i;
         dq[there] = dq_chunk[here];
         dk[there] = dk_chunk[here];
