@@ -2985,27 +2985,37 @@ enum { BLOCK = 16, BLOCKS = METALA_CHUNK / BLOCK, A_PITCH = BLOCK + 4 };
 __host__ __device__ constexpr size_t row_pitch(size_t K) { return round_up(K, 4) + 4; }
 
 // to (tokens, pitch) = n tokens of one head of x, `step` apart, their first `width` columns; `rest` beyond either, up to
-// `columns`, a multiple of 4 as the pitch is. Where rows are aligned and whole fours, a thread has four numbers at a time, which
-// puts four times the bytes on their way; else a warp has a row. step < 2³²: metala_config_check sees to it.
+// `columns`, a multiple of 4 as the pitch is. Where rows are aligned and whole fours, they are copied by fours without the thread
+// waiting for any, so that all that a chunk needs is on its way at once: wait_for_tokens waits. Else a warp has a row.
+// step < 2³²: metala_config_check sees to it.
 __device__ void load_tokens(float *to, size_t pitch, size_t columns, const float *x, size_t step, size_t n,
                             size_t width, float rest, size_t tokens = BLOCK) {
     if (width % 4 == 0 && step % 4 == 0 && (uintptr_t)x % 16 == 0) {
         const unsigned across = (unsigned)columns / 4, to_step = (unsigned)pitch, from_step = (unsigned)step;
+#pragma unroll 1
         for (unsigned task = threadIdx.x; task < (unsigned)tokens * across; task += THREADS) {
             const unsigned t = task / across, i = task % across * 4;
             const bool real = t < (unsigned)n && i < (unsigned)width;
-            *(float4 *)&to[t * to_step + i] =
-                real ? *(const float4 *)&x[(size_t)t * from_step + i] : make_float4(rest, rest, rest, rest);
+            if (real) copy16_async(&to[t * to_step + i], &x[(size_t)t * from_step + i], true);
+            else *(float4 *)&to[t * to_step + i] = make_float4(rest, rest, rest, rest);
         }
         return;
     }
+#pragma unroll 1
     for (size_t t = threadIdx.x / WARP; t < tokens; t += WARPS)
+#pragma unroll 1
         for (size_t i = threadIdx.x % WARP; i < columns; i += WARP)
             to[t * pitch + i] = t < n && i < width ? x[t * step + i] : rest;
 }
+// A barrier, behind which all threads see what all of them have loaded.
+__device__ void wait_for_tokens() {
+    copy_commit();
+    copy_wait<0>();                                                  // what this thread has started
+    __syncthreads();
+}
 
 // Over groups of 2·HALF lanes: lane t gets the sum of all lanes' x[t]. Two lanes exchange halves of what they have left, at each
-// step, so that 15 shuffles do for the sums of 16. x is overwritten.
+// step, so that 31 shuffles do for the sums of 32. x is overwritten.
 template <int HALF>
 __device__ __forceinline__ float sum_for_each_lane(float *x) {
     if constexpr (HALF == 0) return x[0];
@@ -3020,40 +3030,53 @@ __device__ __forceinline__ float sum_for_each_lane(float *x) {
     }
 }
 
-// A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. 16 threads share a key j: each carries some of its
-// channels from t = j on, multiplying by α_t, and they add up their products.
-__device__ void block_map(float *A, size_t a_pitch, const float *q, const float *k, const float *alpha, size_t K,
-                          size_t pitch, float scale) {
-    const int j = threadIdx.x / 16, lane = threadIdx.x % 16;
-    float sum[BLOCK] = {};
-    for (size_t i = lane; i < K; i += 16) {
-        float key = k[j * pitch + i];
+// A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. A warp has two keys, j = w and 15 - w, which share what it
+// loads and are 17 numbers of A for each warp. A lane carries every 32nd channel of both from t = j on, multiplying by α_t,
+// and the lanes add up their products.
+__device__ __forceinline__ void block_map(float *A, size_t a_pitch, const float *q, const float *k, const float *alpha, size_t K,
+                                          size_t pitch, size_t alpha_pitch, float scale) {
+    static_assert(2 * WARPS == BLOCK && 2 * BLOCK == WARP, "two keys for each warp, a lane for each of their products");
+    const unsigned first = threadIdx.x / WARP, second = BLOCK - 1 - first, lane = threadIdx.x % WARP;
+    const unsigned step = (unsigned)pitch, alpha_step = (unsigned)alpha_pitch;
+    float sum[2 * BLOCK] = {};
+#pragma unroll 1
+    for (unsigned i = lane; i < (unsigned)K; i += WARP) {
+        float key = k[first * step + i], other = k[second * step + i];
 #pragma unroll
-        for (int t = 0; t < BLOCK; t++) {
-            if (t < j) continue;
-            sum[t] += q[t * pitch + i] * key;
-            if (t + 1 < BLOCK) key *= alpha[(t + 1) * pitch + i];
+        for (unsigned t = 0; t < BLOCK; t++) {
+            if (t < first) continue;
+            const float query = q[t * step + i], decay = t + 1 < BLOCK ? alpha[(t + 1) * alpha_step + i] : 1;
+            sum[t] += query * key, key *= decay;
+            if (t >= BLOCK / 2 && t >= second) sum[BLOCK + t] += query * other, other *= decay;
         }
     }
-    A[lane * a_pitch + j] = scale * sum_for_each_lane<BLOCK / 2>(sum);
+    A[lane % BLOCK * a_pitch + (lane < BLOCK ? first : second)] = scale * sum_for_each_lane<BLOCK>(sum);
 }
 
 // In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q or k may be NULL. A thread for each
-// channel, of several blocks one behind the other.
-__device__ void block_decay(float *q, float *k, const float *alpha, float *total, size_t K, size_t pitch, float scale,
-                            size_t blocks = 1) {
-    for (size_t task = threadIdx.x; task < blocks * K; task += THREADS) {
-        const size_t at = task / K * BLOCK * pitch + task % K;
-        float p = 1, rest = 1;
-        for (int t = 0; t < BLOCK; t++) {
-            p *= alpha[at + t * pitch];
-            if (q) q[at + t * pitch] *= scale * p;
-        }
-        for (int t = BLOCK - 1; k && t >= 0; t--) {
-            k[at + t * pitch] *= rest;
-            rest *= alpha[at + t * pitch];
+// channel, of several blocks one behind the other; it reads all tokens before it writes any, which would hold up the reads.
+__device__ __forceinline__ void block_decay(float *q, float *k, const float *alpha, float *total, size_t K, size_t pitch,
+                                            size_t alpha_pitch, float scale, size_t blocks = 1) {
+    for (unsigned task = threadIdx.x; task < (unsigned)(blocks * K); task += THREADS) {
+        const unsigned token = task / (unsigned)K * BLOCK, i = task % (unsigned)K, step = (unsigned)pitch;
+        const unsigned at = token * step + i;
+        float a[BLOCK], x[BLOCK], p = 1, rest = 1;
+#pragma unroll
+        for (unsigned t = 0; t < BLOCK; t++) a[t] = alpha[(token + t) * (unsigned)alpha_pitch + i], x[t] = q ? q[at + t * step] : 0;
+#pragma unroll
+        for (unsigned t = 0; t < BLOCK; t++) {
+            p *= a[t];
+            if (q) q[at + t * step] = x[t] * (scale * p);
         }
         total[task] = p;
+        if (!k) continue;
+#pragma unroll
+        for (unsigned t = 0; t < BLOCK; t++) x[t] = k[at + t * step];
+#pragma unroll
+        for (unsigned t = BLOCK; t-- > 0;) {
+            k[at + t * step] = x[t] * rest;
+            rest *= a[t];
+        }
     }
 }
 
@@ -3125,13 +3148,13 @@ chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, cons
         load_tokens(k_block, pitch, Kp, k + at * K, H * K, n, K, 0);
         load_tokens(alpha_block, pitch, Kp, alpha + at * K, H * K, n, K, 1);
         load_tokens(v_block, COLUMNS, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
-        __syncthreads();
+        wait_for_tokens();
         if (states && t0 % METALA_CHUNK == 0)
             store_state<COLUMNS>(states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V + j0, state, COLUMNS, K, V,
                                  columns);
-        block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, scale);
+        block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, pitch, scale);
         __syncthreads();
-        block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
+        block_decay(q_block, k_block, alpha_block, total, Kp, pitch, pitch, scale);
         __syncthreads();
         for (unsigned task = threadIdx.x; task < BLOCK * (COLUMNS / 4); task += THREADS) {     // o = qp S_0 + A v
             const unsigned t = task / (COLUMNS / 4), j = task % (COLUMNS / 4) * 4;
@@ -3221,12 +3244,12 @@ __device__ void block_values(float *dv, size_t step, size_t n, size_t columns, c
 }
 
 // One channel of dq_t = s p_t y_t + Σ_{j<=t} D_tj (k_j ⊙ Π_{j<r<=t} α_r), in the place of y: keys decay forwards.
-__device__ void channel_dq(float *y, const float *k, const float *alpha, size_t pitch, const float *D, size_t d_pitch,
-                           float scale) {
+__device__ void channel_dq(float *y, const float *k, const float *alpha, size_t pitch, size_t alpha_pitch, const float *D,
+                           size_t d_pitch, float scale) {
     float key[BLOCK], p = 1;
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
-        float a = alpha[t * pitch], sum;
+        float a = alpha[t * alpha_pitch], sum;
         p *= a;
         sum = scale * p * y[t * pitch];
         key[t] = k[t * pitch];
@@ -3241,11 +3264,12 @@ __device__ void channel_dq(float *y, const float *k, const float *alpha, size_t 
 
 // One channel of dk_j = Π_{j<r<=n} α_r y_j + Σ_{t>=j} D_tj (q_t ⊙ Π_{j<r<=t} α_r), in the place of y: queries decay
 // backwards.
-__device__ void channel_dk(float *y, const float *q, const float *alpha, size_t pitch, const float *D, size_t d_pitch) {
+__device__ void channel_dk(float *y, const float *q, const float *alpha, size_t pitch, size_t alpha_pitch, const float *D,
+                           size_t d_pitch) {
     float query[BLOCK], rest = 1;
 #pragma unroll
     for (int j = BLOCK - 1; j >= 0; j--) {
-        float a = alpha[j * pitch], sum = rest * y[j * pitch];
+        float a = alpha[j * alpha_pitch], sum = rest * y[j * pitch];
         query[j] = q[j * pitch];
 #pragma unroll
         for (int t = BLOCK - 1; t >= 0; t--)
@@ -3293,9 +3317,9 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             load_tokens(k_block, pitch, Kp, k + at * K, H * K, n, K, 0);
             load_tokens(alpha_block, pitch, Kp, alpha + at * K, H * K, n, K, 1);
             load_tokens(v_block, PITCH, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
-            __syncthreads();
+            wait_for_tokens();
             if (b > 0) store_state<COLUMNS>(own + (b - 1) * K * V, state, PITCH, K, V, columns);
-            block_decay(NULL, k_block, alpha_block, total, Kp, pitch, scale);
+            block_decay(NULL, k_block, alpha_block, total, Kp, pitch, pitch, scale);
             __syncthreads();
             block_update<COLUMNS>(state, PITCH, total, k_block, pitch, v_block, PITCH, Kp);
             __syncthreads();
@@ -3317,16 +3341,16 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             load_tokens(alpha_block, pitch, Kp, alpha + at * K, H * K, n, K, 1);
             load_tokens(v_block, PITCH, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
             load_tokens(dO_block, PITCH, COLUMNS, dO + at * V + j0, H * V, n, columns, 0);
-            __syncthreads();
-            block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, scale);
+            wait_for_tokens();
+            block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, pitch, scale);
             block_products(D, dO_block, v_block, PITCH, COLUMNS, scale);
             block_project<COLUMNS>(dq_block, pitch, dO_block, state, PITCH, Kp);
             block_project<COLUMNS>(dk_block, pitch, v_block, gamma, PITCH, Kp);
             __syncthreads();
             for (size_t task = threadIdx.x; task < 2 * Kp; task += THREADS) {
                 const size_t i = task % Kp;
-                if (task < Kp) channel_dq(dq_block + i, k_block + i, alpha_block + i, pitch, D, A_PITCH, scale);
-                else channel_dk(dk_block + i, q_block + i, alpha_block + i, pitch, D, A_PITCH);
+                if (task < Kp) channel_dq(dq_block + i, k_block + i, alpha_block + i, pitch, pitch, D, A_PITCH, scale);
+                else channel_dk(dk_block + i, q_block + i, alpha_block + i, pitch, pitch, D, A_PITCH);
             }
             __syncthreads();
             for (size_t i = threadIdx.x; i < K; i += THREADS) {
@@ -3341,7 +3365,7 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
                 }
             }
             __syncthreads();
-            block_decay(q_block, k_block, alpha_block, total, Kp, pitch, scale);
+            block_decay(q_block, k_block, alpha_block, total, Kp, pitch, pitch, scale);
             __syncthreads();
             block_values<COLUMNS>(dv + at * V + j0, H * V, n, columns, A, dO_block, k_block, pitch, gamma, PITCH, Kp);
             __syncthreads();
@@ -3418,173 +3442,106 @@ __device__ __forceinline__ void multiply_pieces(float *d, const left_operand<MAT
     multiply_pieces<MATH>(d, a, round_right<MATH>(b));
 }
 
-// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128), forward. Everything that all columns share is
-// made for the four blocks of a chunk at once: the maps A and the decayed q and k, in float. Then every warp goes
-// through the blocks alone: it has 16 columns of S, as Sᵀ [16 × K] in the registers of the multiplier's results, where
-// a result of one product is the operand of the next one:
+// Two right operands at once: the columns 2g and 2g + 1 of x from `column` on, so that of two results side by side a lane has
+// the columns 4t to 4t+3, which it can store together. x[p] is that of column 2g + p.
+__device__ __forceinline__ void load_right_pair(float4 *x, const float *from, size_t pitch, unsigned k, unsigned column) {
+    float2 two[4];
+#pragma unroll
+    for (unsigned e = 0; e < 4; e++) two[e] = *(const float2 *)&from[(k + 4 * e) * pitch + column];
+    x[0] = make_float4(two[0].x, two[1].x, two[2].x, two[3].x);
+    x[1] = make_float4(two[0].y, two[1].y, two[2].y, two[3].y);
+}
+// Row g + 8h of two such results, to columns j to j+3 of `columns` of a row; in one store if rows are aligned for it.
+__device__ __forceinline__ void store_pair(float *row, float (*d)[4], unsigned h, unsigned j, unsigned columns, bool aligned) {
+    if (j >= columns) return;
+    if (aligned) *(float4 *)&row[j] = make_float4(d[0][2 * h], d[1][2 * h], d[0][2 * h + 1], d[1][2 * h + 1]);
+    else
+#pragma unroll
+        for (unsigned e = 0; e < 4; e++)
+            if (j + e < columns) row[j + e] = d[e % 2][2 * h + e / 2];
+}
+
+// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128). Only the states need one chunk after the other. A light
+// kernel makes them; then all chunks of all heads are independent blocks of threads, which fill any GPU. In a chunk, token t lies
+// in block I and token j in block J; p_t = Π α from I's first token to t, with it, r_j = Π α from behind j to J's last token, and
+// P(a,b) = Π α over the blocks a…b-1. S is the state before the chunk:
 //
-//     oᵀ = Sᵀ qpᵀ + vᵀ Aᵀ,  qp_t = s q_t ⊙ p_t          Sᵀ <- Sᵀ diag(p_n) + vᵀ keys,  keys_j = k_j ⊙ Π_{j<r<=n} α_r
+//     o_t = (s q_t ⊙ p_t ⊙ P(0,I)) S + Σ_{j<=t} A_tj v_j,       A_tj = s (q_t ⊙ p_t) · (k_j ⊙ r_j ⊙ P(J+1,I)) for J < I,
 //
-// S stays in float, and is rounded once for each block of tokens. The grid is (tiles of 128 columns, B·H).
+// and as above for J = I. S and A are float, and rounded once for each product.
 
-enum { TENSOR_COLUMNS = WARPS * 16 };
-
-// The 16 columns of a warp, of which a thread has s[n][e]: channel 8n + 2t + e%2, column g + 8(e/2). f(number, its place in
-// a state (K,V) whose first column is the block's), for those that exist, of `columns` of the block.
-template <int MOST, class Use>
-__device__ __forceinline__ void for_state(float (*s)[4], size_t K, size_t V, size_t columns, Use f) {
-    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, column = threadIdx.x / WARP * 16 + g;
-#pragma unroll
-    for (int n = 0; n < MOST / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const unsigned i = 8 * n + 2 * t + e % 2, j = column + e / 2 * 8;
-            if (i < (unsigned)K && j < (unsigned)columns) f(s[n][e], (size_t)i * (unsigned)V + j);
-        }
-}
-// s <- s diag(total) + vᵀ keys over a block of tokens:   total [MOST]   v: columns of the warp, tokens   keys (BLOCK, MOST)
-template <metala_math MATH, int MOST>
-__device__ __forceinline__ void carry_state(float (*s)[4], const float *total, const left_operand<MATH> &v, const float *keys,
-                                            size_t pitch) {
-    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (unsigned i = 0; i < MOST; i += 8) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) s[i / 8][e] *= total[i + 2 * t + e % 2];
-        multiply_pieces<MATH>(s[i / 8], v, load_right<down>(keys, pitch, t, i + g));
-    }
-}
-
-template <int MOST>
-constexpr size_t tensor_forward_shared() {                           // in floats: q, k, α, v, total decays, A
-    return METALA_CHUNK * (3 * (MOST + 8) + TENSOR_COLUMNS + 8) + BLOCKS * (MOST + BLOCK * A_PITCH);
-}
-
-template <metala_math MATH, int MOST>
-__global__ void __launch_bounds__(THREADS, 1)
-tensor_forward_kernel(float *o, float *S, float *states, const float *q, const float *k, const float *v,
-                      const float *alpha, size_t T, size_t H, size_t K, size_t V, float scale) {
-    enum { PITCH = MOST + 8, V_PITCH = TENSOR_COLUMNS + 8 };
+// From chunk to chunk. Forward: states (heads, chunks c0…c1-1, K, V) = S before each; S (heads, K, V): in, that before chunk c0,
+// out, that behind the last; NULL for zeros and no interest. x = k, y = v, scale 1. The backward carries the gradient of the
+// states in the same way, but from the last chunk to the first: x = q, y = do. Block by block
+//
+//     S <- diag(p_n) S + Σ_j (k_j ⊙ r_j) v_jᵀ          Γ <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ
+//
+// A block of threads has 32 channels and 64 columns, a warp 16 × 16 of them, in registers; while it works on one chunk, the next
+// one is on its way. The grid is (tiles, B·H): two blocks fit on a multiprocessor, and 64 heads of 64 × 128 fill 128.
+enum { CARRY_CHANNELS = 32, CARRY_COLUMNS = 64, CARRY_X_PITCH = CARRY_CHANNELS + 8, CARRY_Y_PITCH = CARRY_COLUMNS + 8,
+       CARRY_CHUNK = METALA_CHUNK * (2 * CARRY_X_PITCH + CARRY_Y_PITCH),         // floats of one chunk: x, α, y
+       CARRY_SHARED = (2 * CARRY_CHUNK + BLOCKS * CARRY_CHANNELS) * sizeof(float) };
+template <metala_math MATH, bool FORWARD>
+__global__ void __launch_bounds__(THREADS, 2)
+tensor_carry_kernel(float *states, float *S, const float *x, const float *y, const float *alpha, size_t c0, size_t c1, size_t T,
+                    size_t H, size_t K, size_t V, float scale) {
     DYNAMIC_SHARED(float, memory);
-    const size_t b_h = blockIdx.y, j0 = blockIdx.x * (size_t)TENSOR_COLUMNS, columns = least(V - j0, TENSOR_COLUMNS);
-    const size_t row = first_row(b_h, T, H);
-    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, column = threadIdx.x / WARP * 16 + g;
-    const bool works = threadIdx.x / WARP * 16 < columns;
-    float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
-    float *v_chunk = alpha_chunk + METALA_CHUNK * PITCH, *total = v_chunk + METALA_CHUNK * V_PITCH;
-    float *A = total + BLOCKS * MOST;
-    float s[MOST / 8][4] = {};                                       // Sᵀ
+    const size_t b_h = blockIdx.y, K_tiles = ceil_div(K, CARRY_CHANNELS), count = c1 - c0;
+    const size_t i0 = blockIdx.x % K_tiles * CARRY_CHANNELS, channels = least(K - i0, CARRY_CHANNELS);
+    const size_t j0 = blockIdx.x / K_tiles * CARRY_COLUMNS, columns = least(V - j0, CARRY_COLUMNS);
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
+    const unsigned row = warp % 2 * 16 + g, column = warp / 2 * 16;  // the lane's, and g + 8; the first one of the warp
+    float *total = memory + 2 * CARRY_CHUNK;
+    float s[2][4] = {};
 
-    if (S) for_state<MOST>(s, K, V, columns, [&](float &x, size_t at) { x = S[b_h * K * V + j0 + at]; });
-    for (size_t t0 = 0; t0 < T; t0 += METALA_CHUNK) {
-        const size_t n = least(T - t0, METALA_CHUNK), at = row + t0 * H;
-        load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
-        load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
-        load_tokens(alpha_chunk, PITCH, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
-        load_tokens(v_chunk, V_PITCH, TENSOR_COLUMNS, v + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
-        if (states) {
-            float *to = states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V + j0;
-            for_state<MOST>(s, K, V, columns, [&](float &x, size_t i) { to[i] = x; });
-        }
-        __syncthreads();
-        for (int b = 0; b < BLOCKS; b++) {
-            size_t from = b * BLOCK * PITCH;
-            block_map(A + b * BLOCK * A_PITCH, A_PITCH, q_chunk + from, k_chunk + from, alpha_chunk + from, K, PITCH, scale);
-        }
-        __syncthreads();
-        block_decay(q_chunk, k_chunk, alpha_chunk, total, MOST, PITCH, scale, BLOCKS);
-        __syncthreads();
-        float *to = o + at * V + j0;
-        const unsigned step = (unsigned)(H * V);
-        for (unsigned b = 0; works && b * BLOCK < n; b++) {
-            const float *q_block = q_chunk + b * BLOCK * PITCH, *A_block = A + b * BLOCK * A_PITCH;
-            float v_floats[2][4];
-            load_left<down>(v_floats, v_chunk + b * BLOCK * V_PITCH, V_PITCH, t, column);
-            const left_operand<MATH> v_piece = round_left<MATH>(v_floats);
-            left_operand<MATH> s_pieces[MOST / 16];
-#pragma unroll
-            for (unsigned i = 0; i < MOST; i += 16) s_pieces[i / 16] = round_left<MATH>(&s[i / 8]);
-#pragma unroll
-            for (unsigned token = 0; token < BLOCK; token += 8) {
-                float out[4] = {};
-#pragma unroll
-                for (unsigned i = 0; i < MOST; i += 16)
-                    multiply_pieces<MATH>(out, s_pieces[i / 16], load_right<along>(q_block, PITCH, i + 2 * t, token + g));
-                multiply_pieces<MATH>(out, v_piece, load_right<beside>(A_block, A_PITCH, t, token + g));
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    unsigned i = b * BLOCK + token + 2 * t + e % 2, j = column + e / 2 * 8;
-                    if (i < (unsigned)n && j < (unsigned)columns) to[(size_t)i * step + j] = out[e];
-                }
-            }
-            carry_state<MATH, MOST>(s, total + b * MOST, v_piece, k_chunk + b * BLOCK * PITCH, PITCH);
-        }
-        __syncthreads();                                             // the chunk's tokens are done with
-    }
-    if (S) for_state<MOST>(s, K, V, columns, [&](float &x, size_t at) { S[b_h * K * V + j0 + at] = x; });
-}
-
-// ---- Chunkwise on tensor cores, backward: no blocks one after the other, but all chunks at the same time, once the gradients
-// of the states between them are known, which another kernel computes before. In a chunk, token t lies in block I and token j in
-// block J; p_t = Π α from I's first token to t, with it, r_j = Π α from behind j to J's last token, and P(a,b) = Π α over the
-// blocks a…b-1. S is the state before the chunk, Γ the gradient of that after it, D_tj = s do_t·v_j:
-//
-//     dq_t = p_t ⊙ ( s P(0,I) ⊙ (S do_t) + Σ_{j, J<I} D_tj (k_j ⊙ r_j ⊙ P(J+1,I)) ) + what is in its own block
-//     dk_j = r_j ⊙ ( P(J+1,4) ⊙ (Γ v_j)  + Σ_{t, J<I} D_tj (q_t ⊙ p_t ⊙ P(J+1,I)) ) + what is in its own block
-//     dv_j = Σ_{t>=j} A_tj do_t + Γᵀ (k_j ⊙ r_j ⊙ P(J+1,4)),   A_tj = s (q_t ⊙ p_t) · (k_j ⊙ r_j ⊙ P(J+1,I)) for J < I
-//     da_t = Σ_{r>=t} (q_r ⊙ dq_r - k_r ⊙ dk_r), up to the end of the chunk, + rowsum(Γ ⊙ S_n),
-//            rowsum(Γ ⊙ S_n) = P(0,4) ⊙ rowsum(Γ ⊙ S) + Σ_j k_j ⊙ r_j ⊙ P(J+1,4) ⊙ (Γ v_j)
-//
-// Nothing is ever divided by a decay. What is in its own block is computed as above, channel by channel in float.
-
-// gammas (heads, chunks c0…c1-1, K, V) = Γ of each; gamma (heads, K, V): in, that of chunk c1-1, out, the gradient of the
-// state before c0:   Γ <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ, block by block from the last. The warps share the columns, as
-// forward; the grid is (tiles of 128 columns, heads).
-template <int MOST>
-constexpr size_t tensor_gammas_shared() {                            // in floats: q, α, do, total decays
-    return METALA_CHUNK * (2 * (MOST + 8) + TENSOR_COLUMNS + 8) + BLOCKS * MOST;
-}
-template <metala_math MATH, int MOST>
-__global__ void __launch_bounds__(THREADS, 1)
-tensor_gammas_kernel(float *gammas, float *gamma, const float *dO, const float *q, const float *alpha, size_t c0, size_t c1,
-                     size_t T, size_t H, size_t K, size_t V, float scale) {
-    enum { PITCH = MOST + 8, V_PITCH = TENSOR_COLUMNS + 8 };
-    DYNAMIC_SHARED(float, memory);
-    const size_t b_h = blockIdx.y, j0 = blockIdx.x * (size_t)TENSOR_COLUMNS, columns = least(V - j0, TENSOR_COLUMNS);
-    float *q_chunk = memory, *alpha_chunk = q_chunk + METALA_CHUNK * PITCH, *dO_chunk = alpha_chunk + METALA_CHUNK * PITCH;
-    float *total = dO_chunk + METALA_CHUNK * V_PITCH;
-    const unsigned first = threadIdx.x / WARP * 16;                  // of the warp's columns
-    float held[MOST / 8][4] = {};                                    // Γᵀ
-
-    for_state<MOST>(held, K, V, columns, [&](float &x, size_t i) { x = gamma[b_h * K * V + j0 + i]; });
-    for (size_t c = c1; c-- > c0;) {
+    auto start = [&](size_t c, float *to) {                          // of chunk c
         const size_t t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK), at = first_row(b_h, T, H) + t0 * H;
-        float *to = gammas + (b_h * (c1 - c0) + c - c0) * K * V + j0;
-        for_state<MOST>(held, K, V, columns, [&](float &x, size_t i) { to[i] = x; });
-        load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
-        load_tokens(alpha_chunk, PITCH, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
-        load_tokens(dO_chunk, V_PITCH, TENSOR_COLUMNS, dO + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
-        __syncthreads();
-        block_decay(q_chunk, NULL, alpha_chunk, total, MOST, PITCH, scale, BLOCKS);
-        __syncthreads();
-        for (size_t b = BLOCKS; first < columns && b-- > 0;) {
-            float dO_piece[2][4];
-            load_left<down>(dO_piece, dO_chunk + b * BLOCK * V_PITCH, V_PITCH, threadIdx.x % 4, first + threadIdx.x % WARP / 4);
-            carry_state<MATH, MOST>(held, total + b * MOST, round_left<MATH>(dO_piece), q_chunk + b * BLOCK * PITCH, PITCH);
-        }
-        __syncthreads();                                             // the tokens are done with
+        float *to_alpha = to + METALA_CHUNK * CARRY_X_PITCH, *to_y = to_alpha + METALA_CHUNK * CARRY_X_PITCH;
+        load_tokens(to, CARRY_X_PITCH, CARRY_CHANNELS, x + at * K + i0, H * K, n, channels, 0, METALA_CHUNK);
+        load_tokens(to_alpha, CARRY_X_PITCH, CARRY_CHANNELS, alpha + at * K + i0, H * K, n, channels, 1, METALA_CHUNK);
+        load_tokens(to_y, CARRY_Y_PITCH, CARRY_COLUMNS, y + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
+    };
+    auto store = [&](float *to) {                                    // (K,V)
+        const bool aligned = V % 4 == 0 && (uintptr_t)to % 16 == 0;
+#pragma unroll
+        for (unsigned h = 0; h < 2; h++)
+            if (row + 8 * h < (unsigned)channels)
+                store_pair(to + (i0 + row + 8 * h) * V + j0, s, h, column + 4 * t, (unsigned)columns, aligned);
+    };
+#pragma unroll
+    for (unsigned e = 0; e < 8; e++) {                               // as store_pair has them
+        const unsigned i = row + e / 4 * 8, j = column + 4 * t + e % 4;
+        if (S && i < (unsigned)channels && j < (unsigned)columns)
+            s[e % 2][e / 4 * 2 + e % 4 / 2] = S[(b_h * K + i0 + i) * V + j0 + j];
     }
-    for_state<MOST>(held, K, V, columns, [&](float &x, size_t i) { gamma[b_h * K * V + j0 + i] = x; });
-}
-
-// All gradients of a chunk of one head: the grid is (chunks from c0 on, B·H). A block goes through V by tiles of 32 columns. Of dq
-// and dk a warp has two blocks of tokens and a quarter of the channels, summed over the tiles in registers; of dv a block of
-// tokens and half of a tile; of D a block of tokens t and half of the tokens j.
-enum { TILE_COLUMNS = 32, CHUNK_PITCH = METALA_CHUNK + 8, TILE_PITCH = TILE_COLUMNS + 8 };
-template <int MOST>
-constexpr size_t tensor_backward_shared() {                          // in floats: q, k, α; decays, three vectors; D;
-    return 3 * METALA_CHUNK * (MOST + 8) + (2 * BLOCKS + 3) * MOST + METALA_CHUNK * CHUNK_PITCH +
-           2 * (METALA_CHUNK + MOST) * TILE_PITCH + METALA_CHUNK * CHUNK_PITCH;        // v, do, S, Γ, and A, or dq and dk
+    start(FORWARD ? c0 : c1 - 1, memory);
+    for (size_t step = 0; step < count; step++) {
+        const size_t c = FORWARD ? c0 + step : c1 - 1 - step;
+        float *x_chunk = memory + step % 2 * CARRY_CHUNK, *alpha_chunk = x_chunk + METALA_CHUNK * CARRY_X_PITCH;
+        float *y_chunk = alpha_chunk + METALA_CHUNK * CARRY_X_PITCH;
+        wait_for_tokens();                                           // the chunk is there, the one before it done with
+        if (step + 1 < count) start(FORWARD ? c + 1 : c - 1, memory + (step + 1) % 2 * CARRY_CHUNK);
+        store(states + (b_h * count + c - c0) * K * V);
+        block_decay(FORWARD ? NULL : x_chunk, FORWARD ? x_chunk : NULL, alpha_chunk, total, CARRY_CHANNELS, CARRY_X_PITCH,
+                    CARRY_X_PITCH, scale, BLOCKS);
+        __syncthreads();                                             // x has decayed
+#pragma unroll
+        for (unsigned n = 0; n < BLOCKS; n++) {
+            const unsigned b = FORWARD ? n : BLOCKS - 1 - n;
+            float a[2][4];
+            float4 right[2];
+            load_left<down>(a, x_chunk + b * BLOCK * CARRY_X_PITCH, CARRY_X_PITCH, t, row);
+            load_right_pair(right, y_chunk + b * BLOCK * CARRY_Y_PITCH, CARRY_Y_PITCH, t, column + 2 * g);
+            const left_operand<MATH> left = round_left<MATH>(a);
+#pragma unroll
+            for (unsigned p = 0; p < 2; p++) {
+#pragma unroll
+                for (unsigned e = 0; e < 4; e++) s[p][e] *= total[b * CARRY_CHANNELS + row + e / 2 * 8];
+                multiply_pieces<MATH>(s[p], left, right[p]);
+            }
+        }
+    }
+    if (S) store(S + b_h * K * V);
 }
 
 // P(from,to) of channel i.
@@ -3599,6 +3556,152 @@ template <int MOST>
 __device__ float4 decays_over(const float *total, unsigned from, unsigned to, unsigned i) {
     return make_float4(decay_over<MOST>(total, from, to, i), decay_over<MOST>(total, from, to, i + 1),
                        decay_over<MOST>(total, from, to, i + 8), decay_over<MOST>(total, from, to, i + 9));
+}
+
+// A (64,64), but for blocks above the diagonal, of a chunk of q, k and α (64, MOST); q_t ⊙ p_t and k_j ⊙ r_j in their place, and
+// total = P(J,J+1). A barrier before A is read is the caller's. Rows of α, which only threads side by side read, lie without gaps.
+enum { CHUNK_PITCH = METALA_CHUNK + 8 };
+template <metala_math MATH, int MOST>
+__device__ __forceinline__ void chunk_map(float *A, float *q, float *k, const float *alpha, float *total, size_t K, float scale) {
+    enum { PITCH = MOST + 8 };
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll 1
+    for (unsigned b = 0; b < BLOCKS; b++) {                          // the blocks on the diagonal
+        const unsigned from = b * BLOCK * PITCH;
+        block_map(A + b * BLOCK * (CHUNK_PITCH + 1), CHUNK_PITCH, q + from, k + from, alpha + b * BLOCK * MOST, K, PITCH, MOST,
+                  scale);
+    }
+    __syncthreads();                                                 // q and k are read as they were
+    block_decay(q, k, alpha, total, MOST, PITCH, MOST, 1, BLOCKS);
+    __syncthreads();                                                 // decays are there
+    for (unsigned task = threadIdx.x / WARP; task < 12; task += WARPS) {         // those below, 16 × 8 at a time
+        const unsigned pair = task / 2, I = pair < 1 ? 1 : pair < 3 ? 2 : 3, J = pair - I * (I - 1) / 2;
+        const unsigned row = I * BLOCK + g, column = J * BLOCK + task % 2 * 8;
+        float sum[4] = {}, a[2][4];
+        for (unsigned i = 2 * t; i < MOST; i += 16) {
+            load_left<along>(a, q, PITCH, i, row);
+            multiply_pieces<MATH>(sum, round_left<MATH>(a), times(load_right<along>(k, PITCH, i, column + g),
+                                                decays_over<MOST>(total, J + 1, I, i)));
+        }
+        for (unsigned e = 0; e < 4; e++) A[(row + e / 2 * 8) * CHUNK_PITCH + column + 2 * t + e % 2] = scale * sum[e];
+    }
+}
+
+// Right operands of all rows of x, `step` apart, in groups of 16, and 16 columns, as load_right_pair has those, from global
+// memory: rows 2t, 2t+1, 2t+8, 2t+9 of each group, as `along` calls them. PAIRS: x is aligned for loads of two numbers.
+template <metala_math MATH, int GROUPS, bool PAIRS>
+__device__ __forceinline__ void load_columns(right_operand<MATH> (*to)[2], const float *x, size_t step, unsigned rows,
+                                             unsigned columns) {
+    const unsigned j = threadIdx.x % WARP / 4 * 2, t = threadIdx.x % 4;
+#pragma unroll
+    for (unsigned group = 0; group < GROUPS; group++) {
+        float2 two[4];
+#pragma unroll
+        for (unsigned e = 0; e < 4; e++) {
+            const unsigned i = group * 16 + 2 * t + e % 2 + e / 2 * 8;
+            const float *from = x + i * step + j;
+            two[e] = make_float2(0, 0);
+            if (PAIRS && i < rows && j < columns) two[e] = *(const float2 *)from;
+            if (!PAIRS && i < rows && j < columns) two[e] = make_float2(from[0], j + 1 < columns ? from[1] : 0);
+        }
+        to[group][0] = round_right<MATH>(make_float4(two[0].x, two[1].x, two[2].x, two[3].x));
+        to[group][1] = round_right<MATH>(make_float4(two[0].y, two[1].y, two[2].y, two[3].y));
+    }
+}
+
+// o of a chunk of one head: the grid is (chunks, B·H). Every warp has 16 columns of all 64 tokens. What it needs of S and v
+// nobody else does: it reads them from global memory into registers.
+enum { TENSOR_COLUMNS = WARPS * 16 };
+template <int MOST>
+constexpr size_t tensor_forward_shared() {                           // in floats: q, k, α; decays; A
+    return METALA_CHUNK * (3 * MOST + 2 * 8) + 2 * BLOCKS * MOST + METALA_CHUNK * CHUNK_PITCH;
+}
+template <metala_math MATH, int MOST>
+__global__ void __launch_bounds__(THREADS, MATH == METALA_BFLOAT16 && MOST <= 64 ? 2 : 1)
+tensor_forward_kernel(float *o, const float *states, const float *q, const float *k, const float *v, const float *alpha, size_t c0,
+                      size_t T, size_t H, size_t K, size_t V, float scale) {
+    enum { PITCH = MOST + 8 };
+    DYNAMIC_SHARED(float, memory);
+    const size_t b_h = blockIdx.y, t0 = (c0 + blockIdx.x) * METALA_CHUNK, n = least(T - t0, METALA_CHUNK);
+    const size_t at = first_row(b_h, T, H) + t0 * H;
+    const float *state = states + (b_h * gridDim.x + blockIdx.x) * K * V;
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, column = threadIdx.x / WARP * 16;
+    const bool twos = V % 2 == 0 && (uintptr_t)state % 8 == 0 && (uintptr_t)v % 8 == 0;
+    const bool fours = V % 4 == 0 && (uintptr_t)o % 16 == 0;
+    float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
+    float *total = alpha_chunk + METALA_CHUNK * MOST, *decay_before = total + BLOCKS * MOST;    // P(J,J+1), s P(0,J)
+    float *A = decay_before + BLOCKS * MOST;
+
+    load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
+    load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
+    load_tokens(alpha_chunk, MOST, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
+#pragma unroll 1
+    for (size_t j0 = column; j0 < V + column; j0 += TENSOR_COLUMNS) {            // all warps as often: they meet at barriers
+        right_operand<MATH> of_S[MOST / 16][2], of_v[BLOCKS][2];
+        const unsigned left = j0 < V ? (unsigned)(V - j0) : 0;
+        if (twos) {
+            load_columns<MATH, MOST / 16, true>(of_S, state + j0, V, (unsigned)K, left);
+            load_columns<MATH, BLOCKS, true>(of_v, v + at * V + j0, H * V, (unsigned)n, left);
+        } else {
+            load_columns<MATH, MOST / 16, false>(of_S, state + j0, V, (unsigned)K, left);
+            load_columns<MATH, BLOCKS, false>(of_v, v + at * V + j0, H * V, (unsigned)n, left);
+        }
+        if (j0 == column) {                                          // all that was loaded was on its way at the same time
+            wait_for_tokens();
+            chunk_map<MATH, MOST>(A, q_chunk, k_chunk, alpha_chunk, total, K, scale);
+            for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS)
+                decay_before[task] = scale * decay_over<MOST>(total, 0, task / MOST, task % MOST);
+            __syncthreads();                                         // A and decay_before are there
+        }
+#pragma unroll 1
+        for (unsigned I = 0; I < BLOCKS; I++) {
+            const unsigned row = I * BLOCK + g;
+            float out[2][4] = {}, a[2][4];
+#pragma unroll
+            for (unsigned i = 0; i < MOST / 16; i++) {
+                load_left<along>(a, q_chunk, PITCH, i * 16 + 2 * t, row);
+#pragma unroll
+                for (unsigned e = 0; e < 8; e++) a[e / 4][e % 4] *= decay_before[I * MOST + i * 16 + 2 * t + e / 4 * 8 + e % 2];
+                const left_operand<MATH> left = round_left<MATH>(a);
+#pragma unroll
+                for (unsigned p = 0; p < 2; p++) multiply_pieces<MATH>(out[p], left, of_S[i][p]);
+            }
+#pragma unroll
+            for (unsigned J = 0; J < BLOCKS; J++) {
+                if (J > I) continue;
+                load_left<along>(a, A, CHUNK_PITCH, J * BLOCK + 2 * t, row);
+                const left_operand<MATH> left = round_left<MATH>(a);
+#pragma unroll
+                for (unsigned p = 0; p < 2; p++) multiply_pieces<MATH>(out[p], left, of_v[J][p]);
+            }
+#pragma unroll
+            for (unsigned h = 0; h < 2; h++)
+                if (row + 8 * h < (unsigned)n)
+                    store_pair(o + (at + (row + 8 * h) * H) * V, out, h, (unsigned)j0 + 4 * t, (unsigned)V, fours);
+        }
+    }
+}
+
+// ---- Backward: all chunks at the same time, too, once tensor_carry_kernel has left the gradients of the states between them.
+// S is the state before the chunk, Γ the gradient of that after it, D_tj = s do_t·v_j:
+//
+//     dq_t = p_t ⊙ ( s P(0,I) ⊙ (S do_t) + Σ_{j, J<I} D_tj (k_j ⊙ r_j ⊙ P(J+1,I)) ) + what is in its own block
+//     dk_j = r_j ⊙ ( P(J+1,4) ⊙ (Γ v_j)  + Σ_{t, J<I} D_tj (q_t ⊙ p_t ⊙ P(J+1,I)) ) + what is in its own block
+//     dv_j = Σ_{t>=j} A_tj do_t + Γᵀ (k_j ⊙ r_j ⊙ P(J+1,4))
+//     da_t = Σ_{r>=t} (q_r ⊙ dq_r - k_r ⊙ dk_r), up to the end of the chunk, + rowsum(Γ ⊙ S_n),
+//            rowsum(Γ ⊙ S_n) = P(0,4) ⊙ rowsum(Γ ⊙ S) + Σ_j k_j ⊙ r_j ⊙ P(J+1,4) ⊙ (Γ v_j)
+//
+// What is in its own block is computed as above, channel by channel in float.
+
+// All gradients of a chunk of one head: the grid is (chunks from c0 on, B·H). A block goes through V by tiles of 32 columns. Of dq
+// and dk a warp has two blocks of tokens and a quarter of the channels, summed over the tiles in registers; of dv a block of
+// tokens and half of a tile; of D a block of tokens t and half of the tokens j. With K up to 64 two blocks share a multiprocessor:
+// 113 KB of shared memory each, in which D takes the place of A, and dq and dk those of the tiles; 128 registers for a thread.
+enum { TILE_COLUMNS = 32, TILE_PITCH = TILE_COLUMNS + 8 };
+template <int MOST>
+constexpr size_t tensor_backward_shared() {                          // in floats: q, k, α; decays, three vectors;
+    return METALA_CHUNK * (3 * MOST + 2 * 8) + (2 * BLOCKS + 3) * MOST + METALA_CHUNK * CHUNK_PITCH +    // A or D, in turn
+           greatest(2 * (METALA_CHUNK + MOST) * TILE_PITCH, 2 * METALA_CHUNK * (MOST + 8));      // v, do, S, Γ, or dq and dk
 }
 
 // of += D (x ⊙ P(from,to)), or of Dᵀ, over one block of tokens: 16 rows from row - g on, with the channels of a warp.
@@ -3617,13 +3720,11 @@ __device__ __forceinline__ void add_block(float (*of)[4], const float *D, unsign
 }
 
 template <metala_math MATH, int MOST>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(THREADS, MOST <= 64 ? 2 : 1)
 tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *gammas, const float *dO, const float *states,
                        const float *q, const float *k, const float *v, const float *alpha, size_t c0, size_t T, size_t H,
                        size_t K, size_t V, float scale) {
     enum { PITCH = MOST + 8, PIECES = MOST / 32 };                   // PIECES: 8 channels each, of the quarter that a warp has
-    static_assert(2 * METALA_CHUNK * PITCH <= 2 * (METALA_CHUNK + MOST) * TILE_PITCH + METALA_CHUNK * CHUNK_PITCH,
-                  "dq and dk take the place of the tiles and A");
     DYNAMIC_SHARED(float, memory);
     const size_t b_h = blockIdx.y, c = c0 + blockIdx.x, t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK);
     const size_t at = first_row(b_h, T, H) + t0 * H;
@@ -3631,41 +3732,22 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
     const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
     const unsigned half = warp % 2, quarter = warp / 2, channel = quarter * (MOST / 4);
     float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
-    float *total = alpha_chunk + METALA_CHUNK * PITCH, *decay_after = total + BLOCKS * MOST;     // P(J,J+1), P(J+1,4)
+    float *total = alpha_chunk + METALA_CHUNK * MOST, *decay_after = total + BLOCKS * MOST;     // P(J,J+1), P(J+1,4)
     float *rowsum_states = decay_after + BLOCKS * MOST, *rowsum_keys = rowsum_states + MOST;
-    float *D = rowsum_keys + 2 * MOST, *v_tile = D + METALA_CHUNK * CHUNK_PITCH, *dO_tile = v_tile + METALA_CHUNK * TILE_PITCH;
-    float *S_tile = dO_tile + METALA_CHUNK * TILE_PITCH, *gamma_tile = S_tile + MOST * TILE_PITCH;
-    float *A = gamma_tile + MOST * TILE_PITCH, *dq_chunk = v_tile, *dk_chunk = dq_chunk + METALA_CHUNK * PITCH;
-    float of_q[2][PIECES][4] = {}, of_k[2][PIECES][4] = {};          // of the blocks 2 half and 2 half + 1, from `channel` on
-    float of_D[4][4] = {};                                           // of block `quarter` with the tokens from 32 half on
+    float *A = rowsum_keys + 2 * MOST, *D = A, *v_tile = A + METALA_CHUNK * CHUNK_PITCH;
+    float *dO_tile = v_tile + METALA_CHUNK * TILE_PITCH, *S_tile = dO_tile + METALA_CHUNK * TILE_PITCH;
+    float *gamma_tile = S_tile + MOST * TILE_PITCH, *dq_chunk = v_tile, *dk_chunk = dq_chunk + METALA_CHUNK * PITCH;
     float a[2][4];
 
     // 1. A, and the decays.
     load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
     load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
-    load_tokens(alpha_chunk, PITCH, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
+    load_tokens(alpha_chunk, MOST, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
     for (unsigned i = threadIdx.x; i < MOST; i += THREADS) rowsum_states[i] = 0;
-    __syncthreads();
-    for (unsigned b = 0; b < BLOCKS; b++) {                          // the blocks on the diagonal
-        const unsigned from = b * BLOCK * PITCH;
-        block_map(A + b * BLOCK * (CHUNK_PITCH + 1), CHUNK_PITCH, q_chunk + from, k_chunk + from, alpha_chunk + from, K, PITCH, scale);
-    }
-    __syncthreads();
-    block_decay(q_chunk, k_chunk, alpha_chunk, total, MOST, PITCH, 1, BLOCKS);
-    __syncthreads();
+    wait_for_tokens();
+    chunk_map<MATH, MOST>(A, q_chunk, k_chunk, alpha_chunk, total, K, scale);
     for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS)
         decay_after[task] = decay_over<MOST>(total, task / MOST + 1, BLOCKS, task % MOST);
-    for (unsigned task = warp; task < 12; task += WARPS) {           // those below, 16 × 8 at a time
-        const unsigned pair = task / 2, I = pair < 1 ? 1 : pair < 3 ? 2 : 3, J = pair - I * (I - 1) / 2;
-        const unsigned row = I * BLOCK + g, column = J * BLOCK + task % 2 * 8;
-        float sum[4] = {};
-        for (unsigned i = 2 * t; i < MOST; i += 16) {
-            load_left<along>(a, q_chunk, PITCH, i, row);
-            multiply_pieces<MATH>(sum, round_left<MATH>(a), times(load_right<along>(k_chunk, PITCH, i, column + g),
-                                                decays_over<MOST>(total, J + 1, I, i)));
-        }
-        for (unsigned e = 0; e < 4; e++) A[(row + e / 2 * 8) * CHUNK_PITCH + column + 2 * t + e % 2] = scale * sum[e];
-    }
     __syncthreads();                                                 // A and decay_after are there
     left_operand<MATH> keys[MOST / 16];                              // k_j ⊙ r_j ⊙ P(J+1,4) of block `quarter`
 #pragma unroll
@@ -3676,6 +3758,9 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         keys[i / 16] = round_left<MATH>(a);
     }
     // 2. The tiles: dv, and sums of dq, dk and D.
+    float of_q[2][PIECES][4] = {}, of_k[2][PIECES][4] = {};          // of the blocks 2 half and 2 half + 1, from `channel` on
+    float of_D[4][4] = {};                                           // of block `quarter` with the tokens from 32 half on
+#pragma unroll 1
     for (size_t j0 = 0; j0 < V; j0 += TILE_COLUMNS) {
         const size_t columns = least(V - j0, TILE_COLUMNS);
         __syncthreads();                                             // the tile is done with
@@ -3683,7 +3768,7 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         load_tokens(dO_tile, TILE_PITCH, TILE_COLUMNS, dO + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
         load_state<TILE_COLUMNS>(S_tile, TILE_PITCH, state + j0, MOST, K, V, columns);
         load_state<TILE_COLUMNS>(gamma_tile, TILE_PITCH, gamma + j0, MOST, K, V, columns);
-        __syncthreads();
+        wait_for_tokens();
         for (unsigned task = threadIdx.x; task < 2 * MOST; task += THREADS) {    // rowsum(Γ ⊙ S), two threads for a row
             const unsigned from = task / 2 * TILE_PITCH + task % 2 * 4;
             float sum = 0;
@@ -3694,25 +3779,24 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
             sum += __shfl_xor_sync(ALL_LANES, sum, 1);
             if (task % 2 == 0) rowsum_states[task / 2] += sum;
         }
-#pragma unroll
+#pragma unroll 1
         for (unsigned l = 2 * t; l < TILE_COLUMNS; l += 16) {        // S do, Γ v, and do·v
-            left_operand<MATH> of_do[2], of_v[2];
+            right_operand<MATH> of_S[PIECES], of_gamma[PIECES];
+#pragma unroll
+            for (unsigned p = 0; p < PIECES; p++) {
+                of_S[p] = round_right<MATH>(load_right<along>(S_tile, TILE_PITCH, l, channel + 8 * p + g));
+                of_gamma[p] = round_right<MATH>(load_right<along>(gamma_tile, TILE_PITCH, l, channel + 8 * p + g));
+            }
 #pragma unroll
             for (unsigned m = 0; m < 2; m++) {
                 load_left<along>(a, dO_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
-                of_do[m] = round_left<MATH>(a);
+                const left_operand<MATH> of_do = round_left<MATH>(a);
                 load_left<along>(a, v_tile, TILE_PITCH, l, (2 * half + m) * BLOCK + g);
-                of_v[m] = round_left<MATH>(a);
-            }
+                const left_operand<MATH> of_v = round_left<MATH>(a);
 #pragma unroll
-            for (unsigned p = 0; p < PIECES; p++) {
-                const unsigned i = channel + 8 * p + g;
-                const right_operand<MATH> of_S = round_right<MATH>(load_right<along>(S_tile, TILE_PITCH, l, i));
-                const right_operand<MATH> of_gamma = round_right<MATH>(load_right<along>(gamma_tile, TILE_PITCH, l, i));
-#pragma unroll
-                for (unsigned m = 0; m < 2; m++) {
-                    multiply_pieces<MATH>(of_q[m][p], of_do[m], of_S);
-                    multiply_pieces<MATH>(of_k[m][p], of_v[m], of_gamma);
+                for (unsigned p = 0; p < PIECES; p++) {
+                    multiply_pieces<MATH>(of_q[m][p], of_do, of_S[p]);
+                    multiply_pieces<MATH>(of_k[m][p], of_v, of_gamma[p]);
                 }
             }
             load_left<along>(a, dO_tile, TILE_PITCH, l, quarter * BLOCK + g);
@@ -3723,6 +3807,7 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
                     multiply_pieces<MATH>(of_D[p], left, load_right<along>(v_tile, TILE_PITCH, l, half * 32 + 8 * p + g));
         }
         float of_dv[2][4] = {};                                      // of block `quarter`, 16 columns
+#pragma unroll 1
         for (unsigned token = quarter * BLOCK + t; token < METALA_CHUNK; token += BLOCK) {
             load_left<down>(a, A, CHUNK_PITCH, token, quarter * BLOCK + g);
             const left_operand<MATH> left = round_left<MATH>(a);
@@ -3738,20 +3823,23 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
                                       load_right<down>(gamma_tile, TILE_PITCH, i + t, half * 16 + 8 * p + g));
         const bool pairs = V % 2 == 0 && (uintptr_t)dv % 8 == 0;
 #pragma unroll
-        for (unsigned p = 0; p < 2; p++)
+        for (unsigned e = 0; e < 4; e += 2) {
+            const unsigned j = quarter * BLOCK + g + e / 2 * 8;
+            float *row = dv + (at + j * H) * V + j0;
 #pragma unroll
-            for (unsigned e = 0; e < 4; e += 2) {
-                const unsigned j = quarter * BLOCK + g + e / 2 * 8, l = half * 16 + 8 * p + 2 * t;
-                float *to = dv + (at + j * H) * V + j0 + l;
+            for (unsigned p = 0; p < 2; p++) {
+                const unsigned l = half * 16 + 8 * p + 2 * t;
                 if (j >= n || l >= columns) continue;
-                if (pairs) *(float2 *)to = make_float2(of_dv[p][e], of_dv[p][e + 1]);
+                if (pairs) *(float2 *)&row[l] = make_float2(of_dv[p][e], of_dv[p][e + 1]);
                 else {
-                    to[0] = of_dv[p][e];
-                    if (l + 1 < columns) to[1] = of_dv[p][e + 1];
+                    row[l] = of_dv[p][e];
+                    if (l + 1 < columns) row[l + 1] = of_dv[p][e + 1];
                 }
             }
+        }
     }
     // 3. D, and what dq and dk have from outside of the chunk.
+    __syncthreads();                                                 // A is done with, and so is the tile
     for (unsigned p = 0; p < 4; p++)
         for (unsigned e = 0; e < 4; e++)
             D[(quarter * BLOCK + g + e / 2 * 8) * CHUNK_PITCH + half * 32 + 8 * p + 2 * t + e % 2] = scale * of_D[p][e];
@@ -3772,13 +3860,15 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
             for (int distance = 4; distance < WARP; distance *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
             if (g == 0) rowsum_keys[half * MOST + i] = sum;
         }
-    __syncthreads();                                                 // D is there; the tile and A are done with
+    __syncthreads();                                                 // D is there
     // 4. What they have from the other blocks.
 #pragma unroll
     for (unsigned m = 0; m < 2; m++) {
         const unsigned block = 2 * half + m, row = block * BLOCK + g;
+#pragma unroll 1
         for (unsigned J = 0; J < block; J++)
             add_block<MATH, MOST, beside>(of_q[m], D, row, k_chunk, J * BLOCK + t, channel + g, total, J + 1, block);
+#pragma unroll 1
         for (unsigned I = block + 1; I < BLOCKS; I++)
             add_block<MATH, MOST, down>(of_k[m], D, row, q_chunk, I * BLOCK + t, channel + g, total, block + 1, I);
 #pragma unroll
@@ -3794,12 +3884,13 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
     // 5. What they have from their own block, and da.
     load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
     load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
-    __syncthreads();
+    wait_for_tokens();
+#pragma unroll 1
     for (unsigned task = threadIdx.x; task < 2 * BLOCKS * MOST; task += THREADS) {
         const unsigned block = task / 2 / MOST, here = block * BLOCK * PITCH + task % MOST;
-        const float *map = D + block * BLOCK * (CHUNK_PITCH + 1);
-        if (task / MOST % 2 == 0) channel_dq(dq_chunk + here, k_chunk + here, alpha_chunk + here, PITCH, map, CHUNK_PITCH, 1);
-        else channel_dk(dk_chunk + here, q_chunk + here, alpha_chunk + here, PITCH, map, CHUNK_PITCH);
+        const float *map = D + block * BLOCK * (CHUNK_PITCH + 1), *a = alpha_chunk + block * BLOCK * MOST + task % MOST;
+        if (task / MOST % 2 == 0) channel_dq(dq_chunk + here, k_chunk + here, a, PITCH, MOST, map, CHUNK_PITCH, 1);
+        else channel_dk(dk_chunk + here, q_chunk + here, a, PITCH, MOST, map, CHUNK_PITCH);
     }
     __syncthreads();
     // da sums over the tokens from the last one on: those of a block here, in the place of α, and below the blocks behind it.
@@ -3807,9 +3898,9 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
         float sum = 0;
 #pragma unroll
         for (unsigned t = BLOCK; t-- > 0;) {
-            const unsigned here = (task / MOST * BLOCK + t) * PITCH + task % MOST;
+            const unsigned token = task / MOST * BLOCK + t, here = token * PITCH + task % MOST;
             sum += q_chunk[here] * dq_chunk[here] - k_chunk[here] * dk_chunk[here];
-            alpha_chunk[here] = sum;
+            alpha_chunk[token * MOST + task % MOST] = sum;
         }
     }
     for (unsigned i = threadIdx.x; i < MOST; i += THREADS)           // rowsum(Γ ⊙ S_n)
@@ -3818,8 +3909,8 @@ tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *
     for (unsigned task = threadIdx.x; task < METALA_CHUNK * MOST; task += THREADS) {
         const unsigned token = task / MOST, i = task % MOST, here = token * PITCH + i;
         if (token >= n || i >= K) continue;
-        float sum = rowsum_states[i] + alpha_chunk[here];
-        for (unsigned b = token / BLOCK + 1; b < BLOCKS; b++) sum += alpha_chunk[b * BLOCK * PITCH + i];
+        float sum = rowsum_states[i] + alpha_chunk[token * MOST + i];
+        for (unsigned b = token / BLOCK + 1; b < BLOCKS; b++) sum += alpha_chunk[b * BLOCK * MOST + i];
         const size_t there = (at + token * H) * K + i;
         dq[there] = dq_chunk[here];
         dk[there] = dk_chunk[here];
@@ -3886,54 +3977,6 @@ size_t count_shared(int shared) {
     return !!(shared & q_or_b) + !!(shared & k_or_b) + !!(shared & METALA_CONSTANT_DECAY);
 }
 
-template <metala_math MATH>
-void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, float *states, const float *q,
-                  const float *k, const float *v, const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V,
-                  double scale, int shared) {
-    if (!head_fits(ctx, K)) return;
-    if (shared) {
-        float *room = scratch(ctx, count_shared(shared) * B * T * H * K);
-        if (!room) return;
-        copy_shared<MATH>(ctx, &q, &k, &alpha, room, B, T, H, K, shared);
-    }
-    const size_t most_shared = shared_room(), wanted = chunkwise_forward_shared<WIDE>(K) * sizeof(float);
-    if (form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || wanted > most_shared || T <= 1) {
-#define FORWARD(ROWS, GROUPS)                                                                                     \
-    RUN((recurrent_forward_kernel<ROWS, GROUPS>), extent(ceil_div(V, RECURRENT_COLUMNS), B * H), dim3(WARP, GROUPS), \
-        0, o, S, states, q, k, v, alpha, T, H, K, V, (float)scale)
-        FOR_ROWS(K, FORWARD);
-#undef FORWARD
-        return;
-    }
-    if constexpr (MATH != METALA_EXACT) {
-        size_t bytes = 0;
-#define SIZE(MOST) bytes = tensor_forward_shared<MOST>() * sizeof(float)
-        FOR_TENSOR_K(K, SIZE);
-#undef SIZE
-#define FORWARD(MOST)                                                                                                \
-    RUN((tensor_forward_kernel<MATH, MOST>), extent(ceil_div(V, TENSOR_COLUMNS), B * H), THREADS, bytes, o, S, states, q, k, v, \
-        alpha, T, H, K, V, (float)scale)
-        if (K <= MOST_TENSOR_K && bytes <= most_shared) {
-            FOR_TENSOR_K(K, FORWARD);
-            return;
-        }
-#undef FORWARD
-    }
-    RUN((chunkwise_forward_kernel<WIDE>), extent(ceil_div(V, WIDE), B * H), THREADS, wanted, o, S, states, q, k, v, alpha,
-        T, H, K, V, (float)scale);
-}
-
-// The two kernels of the backward on tensor cores, for the chunks c0…c1-1.
-template <metala_math MATH, int MOST>
-void tensor_backward_of_chunks(metala_context *ctx, float *dq, float *dk, float *da, float *dv, float *gamma, float *gammas,
-                     const float *dO, const float *states, const float *q, const float *k, const float *v,
-                     const float *alpha, size_t c0, size_t c1, size_t B, size_t T, size_t H, size_t K, size_t V, float scale) {
-    RUN((tensor_gammas_kernel<MATH, MOST>), extent(ceil_div(V, TENSOR_COLUMNS), B * H), THREADS,
-        tensor_gammas_shared<MOST>() * sizeof(float), gammas, gamma, dO, q, alpha, c0, c1, T, H, K, V, scale);
-    RUN((tensor_backward_kernel<MATH, MOST>), extent(c1 - c0, B * H), THREADS, tensor_backward_shared<MOST>() * sizeof(float),
-        dq, dk, da, dv, gammas, dO, states, q, k, v, alpha, c0, T, H, K, V, scale);
-}
-
 // Floats of scratch memory for states, above which fewer heads or chunks are taken at a time.
 #ifdef __CUDACC__
 enum { MOST_STATES = 1 << 26 };
@@ -3941,6 +3984,78 @@ enum { MOST_STATES = 1 << 26 };
 enum { MOST_STATES = 2000 };
 #endif
 size_t between_1_and(size_t most, size_t n) { return n < 1 ? 1 : least(n, most); }
+
+// The two kernels of the forward on tensor cores, for the chunks c0…c1-1, and those of the backward.
+template <metala_math MATH, bool FORWARD>
+void carry_states(metala_context *ctx, float *states, float *S, const float *x, const float *y, const float *alpha, size_t c0,
+                  size_t c1, size_t B, size_t T, size_t H, size_t K, size_t V, float scale) {
+    const size_t tiles = ceil_div(K, CARRY_CHANNELS) * ceil_div(V, CARRY_COLUMNS);
+    RUN((tensor_carry_kernel<MATH, FORWARD>), extent(tiles, B * H), THREADS, CARRY_SHARED, states, S, x, y, alpha, c0, c1, T, H, K,
+        V, scale);
+}
+template <metala_math MATH, int MOST>
+void tensor_forward_of_chunks(metala_context *ctx, float *o, float *S, float *states, const float *q, const float *k,
+                              const float *v, const float *alpha, size_t c0, size_t c1, size_t B, size_t T, size_t H, size_t K,
+                              size_t V, float scale) {
+    carry_states<MATH, true>(ctx, states, S, k, v, alpha, c0, c1, B, T, H, K, V, 1);
+    RUN((tensor_forward_kernel<MATH, MOST>), extent(c1 - c0, B * H), THREADS, tensor_forward_shared<MOST>() * sizeof(float),
+        o, states, q, k, v, alpha, c0, T, H, K, V, scale);
+}
+template <metala_math MATH, int MOST>
+void tensor_backward_of_chunks(metala_context *ctx, float *dq, float *dk, float *da, float *dv, float *gamma, float *gammas,
+                     const float *dO, const float *states, const float *q, const float *k, const float *v,
+                     const float *alpha, size_t c0, size_t c1, size_t B, size_t T, size_t H, size_t K, size_t V, float scale) {
+    carry_states<MATH, false>(ctx, gammas, gamma, q, dO, alpha, c0, c1, B, T, H, K, V, scale);
+    RUN((tensor_backward_kernel<MATH, MOST>), extent(c1 - c0, B * H), THREADS, tensor_backward_shared<MOST>() * sizeof(float),
+        dq, dk, da, dv, gammas, dO, states, q, k, v, alpha, c0, T, H, K, V, scale);
+}
+
+// Scratch: copies of what is shared; on tensor cores, when nobody wants the states, those of some chunks, and S, which goes from
+// these chunks to the next ones, if there are any and S is NULL.
+template <metala_math MATH>
+void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, float *states, const float *q,
+                  const float *k, const float *v, const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V,
+                  double scale, int shared) {
+    if (!head_fits(ctx, K) || !B || !T || !H) return;
+    const size_t most_shared = shared_room(), wanted = chunkwise_forward_shared<WIDE>(K) * sizeof(float);
+    const size_t all_states = B * H * K * V;
+    const bool recurrent = form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || wanted > most_shared || T <= 1;
+    size_t bytes = 0;
+#define SIZE(MOST) bytes = tensor_forward_shared<MOST>() * sizeof(float)
+    FOR_TENSOR_K(K, SIZE);
+#undef SIZE
+    const bool tensor = MATH != METALA_EXACT && !recurrent && K <= MOST_TENSOR_K &&
+                        greatest(bytes, CARRY_SHARED) <= most_shared;
+    const size_t at_once = states ? chunks(T) : between_1_and(chunks(T), MOST_STATES / all_states);
+    const bool stays = tensor && !S && at_once < chunks(T);
+    const size_t of_states = tensor && !states ? at_once * all_states : 0;
+    const size_t wants = of_states + stays * all_states + count_shared(shared) * B * T * H * K;
+    if (wants) {
+        float *room = scratch(ctx, wants);
+        if (!room) return;
+        room = copy_shared<MATH>(ctx, &q, &k, &alpha, room, B, T, H, K, shared);
+        if (of_states) states = room, room += of_states;
+        if (stays) cuda_zero(ctx, S = room, all_states * sizeof(float));
+    }
+    if constexpr (MATH != METALA_EXACT)
+        for (size_t c0 = 0, c1; tensor && c0 < chunks(T); c0 = c1) {
+            c1 = least(c0 + at_once, chunks(T));
+#define FORWARD(MOST) \
+    tensor_forward_of_chunks<MATH, MOST>(ctx, o, S, states, q, k, v, alpha, c0, c1, B, T, H, K, V, (float)scale)
+            FOR_TENSOR_K(K, FORWARD);
+#undef FORWARD
+        }
+    if (tensor) return;
+    if (recurrent) {
+#define FORWARD(ROWS, GROUPS)                                                                                     \
+    RUN((recurrent_forward_kernel<ROWS, GROUPS>), extent(ceil_div(V, RECURRENT_COLUMNS), B * H), dim3(WARP, GROUPS), \
+        0, o, S, states, q, k, v, alpha, T, H, K, V, (float)scale)
+        FOR_ROWS(K, FORWARD);
+#undef FORWARD
+    } else
+        RUN(chunkwise_forward_kernel<WIDE>, extent(ceil_div(V, WIDE), B * H), THREADS, wanted, o, S, states, q, k, v, alpha, T, H,
+            K, V, (float)scale);
+}
 
 // Scratch: on tensor cores Γ of some chunks, and Γ itself if dS is NULL; otherwise `states_each` states of some heads, and the
 // tiles' parts of dq, dk and da (tiles,3,B,T,H,K) when there are several; copies of what is shared, with their gradients. da
@@ -3960,7 +4075,7 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
 #undef SIZE
     const bool wide = chunkwise_fits(MOST_WIDE_K, WIDE);
     const bool tensor = MATH != METALA_EXACT && form != METALA_RECURRENT && K <= MOST_TENSOR_K &&
-                        tensor_shared <= most_shared;
+                        greatest(tensor_shared, CARRY_SHARED) <= most_shared;
     const bool recurrent = form == METALA_RECURRENT || !(tensor || wide || chunkwise_fits(MOST_CHUNKWISE_K, NARROW));
     const size_t width = tensor ? V : recurrent ? (size_t)RECURRENT_COLUMNS : wide ? (size_t)WIDE : (size_t)NARROW;
     const size_t tiles = ceil_div(V, width), count = B * T * H * K, tile_step = tiles > 1 ? 3 * count : 0;
