@@ -24,7 +24,7 @@
 #
 #   make CC=clang       another compiler       make PORTABLE=1   for any machine with this instruction set
 #   make OPENMP=0       one thread             make CFLAGS=...   flags of your own in place of all those below
-#   make CUDA=1 CUDA_ARCH="80 90"   the GPUs to compile for; newer ones translate the last. 90a: products of an H100's own (wgmma)
+#   make CUDA=1 CUDA_ARCH="80 90a"  the GPUs to compile for; newer ones translate the last. 90a: an H100's own products (wgmma)
 #   make CUDA=1 CUBLAS=1            matrix products by cuBLAS, to compare with
 #   make GOLDEN=DIR test   compare with the golden files in DIR (default ../shared/golden, skipped when not there)
 
@@ -49,7 +49,7 @@ CFLAGS   := $(or $(WARNINGS),-std=c99) $(or $(FAST),-O2) $(NATIVE) $(THREADS)
 LDLIBS   := -lm
 
 # nvcc is looked for in PATH, $CUDA_HOME and /usr/local/cuda.
-CUDA_ARCH ?= 80 90
+CUDA_ARCH ?= 80 90a
 NVCC_FOUND = $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 ifneq ($(filter-out 0,$(CUDA)),)
 NVCC := $(NVCC_FOUND)
@@ -60,6 +60,7 @@ NVCCFLAGS := -std=c++17 -O3 $(foreach a,$(filter-out $(if $(filter 90a,$(CUDA_AR
 GPU       := build/cuda_metala.o
 CUDA_LIBS := -lcudart_static -lstdc++ -lpthread -ldl -lrt
 DEFINES   := -DMETALA_CUDA $(if $(filter 90a,$(CUDA_ARCH)),-DMETALA_WGMMA)
+NVCCFLAGS += $(if $(filter 90a,$(CUDA_ARCH)),,-diag-suppress 177)          # what only those products use
 ifneq ($(filter-out 0,$(CUBLAS)),)
 DEFINES   += -DMETALA_CUBLAS
 NVCCFLAGS += -diag-suppress 177              # the kernels that it replaces stay in the file, unused

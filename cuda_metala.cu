@@ -626,6 +626,7 @@ matrix_multiply_kernel(float *c, const float *a, size_t a_row, size_t a_k, Weigh
 // C = Σ_z parts[z] + bias + base
 __global__ void sum_splits_kernel(float *c, const float *parts, const float *bias, const float *base, size_t splits, size_t M,
                                   size_t N) {
+    next_may_begin(), wait_for_before();
     FOR_EACH(i, M * N) {
         float sum = 0;
         for (size_t z = 0; z < splits; z++) sum += parts[z * M * N + i];
@@ -694,6 +695,7 @@ round_operand_kernel(operand straight, operand turned, const float *x, unsigned 
     __shared__ float tile[SIDE][SIDE + 1];
     const unsigned line = blockIdx.x, i = threadIdx.x / 8, j = threadIdx.x % 8 * 4;
     const bool fours = columns % 4 == 0 && (uintptr_t)x % 16 == 0;
+    next_may_begin(), wait_for_before();
     for (unsigned i0 = blockIdx.y * SIDE; i0 < rows; i0 += gridDim.y * SIDE) {
         float number[PIECES * PIECES][4] = {};
 #pragma unroll
@@ -827,6 +829,7 @@ tensor_multiply_kernel(float *c, operand a, operand b, const float *bias, const 
     const place tile = place_of(blockIdx.x, M, N, PRODUCT_ROWS, COLUMNS);
     const size_t first = blockIdx.z * lines_each, last = least(a.lines, first + lines_each);
     float sum[4][8][4] = {};                                         // four pieces of 16 × 64
+    next_may_begin(), wait_for_before();
 
     auto fetch = [&](size_t line, unsigned stage) {                  // an empty group beyond the end keeps the count
         uint4 *to = memory + stage * STAGE;
@@ -871,6 +874,7 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
     const unsigned tiles = (unsigned)(ceil_div(a.rows, PRODUCT_ROWS) * ceil_div(b.rows, WIDE_COLUMNS));
     if (threadIdx.x < WIDE_STAGES) barrier_init(full + threadIdx.x, 1), barrier_init(empty + threadIdx.x, WIDE_WARPS), wgmma_show();
     __syncthreads();
+    next_may_begin(), wait_for_before();
     unsigned stage = 0, phase = 0;
     auto step = [&] { phase ^= ++stage == WIDE_STAGES, stage %= WIDE_STAGES; };
 
@@ -939,7 +943,7 @@ void matrix_multiply(metala_context *ctx, float *c, const float *a, size_t a_row
     else RUN((matrix_multiply_kernel<64, A_BY_K, B_BY_K, Weights>), grid, THREADS, 0, to, a, a_row, a_k, b, bias, base,
              M, N, K, k_each);
     if (splits > 1)
-        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, base, splits, M, N);
+        RUN_EARLY(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, to, bias, base, splits, M, N);
 }
 
 #ifdef METALA_CUBLAS
@@ -1040,14 +1044,14 @@ void tensor_multiply(metala_context *ctx, float *c, operand a, operand b, float 
     float *to = p.count > 1 ? parts : c;
     if constexpr (HAS_WGMMA)
         if (by_warpgroups())
-            RUN((warpgroup_multiply_kernel<MATH>), least(down * across_wide * p.count, multiprocessors()), WIDE_THREADS, WIDE_BYTES, to, a,
+            RUN_EARLY((warpgroup_multiply_kernel<MATH>), least(down * across_wide * p.count, multiprocessors()), WIDE_THREADS, WIDE_BYTES, to, a,
                 b, bias, base, (unsigned)p.each, (unsigned)p.count);
     if (!by_warpgroups() && wide)
-        RUN((tensor_multiply_kernel<MATH, 256>), extent(down * across_wide, 1, p.count), 256, shared(256), to, a, b, bias, base, p.each);
+        RUN_EARLY((tensor_multiply_kernel<MATH, 256>), extent(down * across_wide, 1, p.count), 256, shared(256), to, a, b, bias, base, p.each);
     else if (!by_warpgroups())
-        RUN((tensor_multiply_kernel<MATH, 128>), extent(down * across, 1, p.count), 128, shared(128), to, a, b, bias, base, p.each);
+        RUN_EARLY((tensor_multiply_kernel<MATH, 128>), extent(down * across, 1, p.count), 128, shared(128), to, a, b, bias, base, p.each);
     if (p.count > 1)
-        RUN(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, parts, bias, base, p.count, M, N);
+        RUN_EARLY(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, parts, bias, base, p.count, M, N);
 #endif
 }
 
@@ -1055,7 +1059,7 @@ void tensor_multiply(metala_context *ctx, float *c, operand a, operand b, float 
 // made room for the copies has seen: a row of either takes 128 bytes at least.
 template <metala_math MATH>
 void round_operand(metala_context *ctx, operand straight, operand turned, const float *x, size_t rows, size_t columns) {
-    RUN((round_operand_kernel<MATH>), extent(lines_of<MATH>(columns), blocks_for(lines_of<MATH>(rows), 1)), THREADS, 0, straight,
+    RUN_EARLY((round_operand_kernel<MATH>), extent(lines_of<MATH>(columns), blocks_for(lines_of<MATH>(rows), 1)), THREADS, 0, straight,
         turned, x, (unsigned)rows, (unsigned)columns);
 }
 
@@ -2816,6 +2820,7 @@ double sum_squares(metala_context *ctx, const float *x, size_t n) {
 typedef struct { float scale, keep, beta1, beta2, eps, rate, root; } adamw_numbers;
 
 __global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n, adamw_numbers a) {
+    next_may_begin(), wait_for_before();
     FOR_EACH(i, n) {
         float gradient = a.scale * g[i], mean = m[i], square = v[i], old = p[i];     // all loads before the first store
         m[i] = mean = a.beta1 * mean + (1 - a.beta1) * gradient;
@@ -2831,7 +2836,7 @@ void adamw(metala_context *ctx, float *p, float *m, float *v, const float *g, si
     a.beta1 = (float)adamw->beta1, a.beta2 = (float)adamw->beta2, a.eps = (float)adamw->eps;
     a.rate = (float)(adamw->learning_rate / (1 - pow(adamw->beta1, (double)step)));
     a.root = (float)(1 / sqrt(1 - pow(adamw->beta2, (double)step)));
-    RUN(adamw_kernel, blocks_for(n, THREADS), THREADS, 0, p, m, v, g, n, a);
+    RUN_EARLY(adamw_kernel, blocks_for(n, THREADS), THREADS, 0, p, m, v, g, n, a);
 }
 
 // ============================================================== 5. The decay scan
