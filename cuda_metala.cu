@@ -3067,7 +3067,10 @@ __device__ __forceinline__ void block_decay(float *q, float *k, const float *alp
         const unsigned at = token * step + i;
         float a[BLOCK], x[BLOCK], p = 1, rest = 1;
 #pragma unroll
-        for (unsigned t = 0; t < BLOCK; t++) a[t] = alpha[(token + t) * (unsigned)alpha_pitch + i], x[t] = q ? q[at + t * step] : 0;
+        for (unsigned t = 0; t < BLOCK; t++) {
+            a[t] = alpha[(token + t) * (unsigned)alpha_pitch + i];
+            x[t] = q ? q[at + t * step] : 0;
+        }
 #pragma unroll
         for (unsigned t = 0; t < BLOCK; t++) {
             p *= a[t];
