@@ -1,7 +1,7 @@
 #!/bin/sh
 # All that only a GPU can say, in one go: are the kernels right, how fast are they, and next to PyTorch where that is there.
 #
-#   make CUDA=1 CUDA_ARCH="80 90a" gpu-report            (an H100 or H200; CUDA_ARCH=80 for an A100)
+#   make CUDA=1 gpu-report
 #
 # Prints what matters; all that the parts printed is in build/gpu. A part that fails is said and the others go on; exit status
 # 1 then. From the environment:

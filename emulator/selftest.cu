@@ -1,7 +1,7 @@
 // selftest.cu - does cuda_on_cpu.h run kernels as a GPU does, and does it notice what is wrong with others?
 //
 //     g++ -std=c++17 -O1 -g -x c++ -include emulator/cuda_on_cpu.h emulator/selftest.cu -o selftest && ./selftest
-//     make CUDA=1 build/selftest-cuda && build/selftest-cuda         the first half, on a GPU; CUDA_ARCH="80 90a": with wgmma
+//     make CUDA=1 build/selftest-cuda && build/selftest-cuda         the first half, on a GPU
 //     make ptx-selftest                                              by nvcc, and run by ptx_on_cpu.cpp
 //
 // 1. Everything that is emulated, each result computed a second time by plain loops. A GPU must pass these as well: in
