@@ -25,6 +25,8 @@
 //     DYNAMIC_SHARED(type, name)                                           in place of extern __shared__ type name[]
 //     inline PTX only in the functions under "Instructions" below, one instruction each
 //
+// and RUN_EARLY is for kernels that call wait_for_before ahead of all that they write or that others wrote (test-ptx sees writes).
+//
 // Bits: the order of every sum follows from the shapes alone. There are no atomics on floats; where blocks share a sum,
 // each leaves its part in scratch memory and a second kernel adds the parts in order.
 
@@ -139,10 +141,10 @@ __device__ __forceinline__ uint64_t wgmma_operand(const void *rows, unsigned byt
     return (address & 0x3FFFF) >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
-// Barriers in shared memory, 8 bytes each (mbarrier): a phase of one ends when `count` threads have arrived, and all bytes that
-// were to be expected have come; the next begins. The phases are 0, 1, 0, … in turn, and barrier_wait waits until one that is
-// `phase` has ended: at first only the one before the first, as it were, a 1. After barrier_init: wgmma_show, then a barrier of
-// the block. barrier_expect arrives as well. bulk_copy needs one thread, from global memory, multiples of 16.
+// Barriers in shared memory, 8 bytes each (mbarrier). A phase ends when `count` threads have arrived and all expected bytes have
+// come; then the next begins. barrier_wait(b, p) returns once the latest phase of parity p has ended. Phases have the parities 0,
+// 1, 0, …; of a new barrier, parity 1 counts as ended. barrier_expect arrives and announces bytes. After barrier_init: wgmma_show,
+// then __syncthreads. bulk_copy: one thread calls it for all; addresses and size are multiples of 16.
 __device__ __forceinline__ void barrier_init(uint64_t *barrier, unsigned count) {
     ASM_90A("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(count) : "memory");
 }
@@ -166,9 +168,11 @@ __device__ __forceinline__ void bulk_copy(void *shared, const void *global, unsi
 }
 #endif
 
-// Kernels that follow each other, from compute capability 9.0 on: one that is launched early (RUN_EARLY) may begin as soon as all
-// blocks of the one before have said next_may_begin, or ended. It must not touch what that one writes, nor write, before
-// wait_for_before, after which all earlier kernels have ended.
+// Kernels that follow each other, from compute capability 9.0 on (programmatic dependent launch): one that is launched by RUN_EARLY
+// may begin as soon as all blocks of the one before have said next_may_begin, or ended. Before wait_for_before it must not write,
+// nor read what an earlier kernel may still write. Behind it the kernel before has ended; and all earlier ones, because that one
+// has waited, too. So every early kernel must wait, whatever its shapes, even if it needs nothing.
+std::atomic<bool> runs_early;                                    // does the code that this GPU runs have them? metala_cuda has asked it
 #ifdef __CUDACC__
 __device__ __forceinline__ void next_may_begin() {
 #if __CUDA_ARCH__ >= 900
@@ -180,9 +184,9 @@ __device__ __forceinline__ void wait_for_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-bool runs_early;                                                 // the code that this GPU runs has these: metala_cuda has asked it
 template <class... Parameters, class... Arguments>
-void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments... arguments) {
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                  Arguments... arguments) {
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -194,7 +198,6 @@ void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
 #define LAUNCH_EARLY(kernel, grid, block, shared, stream, ...) launch_early(kernel, grid, dim3(block), shared, stream, __VA_ARGS__)
 #else
 #define LAUNCH_EARLY LAUNCH
-bool runs_early;
 #endif
 
 // ============================================================== 1. Context: errors, memory, launches
@@ -210,7 +213,7 @@ const char *advice(int error) {
     case OUT_OF_MEMORY: return "try a smaller batch, context or model";
     case OLD_DRIVER: return "there is no NVIDIA driver, or it is older than this program's CUDA: install or update it";
     case NO_DEVICE: return "nvidia-smi lists the GPUs; CUDA_VISIBLE_DEVICES hides them";
-    case NO_IMAGE: return "build again with the CUDA_ARCH of this GPU, as in make CUDA=1 CUDA_ARCH=90";
+    case NO_IMAGE: return "build again with the CUDA_ARCH of this GPU, as in make CUDA=1 CUDA_ARCH=90a for an H100";
     case ILLEGAL_ADDRESS:
     case LAUNCH_FAILED: return "compute-sanitizer names the kernel, as does CUDA_LAUNCH_BLOCKING=1";
     default: return "CUDA_LAUNCH_BLOCKING=1 shows which call it was";
@@ -398,7 +401,8 @@ __device__ __forceinline__ void few(size_t first, size_t n, Load load, Store sto
          first += (size_t)gridDim.x * (FEW * THREADS))
 
 // A row, or head, of a warp: each lane holds HELD of its numbers at a time, d, d + 32, …. A row of up to 32·HELD is held whole,
-// and needs no second reading when a sum over it is there; of a longer one each stretch is loaded anew.
+// and needs no second reading when a sum over it is there; of a longer one each stretch is loaded anew. The macros
+// use the HELD of where they stand.
 #define FOR_EACH_STRETCH(d, width) for (size_t d = threadIdx.x % WARP; d < (width); d += HELD * WARP)
 #define FOR_EACH_HELD(j, d, width) \
     _Pragma("unroll") for (unsigned j = 0; j < HELD; j++) if (j * WARP < left_of(d, width, HELD * WARP))
@@ -406,7 +410,7 @@ __device__ __forceinline__ unsigned left_of(size_t d, size_t width, unsigned mos
     return d < width ? (unsigned)least(width - d, most) : 0;
 }
 template <int HELD>
-__device__ __forceinline__ void hold(float (&x)[HELD], const float *row, size_t d, size_t width) {
+__device__ __forceinline__ void load_held(float (&x)[HELD], const float *row, size_t d, size_t width) {
     FOR_EACH_HELD(j, d, width) x[j] = row[d + j * WARP];
 }
 // run(HELD) with the least that holds a row whole, or with the most: a row of the model, or one of its heads.
@@ -659,10 +663,10 @@ __host__ __device__ constexpr size_t lines_of(size_t k) { return ceil_div(k, num
 struct operand { uint4 *memory; size_t rows, lines; };
 // The first 16 bytes of a line. cuBLAS wants whole rows, one behind the other, with nothing exchanged.
 #ifdef METALA_CUBLAS
-const unsigned EXCHANGE = 1;
+const unsigned SWIZZLE_ROWS = 1;
 __host__ __device__ uint4 *line_of(operand x, size_t row, size_t line) { return x.memory + (row * x.lines + line) * LINE_PARTS; }
 #else
-const unsigned EXCHANGE = 8;
+const unsigned SWIZZLE_ROWS = 8;
 __host__ __device__ uint4 *line_of(operand x, size_t row, size_t line) { return x.memory + (line * x.rows + row) * LINE_PARTS; }
 #endif
 operand from_line(operand x, size_t line) { return {line_of(x, 0, line), x.rows, x.lines}; }
@@ -714,7 +718,7 @@ round_operand_kernel(operand straight, operand turned, const float *x, unsigned 
         for (unsigned p = 0; p < PIECES * PIECES; p++) {
             const unsigned row = i0 + p / PIECES * PIECE + i, column = p % PIECES * PIECE + j;
             if (straight.memory && row < rows) {
-                uint4 *to = line_of(straight, row, line) + (column / EACH ^ row % EXCHANGE);
+                uint4 *to = line_of(straight, row, line) + (column / EACH ^ row % SWIZZLE_ROWS);
                 const float *y = number[p];
                 if (MATH == METALA_BFLOAT16) ((uint2 *)to)[column / 4 % 2] = make_uint2(pack(y[0], y[1]), pack(y[2], y[3]));
                 else *to = make_uint4(to_tf32(y[0]), to_tf32(y[1]), to_tf32(y[2]), to_tf32(y[3]));
@@ -729,7 +733,7 @@ round_operand_kernel(operand straight, operand turned, const float *x, unsigned 
 #pragma unroll
         for (unsigned part = threadIdx.x % PARTS; part < LINE_PARTS; part += PARTS)
             if (row < columns)
-                line_of(turned, row, i0 / SIDE)[part ^ row % EXCHANGE] = rounded<MATH>(&tile[part * EACH][column], SIDE + 1);
+                line_of(turned, row, i0 / SIDE)[part ^ row % SWIZZLE_ROWS] = rounded<MATH>(&tile[part * EACH][column], SIDE + 1);
         __syncthreads();                                             // the tile may be written again
     }
 }
@@ -851,41 +855,46 @@ tensor_multiply_kernel(float *c, operand a, operand b, const float *bias, const 
     const bool alone = gridDim.z == 1;
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        store_piece(c + blockIdx.z * M * N, sum[i], alone ? bias : NULL, alone ? base : NULL, tile.i + row + 16 * i, tile.j + column,
-                    M, N);
+        store_piece(c + blockIdx.z * M * N, sum[i], alone ? bias : NULL, alone ? base : NULL, tile.i + row + 16 * i,
+                    tile.j + column, M, N);
 }
 
 // The same on an H100: two warpgroups multiply 64 × 256 each, and the first thread of a warp of its own, behind them, has the
-// lines brought for them, WIDE_STAGES ahead. There are two barriers for each stage: `full`, when its lines have come, and `empty`,
+// lines brought for them, GROUP_STAGES ahead. There are two barriers for each stage: `full`, when its lines have come, and `empty`,
 // when all warps have used them. A block stays on its multiprocessor and takes one tile after the other: while C is written, the
 // lines of the next tile come already.
 //
 // The parts of a sum are tiles as well: tile number n + z·(tiles of C) sums lines from z·lines_each on.
-enum { WIDE_COLUMNS = 256, WIDE_STAGES = 4, WIDE_WARPS = 8, WIDE_THREADS = (WIDE_WARPS + 1) * WARP };
-enum { WIDE_STAGE = (PRODUCT_ROWS + WIDE_COLUMNS) * LINE_PARTS };
-const size_t WIDE_BYTES = WIDE_STAGES * WIDE_STAGE * sizeof(uint4);
+enum { GROUP_COLUMNS = 256, GROUP_STAGES = 4, GROUP_WARPS = 8, GROUP_THREADS = (GROUP_WARPS + 1) * WARP };
+enum { GROUP_STAGE = (PRODUCT_ROWS + GROUP_COLUMNS) * LINE_PARTS };
+const size_t GROUP_BYTES = GROUP_STAGES * GROUP_STAGE * sizeof(uint4);
 
 template <metala_math MATH>
-__global__ void __launch_bounds__(WIDE_THREADS, 1)
-warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, const float *base, unsigned lines_each, unsigned splits) {
+__global__ void __launch_bounds__(GROUP_THREADS, 1)
+warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, const float *base, unsigned lines_each,
+                          unsigned splits) {
     DYNAMIC_SHARED(uint4, memory);
-    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
+    __shared__ uint64_t full[GROUP_STAGES], empty[GROUP_STAGES];
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lines = (unsigned)a.lines;
-    const unsigned tiles = (unsigned)(ceil_div(a.rows, PRODUCT_ROWS) * ceil_div(b.rows, WIDE_COLUMNS));
-    if (threadIdx.x < WIDE_STAGES) barrier_init(full + threadIdx.x, 1), barrier_init(empty + threadIdx.x, WIDE_WARPS), wgmma_show();
+    const unsigned tiles = (unsigned)(ceil_div(a.rows, PRODUCT_ROWS) * ceil_div(b.rows, GROUP_COLUMNS));
+    if (threadIdx.x < GROUP_STAGES) {
+        barrier_init(full + threadIdx.x, 1);
+        barrier_init(empty + threadIdx.x, GROUP_WARPS);
+        wgmma_show();
+    }
     __syncthreads();
     next_may_begin(), wait_for_before();
     unsigned stage = 0, phase = 0;
-    auto step = [&] { phase ^= ++stage == WIDE_STAGES, stage %= WIDE_STAGES; };
+    auto step = [&] { phase ^= ++stage == GROUP_STAGES, stage %= GROUP_STAGES; };
 
-    if (warp == WIDE_WARPS) {
+    if (warp == GROUP_WARPS) {
         for (unsigned n = blockIdx.x; n < tiles * splits && lane == 0; n += gridDim.x) {
-            const place tile = place_of(n % tiles, a.rows, b.rows, PRODUCT_ROWS, WIDE_COLUMNS);
+            const place tile = place_of(n % tiles, a.rows, b.rows, PRODUCT_ROWS, GROUP_COLUMNS);
             const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
             const unsigned of_a = LINE * (unsigned)least(PRODUCT_ROWS, a.rows - tile.i);
-            const unsigned of_b = LINE * (unsigned)least(WIDE_COLUMNS, b.rows - tile.j);
+            const unsigned of_b = LINE * (unsigned)least(GROUP_COLUMNS, b.rows - tile.j);
             for (unsigned line = first; line < last; line++, step()) {
-                uint4 *to = memory + stage * WIDE_STAGE;
+                uint4 *to = memory + stage * GROUP_STAGE;
                 barrier_wait(empty + stage, phase ^ 1);
                 barrier_expect(full + stage, of_a + of_b);
                 bulk_copy(to, line_of(a, tile.i, line), of_a, full + stage);
@@ -899,8 +908,8 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
         float sum[4][8][4] = {};                                     // 16 × 256
         unsigned before = 0;                                         // the stage of the line before
         for (unsigned line = first; line < last; line++, step()) {
-            const uint4 *of_a = memory + stage * WIDE_STAGE + warp / 4 * 64 * LINE_PARTS;
-            const uint4 *of_b = memory + stage * WIDE_STAGE + PRODUCT_ROWS * LINE_PARTS;
+            const uint4 *of_a = memory + stage * GROUP_STAGE + warp / 4 * 64 * LINE_PARTS;
+            const uint4 *of_b = memory + stage * GROUP_STAGE + PRODUCT_ROWS * LINE_PARTS;
             barrier_wait(full + stage, phase);
             wgmma_hold(sum[0][0]);
             wgmma_start();
@@ -917,12 +926,12 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
         wgmma_wait<0>();
         wgmma_hold(sum[0][0]);
         if (first < last && lane == 0) barrier_arrive(empty + before);
-        const place tile = place_of(n % tiles, a.rows, b.rows, PRODUCT_ROWS, WIDE_COLUMNS);
+        const place tile = place_of(n % tiles, a.rows, b.rows, PRODUCT_ROWS, GROUP_COLUMNS);
         float *to = c + n / tiles * a.rows * b.rows;
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            store_piece(to, sum[i], splits == 1 ? bias : NULL, splits == 1 ? base : NULL, tile.i + warp * 16, tile.j + 64 * i, a.rows,
-                        b.rows);
+            store_piece(to, sum[i], splits == 1 ? bias : NULL, splits == 1 ? base : NULL, tile.i + warp * 16,
+                        tile.j + 64 * i, a.rows, b.rows);
     }
 }
 
@@ -1012,7 +1021,7 @@ portions portions_of(size_t M, size_t N, size_t lines) {
 #ifndef METALA_CUBLAS
     size_t splits = splits_of(ceil_div(M, PRODUCT_ROWS) * ceil_div(N, 128), lines * numbers_of_line<MATH>);
     if (by_warpgroups()) {
-        const size_t tiles = ceil_div(M, PRODUCT_ROWS) * ceil_div(N, WIDE_COLUMNS), most = lines * numbers_of_line<MATH> / 512;
+        const size_t tiles = ceil_div(M, PRODUCT_ROWS) * ceil_div(N, GROUP_COLUMNS), most = lines * numbers_of_line<MATH> / 512;
         size_t least_time = SIZE_MAX;
         splits = 1;
         for (size_t n = 1; n <= least(most, 16); n++) {
@@ -1038,29 +1047,31 @@ void tensor_multiply(metala_context *ctx, float *c, operand a, operand b, float 
     library_multiply(ctx, MATH, c, a.memory, step, true, b.memory, step, true, bias, base, M, N, step);
 #else
     const portions p = portions_of<MATH>(M, N, a.lines);
-    const size_t down = ceil_div(M, PRODUCT_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, WIDE_COLUMNS);
+    const size_t down = ceil_div(M, PRODUCT_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, GROUP_COLUMNS);
     auto shared = [=](int columns) { return (size_t)PRODUCT_STAGES * LINE * (PRODUCT_ROWS + columns); };
-    const bool wide = down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
+    const bool wide = !by_warpgroups() && down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
     float *to = p.count > 1 ? parts : c;
     if constexpr (HAS_WGMMA)
         if (by_warpgroups())
-            RUN_EARLY((warpgroup_multiply_kernel<MATH>), least(down * across_wide * p.count, multiprocessors()), WIDE_THREADS, WIDE_BYTES, to, a,
-                b, bias, base, (unsigned)p.each, (unsigned)p.count);
-    if (!by_warpgroups() && wide)
-        RUN_EARLY((tensor_multiply_kernel<MATH, 256>), extent(down * across_wide, 1, p.count), 256, shared(256), to, a, b, bias, base, p.each);
+            RUN_EARLY((warpgroup_multiply_kernel<MATH>), least(down * across_wide * p.count, multiprocessors()), GROUP_THREADS,
+                      GROUP_BYTES, to, a, b, bias, base, (unsigned)p.each, (unsigned)p.count);
+    if (wide)
+        RUN_EARLY((tensor_multiply_kernel<MATH, 256>), extent(down * across_wide, 1, p.count), 256, shared(256), to, a, b,
+                  bias, base, p.each);
     else if (!by_warpgroups())
-        RUN_EARLY((tensor_multiply_kernel<MATH, 128>), extent(down * across, 1, p.count), 128, shared(128), to, a, b, bias, base, p.each);
+        RUN_EARLY((tensor_multiply_kernel<MATH, 128>), extent(down * across, 1, p.count), 128, shared(128), to, a, b, bias,
+                  base, p.each);
     if (p.count > 1)
         RUN_EARLY(sum_splits_kernel, blocks_for(M * N, THREADS), THREADS, 0, c, parts, bias, base, p.count, M, N);
 #endif
 }
 
-// The rounded copies of x (rows,columns), without memory for what is not wanted. That rows and columns fit in 32 bits, who
-// made room for the copies has seen: a row of either takes 128 bytes at least.
+// The rounded copies of x (rows,columns), without memory for what is not wanted. Rows and columns fit in 32 bits:
+// for more nobody would have had room.
 template <metala_math MATH>
 void round_operand(metala_context *ctx, operand straight, operand turned, const float *x, size_t rows, size_t columns) {
-    RUN_EARLY((round_operand_kernel<MATH>), extent(lines_of<MATH>(columns), blocks_for(lines_of<MATH>(rows), 1)), THREADS, 0, straight,
-        turned, x, (unsigned)rows, (unsigned)columns);
+    RUN_EARLY((round_operand_kernel<MATH>), extent(lines_of<MATH>(columns), blocks_for(lines_of<MATH>(rows), 1)), THREADS, 0,
+              straight, turned, x, (unsigned)rows, (unsigned)columns);
 }
 
 // Linear layers y = x Wᵀ + bias + residual for a few rows of x, as in generation: memory is the limit, each weight is read once.
@@ -1079,8 +1090,9 @@ struct few_rows_layers { few_rows_layer<Weights> of[TOGETHER]; };
 
 // ROWS: at least as many as there are; of one that is missing, the last one's numbers are taken for nothing. First AHEAD loads of
 // weights, then their use: to keep the memory busy, each multiprocessor must have some ten kilobytes on their way. The first
-// weights are on theirs before x is there: who wrote them is further back than the kernel before, as a model's first kernels are
-// no products.
+// weights are on theirs before x is there. That is safe only because something that is not launched early lies between who writes
+// weights and here: a copy, the zeroing after AdamW, or embedding_forward and patch_forward, which must stay RUN. (One kernel
+// between would not do: an early one lets the next begin before it has itself waited.)
 template <int ROWS, bool FOUR, class Weights>
 __global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, size_t rows, size_t in) {
     enum { EACH = FOUR ? 4 : 1, STEP = WARP * EACH, AHEAD = 8 };
@@ -1099,7 +1111,7 @@ __global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, co
                     else loaded[a] = l.w.at(k, o);
                 }
             wait_for_before();
-            __syncwarp();                                            // the compiler leaves the loads before it
+            __syncwarp();                                            // or each load would move down to its use, and none be ahead
 #pragma unroll
             for (int a = 0; a < AHEAD; a++)
                 if (const size_t k = first + a * STEP; k < in) {
@@ -1116,6 +1128,7 @@ __global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, co
                     }
                 }
         }
+        wait_for_before();                                           // of no inputs, nobody has waited yet
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
             float all = warp_sum(sum[row]);
@@ -1141,13 +1154,14 @@ void matmul_few_rows(metala_context *ctx, const metala_linear *layers, int count
             outs = greatest(outs, l->out);
             four = four && (uintptr_t)l->w % 16 == 0;
         }
-#define FEW(ROWS, FOUR) \
-    RUN_EARLY((matmul_few_rows_kernel<ROWS, FOUR, Weights>), extent(blocks_for(outs, WARPS), layers_here), THREADS, 0, some, x, rows, in)
-        if (four && rows == 1) FEW(1, true);
-        else if (four) FEW(FEW_ROWS, true);
-        else if (rows == 1) FEW(1, false);
-        else FEW(FEW_ROWS, false);
-#undef FEW
+#define LAUNCH_ROWS(ROWS, FOUR) \
+    RUN_EARLY((matmul_few_rows_kernel<ROWS, FOUR, Weights>), extent(blocks_for(outs, WARPS), layers_here), THREADS, 0, some, x, \
+              rows, in)
+        if (four && rows == 1) LAUNCH_ROWS(1, true);
+        else if (four) LAUNCH_ROWS(FEW_ROWS, true);
+        else if (rows == 1) LAUNCH_ROWS(1, false);
+        else LAUNCH_ROWS(FEW_ROWS, false);
+#undef LAUNCH_ROWS
     }
 }
 
@@ -1366,14 +1380,14 @@ __global__ void rms_forward_kernel(float *n, float *r, const float *x, const uin
         const bool kept = !mask || mask[row];
         float in[HELD], sum = 0;
         FOR_EACH_STRETCH(d, D) {
-            hold(in, x + row * D, d, D);
+            load_held(in, x + row * D, d, D);
             FOR_EACH_HELD(j, d, D) sum += in[j] * in[j];
         }
         float scale = 1 / sqrtf(warp_sum(sum) / (float)D + eps);
         if (threadIdx.x % WARP == 0) r[row] = scale;
         if (!kept) scale = 0;
         FOR_EACH_STRETCH(d, D) {
-            if (D > HELD * WARP) hold(in, x + row * D, d, D);
+            if (D > HELD * WARP) load_held(in, x + row * D, d, D);
             FOR_EACH_HELD(j, d, D) n[row * D + d + j * WARP] = in[j] * scale;
         }
     }
@@ -1392,7 +1406,7 @@ rms_backward_kernel(float *dx, const float *dn, const float *x, const float *r, 
     FOR_EACH_WARP(row, rows) {
         const bool kept = !mask || mask[row];
         float in[HELD], gradient[HELD], scale = r[row], sum = 0;
-        auto load = [&](size_t d) { hold(in, x + row * D, d, D), hold(gradient, dn + row * D, d, D); };
+        auto load = [&](size_t d) { load_held(in, x + row * D, d, D), load_held(gradient, dn + row * D, d, D); };
         FOR_EACH_STRETCH(d, D) {
             load(d);
             FOR_EACH_HELD(j, d, D) sum += gradient[j] * in[j];
@@ -1546,10 +1560,10 @@ __global__ void augment_forward_kernel(float *p, const float *o, const float *q,
     FOR_EACH_WARP(r, rows * H) {
         const float *bh = b + r % H * K;
         float query[HELD], key[HELD], balance[HELD], value[HELD], out[HELD], w = 0;
-        auto load = [&](size_t j) { hold(value, v + r * V, j, V), hold(out, o + r * V, j, V); };
+        auto load = [&](size_t j) { load_held(value, v + r * V, j, V), load_held(out, o + r * V, j, V); };
         if (V <= HELD * WARP) load(threadIdx.x % WARP);          // on its way together with what makes w
         FOR_EACH_STRETCH(i, K) {
-            hold(query, q + r * K, i, K), hold(key, k + r * K, i, K), hold(balance, bh, i, K);
+            load_held(query, q + r * K, i, K), load_held(key, k + r * K, i, K), load_held(balance, bh, i, K);
             FOR_EACH_HELD(e, i, K) w += query[e] * key[e] * balance[e];
         }
         w = warp_sum(w);
@@ -1576,9 +1590,9 @@ __global__ void augment_backward_kernel(float *dq, float *dk, float *dv, float *
     FOR_EACH_WARP(r, rows * H) {
         const float *bh = b + r % H * K;
         float query[HELD], key[HELD], balance[HELD], value[HELD], gradient[HELD], so_far[HELD], of_key[HELD], w = 0, sum = 0;
-        auto load_keys = [&](size_t i) { hold(query, q + r * K, i, K), hold(key, k + r * K, i, K), hold(balance, bh, i, K); };
+        auto load_keys = [&](size_t i) { load_held(query, q + r * K, i, K), load_held(key, k + r * K, i, K), load_held(balance, bh, i, K); };
         auto load_values = [&](size_t j) {
-            hold(value, v + r * V, j, V), hold(gradient, dp + r * V, j, V), hold(so_far, dv + r * V, j, V);
+            load_held(value, v + r * V, j, V), load_held(gradient, dp + r * V, j, V), load_held(so_far, dv + r * V, j, V);
         };
         if (V <= HELD * WARP) load_values(threadIdx.x % WARP);   // on their way together with what makes w
         FOR_EACH_STRETCH(i, K) {
@@ -1597,7 +1611,7 @@ __global__ void augment_backward_kernel(float *dq, float *dk, float *dv, float *
         sum = warp_sum(sum);
         FOR_EACH_STRETCH(i, K) {
             if (K > HELD * WARP) load_keys(i);
-            hold(so_far, dq + r * K, i, K), hold(of_key, dk + r * K, i, K);
+            load_held(so_far, dq + r * K, i, K), load_held(of_key, dk + r * K, i, K);
             FOR_EACH_HELD(e, i, K) {
                 dq[r * K + i + e * WARP] = so_far[e] + sum * key[e] * balance[e];
                 dk[r * K + i + e * WARP] = of_key[e] + sum * query[e] * balance[e];
@@ -1637,8 +1651,8 @@ __global__ void head_norm_forward_kernel(float *y, float *n, float *rho, const f
     FOR_EACH_WARP(r, heads) {
         float in[HELD], gate[HELD], sum = 0, square = 0;
         auto load = [&](size_t j) {
-            hold(in, p + r * V, j, V);
-            if (g) hold(gate, g + r * V, j, V);
+            load_held(in, p + r * V, j, V);
+            if (g) load_held(gate, g + r * V, j, V);
         };
         FOR_EACH_STRETCH(j, V) {
             load(j);
@@ -1677,8 +1691,8 @@ __global__ void head_norm_backward_kernel(float *dp, float *dg, const float *dy,
     FOR_EACH_WARP(r, heads) {
         float gradient[HELD], normal[HELD], gate[HELD], sum = 0, product = 0, scale = rho[r];
         auto load = [&](size_t j) {
-            hold(gradient, dy + r * V, j, V), hold(normal, n + r * V, j, V);
-            if (g) hold(gate, g + r * V, j, V);
+            load_held(gradient, dy + r * V, j, V), load_held(normal, n + r * V, j, V);
+            if (g) load_held(gate, g + r * V, j, V);
         };
         FOR_EACH_STRETCH(j, V) {
             load(j);
@@ -3035,8 +3049,8 @@ __device__ __forceinline__ float sum_for_each_lane(float *x) {
     }
 }
 
-// A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. A warp has two keys, j = w and 15 - w, which share what it
-// loads and are 17 numbers of A for each warp. A lane carries every 32nd channel of both from t = j on, multiplying by α_t,
+// A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. A warp has two keys, j = w and 15 - w: both use the
+// same q and α, and together they have 17 numbers of A, so that all warps do the same work. A lane carries every 32nd channel of both from t = j on, multiplying by α_t,
 // and the lanes add up their products.
 __device__ __forceinline__ void block_map(float *A, size_t a_pitch, const float *q, const float *k, const float *alpha, size_t K,
                                           size_t pitch, size_t alpha_pitch, float scale) {
@@ -4201,8 +4215,8 @@ mixer_step_kernel(float *y, float *S, const float *z, const float *q, const floa
 }
 void mixer_step(metala_context *ctx, float *y, float *S, const float *z, const float *q, const float *v, const float *g,
                 const float *b, size_t B, size_t H, size_t K, size_t V, double tau, double scale, double eps) {
-    RUN_EARLY(mixer_step_kernel, B * H, STEP_WARPS * WARP, (3 * K + step_groups(V) * V) * sizeof(float), y, S, z, q, v, g, b, H, K, V,
-        (float)(1 / tau), (float)scale, (float)eps);
+    RUN_EARLY(mixer_step_kernel, B * H, STEP_WARPS * WARP, (3 * K + step_groups(V) * V) * sizeof(float), y, S, z, q, v, g, b, H, K,
+              V, (float)(1 / tau), (float)scale, (float)eps);
 }
 
 // ============================================================== 6. The backend table
@@ -4293,12 +4307,12 @@ const metala_backend *metala_cuda(metala_math math, char *why, size_t size) {
 #ifndef __CUDACC__
     if (answer == RUNS && 10 * gpu.major + gpu.minor == 90) answer = RUNS_WGMMA;
 #endif
-    runs_wgmma = answer == RUNS_WGMMA, runs_early = answer > RUNS;
     if (error != cudaSuccess || answer < RUNS || answer > RUNS_WGMMA) {
         cudaGetLastError();
         snprintf(why, size, "CUDA error %d, %s; %s", (int)error, cudaGetErrorString(error), advice((int)error));
         return NULL;
     }
+    runs_wgmma = answer == RUNS_WGMMA, runs_early = answer > RUNS;       // only what has been seen to run: others may be at work
     return math == METALA_TF32 ? backend<METALA_TF32>() : math == METALA_BFLOAT16 ? backend<METALA_BFLOAT16>()
                                                                                    : backend<METALA_EXACT>();
 }

@@ -242,8 +242,8 @@ struct Wgmma {
     bool started, shown;                                         // by wgmma_start; by wgmma_show, what cp.async brought
 };
 
-// A barrier in shared memory (mbarrier), and the copies on their way to it. A phase ends when nobody is left to arrive, and no byte
-// to come; then the next begins.
+// A barrier in shared memory (mbarrier), and the copies on their way to it. A phase ends when nobody is left to arrive, and no
+// byte to come; then the next begins.
 struct Phases {
     uint64_t *at;
     int count, left;                                             // threads that arrive in a phase, and that still must
@@ -1610,7 +1610,7 @@ EMU_UNWATCHED inline Phases &phases_at(const char *what, const uint64_t *barrier
     stop(true, "%s:%d: %s of %p, which barrier_init has not made a barrier", file, line, what, (const void *)barrier);
 }
 EMU_UNWATCHED inline void begin_phases(uint64_t *barrier, unsigned count, const char *file, int line) {
-    if (heap.capability != 90) stop(true, "%s:%d: barrier_init; only compute capability 9.0 has these barriers", file, line);
+    if (heap.capability != 90) stop(true, "%s:%d: barrier_init; the kernels here use it only on compute capability 9.0", file, line);
     if ((uintptr_t)barrier % 8 || !in_shared_memory(barrier, 8) || !count)
         stop(true, "%s:%d: barrier_init of %p for %u threads; it takes 8 aligned bytes of shared memory, and a thread", file, line,
              (void *)barrier, count);

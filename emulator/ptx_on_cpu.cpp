@@ -17,11 +17,12 @@
 //     accesses beyond an allocation, shared memory, local memory or the parameters, and addresses not aligned to their size
 //     two threads that use a word of shared memory, one of them writing, without a barrier (or __syncwarp) between them
 //     barriers, shuffles, votes and products that some of the lanes do not reach, and wrong masks; division by zero
-//     phases of mbarriers that never end
+//     phases of mbarriers that never end; kernels launched early that write, or end, before they have waited
 //     what a stream's capture does not allow
 // Fresh memory, global, shared and local, and what cp.async, also in bulk, is about to overwrite, is filled with ones: NaN. Copies
-// and the sums of wgmma arrive when they are waited for, those in bulk when nobody can go on, not before; operands of wgmma are read at once (that nobody overwrites them meanwhile is
-// cuda_on_cpu.h's to say). Stricter than the ISA: a mask must not name lanes that have ended; bytes of one word count as one place.
+// and the sums of wgmma arrive when they are waited for, those in bulk when nobody can go on, not before; operands of wgmma are
+// read at once (that nobody overwrites them meanwhile is cuda_on_cpu.h's to say). Stricter than the ISA: a mask must not name
+// lanes that have ended; bytes of one word count as one place.
 //
 // Environment: CUDA_ORDER=reverse   of warps and blocks         CUDA_CAPABILITY=86   what the device is (as the newest PTX)
 //              CUDA_MEMORY=64M      of the device (4G)          CUDA_STATS=1         what was executed, at exit
@@ -123,6 +124,8 @@ struct Block {
     vector<Use> uses;
     std::map<uint64_t, Phases> phases;                           // by place in shared memory
     uint64_t steps = 0;                                          // what has happened to them
+    bool early = false;                                          // launched before the kernel before may have ended
+    vector<uint32_t> waited;                                     // lanes of each warp that have waited for it
     vector<Warp> warps;
     uint32_t time = 1;                                           // barriers so far
     int threads = 0, live = 0;
@@ -282,6 +285,8 @@ inline unsigned char *memory(Warp &w, const Instruction &i, int lane, Space spac
     }
     if (space == GLOBAL) {
         if (!covers(a, n)) fail(w, i, lane, string(write ? "writes" : "reads") + " global memory that nobody has allocated");
+        if (write && w.block->early && !(w.block->waited[w.index] >> lane & 1))
+            fail(w, i, lane, "writes before griddepcontrol.wait, in a kernel that may begin before the one before has ended");
         return (unsigned char *)a;
     }
     Block &b = *w.block;
@@ -380,6 +385,8 @@ void copy_wait(Warp &w, const Instruction &i) {                  // until offset
         }
 }
 
+void wait_for_before(Warp &w, const Instruction &) { w.block->waited[(size_t)w.index] |= w.mask; }
+
 // ---- mbarriers: of each as many threads as `count` arrive in a phase, and bytes come. The 8 bytes themselves are left alone.
 uint64_t place_of_phases(Warp &w, const Instruction &i, int lane) {
     uint64_t at = w.reg<uint32_t>(i.a)[lane] + (uint64_t)i.offset;
@@ -440,7 +447,8 @@ bool bring_copies(Block &b) {                                    // did any come
     bool some = false;
     for (auto &at : b.phases) {
         Phases &p = at.second;
-        for (const Copy &c : p.copies) memcpy(&b.shared[c.to], (const void *)c.from, (size_t)c.bytes), p.bytes -= c.bytes, some = true;
+        for (const Copy &c : p.copies) memcpy(&b.shared[c.to], (const void *)c.from, (size_t)c.bytes), p.bytes -= c.bytes;
+        some = some || !p.copies.empty();
         p.copies.clear();
         end_phase(p);
     }
@@ -1439,7 +1447,8 @@ void Translator::instruction() {
     else if (op == "exit" || (op == "ret" && frames.size() == 1)) i.run = end, i.control = true;
     else if (op == "ret") i.run = branch, i.control = true, frames.back().returns.push_back(here);
     else if (op == "trap") i.run = trap;
-    else if (op == "membar" || op == "fence" || op == "griddepcontrol" || (op == "wgmma" && has("fence"))) i.run = nothing;
+    else if (text == "griddepcontrol.wait") i.run = wait_for_before;
+    else if (op == "membar" || op == "fence" || text == "griddepcontrol.launch_dependents" || (op == "wgmma" && has("fence"))) i.run = nothing;
     else if (op == "wgmma" && has("commit_group")) i.run = wgmma_commit;
     else if (op == "wgmma" && has("wait_group")) i.run = wgmma_wait, i.offset = atoi(o[0].names[0].c_str());
     else if (text == "cp.async.commit_group") i.run = copy_commit;
@@ -1451,7 +1460,8 @@ void Translator::instruction() {
         i.a = slot(place.names[0], 4), i.offset = place.offset, i.b = inits || tries || expects ? slot(o.back().names[0], 4) : -1;
         if (tries) i.d = slot(o[0].names[0], 4);
         known = text == "mbarrier.init.shared::cta.b64" || text == "mbarrier.try_wait.parity.shared::cta.b64" ||
-                ((text == "mbarrier.arrive.shared::cta.b64" || text == "mbarrier.arrive.expect_tx.shared::cta.b64") && o[0].names[0] == "_");
+                text == "mbarrier.arrive.shared::cta.b64" || text == "mbarrier.arrive.expect_tx.shared::cta.b64";
+        known = known && (tries || inits || o[0].names[0] == "_");
     } else if (text == "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes") {
         i.run = copy_in_bulk, i.d = slot(o[0].names[0], 4), i.target = (int)o[0].offset, i.a = slot(o[1].names[0], 8);
         i.offset = o[1].offset, i.c = slot(o[2].names[0], 4), i.b = slot(o[3].names[0], 4), i.mode = (int)o[3].offset;
@@ -1623,6 +1633,7 @@ void run_block(Block &b) {
     std::fill(b.shared.begin(), b.shared.end(), 0xFF);
     std::fill(b.uses.begin(), b.uses.end(), Use());
     b.time = 1, b.live = b.threads, b.arrived = b.sum = 0, b.phases.clear();
+    std::fill(b.waited.begin(), b.waited.end(), 0);
     for (Warp &w : b.warps) {
         int lanes = std::min(32, b.threads - 32 * w.index);
         w.live = ~0u >> (32 - lanes);
@@ -1662,13 +1673,16 @@ void run_block(Block &b) {
             fail(w, k.code.back(), 0, "wgmma by a part of a warpgroup");
 }
 
-void run_grid(Kernel &k, dim3 grid, dim3 size, vector<unsigned char> parameters, size_t dynamic) {
+void run_grid(Kernel &k, dim3 grid, dim3 size, vector<unsigned char> parameters, size_t dynamic, bool early) {
     Block b;
+    bool some = false;
+    b.early = early;
     b.kernel = &k, b.grid = grid, b.size = size, b.parameters = parameters;
     b.threads = (int)(size.x * size.y * size.z);
     b.shared.resize(k.shared_bytes + dynamic);
     b.uses.resize(b.shared.size() / 4 + 1);
     b.warps.resize((size_t)(b.threads + 31) / 32);
+    b.waited.resize(b.warps.size());
     vector<vector<unsigned char>> registers;
     for (Warp &w : b.warps) {
         registers.emplace_back(k.register_bytes + 64);
@@ -1682,7 +1696,9 @@ void run_grid(Kernel &k, dim3 grid, dim3 size, vector<unsigned char> parameters,
         size_t m = reverse_order ? blocks - 1 - n : n;
         b.at = dim3((unsigned)(m % grid.x), (unsigned)(m / grid.x % grid.y), (unsigned)(m / grid.x / grid.y));
         run_block(b);
+        for (uint32_t lanes : b.waited) some = some || lanes;
     }
+    if (early && !some) die("no thread of " + k.shown + " waited for the kernel before, and who comes next waits for this one alone");
     k.launches++;
 }
 
@@ -1803,7 +1819,7 @@ cudaError_t enqueue(cudaStream_t stream, std::function<void()> what) {
 struct Configuration { dim3 grid, block; size_t shared; cudaStream_t stream; };
 vector<Configuration> configurations;
 
-cudaError_t launch(Kernel &k, dim3 grid, dim3 block, void **arguments, size_t dynamic, cudaStream_t stream) {
+cudaError_t launch(Kernel &k, dim3 grid, dim3 block, void **arguments, size_t dynamic, cudaStream_t stream, bool early = false) {
     uint64_t threads = (uint64_t)block.x * block.y * block.z,
              room = std::max<uint64_t>(48 * 1024, k.shared_bytes + (size_t)k.max_dynamic);
     if (stream && !streams.count(stream)) return result(cudaErrorInvalidResourceHandle);
@@ -1812,7 +1828,7 @@ cudaError_t launch(Kernel &k, dim3 grid, dim3 block, void **arguments, size_t dy
         return result(cudaErrorInvalidConfiguration);
     vector<unsigned char> parameters(k.parameter_bytes);
     for (size_t p = 0; p < k.parameters.size(); p++) memcpy(&parameters[k.parameters[p].at], arguments[p], k.parameters[p].bytes);
-    return enqueue(stream, [=, &k] { run_grid(k, grid, block, parameters, dynamic); });
+    return enqueue(stream, [=, &k] { run_grid(k, grid, block, parameters, dynamic, early); });
 }
 
 struct Event { struct timespec time; bool recorded; };
@@ -1873,8 +1889,11 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void 
 cudaError_t cudaLaunchKernel(const void *here, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
     return launch(kernel_of(here), grid, block, arguments, shared, stream);
 }
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *how, const void *here, void **arguments) {      // nothing begins early here
-    return launch(kernel_of(here), how->gridDim, how->blockDim, arguments, how->dynamicSmemBytes, how->stream);
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *how, const void *here, void **arguments) {
+    bool early = false;                                          // if it says so; here nothing begins before its time
+    for (unsigned n = 0; n < how->numAttrs; n++)
+        early = early || how->attrs[n].id == cudaLaunchAttributeProgrammaticStreamSerialization;
+    return launch(kernel_of(here), how->gridDim, how->blockDim, arguments, how->dynamicSmemBytes, how->stream, early);
 }
 
 // ---- Devices, errors

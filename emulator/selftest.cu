@@ -81,6 +81,7 @@ __device__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memor
 template <int PENDING> __device__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+// As in cuda_metala.cu, once more, so that this file stands alone.
 #ifdef METALA_WGMMA
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define ASM_90A(...) asm volatile(__VA_ARGS__)
