@@ -3741,8 +3741,14 @@ __device__ __forceinline__ void add_block(float (*of)[4], const float *D, unsign
     }
 }
 
+// Up to which head size two blocks fit on a multiprocessor, and may have half of its registers each.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+enum { MOST_OF_TWO = 32 };                                       // an A100's has 164 KB of shared memory
+#else
+enum { MOST_OF_TWO = 64 };                                       // an H100's 228 KB
+#endif
 template <metala_math MATH, int MOST>
-__global__ void __launch_bounds__(THREADS, MOST <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, MOST <= MOST_OF_TWO ? 2 : 1)
 tensor_backward_kernel(float *dq, float *dk, float *da, float *dv, const float *gammas, const float *dO, const float *states,
                        const float *q, const float *k, const float *v, const float *alpha, size_t c0, size_t T, size_t H,
                        size_t K, size_t V, float scale) {
