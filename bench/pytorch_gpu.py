@@ -7,9 +7,11 @@ scan is chunk_gla of flash-linear-attention where that is installed (pip install
 
 Medians of 9 rounds of as many calls as take 30 ms, queued behind a pause so that Python's own time does not count. Tensors are
 random, and in that type beforehand; ours start from float, write float and add to dW. chunk_gla takes bfloat16 with --math
-bf16, else float, the logarithm of the decay in float, and always uses tensor cores; it first tries hundreds of kernels.
+bf16, else float, the logarithm of the decay in float, and always uses tensor cores; it first tries hundreds of kernels, for each
+shape anew, which takes minutes.
 """
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -50,6 +52,14 @@ def median_time(call, cuda, rounds=9):
         if i >= 0:
             times.append(each)
     return statistics.median(times)
+
+
+def forget_choices():
+    """Some of chunk_gla's kernels would take over for a shape what was fastest for the one before."""
+    from triton.runtime.autotuner import Autotuner
+    for x in gc.get_objects():
+        if issubclass(type(x), Autotuner):
+            x.cache.clear()
 
 
 def line(name, shape, seconds, operations):
@@ -95,6 +105,7 @@ def main():
         alpha = torch.rand(B, T, H, K, device=a.device)
         tensors = [q, k, v, alpha.log().clamp(min=-20)]
         shape = f"B{B} T{T} H{H} K{K} V{V}"
+        forget_choices()
         line("chunk_gla forward", shape, median_time(lambda: chunk_gla(*tensors), cuda), 4 * work)
         for x in tensors:
             x.requires_grad_()
