@@ -399,7 +399,7 @@ bool multiply_by_warpgroup(int bug) {
 }
 
 // A thread of its own has pieces of 64 numbers brought, two ahead of two warps that add them up: out[t] = Σ_p x[64 p + t].
-enum { NO_WAIT_FOR_COPIES = 1, NO_WAIT_FOR_ROOM, TOO_MUCH_EXPECTED, NO_BARRIER, ONE_TOO_MANY };
+enum { NO_WAIT_FOR_COPIES = 1, NO_WAIT_FOR_ROOM, TOO_MUCH_EXPECTED, NO_BARRIER, ONE_TOO_MANY, MADE_TWICE, ODD_SIZE, BEYOND_NUMBERS };
 __global__ void relay_kernel(float *out, const float *x, unsigned pieces, int bug) {
     __shared__ __align__(128) float piece[2][64];
     __shared__ uint64_t full[2], empty[2];
@@ -408,6 +408,7 @@ __global__ void relay_kernel(float *out, const float *x, unsigned pieces, int bu
 #endif
     if (threadIdx.x < 2) {
         if (bug != NO_BARRIER) barrier_init(full + threadIdx.x, 1);
+        if (bug == MADE_TWICE) barrier_init(full + threadIdx.x, 1);
         barrier_init(empty + threadIdx.x, 2);
         wgmma_show();
     }
@@ -425,7 +426,7 @@ __global__ void relay_kernel(float *out, const float *x, unsigned pieces, int bu
         for (unsigned p = 0; p < pieces; p++) {
             if (bug != NO_WAIT_FOR_ROOM) barrier_wait(empty + p % 2, p / 2 % 2 ^ 1);
             barrier_expect(full + p % 2, bug == TOO_MUCH_EXPECTED ? 272 : 256);
-            bulk_copy(piece[p % 2], x + 64 * p, 256, full + p % 2);
+            bulk_copy(piece[p % 2], x + 64 * (p + (bug == BEYOND_NUMBERS)), bug == ODD_SIZE ? 252 : 256, full + p % 2);
         }
 }
 bool relay(int bug) {
@@ -892,6 +893,10 @@ void copies_over_what_is_read() { relay(NO_WAIT_FOR_ROOM); }
 void phase_that_never_ends() { relay(TOO_MUCH_EXPECTED); }
 void barrier_that_nobody_made() { relay(NO_BARRIER); }
 void more_arrive_than_expected() { relay(ONE_TOO_MANY); }
+void barrier_made_twice() { relay(MADE_TWICE); }
+void copy_in_bulk_of_an_odd_size() { relay(ODD_SIZE); }
+void copy_in_bulk_from_beyond() { relay(BEYOND_NUMBERS); }
+void barrier_on_an_older_gpu() { emu::heap.capability = 86, relay(NOTHING); }
 #endif
 
 __global__ void chain_kernel(float *x) {                         // block b needs what block b - 1 wrote
@@ -990,6 +995,10 @@ const struct {
     M(copies_over_what_is_read, "more threads arrive", "more threads arrive", "more threads arrive", NULL),
     M(phase_that_never_ends, "and 16 bytes come", "and 16 bytes come", "and 16 bytes come", NULL),
     M(barrier_that_nobody_made, "barrier_init has not made", "barrier_init has not made", "barrier_init has not made", NULL),
+    M(barrier_made_twice, "which is a barrier already", "is a barrier already", "is a barrier already", NULL),
+    M(copy_in_bulk_of_an_odd_size, "a bulk copy of 252 bytes", "a bulk copy of 252", "a bulk copy of 252", NULL),
+    M(copy_in_bulk_from_beyond, "which is not in global memory", "not in global memory", "not in global memory", NULL),
+    M(barrier_on_an_older_gpu, "only on compute capability 9.0", "only on compute", "only on compute", NULL),
     M(more_arrive_than_expected, "more threads arrive", "more threads arrive", "more threads arrive", NULL),
 #endif
     M(blocks_that_need_each_other, "wrong result", "wrong result", "wrong result", "wrong result"),
