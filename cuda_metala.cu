@@ -143,14 +143,13 @@ __device__ __forceinline__ uint64_t wgmma_operand(const void *rows, unsigned byt
 
 // Barriers in shared memory, 8 bytes each (mbarrier). A phase ends when `count` threads have arrived and all expected bytes have
 // come; then the next begins. barrier_wait(b, p) returns once the latest phase of parity p has ended. Phases have the parities 0,
-// 1, 0, …; of a new barrier, parity 1 counts as ended. barrier_expect arrives and announces bytes. After barrier_init: wgmma_show,
-// then __syncthreads. bulk_copy: one thread calls it for all; addresses and size are multiples of 16.
+// 1, 0, …; of a new barrier, parity 1 counts as ended. barrier_expect arrives and announces bytes. After barrier_init:
+// wgmma_show, for copies, and barrier_show, for other blocks, then __syncthreads or cluster_wait. bulk_copy: one thread calls it
+// for all; addresses and size are multiples of 16.
 __device__ __forceinline__ void barrier_init(uint64_t *barrier, unsigned count) {
     ASM_90A("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(count) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
-    ASM_90A("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
-}
+__device__ __forceinline__ void barrier_show() { ASM_90A("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void barrier_expect(uint64_t *barrier, unsigned bytes) {
     ASM_90A("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((unsigned)__cvta_generic_to_shared(barrier)),
             "r"(bytes) : "memory");
@@ -165,6 +164,36 @@ __device__ __forceinline__ void bulk_copy(void *shared, const void *global, unsi
     ASM_90A("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
             ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes),
               "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
+}
+
+// Blocks that follow each other in a grid may form clusters, which run together and reach each other's shared memory: of how many,
+// which one this is, a barrier for all their threads. The last thing they do is to meet there, or one might end while others still
+// reach for its memory. barrier_arrive_at is for the barrier at the same place in block `rank`. bulk_copy_to brings the same
+// numbers to the same place in all `blocks`, one bit each, and tells the barrier at the same place in each: they are read once.
+__device__ __forceinline__ unsigned cluster_size() {
+    unsigned size = 1;
+    ASM_90A("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+__device__ __forceinline__ unsigned cluster_rank() {
+    unsigned rank = 0;
+    ASM_90A("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ void cluster_wait() {
+    ASM_90A("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    ASM_90A("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive_at(uint64_t *barrier, unsigned rank) {
+    ASM_90A("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
+            " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }"
+            ::"r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(rank) : "memory");
+}
+__device__ __forceinline__ void bulk_copy_to(unsigned blocks, void *shared, const void *global, unsigned bytes,
+                                             uint64_t *barrier) {
+    ASM_90A("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+            ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes),
+              "r"((unsigned)__cvta_generic_to_shared(barrier)), "h"((uint16_t)blocks) : "memory");
 }
 #endif
 
@@ -184,21 +213,31 @@ __device__ __forceinline__ void wait_for_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// Early, and in clusters of so many blocks.
 template <class... Parameters, class... Arguments>
-void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+void launch_early(unsigned cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                   Arguments... arguments) {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t launch = {};
     launch.gridDim = grid, launch.blockDim = block, launch.dynamicSmemBytes = shared, launch.stream = stream;
-    launch.attrs = &early, launch.numAttrs = runs_early ? 1 : 0;
+    launch.attrs = attributes;
+    if (runs_early) {
+        cudaLaunchAttribute &early = attributes[launch.numAttrs++];
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        cudaLaunchAttribute &clusters = attributes[launch.numAttrs++];
+        clusters.id = cudaLaunchAttributeClusterDimension;
+        clusters.val.clusterDim.x = cluster, clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
+    }
     cudaLaunchKernelEx(&launch, kernel, Parameters(arguments)...);       // its error stays for who asks for the last one
 }
-#define LAUNCH_EARLY(kernel, grid, block, shared, stream, ...) launch_early(kernel, grid, dim3(block), shared, stream, __VA_ARGS__)
-#else
-#define LAUNCH_EARLY LAUNCH
+#define LAUNCH_CLUSTERS(size, kernel, grid, block, shared, stream, ...) \
+    launch_early(size, kernel, grid, dim3(block), shared, stream, __VA_ARGS__)
 #endif
+#define LAUNCH_EARLY(...) LAUNCH_CLUSTERS(1, __VA_ARGS__)
+#define LAUNCH_PAIRS(...) LAUNCH_CLUSTERS(2, __VA_ARGS__)
 
 // ============================================================== 1. Context: errors, memory, launches
 
@@ -349,6 +388,7 @@ size_t multiprocessors() {
 // RUN(kernel, grid, block, shared bytes, arguments...): checks the limits, launches, checks the launch.
 #define RUN(...) RUN_BY(LAUNCH, __VA_ARGS__)
 #define RUN_EARLY(...) RUN_BY(LAUNCH_EARLY, __VA_ARGS__)
+#define RUN_PAIRS(...) RUN_BY(LAUNCH_PAIRS, __VA_ARGS__)          // also early, clusters of two blocks
 #define RUN_BY(HOW, kernel, grid, block, shared, ...)                                 \
     do {                                                                              \
         extent grid_ = grid;                                                          \
@@ -864,75 +904,84 @@ tensor_multiply_kernel(float *c, operand a, operand b, const float *bias, const 
 // when all warps have used them. A block stays on its multiprocessor and takes one tile after the other: while C is written, the
 // lines of the next tile come already.
 //
+// What would limit this is the L2 cache: 384 lines for 128 × 256. So two blocks form a cluster and take tiles below each other,
+// with the same lines of B: each has half of them brought to both. A stage is empty when the warps of both blocks have used it.
+//
 // The parts of a sum are tiles as well: tile number n + z·(tiles of C) sums lines from z·lines_each on.
 enum { GROUP_COLUMNS = 256, GROUP_STAGES = 4, GROUP_WARPS = 8, GROUP_THREADS = (GROUP_WARPS + 1) * WARP };
 enum { GROUP_STAGE = (PRODUCT_ROWS + GROUP_COLUMNS) * LINE_PARTS };
-const size_t GROUP_BYTES = GROUP_STAGES * GROUP_STAGE * sizeof(uint4);
+const size_t GROUP_BYTES = GROUP_STAGES * GROUP_STAGE * sizeof(uint4) + 1024;       // the barriers are behind the stages
 
 template <metala_math MATH>
 __global__ void __launch_bounds__(GROUP_THREADS, 1)
 warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, const float *base, unsigned lines_each,
                           unsigned splits) {
     DYNAMIC_SHARED(uint4, memory);
-    __shared__ uint64_t full[GROUP_STAGES], empty[GROUP_STAGES];
+    uint64_t *full = (uint64_t *)(memory + GROUP_STAGES * GROUP_STAGE), *empty = full + GROUP_STAGES;
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lines = (unsigned)a.lines;
-    const unsigned tiles = (unsigned)(ceil_div(a.rows, PRODUCT_ROWS) * ceil_div(b.rows, GROUP_COLUMNS));
+    const unsigned blocks = cluster_size(), rank = cluster_rank(), cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
+    const size_t rows = blocks * PRODUCT_ROWS, my_row = rank * PRODUCT_ROWS;     // of a cluster's tile; the block's first in it
+    const unsigned tiles = (unsigned)(ceil_div(a.rows, rows) * ceil_div(b.rows, GROUP_COLUMNS));
     if (threadIdx.x < GROUP_STAGES) {
         barrier_init(full + threadIdx.x, 1);
-        barrier_init(empty + threadIdx.x, GROUP_WARPS);
-        wgmma_show();
+        barrier_init(empty + threadIdx.x, GROUP_WARPS * blocks);
+        wgmma_show(), barrier_show();                                // to copies, and to the other block
     }
-    __syncthreads();
+    cluster_wait();                                                  // both blocks have their barriers
     next_may_begin(), wait_for_before();
     unsigned stage = 0, phase = 0;
     auto step = [&] { phase ^= ++stage == GROUP_STAGES, stage %= GROUP_STAGES; };
 
     if (warp == GROUP_WARPS) {
-        for (unsigned n = blockIdx.x; n < tiles * splits && lane == 0; n += gridDim.x) {
-            const place tile = place_of(n % tiles, a.rows, b.rows, PRODUCT_ROWS, GROUP_COLUMNS);
+        const unsigned share = GROUP_COLUMNS / blocks, my_share = rank * share;
+        for (unsigned n = cluster; n < tiles * splits && lane == 0; n += clusters) {
+            const place tile = place_of(n % tiles, a.rows, b.rows, rows, GROUP_COLUMNS);
             const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
-            const unsigned of_a = LINE * (unsigned)least(PRODUCT_ROWS, a.rows - tile.i);
+            const size_t row = tile.i + my_row, column = tile.j + my_share;
+            const unsigned of_a = row < a.rows ? LINE * (unsigned)least(PRODUCT_ROWS, a.rows - row) : 0;
             const unsigned of_b = LINE * (unsigned)least(GROUP_COLUMNS, b.rows - tile.j);
+            const unsigned of_share = column < b.rows ? LINE * (unsigned)least(share, b.rows - column) : 0;
             for (unsigned line = first; line < last; line++, step()) {
-                uint4 *to = memory + stage * GROUP_STAGE;
+                uint4 *to = memory + stage * GROUP_STAGE, *to_b = to + (PRODUCT_ROWS + my_share) * LINE_PARTS;
                 barrier_wait(empty + stage, phase ^ 1);
                 barrier_expect(full + stage, of_a + of_b);
-                bulk_copy(to, line_of(a, tile.i, line), of_a, full + stage);
-                bulk_copy(to + PRODUCT_ROWS * LINE_PARTS, line_of(b, tile.j, line), of_b, full + stage);
+                if (of_a) bulk_copy(to, line_of(a, row, line), of_a, full + stage);
+                if (of_share) bulk_copy_to((1u << blocks) - 1, to_b, line_of(b, column, line), of_share, full + stage);
             }
         }
-        return;
-    }
-    for (unsigned n = blockIdx.x; n < tiles * splits; n += gridDim.x) {
-        const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
-        float sum[4][8][4] = {};                                     // 16 × 256
-        unsigned before = 0;                                         // the stage of the line before
-        for (unsigned line = first; line < last; line++, step()) {
-            const uint4 *of_a = memory + stage * GROUP_STAGE + warp / 4 * 64 * LINE_PARTS;
-            const uint4 *of_b = memory + stage * GROUP_STAGE + PRODUCT_ROWS * LINE_PARTS;
-            barrier_wait(full + stage, phase);
+        __syncwarp();
+    } else
+        for (unsigned n = cluster; n < tiles * splits; n += clusters) {
+            const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
+            float sum[4][8][4] = {};                                 // 16 × 256
+            unsigned before = 0;                                     // the stage of the line before
+            for (unsigned line = first; line < last; line++, step()) {
+                const uint4 *of_a = memory + stage * GROUP_STAGE + warp / 4 * 64 * LINE_PARTS;
+                const uint4 *of_b = memory + stage * GROUP_STAGE + PRODUCT_ROWS * LINE_PARTS;
+                barrier_wait(full + stage, phase);
+                wgmma_hold(sum[0][0]);
+                wgmma_start();
+#pragma unroll
+                for (unsigned k = 0; k < LINE; k += 32) {
+                    if (MATH == METALA_BFLOAT16) wgmma_bf16(sum[0][0], wgmma_operand(of_a, k), wgmma_operand(of_b, k));
+                    else wgmma_tf32(sum[0][0], wgmma_operand(of_a, k), wgmma_operand(of_b, k));
+                }
+                wgmma_commit();
+                wgmma_wait<1>();                                     // this one goes on, so that the cores never idle
+                if (line > first && lane < blocks) barrier_arrive_at(empty + before, lane);
+                before = stage;
+            }
+            wgmma_wait<0>();
             wgmma_hold(sum[0][0]);
-            wgmma_start();
+            if (first < last && lane < blocks) barrier_arrive_at(empty + before, lane);
+            const place tile = place_of(n % tiles, a.rows, b.rows, rows, GROUP_COLUMNS);
+            float *to = c + n / tiles * a.rows * b.rows;
 #pragma unroll
-            for (unsigned k = 0; k < LINE; k += 32) {
-                if (MATH == METALA_BFLOAT16) wgmma_bf16(sum[0][0], wgmma_operand(of_a, k), wgmma_operand(of_b, k));
-                else wgmma_tf32(sum[0][0], wgmma_operand(of_a, k), wgmma_operand(of_b, k));
-            }
-            wgmma_commit();
-            wgmma_wait<1>();                                         // this one goes on, so that the cores never idle
-            if (line > first && lane == 0) barrier_arrive(empty + before);
-            before = stage;
+            for (int i = 0; i < 4; i++)
+                store_piece(to, sum[i], splits == 1 ? bias : NULL, splits == 1 ? base : NULL, tile.i + my_row + warp * 16,
+                            tile.j + 64 * i, a.rows, b.rows);
         }
-        wgmma_wait<0>();
-        wgmma_hold(sum[0][0]);
-        if (first < last && lane == 0) barrier_arrive(empty + before);
-        const place tile = place_of(n % tiles, a.rows, b.rows, PRODUCT_ROWS, GROUP_COLUMNS);
-        float *to = c + n / tiles * a.rows * b.rows;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            store_piece(to, sum[i], splits == 1 ? bias : NULL, splits == 1 ? base : NULL, tile.i + warp * 16,
-                        tile.j + 64 * i, a.rows, b.rows);
-    }
+    cluster_wait();                                                  // nobody needs this block's memory any more
 }
 
 // ---- C = A B + bias + base, with A(i,k) = a[i·a_row + k·a_k] and B(k,j) = b.at(k,j); bias or base may be NULL, base C.
@@ -1011,6 +1060,9 @@ const bool HAS_WGMMA = false;
 std::atomic<bool> runs_wgmma;                                    // so is the code that this GPU runs: metala_cuda has asked it
 bool by_warpgroups() { return HAS_WGMMA && runs_wgmma; }
 
+// One block in a cluster, or two, which have tiles below each other?
+size_t blocks_of_cluster(size_t M) { return M > PRODUCT_ROWS ? 2 : 1; }
+
 // How the lines of a row are shared out: `each` to one part, `count` parts, and the floats that these take. Warpgroups have one
 // tile for each multiprocessor at a time, on an H100 132, so that the last ones may leave many idle: as many parts as take least
 // time, for which a tile costs its lines and about as much as 8 more. (132 on other GPUs, too: only the shape decides.)
@@ -1021,11 +1073,12 @@ portions portions_of(size_t M, size_t N, size_t lines) {
 #ifndef METALA_CUBLAS
     size_t splits = splits_of(ceil_div(M, PRODUCT_ROWS) * ceil_div(N, 128), lines * numbers_of_line<MATH>);
     if (by_warpgroups()) {
-        const size_t tiles = ceil_div(M, PRODUCT_ROWS) * ceil_div(N, GROUP_COLUMNS), most = lines * numbers_of_line<MATH> / 512;
+        const size_t blocks = blocks_of_cluster(M), most = lines * numbers_of_line<MATH> / 512;
+        const size_t tiles = ceil_div(M, blocks * PRODUCT_ROWS) * ceil_div(N, GROUP_COLUMNS);
         size_t least_time = SIZE_MAX;
         splits = 1;
         for (size_t n = 1; n <= least(most, 16); n++) {
-            const size_t time = ceil_div(tiles * n, 132) * (ceil_div(lines, n) + 8);
+            const size_t time = ceil_div(tiles * n, 132 / blocks) * (ceil_div(lines, n) + 8);
             if (time < least_time) least_time = time, splits = n;
         }
     }
@@ -1051,10 +1104,15 @@ void tensor_multiply(metala_context *ctx, float *c, operand a, operand b, float 
     auto shared = [=](int columns) { return (size_t)PRODUCT_STAGES * LINE * (PRODUCT_ROWS + columns); };
     const bool wide = !by_warpgroups() && down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
     float *to = p.count > 1 ? parts : c;
-    if constexpr (HAS_WGMMA)
-        if (by_warpgroups())
-            RUN_EARLY((warpgroup_multiply_kernel<MATH>), least(down * across_wide * p.count, multiprocessors()), GROUP_THREADS,
-                      GROUP_BYTES, to, a, b, bias, base, (unsigned)p.each, (unsigned)p.count);
+    if constexpr (HAS_WGMMA) {
+        const size_t blocks = blocks_of_cluster(M), tiles = ceil_div(M, blocks * PRODUCT_ROWS) * across_wide * p.count;
+        const size_t grid = blocks * least(tiles, greatest(multiprocessors() / blocks, 1));
+#define ARGUMENTS to, a, b, bias, base, (unsigned)p.each, (unsigned)p.count
+        if (by_warpgroups() && blocks == 2)
+            RUN_PAIRS((warpgroup_multiply_kernel<MATH>), grid, GROUP_THREADS, GROUP_BYTES, ARGUMENTS);
+        else if (by_warpgroups()) RUN_EARLY((warpgroup_multiply_kernel<MATH>), grid, GROUP_THREADS, GROUP_BYTES, ARGUMENTS);
+#undef ARGUMENTS
+    }
     if (wide)
         RUN_EARLY((tensor_multiply_kernel<MATH, 256>), extent(down * across_wide, 1, p.count), 256, shared(256), to, a, b,
                   bias, base, p.each);

@@ -9,6 +9,7 @@
 // The file stays CUDA: nvcc compiles the same text. It keeps to three conventions, which it defines for nvcc itself:
 //
 //     LAUNCH(kernel, grid, block, shared, stream, arguments...)    kernel<<<grid, block, shared, stream>>>(arguments...)
+//     LAUNCH_CLUSTERS(size, kernel, ...)                           the same with clusters of so many blocks, side by side in x
 //     DYNAMIC_SHARED(type, name)                                   extern __shared__ type name[]
 //     inline PTX stands in functions of one instruction each, which section 7 has as well, with the register layouts of
 //     the PTX ISA: mma_bf16, mma_tf32, ldmatrix_x4, …, copy16_async, copy_commit, copy_wait, wgmma_bf16, wgmma_tf32, barrier_wait, …
@@ -24,8 +25,8 @@
 //     the threads between two barriers, and the blocks, run in an order that can be chosen
 //
 // It is one CPU's idea of a GPU: speed, real concurrency and the last bits of expf are not its business. Tensor maps, wmma,
-// clusters, cooperative groups and blocks that wait for each other are not there. A kernel may not return early while
-// other threads of its block still meet in barriers (on a GPU it may, since Volta).
+// cooperative groups and blocks that wait for each other, but for those of a cluster, are not there. A kernel may not return
+// early while other threads of its block still meet in barriers (on a GPU it may, since Volta).
 //
 // Environment
 //     CUDA_ORDER=forward|reverse|random[:seed]   of threads and blocks; a result that depends on it is a race
@@ -109,17 +110,18 @@
 
 // A shared array is one for all fibers of an OS thread. thread_local also marks it in the symbol table, where
 // fill_shared finds it. The sanitizers know thread-local arrays less well than static ones, which they surround with
-// forbidden zones.
+// forbidden zones. A kernel with clusters, whose blocks run together, has its shared memory in dynamic arrays.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define __shared__ static
 #else
 #define __shared__ static thread_local
 #endif
-#define DYNAMIC_SHARED(type, name) type *name = (type *)emu::E->dynamic
+#define DYNAMIC_SHARED(type, name) type *name = (type *)emu::E->self->block->dynamic
 
 // kernel may stand in parentheses, as it must when its template arguments have commas.
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-    emu::launch(#kernel, __FILE__, __LINE__, grid, block, shared_bytes, stream, kernel, ##__VA_ARGS__)
+#define LAUNCH(...) LAUNCH_CLUSTERS(1, __VA_ARGS__)
+#define LAUNCH_CLUSTERS(size, kernel, grid, block, shared_bytes, stream, ...) \
+    emu::launch(#kernel, __FILE__, __LINE__, size, grid, block, shared_bytes, stream, kernel, ##__VA_ARGS__)
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
@@ -148,7 +150,7 @@ inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
 
 #define threadIdx (emu::E->self->thread)
-#define blockIdx (emu::E->block)
+#define blockIdx (emu::E->self->block->at)
 #define blockDim (emu::E->launch->block)
 #define gridDim (emu::E->launch->grid)
 const int warpSize = 32;
@@ -223,9 +225,9 @@ void __tsan_release(void *);
 
 namespace emu {
 
-const int MOST_THREADS = 1024;                                   // of a block
+const int MOST_THREADS = 1024, MOST_BLOCKS = 8;                  // of a block, of a cluster
 
-enum State { READY, AT_BARRIER, IN_WARP_OPERATION, AT_PHASE, RETURNED };
+enum State { READY, AT_BARRIER, AT_CLUSTER, IN_WARP_OPERATION, AT_PHASE, RETURNED };
 
 typedef void Operation(void **arguments, unsigned mask);        // does a warp operation for all its lanes
 
@@ -246,14 +248,25 @@ struct Wgmma {
 // byte to come; then the next begins.
 struct Phases {
     uint64_t *at;
+    struct Block *block;
     int count, left;                                             // threads that arrive in a phase, and that still must
     long bytes, phase;                                           // expected minus come
     std::vector<Copy> copies;
     char tag[2];                                                 // of even and odd phases, see section 3
 };
 
+struct Block {                                                   // of the cluster that runs
+    uint3 at;                                                    // blockIdx
+    int rank, returned;                                          // in the cluster; threads that ended
+    char *dynamic;                                               // its shared memory
+    char *shared_end;                                            // behind it, where forbidden pages begin
+    int any, all, count;                                         // of the last votes
+    char tag[2], warp_tag[32][9][2];                             // see section 3
+};
+
 struct Thread {
     uint3 thread;                                                // threadIdx
+    Block *block;
     int index, lane;                                             // in the block, in the warp
     State state;
     const char *what, *file;                                     // where it waits
@@ -266,7 +279,7 @@ struct Thread {
     std::vector<Copy> *copies;
     int group;                                                   // of the next cp.async
     Wgmma *wgmma;
-    unsigned char barriers, operations[9];                       // met so far: their last bits choose a tag; 8: warpgroups'
+    unsigned char barriers, clusters, operations[9];             // met so far: their last bits choose a tag; 8: warpgroups'
     char *stack;
     size_t stack_bytes;
     void *tsan, *fake_stack;
@@ -295,7 +308,7 @@ struct Call : Body {
 
 struct Launch {
     const char *kernel, *file;
-    int line;
+    int line, cluster;                                           // cluster: how many blocks run together
     dim3 grid, block;
     size_t shared_bytes;
     std::shared_ptr<Body> body;
@@ -305,16 +318,13 @@ struct Launch {
 // What an OS thread that runs blocks has.
 struct Engine {
     const Launch *launch;
-    uint3 block;                                                 // blockIdx
+    Block blocks[MOST_BLOCKS];                                   // of the cluster; mostly it has one
     Thread *threads, scheduler, *self, *before;                  // self runs, and before did before it
-    int n, most, returned;                                       // threads of the block, stacks, threads that ended
-    int order[MOST_THREADS];                                     // in which the threads run from barrier to barrier
+    int n, all, most, returned;                                  // threads of a block, of all, stacks, threads that ended
+    int order[MOST_THREADS];                                     // in which those of a block run from barrier to barrier
     int at;                                                      // place in it
-    char *dynamic;                                               // shared memory of this launch
-    char *shared_end;                                            // behind it, where forbidden pages begin
-    std::list<Phases> *phases;                                   // of this block
-    int any, all, count;                                         // of the last votes
-    char start_tag, end_tag, block_tag[2], warp_tag[32][9][2];   // see section 3
+    std::list<Phases> *phases;                                   // of these blocks
+    char start_tag, end_tag, cluster_tag[2];                     // see section 3
     uint64_t random;
     long switches;
     bool warned;                                                 // of this launch's float atomics
@@ -335,29 +345,29 @@ EMU_UNWATCHED inline void print_place(bool with_thread) {
     fflush(stdout);
     fprintf(stderr, "cuda_on_cpu: ");
     if (!running() && !(E && E->launch)) return;
-    fprintf(stderr, "%s:%d: kernel %s, block (%u,%u,%u)", E->launch->file, E->launch->line, E->launch->kernel,
-            E->block.x, E->block.y, E->block.z);
+    const uint3 &at = running() ? E->self->block->at : E->blocks[0].at;
+    fprintf(stderr, "%s:%d: kernel %s, block (%u,%u,%u)", E->launch->file, E->launch->line, E->launch->kernel, at.x, at.y, at.z);
     if (with_thread && running())
         fprintf(stderr, ", thread (%u,%u,%u)", E->self->thread.x, E->self->thread.y, E->self->thread.z);
     fprintf(stderr, ": ");
 }
 
-// Where the threads of the block are: a line for each place with the threads that are there. For gdb, too.
+// Where the threads are, of a cluster counted through: a line for each place with the threads that are there. For gdb, too.
 EMU_UNWATCHED inline void where() {
-    static const char *const states[] = {"ready to run", "wait in", "wait in", "wait in", "have returned"};
+    static const char *const states[] = {"ready to run", "wait in", "wait in", "wait in", "wait in", "have returned"};
     std::vector<std::pair<std::string, std::string>> groups;
-    for (int i = 0; i < E->n;) {
+    for (int i = 0; i < E->all;) {
         char place[300];
         int end = i;
         auto describe = [&](const Thread &t) {
             int n = snprintf(place, sizeof place, "%s", &t == E->self ? "runs" : states[t.state]);
-            if (t.state == AT_BARRIER || t.state == IN_WARP_OPERATION || t.state == AT_PHASE)
+            if (t.state != READY && t.state != RETURNED)
                 n += snprintf(place + n, sizeof place - n, " %s, %s:%d", t.what, t.file, t.line);
             if (t.state == IN_WARP_OPERATION) snprintf(place + n, sizeof place - n, ", for the lanes 0x%08x", t.mask);
             return std::string(place);
         };
         std::string here = describe(E->threads[i]), range;
-        while (end < E->n && describe(E->threads[end]) == here) end++;
+        while (end < E->all && describe(E->threads[end]) == here) end++;
         range = end - i == 1 ? std::to_string(i) : std::to_string(i) + "-" + std::to_string(end - 1);
         i = end;
         size_t g = 0;
@@ -409,6 +419,7 @@ EMU_UNWATCHED inline Thread *next_ready() {
 }
 EMU_UNWATCHED inline void yield() { switch_to(next_ready()); }
 
+void check_end();                                                // section 7
 EMU_UNWATCHED inline void fiber_main() {
 #ifdef __SANITIZE_ADDRESS__
     const void *stack;
@@ -421,6 +432,7 @@ EMU_UNWATCHED inline void fiber_main() {
     EMU_RELEASE(&E->end_tag);
     E->self->state = RETURNED;
     E->returned++;
+    if (++E->self->block->returned == E->n) check_end();
     yield();
     abort();
 }
@@ -457,7 +469,7 @@ inline void ready_engine(int n) {
     if (!E) {
         E = new Engine();
         E->phases = new std::list<Phases>();
-        E->threads = (Thread *)calloc(MOST_THREADS, sizeof(Thread));
+        E->threads = (Thread *)calloc(MOST_BLOCKS * MOST_THREADS, sizeof(Thread));
         E->self = &E->scheduler;
         stack_t alternate = {};                                  // for the report about a stack that is too small
         alternate.ss_sp = map_pages(64 * 1024), alternate.ss_size = 64 * 1024;
@@ -485,18 +497,37 @@ inline void ready_engine(int n) {
 
 EMU_UNWATCHED inline void barrier(const char *what, const char *file, int line, int vote) {
     Thread &t = *E->self;
-    char *tag = &E->block_tag[t.barriers++ & 1];
+    char *tag = &t.block->tag[t.barriers++ & 1];
     t.what = what, t.file = file, t.line = line, t.vote = vote, t.state = AT_BARRIER;
     EMU_RELEASE(tag);
     yield();
     EMU_ACQUIRE(tag);
 }
+EMU_UNWATCHED inline void barrier_of_cluster(const char *file, int line) {
+    Thread &t = *E->self;
+    char *tag = &E->cluster_tag[t.clusters++ & 1];
+    t.what = "cluster_wait", t.file = file, t.line = line, t.state = AT_CLUSTER;
+    EMU_RELEASE(tag);
+    yield();
+    EMU_ACQUIRE(tag);
+}
 
-// Nobody can run: all threads wait in the same barrier, or there is a mistake.
-EMU_UNWATCHED inline void release_barrier() {
-    Thread *first = nullptr;
-    E->any = 0, E->all = 1, E->count = 0;
-    for (int i = 0; i < E->n; i++) {
+// Do these threads all wait in the same barrier, that of a block or of the cluster? Then they go on.
+EMU_UNWATCHED inline bool release_together(Thread *threads, int n, State barrier) {
+    Block &b = *threads->block;
+    int any = 0, all = 1, count = 0;
+    for (Thread *t = threads; t < threads + n; t++) {
+        if (t->state != barrier || t->line != threads->line || strcmp(t->file, threads->file)) return false;
+        any |= t->vote != 0, all &= t->vote != 0, count += t->vote != 0;
+    }
+    b.any = any, b.all = all, b.count = count;
+    for (Thread *t = threads; t < threads + n; t++) t->state = READY;
+    return true;
+}
+
+// Nobody can run, and there is a mistake.
+[[noreturn]] EMU_UNWATCHED inline void stop_all() {
+    for (int i = 0; i < E->all; i++) {
         Thread &t = E->threads[i];
         if (t.state == IN_WARP_OPERATION)
             stop(false,
@@ -505,22 +536,17 @@ EMU_UNWATCHED inline void release_barrier() {
         if (t.state == AT_PHASE)
             stop(false, "a phase of a barrier in shared memory never ends: %d threads must still arrive, and %ld bytes come",
                  t.phases->left, t.phases->bytes);
-        if (t.state == AT_BARRIER && !first) first = &t;
-        if (t.state == RETURNED || t.line != first->line || strcmp(t.file, first->file))
-            stop(false,
-                 "barrier divergence: these threads never meet; each __syncthreads must be reached by all threads"
-                 " of the block or by none");
-        E->any |= t.vote != 0, E->all &= t.vote != 0, E->count += t.vote != 0;
     }
-    for (int i = 0; i < E->n; i++) E->threads[i].state = READY;
+    stop(false, "barrier divergence: these threads never meet; each __syncthreads must be reached by all threads of the block,"
+                " and each cluster_wait by those of the cluster, or by none");
 }
 
 // All lanes of the mask meet here. The last one that comes does the operation for all.
 EMU_UNWATCHED inline void warp_operation(const char *what, unsigned mask, void *argument, Operation *operation,
                                          const char *file, int line) {
-    Thread &t = *E->self, *warp = &E->threads[t.index - t.lane];
+    Thread &t = *E->self, *warp = &t - t.lane;
     int lanes = E->n - warp->index, hash = mask == ~0u ? 0 : 1 + mask % 7;
-    char *tag = &E->warp_tag[t.index / 32][hash][t.operations[hash]++ & 1];
+    char *tag = &t.block->warp_tag[t.index / 32][hash][t.operations[hash]++ & 1];
     t.what = what, t.file = file, t.line = line, t.mask = mask, t.argument = argument, t.operation = operation;
     if (!(mask >> t.lane & 1))
         stop(true, "%s:%d: %s with mask 0x%08x, which leaves the caller out", file, line, what, mask);
@@ -553,8 +579,8 @@ EMU_UNWATCHED inline void warp_operation(const char *what, unsigned mask, void *
 // All 128 threads of four warps meet here. The last one that comes does the operation for all.
 EMU_UNWATCHED inline void warpgroup_operation(const char *what, void *argument, Operation *operation, const char *file,
                                               int line) {
-    Thread &t = *E->self, *group = &E->threads[t.index / 128 * 128];
-    char *tag = &E->warp_tag[group->index / 32][8][t.operations[8]++ & 1];
+    Thread &t = *E->self, *group = &t - t.index % 128;
+    char *tag = &t.block->warp_tag[group->index / 32][8][t.operations[8]++ & 1];
     if (group->index + 128 > E->n)
         stop(true, "%s:%d: %s by a block of %d threads; it takes four warps, from a multiple of four on", file, line, what,
              E->n);
@@ -642,10 +668,14 @@ inline int segment_check(int width, const char *file, int line) {
 }  // namespace emu
 
 inline void __syncthreads(EMU_HERE) { emu::barrier("__syncthreads", file, line, 0); }
-inline int __syncthreads_or(int p, EMU_HERE) { return emu::barrier("__syncthreads_or", file, line, p), emu::E->any; }
-inline int __syncthreads_and(int p, EMU_HERE) { return emu::barrier("__syncthreads_and", file, line, p), emu::E->all; }
+inline int __syncthreads_or(int p, EMU_HERE) {
+    return emu::barrier("__syncthreads_or", file, line, p), emu::E->self->block->any;
+}
+inline int __syncthreads_and(int p, EMU_HERE) {
+    return emu::barrier("__syncthreads_and", file, line, p), emu::E->self->block->all;
+}
 inline int __syncthreads_count(int p, EMU_HERE) {
-    return emu::barrier("__syncthreads_count", file, line, p), emu::E->count;
+    return emu::barrier("__syncthreads_count", file, line, p), emu::E->self->block->count;
 }
 inline void __syncwarp(unsigned mask = ~0u, EMU_HERE) {
     emu::warp_operation("__syncwarp", mask, nullptr, emu::operate_nothing, file, line);
@@ -751,7 +781,8 @@ inline const std::vector<SharedArray> &shared_arrays() {
 
 EMU_UNWATCHED inline bool in_shared_memory(const void *p, size_t bytes) {
     const char *at = (const char *)p;
-    if (at >= E->dynamic && at + bytes <= E->dynamic + E->launch->shared_bytes) return true;
+    const char *dynamic = E->self->block->dynamic;
+    if (at >= dynamic && at + bytes <= dynamic + E->launch->shared_bytes) return true;
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
     return true;                                                 // who knows: static arrays are not listed
 #else
@@ -768,30 +799,30 @@ EMU_UNWATCHED inline bool in_shared_memory(const void *p, size_t bytes) {
 const size_t SHARED_ALIGN = 128, WGMMA_ALIGN = 1024, SHARED_ROOM = 256 * 1024, FORBIDDEN = 1 << 20;
 const unsigned char UNWRITTEN = 0xFF;                            // in all bytes: NaN in every floating type
 
-EMU_UNWATCHED inline void fill_shared() {
+EMU_UNWATCHED inline void fill_shared(Block &b) {
     for (const SharedArray &a : shared_arrays()) memset(a.memory, UNWRITTEN, a.bytes);
     size_t bytes = E->launch->shared_bytes;
 #ifdef __SANITIZE_ADDRESS__
-    free(E->dynamic);
-    E->dynamic = nullptr;
-    if (bytes && posix_memalign((void **)&E->dynamic, WGMMA_ALIGN, bytes)) abort();
-    if (bytes) memset(E->dynamic, UNWRITTEN, bytes);
+    free(b.dynamic);
+    b.dynamic = nullptr;
+    if (bytes && posix_memalign((void **)&b.dynamic, WGMMA_ALIGN, bytes)) abort();
+    if (bytes) memset(b.dynamic, UNWRITTEN, bytes);
 #else
     size_t whole = (bytes + SHARED_ALIGN - 1) / SHARED_ALIGN * SHARED_ALIGN;
-    if (!E->shared_end) {
-        E->shared_end = (char *)map_pages(SHARED_ROOM + FORBIDDEN) + SHARED_ROOM;
-        mprotect(E->shared_end, FORBIDDEN, PROT_NONE);
+    if (!b.shared_end) {
+        b.shared_end = (char *)map_pages(SHARED_ROOM + FORBIDDEN) + SHARED_ROOM;
+        mprotect(b.shared_end, FORBIDDEN, PROT_NONE);
     }
-    E->dynamic = E->shared_end - whole;
-    memset(E->dynamic, UNWRITTEN, whole);
+    b.dynamic = b.shared_end - whole;
+    memset(b.dynamic, UNWRITTEN, whole);
 #endif
 }
 
-EMU_UNWATCHED inline void check_shared() {
+EMU_UNWATCHED inline void check_shared(const Block &b) {
 #ifndef __SANITIZE_ADDRESS__
     size_t bytes = E->launch->shared_bytes;
     for (size_t i = bytes; i % SHARED_ALIGN; i++)
-        if ((unsigned char)E->dynamic[i] != UNWRITTEN)
+        if ((unsigned char)b.dynamic[i] != UNWRITTEN)
             stop(false, "somebody wrote behind the %zu bytes of dynamic shared memory, at byte %zu", bytes, i);
 #endif
 }
@@ -977,8 +1008,8 @@ EMU_UNWATCHED inline void on_signal(int signal_number, siginfo_t *info, void *) 
                                  gone ? " of device memory freed before, " : "", gone ? name_of(*gone).c_str() : "");
     else if (p < E->self->stack && p >= E->self->stack - PAGE)
         fprintf(stderr, "its stack of %zu kB is too small\n", STACK / 1024);
-    else if (E->shared_end && p >= E->shared_end && p < E->shared_end + FORBIDDEN)
-        fprintf(stderr, "access to byte %ld of %zu bytes of dynamic shared memory\n", (long)(p - E->dynamic),
+    else if (const Block &b = *E->self->block; b.shared_end && p >= b.shared_end && p < b.shared_end + FORBIDDEN)
+        fprintf(stderr, "access to byte %ld of %zu bytes of dynamic shared memory\n", (long)(p - b.dynamic),
                 E->launch->shared_bytes);
     else if (a) fprintf(stderr, "access to byte %ld of %s\n", (long)(p - a->memory), name_of(*a).c_str());
     else if (gone) fprintf(stderr, "access to byte %ld of memory freed before, %s\n", (long)(p - gone->memory),
@@ -1083,29 +1114,46 @@ EMU_UNWATCHED inline void arrange(int *order, int n, uint64_t *random) {
 
 bool bring_copies();                                             // section 7
 
-// All threads of one block, in rounds: each thread that can run does so until it waits or returns.
-EMU_UNWATCHED inline void run_block() {
+// One of the blocks in an order: a round in which each thread that can run does so until it waits or returns, or the end of its
+// barrier. So one block runs ahead of the others as far as it can without them.
+EMU_UNWATCHED inline bool run_some_block() {
+    int ranks[MOST_BLOCKS];
+    arrange(ranks, E->launch->cluster, &E->random);
+    for (int k = 0; k < E->launch->cluster; k++) {
+        const int first = ranks[k] * E->n;
+        arrange(E->order, E->n, &E->random);
+        for (int i = 0; i < E->n; i++) E->order[i] += first;
+        E->at = -1;
+        Thread *t = next_ready();
+        if (t != &E->scheduler) return switch_to(t), true;
+        if (release_together(E->threads + first, E->n, AT_BARRIER)) return true;
+    }
+    return false;
+}
+
+// All threads of one cluster, which mostly is a block.
+EMU_UNWATCHED inline void run_cluster(uint3 at) {
     const dim3 &size = E->launch->block;
-    fill_shared();
-    E->returned = 0, E->phases->clear();
-    for (int i = 0; i < E->n; i++) {
-        Thread &t = E->threads[i];
-        t.index = i, t.lane = i % 32, t.state = READY, t.group = 0, t.barriers = 0, t.fake_stack = nullptr;
+    E->returned = 0, E->all = E->n * E->launch->cluster, E->phases->clear();
+    for (int rank = 0; rank < E->launch->cluster; rank++, at.x++) {
+        E->blocks[rank].at = at, E->blocks[rank].rank = rank, E->blocks[rank].returned = 0;
+        fill_shared(E->blocks[rank]);
+    }
+    for (int n = 0; n < E->all; n++) {
+        Thread &t = E->threads[n];
+        const int i = n % E->n;
+        t.block = &E->blocks[n / E->n];
+        t.index = i, t.lane = i % 32, t.state = READY, t.group = 0, t.barriers = t.clusters = 0, t.fake_stack = nullptr;
         t.copies->clear(), *t.wgmma = {{}, {}, 0, false, true};
         memset(t.operations, 0, sizeof t.operations);
         t.thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
         prepare(t);
     }
     EMU_RELEASE(&E->start_tag);
-    while (E->returned < E->n) {
-        arrange(E->order, E->n, &E->random);
-        E->at = -1;
-        Thread *t = next_ready();
-        if (t != &E->scheduler) switch_to(t);
-        else if (!bring_copies()) release_barrier();             // nobody can run
-    }
+    while (E->returned < E->all)
+        if (!run_some_block() && !release_together(E->threads, E->all, AT_CLUSTER) && !bring_copies()) stop_all();
     EMU_ACQUIRE(&E->end_tag);
-    check_shared();
+    for (int rank = 0; rank < E->launch->cluster; rank++) check_shared(E->blocks[rank]);
 }
 
 struct Statistics { long launches, blocks, threads, switches; double seconds; };
@@ -1126,18 +1174,17 @@ inline void run(const Launch &launch) {
     long blocks = (long)launch.grid.x * launch.grid.y * launch.grid.z, switches = 0;
     static uint64_t launched;
     uint64_t random = policy.seed * 1000003 + launched++;
-    std::vector<int> order(blocks);
-    arrange(order.data(), (int)blocks, &random);
+    std::vector<int> order(blocks / launch.cluster);
+    arrange(order.data(), (int)order.size(), &random);
     for (auto &entry : heap.alive) set_access(entry.second, true);
 #ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic, 1) reduction(+ : switches)
 #endif
-    for (long k = 0; k < blocks; k++) {
-        unsigned i = (unsigned)order[k];
-        ready_engine(n);
+    for (size_t k = 0; k < order.size(); k++) {
+        unsigned i = (unsigned)(order[k] * launch.cluster);
+        ready_engine(n * launch.cluster);
         E->launch = &launch, E->n = n, E->switches = 0, E->random = random + i;
-        E->block = {i % launch.grid.x, i / launch.grid.x % launch.grid.y, i / launch.grid.x / launch.grid.y};
-        run_block();
+        run_cluster({i % launch.grid.x, i / launch.grid.x % launch.grid.y, i / launch.grid.x / launch.grid.y});
         switches += E->switches;
         E->launch = nullptr;
     }
@@ -1181,7 +1228,7 @@ inline size_t shared_limit() {                                   // of a block, 
 inline bool known_stream(const void *stream) { return !stream || heap.streams.count(stream); }
 
 template <class... P, class... A>
-void launch(const char *kernel, const char *file, int line, dim3 grid, dim3 block, size_t shared_bytes,
+void launch(const char *kernel, const char *file, int line, int cluster, dim3 grid, dim3 block, size_t shared_bytes,
             const void *stream, void (*function)(P...), A &&...given) {
     auto body = std::make_shared<Call<P...>>(function, std::forward<A>(given)...);
     size_t threads = (size_t)block.x * block.y * block.z, limit = 48 * 1024;
@@ -1194,6 +1241,11 @@ void launch(const char *kernel, const char *file, int line, dim3 grid, dim3 bloc
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535) {
         complain(9, file, line, "kernel %s: grid (%u,%u,%u); x must be 1 to 2147483647, y and z 1 to 65535", kernel,
                  grid.x, grid.y, grid.z);
+        return;
+    }
+    if (cluster < 1 || cluster > MOST_BLOCKS || grid.x % (unsigned)cluster || (cluster > 1 && heap.capability < 90)) {
+        complain(912, file, line, "kernel %s: clusters of %d blocks, and %u in x; there may be %d that divide x, from compute"
+                 " capability 9.0 on", kernel, cluster, grid.x, MOST_BLOCKS);
         return;
     }
     if (!threads || threads > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64) {
@@ -1217,7 +1269,7 @@ void launch(const char *kernel, const char *file, int line, dim3 grid, dim3 bloc
         complain(700, file, line, "kernel %s: argument %d is no pointer to device memory", kernel, wrong);
         return;
     }
-    Launch l = {kernel, file, line, grid, block, shared_bytes, body, ++heap.launches};
+    Launch l = {kernel, file, line, cluster, grid, block, shared_bytes, body, ++heap.launches};
     enqueue([=] { run(l); });
 }
 
@@ -1524,7 +1576,7 @@ EMU_UNWATCHED inline const char *wgmma_part(uint64_t operand, int row, int part,
     if (at + 16 > end)
         stop(true, "%s:%d: wgmma reads row %d of an operand at byte %zu of %zu bytes of dynamic shared memory", file, line, row,
              at, end);
-    return E->dynamic + at;
+    return E->self->block->dynamic + at;
 }
 
 struct Product { float *sum; uint64_t a, b; };
@@ -1559,7 +1611,7 @@ EMU_UNTRACED void wgmma(float *d, uint64_t a, uint64_t b, const char *file, int 
     if (heap.capability != 90) stop(true, "%s:%d: wgmma; only compute capability 9.0 has it", file, line);
     if (!t.wgmma->started) stop(true, "%s:%d: wgmma without wgmma_start since the last wait", file, line);
     for (int i = 0; i < E->n; i++)
-        if (!E->threads[i].wgmma->shown)
+        if (!(&t - t.index)[i].wgmma->shown)
             stop(true, "%s:%d: wgmma while copies of thread %d have come that no wgmma_show followed", file, line, i);
     for (int part = 0; part < 6; part++) {                       // each thread watches over a row of A and two of B
         const int row = part < 2 ? t.index % 64 : t.index % 128 + part / 4 * 128;
@@ -1587,7 +1639,7 @@ EMU_UNWATCHED inline void wgmma_wait(int pending, const char *file, int line) { 
     for (const Wgmma::Part &p : of.parts) {
         if (memcmp(p.at, p.bytes, 16))
             stop(true, "%s:%d: shared memory at byte %ld was written while wgmma read it", file, line,
-                 (long)((const char *)p.at - E->dynamic));
+                 (long)((const char *)p.at - E->self->block->dynamic));
         if (p.group >= of.group - pending) of.parts[left++] = p;
     }
     of.parts.resize(left);
@@ -1616,12 +1668,12 @@ EMU_UNWATCHED inline void begin_phases(uint64_t *barrier, unsigned count, const 
              (void *)barrier, count);
     for (Phases &p : *E->phases)
         if (p.at == barrier) stop(true, "%s:%d: barrier_init of %p, which is a barrier already", file, line, (void *)barrier);
-    E->phases->push_back({barrier, (int)count, (int)count, 0, 0, {}, {}});
+    E->phases->push_back({barrier, E->self->block, (int)count, (int)count, 0, 0, {}, {}});
 }
 EMU_UNWATCHED inline void end_phase(Phases &p) {                 // if all is there
     if (p.left || p.bytes) return;
     p.left = p.count, p.phase++;
-    for (int i = 0; i < E->n; i++)
+    for (int i = 0; i < E->all; i++)
         if (E->threads[i].state == AT_PHASE && E->threads[i].phases == &p) E->threads[i].state = READY;
 }
 EMU_UNWATCHED inline void arrive_in_phase(Phases &p, long bytes, const char *file, int line) {
@@ -1638,8 +1690,22 @@ EMU_UNWATCHED inline void wait_for_phase(Phases &p, unsigned phase, const char *
     }
     EMU_ACQUIRE(&p.tag[phase & 1]);
 }
+// The place in the shared memory of another block of the cluster.
+template <class T>
+T *of_block(T *mine, unsigned rank, const char *what, const char *file, int line) {
+    if (rank >= (unsigned)E->launch->cluster)
+        stop(true, "%s:%d: %s: there is no block %u in a cluster of %d", file, line, what, rank, E->launch->cluster);
+    const char *from = E->self->block->dynamic;
+    if (E->launch->cluster > 1 && ((const char *)mine < from || (const char *)mine >= from + E->launch->shared_bytes))
+        stop(true, "%s:%d: %s of %p; what the blocks of a cluster share lies in dynamic shared memory", file, line, what,
+             (const void *)mine);
+    if (E->blocks[rank].returned == E->n)
+        stop(true, "%s:%d: %s: block %u of the cluster has ended, and with it its shared memory", file, line, what, rank);
+    return (T *)((char *)mine + (E->blocks[rank].dynamic - from));
+}
 // From now on the destination is undefined (NaN), until the phase has ended, which it does as late as it can: when nobody can run.
-inline void copy_in_bulk(void *to, const void *from, unsigned bytes, Phases &p, const char *file, int line) {
+inline void copy_in_bulk(void *to, const void *from, unsigned bytes, uint64_t *barrier, unsigned blocks, const char *file,
+                         int line) {
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16)
         stop(true, "%s:%d: a bulk copy of %u bytes to %p from %p; all must be multiples of 16", file, line, bytes, to, from);
     if (!in_shared_memory(to, bytes)) stop(true, "%s:%d: a bulk copy to %p, which is not in shared memory", file, line, to);
@@ -1648,9 +1714,14 @@ inline void copy_in_bulk(void *to, const void *from, unsigned bytes, Phases &p, 
         stop(true, "%s:%d: a bulk copy of %u bytes from %p, which is not in global memory", file, line, bytes, from);
     look_at(from, (int)bytes);
     traffic(from, (int)bytes, false, file, line);                // into shared memory it goes without conflicts
-    move_words(to, nullptr, ~0u, (int)bytes);
-    EMU_RELEASE(&p.tag[p.phase & 1]);
-    p.copies.push_back({to, from, (int)bytes, 0});
+    for (unsigned rank = 0; blocks >> rank; rank++) {
+        if (!(blocks >> rank & 1)) continue;
+        Phases &p = phases_at("bulk_copy", of_block(barrier, rank, "bulk_copy", file, line), file, line);
+        void *there = of_block((char *)to, rank, "bulk_copy", file, line);
+        move_words(there, nullptr, ~0u, (int)bytes);
+        EMU_RELEASE(&p.tag[p.phase & 1]);
+        p.copies.push_back({there, from, (int)bytes, 0});
+    }
 }
 inline bool bring_copies() {                                     // did any come?
     bool some = false;
@@ -1665,6 +1736,11 @@ inline bool bring_copies() {                                     // did any come
         some = true;
     }
     return some;
+}
+EMU_UNWATCHED inline void check_end() {                          // of the last thread of a block
+    for (Phases &p : *E->phases)
+        if (p.block == E->self->block && !p.copies.empty())
+            stop(true, "the block ends while copies into its shared memory are on their way");
 }
 
 }  // namespace emu
@@ -1725,6 +1801,7 @@ inline void wait_for_before() {}
 
 // Barriers in shared memory, and copies that arrive there (cp.async.bulk), as in cuda_metala.cu.
 inline void barrier_init(uint64_t *barrier, unsigned count, EMU_HERE) { emu::begin_phases(barrier, count, file, line); }
+inline void barrier_show() {}                                    // only others need it
 inline void barrier_arrive(uint64_t *barrier, EMU_HERE) {
     emu::arrive_in_phase(emu::phases_at("barrier_arrive", barrier, file, line), 0, file, line);
 }
@@ -1735,10 +1812,22 @@ inline void barrier_wait(uint64_t *barrier, unsigned phase, EMU_HERE) {
     emu::wait_for_phase(emu::phases_at("barrier_wait", barrier, file, line), phase, file, line);
 }
 inline void bulk_copy(void *shared, const void *global, unsigned bytes, uint64_t *barrier, EMU_HERE) {
-    emu::copy_in_bulk(shared, global, bytes, emu::phases_at("bulk_copy", barrier, file, line), file, line);
+    emu::copy_in_bulk(shared, global, bytes, barrier, 1u << emu::E->self->block->rank, file, line);
+}
+
+// Blocks of a cluster: which one this is, all of their threads meet, arrive at the barrier of another one at the same place, copy
+// to the same place in several, whose barriers at the same place count the bytes.
+inline unsigned cluster_rank() { return (unsigned)emu::E->self->block->rank; }
+inline unsigned cluster_size() { return (unsigned)emu::E->launch->cluster; }
+inline void cluster_wait(EMU_HERE) { emu::barrier_of_cluster(file, line); }
+inline void barrier_arrive_at(uint64_t *barrier, unsigned rank, EMU_HERE) {
+    barrier_arrive(emu::of_block(barrier, rank, "barrier_arrive_at", file, line), file, line);
+}
+inline void bulk_copy_to(unsigned blocks, void *shared, const void *global, unsigned bytes, uint64_t *barrier, EMU_HERE) {
+    emu::copy_in_bulk(shared, global, bytes, barrier, blocks, file, line);
 }
 inline uint64_t wgmma_operand(const void *rows, unsigned bytes, EMU_HERE) {
-    size_t at = (size_t)((const char *)rows - emu::E->dynamic);
+    size_t at = (size_t)((const char *)rows - emu::E->self->block->dynamic);
     if (((uintptr_t)rows | at) % emu::WGMMA_ALIGN)
         emu::stop(true, "%s:%d: rows for wgmma at byte %zu of dynamic shared memory; they start at multiples of %zu", file, line,
                   at, emu::WGMMA_ALIGN);

@@ -11,7 +11,8 @@
 // refused by name. Their meaning is that of the PTX ISA (docs.nvidia.com/cuda/parallel-thread-execution).
 //
 // A warp has one program counter. Where a branch divides its lanes, those further back in the program go first, and join
-// the others where they meet. Blocks run one after the other, the warps of a block in turn, each until it waits in a barrier.
+// the others where they meet. Blocks, or clusters of them, run one after the other, their warps in turn, each until it waits in a
+// barrier.
 //
 // What it notices, with kernel, block, thread, line of the .cu file and instruction:
 //     accesses beyond an allocation, shared memory, local memory or the parameters, and addresses not aligned to their size
@@ -90,7 +91,7 @@ struct Instruction {
 struct Parameter { string name; size_t at, bytes; };
 struct Constant { int slot; vector<unsigned char> lanes; };
 
-enum { SPECIAL = 12 };                                           // %tid, %ntid, %ctaid, %nctaid, each with .x, .y, .z
+enum { SPECIAL = 14 };              // %tid, %ntid, %ctaid, %nctaid, each with .x, .y, .z; %cluster_ctarank, %cluster_nctarank
 
 struct Kernel {
     string shown;                                                // its name in C++
@@ -129,7 +130,9 @@ struct Block {
     vector<Warp> warps;
     uint32_t time = 1;                                           // barriers so far
     int threads = 0, live = 0;
-    int arrived = 0, sum = 0;                                    // in the barrier
+    int arrived = 0, sum = 0, in_cluster = 0;                    // in the barrier; in that of the cluster
+    unsigned rank = 0;
+    vector<Block> *cluster = nullptr;                            // which runs together
 };
 
 struct Warp {
@@ -390,13 +393,25 @@ void wait_for_before(Warp &w, const Instruction &) { w.block->waited[(size_t)w.i
 // ---- mbarriers: of each as many threads as `count` arrive in a phase, and bytes come. The 8 bytes themselves are left alone.
 uint64_t place_of_phases(Warp &w, const Instruction &i, int lane) {
     uint64_t at = w.reg<uint32_t>(i.a)[lane] + (uint64_t)i.offset;
-    memory(w, i, lane, SHARED, at, 8, false);
+    memory(w, i, lane, SHARED, at % WINDOW_BYTES, 8, false);
     return at;
 }
+// Another block of the cluster; its shared memory has addresses from (rank + 1)·WINDOW_BYTES on, those of one's own from 0.
+Block &block_of(Warp &w, const Instruction &i, int lane, uint64_t rank) {
+    vector<Block> &all = *w.block->cluster;
+    if (rank >= all.size()) fail(w, i, lane, "no block " + std::to_string(rank) + " in a cluster of " + std::to_string(all.size()));
+    if (!all[rank].live) fail(w, i, lane, "block " + std::to_string(rank) + " of the cluster has ended");
+    return all[rank];
+}
 Phases &phases_of(Warp &w, const Instruction &i, int lane, uint64_t at) {
-    auto p = w.block->phases.find(at);
-    if (p == w.block->phases.end()) fail(w, i, lane, "no mbarrier is there");
+    Block &b = at < WINDOW_BYTES ? *w.block : block_of(w, i, lane, at / WINDOW_BYTES - 1);
+    auto p = b.phases.find(at % WINDOW_BYTES);
+    if (p == b.phases.end()) fail(w, i, lane, "no mbarrier is there");
     return p->second;
+}
+void map_address(Warp &w, const Instruction &i) {                // d: a in the shared memory of block b
+    for (int l = 0; l < 32; l++)
+        if (w.on[l]) w.reg<uint32_t>(i.d)[l] = (uint32_t)(w.reg<uint32_t>(i.a)[l] + (w.reg<uint32_t>(i.b)[l] + 1) * WINDOW_BYTES);
 }
 void end_phase(Phases &p) {
     if (!p.left && !p.bytes) p.left = p.count, p.phase++;
@@ -428,19 +443,24 @@ void try_phase(Warp &w, const Instruction &i) {                  // d: has the p
         else w.stuck = true;
     }
 }
-// cp.async.bulk: c bytes from a + offset to d + target in shared memory, for the mbarrier at b + mode.
+// cp.async.bulk: c bytes from a + offset to d + target in shared memory, for the mbarrier at b + mode; list: of which blocks.
 void copy_in_bulk(Warp &w, const Instruction &i) {
     for (int l = 0; l < 32; l++) {
         if (!w.on[l]) continue;
         uint64_t to = w.reg<uint32_t>(i.d)[l] + (uint64_t)i.target, from = w.reg<uint64_t>(i.a)[l] + (uint64_t)i.offset;
         size_t bytes = w.reg<uint32_t>(i.c)[l];
+        unsigned blocks = i.list.empty() ? 1u << w.block->rank : w.reg<uint16_t>(i.list[0])[l];
         if (to % 16 || from % 16 || bytes % 16) fail(w, i, l, "a copy in bulk that is not of multiples of 16");
         for (size_t n = 0; n < bytes; n += 16) {
             memory(w, i, l, GLOBAL, from + n, 16, false);
-            unsigned char *p = memory(w, i, l, SHARED, to + n, 16, false);       // who may use it, the phase says
-            memset(p, 0xFF, 16);
+            memory(w, i, l, SHARED, to + n, 16, false);          // who may use it, the phase says
         }
-        phases_of(w, i, l, w.reg<uint32_t>(i.b)[l] + (uint64_t)i.mode).copies.push_back({to, from, (int)bytes, (int)bytes});
+        for (uint64_t rank = 0; blocks >> rank; rank++) {
+            if (!(blocks >> rank & 1)) continue;
+            memset(&block_of(w, i, l, rank).shared[to], 0xFF, bytes);
+            uint64_t at = (rank + 1) * WINDOW_BYTES + w.reg<uint32_t>(i.b)[l] + (uint64_t)i.mode;
+            phases_of(w, i, l, at).copies.push_back({to, from, (int)bytes, (int)bytes});
+        }
     }
 }
 bool bring_copies(Block &b) {                                    // did any come?
@@ -708,6 +728,20 @@ void barrier(Warp &w, const Instruction &i) {
     if (i.mode) w.block->sum += __builtin_popcount(w.mask & predicate(w, i.a, i.unless));
     w.block->arrived += __builtin_popcount(w.mask);
     w.waiting = true;
+}
+void cluster_barrier(Warp &w, const Instruction &i) {            // barrier.cluster.wait; arrive, right before it, does nothing
+    if (!whole(w, i)) return;
+    w.block->in_cluster += __builtin_popcount(w.mask);
+    w.waiting = true;
+}
+void open_barrier(vector<Block> &cluster) {                      // the same
+    for (Block &b : cluster)
+        if (!b.in_cluster || b.in_cluster < b.live) return;
+    for (Block &b : cluster) {
+        for (Warp &w : b.warps) w.waiting = false;
+        b.in_cluster = 0;
+        b.time++;
+    }
 }
 void open_barrier(Block &b) {                                    // when all living threads have reached it
     if (!b.arrived || b.arrived < b.live) return;
@@ -1158,9 +1192,9 @@ struct Translator {
         uint64_t bits;
         if (own) *own = width;
         if (literal(name, &bits)) return constant(bits, width);
-        static const char *const special[] = {"%tid.", "%ntid.", "%ctaid.", "%nctaid."};
+        static const char *const special[] = {"%tid.", "%ntid.", "%ctaid.", "%nctaid.", "%cluster_ctarank", "%cluster_nctarank"};
         for (int s = 0; s < SPECIAL; s++)
-            if (name == special[s / 3] + string(1, "xyz"[s % 3])) return k.special[s];
+            if (name == (s < 12 ? special[s / 3] + string(1, "xyz"[s % 3]) : special[s - 8])) return k.special[s];
         const Symbol s = known(name);
         if (s.kind == Symbol::REGISTER) {
             if (own) *own = s.width;
@@ -1460,11 +1494,17 @@ void Translator::instruction() {
         i.a = slot(place.names[0], 4), i.offset = place.offset, i.b = inits || tries || expects ? slot(o.back().names[0], 4) : -1;
         if (tries) i.d = slot(o[0].names[0], 4);
         known = text == "mbarrier.init.shared::cta.b64" || text == "mbarrier.try_wait.parity.shared::cta.b64" ||
-                text == "mbarrier.arrive.shared::cta.b64" || text == "mbarrier.arrive.expect_tx.shared::cta.b64";
+                text == "mbarrier.arrive.shared::cta.b64" || text == "mbarrier.arrive.expect_tx.shared::cta.b64" ||
+                text == "mbarrier.arrive.release.cluster.shared::cluster.b64";
         known = known && (tries || inits || o[0].names[0] == "_");
-    } else if (text == "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes") {
+    } else if (text == "mapa.shared::cluster.u32") i.run = map_address, i.d = slot(o[0].names[0], 4), i.a = slot(o[1].names[0], 4), i.b = slot(o[2].names[0], 4);
+    else if (text == "barrier.cluster.arrive.release.aligned") i.run = nothing;
+    else if (text == "barrier.cluster.wait.acquire.aligned") i.run = cluster_barrier;
+    else if (text == "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes" ||
+             text == "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster") {
         i.run = copy_in_bulk, i.d = slot(o[0].names[0], 4), i.target = (int)o[0].offset, i.a = slot(o[1].names[0], 8);
         i.offset = o[1].offset, i.c = slot(o[2].names[0], 4), i.b = slot(o[3].names[0], 4), i.mode = (int)o[3].offset;
+        if (o.size() > 4) i.list.push_back(slot(o[4].names[0], 2));
     } else if (op == "cp" && o.size() >= 3) {
         i.run = copy_async, i.mode = atoi(o[2].names[0].c_str());
         i.d = slot(o[0].names[0], 4), i.target = (int)o[0].offset, i.a = slot(o[1].names[0], 8), i.offset = o[1].offset;
@@ -1628,11 +1668,10 @@ void run_warp(Warp &w) {                                         // until it wai
     }
 }
 
-void run_block(Block &b) {
-    Kernel &k = *b.kernel;
+void begin_block(Block &b) {
     std::fill(b.shared.begin(), b.shared.end(), 0xFF);
     std::fill(b.uses.begin(), b.uses.end(), Use());
-    b.time = 1, b.live = b.threads, b.arrived = b.sum = 0, b.phases.clear();
+    b.time = 1, b.live = b.threads, b.arrived = b.sum = b.in_cluster = 0, b.phases.clear();
     std::fill(b.waited.begin(), b.waited.end(), 0);
     for (Warp &w : b.warps) {
         int lanes = std::min(32, b.threads - 32 * w.index);
@@ -1645,58 +1684,78 @@ void run_block(Block &b) {
         for (unsigned l = 0; l < 32; l++) {
             unsigned t = 32 * (unsigned)w.index + l;
             unsigned values[SPECIAL] = {t % b.size.x, t / b.size.x % b.size.y, t / b.size.x / b.size.y, b.size.x, b.size.y, b.size.z,
-                                        b.at.x, b.at.y, b.at.z, b.grid.x, b.grid.y, b.grid.z};
-            for (int s = 0; s < SPECIAL; s++) w.reg<uint32_t>(k.special[s])[l] = values[s];
+                                        b.at.x, b.at.y, b.at.z, b.grid.x, b.grid.y, b.grid.z, b.rank, (unsigned)b.cluster->size()};
+            for (int s = 0; s < SPECIAL; s++) w.reg<uint32_t>(b.kernel->special[s])[l] = values[s];
         }
     }
-    while (b.live) {
+}
+void run_cluster(vector<Block> &cluster) {
+    const vector<Instruction> &code = cluster[0].kernel->code;
+    auto alive = [](const Block &b) { return b.live > 0; };
+    for (Block &b : cluster) begin_block(b);
+    while (std::any_of(cluster.begin(), cluster.end(), alive)) {
         bool moved = false;
-        uint64_t steps = b.steps;
-        size_t n = b.warps.size();
-        for (size_t m = 0; m < n; m++) {
-            Warp &w = b.warps[reverse_order ? n - 1 - m : m];
-            if (w.waiting || !w.live) continue;
-            w.stuck = false;
-            run_warp(w);
-            if (!w.stuck) moved = true;
+        for (size_t m = 0; m < cluster.size(); m++) {
+            Block &b = cluster[reverse_order ? cluster.size() - 1 - m : m];
+            uint64_t steps = b.steps;
+            size_t n = b.warps.size();
+            for (size_t m = 0; m < n; m++) {
+                Warp &w = b.warps[reverse_order ? n - 1 - m : m];
+                if (w.waiting || !w.live) continue;
+                w.stuck = false;
+                run_warp(w);
+                if (!w.stuck) moved = true;
+            }
+            open_barrier(b);
+            moved = moved || b.steps != steps;
         }
-        open_barrier(b);
-        if (moved || b.steps != steps || bring_copies(b)) continue;
-        for (Warp &w : b.warps) {
-            if (w.stuck) fail(w, k.code[(size_t)w.pc - 1], first_lane(w), "a phase of an mbarrier that never ends");
-            if (w.waiting)
-                fail(w, k.code[(size_t)w.pc - 1], first_lane(w), "a barrier that some threads of the block never reach");
-        }
+        open_barrier(cluster);
+        if (moved) continue;
+        for (Block &b : cluster) moved = bring_copies(b) || moved;
+        for (Block &b : cluster)
+            for (Warp &w : b.warps) {
+                if (moved || !w.live) continue;
+                if (w.stuck) fail(w, code[(size_t)w.pc - 1], first_lane(w), "a phase of an mbarrier that never ends");
+                if (w.waiting) fail(w, code[(size_t)w.pc - 1], first_lane(w), "a barrier that some threads never reach");
+            }
     }
-    for (Warp &w : b.warps)
-        if (w.products != b.warps[(size_t)w.index & ~(size_t)3].products)
-            fail(w, k.code.back(), 0, "wgmma by a part of a warpgroup");
+    for (Block &b : cluster) {
+        for (auto &at : b.phases)
+            if (!at.second.copies.empty()) fail(b.warps[0], code.back(), 0, "the block ends while copies into its shared memory are on their way");
+        for (Warp &w : b.warps)
+            if (w.products != b.warps[(size_t)w.index & ~(size_t)3].products) fail(w, code.back(), 0, "wgmma by a part of a warpgroup");
+    }
 }
 
-void run_grid(Kernel &k, dim3 grid, dim3 size, vector<unsigned char> parameters, size_t dynamic, bool early) {
-    Block b;
+void run_grid(Kernel &k, dim3 grid, dim3 size, unsigned blocks, vector<unsigned char> parameters, size_t dynamic, bool early) {
+    vector<Block> cluster(blocks);
     bool some = false;
-    b.early = early;
-    b.kernel = &k, b.grid = grid, b.size = size, b.parameters = parameters;
-    b.threads = (int)(size.x * size.y * size.z);
-    b.shared.resize(k.shared_bytes + dynamic);
-    b.uses.resize(b.shared.size() / 4 + 1);
-    b.warps.resize((size_t)(b.threads + 31) / 32);
-    b.waited.resize(b.warps.size());
     vector<vector<unsigned char>> registers;
-    for (Warp &w : b.warps) {
-        registers.emplace_back(k.register_bytes + 64);
-        w.block = &b, w.index = (int)registers.size() - 1;
-        w.registers = (unsigned char *)up_to((uintptr_t)registers.back().data(), 64);
-        for (Constant &c : k.constants) memcpy(w.registers + c.slot, c.lanes.data(), c.lanes.size());
-        w.local.resize(32 * up_to(k.local_bytes, 16));
+    for (Block &b : cluster) {
+        b.early = early, b.cluster = &cluster, b.rank = (unsigned)(&b - &cluster[0]);
+        b.kernel = &k, b.grid = grid, b.size = size, b.parameters = parameters;
+        b.threads = (int)(size.x * size.y * size.z);
+        b.shared.resize(k.shared_bytes + dynamic);
+        b.uses.resize(b.shared.size() / 4 + 1);
+        b.warps.resize((size_t)(b.threads + 31) / 32);
+        b.waited.resize(b.warps.size());
+        for (Warp &w : b.warps) {
+            registers.emplace_back(k.register_bytes + 64);
+            w.block = &b, w.index = (int)(&w - &b.warps[0]);
+            w.registers = (unsigned char *)up_to((uintptr_t)registers.back().data(), 64);
+            for (Constant &c : k.constants) memcpy(w.registers + c.slot, c.lanes.data(), c.lanes.size());
+            w.local.resize(32 * up_to(k.local_bytes, 16));
+        }
     }
-    size_t blocks = (size_t)grid.x * grid.y * grid.z;
-    for (size_t n = 0; n < blocks; n++) {
-        size_t m = reverse_order ? blocks - 1 - n : n;
-        b.at = dim3((unsigned)(m % grid.x), (unsigned)(m / grid.x % grid.y), (unsigned)(m / grid.x / grid.y));
-        run_block(b);
-        for (uint32_t lanes : b.waited) some = some || lanes;
+    size_t clusters = (size_t)grid.x * grid.y * grid.z / blocks;
+    for (size_t n = 0; n < clusters; n++) {
+        for (Block &b : cluster) {
+            size_t m = (reverse_order ? clusters - 1 - n : n) * blocks + b.rank;
+            b.at = dim3((unsigned)(m % grid.x), (unsigned)(m / grid.x % grid.y), (unsigned)(m / grid.x / grid.y));
+        }
+        run_cluster(cluster);
+        for (const Block &b : cluster)
+            for (uint32_t lanes : b.waited) some = some || lanes;
     }
     if (early && !some) die("no thread of " + k.shown + " waited for the kernel before, and who comes next waits for this one alone");
     k.launches++;
@@ -1819,16 +1878,18 @@ cudaError_t enqueue(cudaStream_t stream, std::function<void()> what) {
 struct Configuration { dim3 grid, block; size_t shared; cudaStream_t stream; };
 vector<Configuration> configurations;
 
-cudaError_t launch(Kernel &k, dim3 grid, dim3 block, void **arguments, size_t dynamic, cudaStream_t stream, bool early = false) {
+cudaError_t launch(Kernel &k, dim3 grid, dim3 block, void **arguments, size_t dynamic, cudaStream_t stream, bool early = false,
+                   unsigned cluster = 1) {
     uint64_t threads = (uint64_t)block.x * block.y * block.z,
              room = std::max<uint64_t>(48 * 1024, k.shared_bytes + (size_t)k.max_dynamic);
     if (stream && !streams.count(stream)) return result(cudaErrorInvalidResourceHandle);
     if (!threads || threads > (uint64_t)k.max_threads || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > INT32_MAX ||
         grid.y > 65535 || grid.z > 65535 || k.shared_bytes + dynamic > room)
         return result(cudaErrorInvalidConfiguration);
+    if (!cluster || cluster > 8 || grid.x % cluster || (cluster > 1 && capability < 90)) return result(cudaErrorInvalidClusterSize);
     vector<unsigned char> parameters(k.parameter_bytes);
     for (size_t p = 0; p < k.parameters.size(); p++) memcpy(&parameters[k.parameters[p].at], arguments[p], k.parameters[p].bytes);
-    return enqueue(stream, [=, &k] { run_grid(k, grid, block, parameters, dynamic, early); });
+    return enqueue(stream, [=, &k] { run_grid(k, grid, block, cluster, parameters, dynamic, early); });
 }
 
 struct Event { struct timespec time; bool recorded; };
@@ -1891,9 +1952,13 @@ cudaError_t cudaLaunchKernel(const void *here, dim3 grid, dim3 block, void **arg
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *how, const void *here, void **arguments) {
     bool early = false;                                          // if it says so; here nothing begins before its time
-    for (unsigned n = 0; n < how->numAttrs; n++)
-        early = early || how->attrs[n].id == cudaLaunchAttributeProgrammaticStreamSerialization;
-    return launch(kernel_of(here), how->gridDim, how->blockDim, arguments, how->dynamicSmemBytes, how->stream, early);
+    unsigned cluster = 1;
+    for (unsigned n = 0; n < how->numAttrs; n++) {
+        const cudaLaunchAttribute &a = how->attrs[n];
+        early = early || a.id == cudaLaunchAttributeProgrammaticStreamSerialization;
+        if (a.id == cudaLaunchAttributeClusterDimension) cluster = a.val.clusterDim.y * a.val.clusterDim.z == 1 ? a.val.clusterDim.x : 0;
+    }
+    return launch(kernel_of(here), how->gridDim, how->blockDim, arguments, how->dynamicSmemBytes, how->stream, early, cluster);
 }
 
 // ---- Devices, errors

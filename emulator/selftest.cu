@@ -134,6 +134,43 @@ __device__ void bulk_copy(void *shared, const void *global, unsigned bytes, uint
             ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes),
               "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
 }
+__device__ void barrier_show() { ASM_90A("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ unsigned cluster_size() {
+    unsigned size = 1;
+    ASM_90A("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+__device__ unsigned cluster_rank() {
+    unsigned rank = 0;
+    ASM_90A("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ void cluster_wait() {
+    ASM_90A("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    ASM_90A("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ void barrier_arrive_at(uint64_t *barrier, unsigned rank) {
+    ASM_90A("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
+            " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }"
+            ::"r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(rank) : "memory");
+}
+__device__ void bulk_copy_to(unsigned blocks, void *shared, const void *global, unsigned bytes, uint64_t *barrier) {
+    ASM_90A("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+            ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes),
+              "r"((unsigned)__cvta_generic_to_shared(barrier)), "h"((uint16_t)blocks) : "memory");
+}
+template <class... Parameters, class... Arguments>
+void launch_clusters(unsigned size, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Arguments... arguments) {
+    cudaLaunchAttribute clusters = {};
+    cudaLaunchConfig_t launch = {};
+    clusters.id = cudaLaunchAttributeClusterDimension;
+    clusters.val.clusterDim.x = size, clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
+    launch.gridDim = grid, launch.blockDim = block, launch.dynamicSmemBytes = shared;
+    launch.attrs = &clusters, launch.numAttrs = 1;
+    cudaLaunchKernelEx(&launch, kernel, Parameters(arguments)...);
+}
+#define LAUNCH_CLUSTERS(size, kernel, grid, block, shared, stream, ...) \
+    launch_clusters(size, kernel, grid, block, shared, __VA_ARGS__)
 #endif
 #endif
 
@@ -445,6 +482,64 @@ bool relay(int bug) {
     }
     return true;
 }
+
+// The same by two blocks of a cluster, each with its threads and all of the numbers, of which it has one half brought to both.
+// Two such clusters; the second one begins a piece later.
+enum { HERE_ALONE = 20, TO_ONE, NO_LAST_MEETING, NOT_ALL_MEET, NO_SUCH_BLOCK, STATIC_BARRIER, NO_FIRST_MEETING };
+__global__ void cluster_kernel(float *out, const float *x, unsigned pieces, int bug) {
+    DYNAMIC_SHARED(float, memory);                               // piece[2][64], full[2], empty[2]
+    __shared__ uint64_t here[2];
+    uint64_t *full = (uint64_t *)(memory + 2 * 64), *empty = full + 2;
+    const unsigned rank = cluster_rank(), blocks = cluster_size();
+#ifdef __CUDACC__
+    bug = NOTHING;
+#endif
+    if (bug == STATIC_BARRIER) empty = here;
+    if (threadIdx.x < 2) {
+        barrier_init(full + threadIdx.x, 1);
+        barrier_init(empty + threadIdx.x, 2 * blocks);
+        wgmma_show(), barrier_show();
+    }
+    if (bug == NO_FIRST_MEETING) __syncthreads();
+    else cluster_wait();
+    x += blockIdx.x / blocks * 64;
+    if (threadIdx.x < 64) {
+        float sum = 0;
+        for (unsigned p = 0; p < pieces; p++) {
+            barrier_wait(full + p % 2, p / 2 % 2);
+            sum += memory[p % 2 * 64 + threadIdx.x];
+            __syncwarp();
+            if (threadIdx.x % 32 < (bug == HERE_ALONE ? 1 : blocks))
+                barrier_arrive_at(empty + p % 2, bug == HERE_ALONE ? rank : threadIdx.x % 32 + (bug == NO_SUCH_BLOCK));
+        }
+        out[blockIdx.x * 64 + threadIdx.x] = sum;
+    } else {
+        for (unsigned p = 0; p < pieces && threadIdx.x == 64; p++) {
+            barrier_wait(empty + p % 2, p / 2 % 2 ^ 1);
+            barrier_expect(full + p % 2, 256);
+            const unsigned half = rank * 32;
+            bulk_copy_to(bug == TO_ONE ? 1u << rank : 3, memory + p % 2 * 64 + half, x + 64 * p + half, 128, full + p % 2);
+        }
+        __syncwarp();
+    }
+    if (bug != NO_LAST_MEETING && (bug != NOT_ALL_MEET || threadIdx.x < 64)) cluster_wait();
+}
+bool relay_in_clusters(int bug, unsigned size = 2, unsigned grid = 4) {
+    const unsigned pieces = 7;
+    std::vector<float> numbers(64 * (pieces + 1));
+    for (size_t i = 0; i < numbers.size(); i++) numbers[i] = (float)(i * i % 101);
+    float *x = upload(numbers), *out = device<float>(4 * 64);
+    LAUNCH_CLUSTERS(size, cluster_kernel, grid, 96, 2 * 64 * 4 + 4 * 8, 0, out, x, pieces, bug);
+    CHECK(cudaGetLastError());
+    std::vector<float> got = download(out, 4 * 64);
+    CHECK(cudaFree(x));
+    for (unsigned t = 0; t < 4 * 64; t++) {
+        float sum = 0;
+        for (unsigned p = 0; p < pieces; p++) sum += numbers[64 * (p + t / 128) + t % 64];
+        if (got[t] != sum) return false;
+    }
+    return true;
+}
 void test_wgmma() {
     int major;
     CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
@@ -452,6 +547,7 @@ void test_wgmma() {
     check("wgmma m64n256k16 of bfloat16, four steps of k", multiply_by_warpgroup<true>(NOTHING));
     check("wgmma m64n256k8 of tf32, four steps of k", multiply_by_warpgroup<false>(NOTHING));
     check("mbarrier and copies in bulk", relay(NOTHING));
+    check("clusters: arrivals and copies in bulk at two blocks", relay_in_clusters(NOTHING));
 }
 #else
 void test_wgmma() { puts("wgmma: not compiled"); }
@@ -897,6 +993,15 @@ void barrier_made_twice() { relay(MADE_TWICE); }
 void copy_in_bulk_of_an_odd_size() { relay(ODD_SIZE); }
 void copy_in_bulk_from_beyond() { relay(BEYOND_NUMBERS); }
 void barrier_on_an_older_gpu() { emu::heap.capability = 86, relay(NOTHING); }
+void arrival_at_one_block_of_two() { relay_in_clusters(HERE_ALONE); }
+void copy_to_one_block_of_two() { relay_in_clusters(TO_ONE); }
+void blocks_that_end_too_early() { relay_in_clusters(NO_LAST_MEETING); }
+void blocks_that_begin_too_early() { relay_in_clusters(NO_FIRST_MEETING); }
+void meeting_without_a_warp() { relay_in_clusters(NOT_ALL_MEET); }
+void arrival_at_no_block() { relay_in_clusters(NO_SUCH_BLOCK); }
+void static_barrier_in_a_cluster() { relay_in_clusters(STATIC_BARRIER); }
+void clusters_that_do_not_fit_the_grid() { relay_in_clusters(NOTHING, 2, 3); }
+void clusters_on_an_older_gpu() { emu::heap.capability = 86, relay_in_clusters(NOTHING); }
 #endif
 
 __global__ void chain_kernel(float *x) {                         // block b needs what block b - 1 wrote
@@ -1000,6 +1105,15 @@ const struct {
     M(copy_in_bulk_from_beyond, "which is not in global memory", "not in global memory", "not in global memory", NULL),
     M(barrier_on_an_older_gpu, "only on compute capability 9.0", "only on compute", "only on compute", NULL),
     M(more_arrive_than_expected, "more threads arrive", "more threads arrive", "more threads arrive", NULL),
+    M(arrival_at_one_block_of_two, "threads must still arrive, and 0 bytes", "must still arrive", "must still arrive", NULL),
+    M(copy_to_one_block_of_two, "0 threads must still arrive, and 128 bytes", "and 128 bytes", "and 128 bytes", NULL),
+    M(blocks_that_end_too_early, "of the cluster has ended", "of the cluster has ended", "of the cluster has ended", NULL),
+    M(blocks_that_begin_too_early, "barrier_init has not made", "barrier_init has not made", "barrier_init has not made", NULL),
+    M(meeting_without_a_warp, "each cluster_wait by those of the cluster", "each cluster_wait", "each cluster_wait", NULL),
+    M(arrival_at_no_block, "there is no block 2 in a cluster of 2", "there is no block 2", "there is no block 2", NULL),
+    M(static_barrier_in_a_cluster, "which is a barrier already", "is a barrier already", "is a barrier already", NULL),
+    M(clusters_that_do_not_fit_the_grid, "clusters of 2 blocks, and 3 in x", "and 3 in x", "and 3 in x", NULL),
+    M(clusters_on_an_older_gpu, "clusters of 2 blocks, and 4 in x", "clusters of 2", "clusters of 2", NULL),
 #endif
     M(blocks_that_need_each_other, "wrong result", "wrong result", "wrong result", "wrong result"),
     M(float_atomics, "adds floats atomically", "adds floats atomically", "adds floats atomically", NULL),

@@ -79,17 +79,19 @@ void note(const void *p, int bytes, bool write, Place place) {
         return;
     }
     const emu::Engine &e = *emu::E;
-    const char *at = (const char *)p, *dynamic = e.dynamic;
+    const emu::Block &b = *e.self->block;
+    const char *at = (const char *)p, *dynamic = b.dynamic;
     bool shared = dynamic && at >= dynamic && at < dynamic + e.launch->shared_bytes;
     for (const emu::SharedArray &a : emu::shared_arrays()) shared = shared || (at >= a.memory && at < a.memory + a.bytes);
     if (shared || emu::find(p)) {
-        if (launched != e.launch->number || memcmp(&block, &e.block, sizeof block)) {
+        if (launched != e.launch->number || memcmp(&block, &e.blocks[0].at, sizeof block)) {     // of the cluster
             flush();
-            kernel = e.launch->kernel, launched = e.launch->number, block = e.block;
+            kernel = e.launch->kernel, launched = e.launch->number, block = e.blocks[0].at;
         }
         place.shared = shared, place.write = write;
-        std::vector<Request> &list = requests[{e.self->index / 32, place}];
-        size_t n = times[{e.self->index, place}]++;
+        const int index = b.rank * emu::MOST_THREADS + e.self->index;
+        std::vector<Request> &list = requests[{index / 32, place}];
+        size_t n = times[{index, place}]++;
         if (list.size() <= n) list.resize(n + 1, Request());
         list[n].at[e.self->lane] = (uintptr_t)p, list[n].lanes |= 1u << e.self->lane, list[n].bytes = bytes;
     }
