@@ -949,7 +949,6 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
                 if (of_share) bulk_copy_to((1u << blocks) - 1, to_b, line_of(b, column, line), of_share, full + stage);
             }
         }
-        __syncwarp();
     } else
         for (unsigned n = cluster; n < tiles * splits; n += clusters) {
             const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
@@ -981,6 +980,7 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
                 store_piece(to, sum[i], splits == 1 ? bias : NULL, splits == 1 ? base : NULL, tile.i + my_row + warp * 16,
                             tile.j + 64 * i, a.rows, b.rows);
         }
+    __syncwarp();
     cluster_wait();                                                  // nobody needs this block's memory any more
 }
 
