@@ -162,8 +162,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned phase) 
 }
 __device__ __forceinline__ void bulk_copy(void *shared, const void *global, unsigned bytes, uint64_t *barrier) {
     ASM_90A("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-            ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes),
-              "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
+            ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global),
+              "r"(bytes), "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
 }
 
 // Blocks that follow each other in a grid may form clusters, which run together and reach each other's shared memory: of how many,

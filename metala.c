@@ -4851,11 +4851,12 @@ int metala_update(metala_context *ctx, metala_trainer *t, const metala_adamw *ad
     if (adamw->clip_norm > 0) scale = fmin(1, adamw->clip_norm / (length + 1e-6));
     t->step++;
     m->version++;
-    for (int i = 0; i < m->tensor_count; i++) {
-        const metala_tensor *tensor = &m->tensors[i];
-        size_t at = tensor->offset;
-        be->adamw(ctx, m->parameters + at, t->first + at, t->second + at, t->grads + at, tensor->count, adamw, t->step,
-                  scale, tensor->decay ? adamw->weight_decay : 0);
+    for (int i = 0, end; i < m->tensor_count; i = end) {      // neighbours with the same decay, which lie side by side, at once
+        size_t at = m->tensors[i].offset, count = 0;
+        int decay = m->tensors[i].decay;
+        for (end = i; end < m->tensor_count && m->tensors[end].decay == decay; end++) count += m->tensors[end].count;
+        be->adamw(ctx, m->parameters + at, t->first + at, t->second + at, t->grads + at, count, adamw, t->step, scale,
+                  decay ? adamw->weight_decay : 0);
     }
     return metala_trainer_zero(ctx, t);
 }
