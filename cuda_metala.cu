@@ -1119,8 +1119,8 @@ template <bool WIDE, class Weights> struct few_rows_lane {       // what a lane 
 // between would not do: an early one lets the next begin before it has itself waited.)
 template <int ROWS, bool WIDE, bool SWIGLU, class Weights>
 __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 4 : 3)
-matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, unsigned rows, unsigned in, unsigned share, unsigned split,
-                       float eps) {
+matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, unsigned rows, unsigned in, unsigned share,
+                       unsigned split, float eps) {
     typedef few_rows_lane<WIDE, Weights> lane;
     enum { EACH = lane::EACH, STEP = WARP * EACH, AHEAD = lane::AHEAD, SOME = WIDE ? 2 : AHEAD };
     __shared__ float dots[ROWS][WARPS], squares[ROWS][WARPS];
@@ -1180,8 +1180,8 @@ matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, un
         if (threadIdx.x % WARP == 0) dots[row][warp] = all, squares[row][warp] = norm;
     }
     __syncthreads();
-    const unsigned row = threadIdx.x >> bits, first = (threadIdx.x & (outs - 1)) << split, own_o = blockIdx.x * outs + (first >> split);
-    if (row >= rows || own_o >= l.out) return;                       // a thread for each y, in the first warp
+    const unsigned row = threadIdx.x >> bits, nth = threadIdx.x & (outs - 1), first = nth << split, y_o = blockIdx.x * outs + nth;
+    if (row >= rows || y_o >= l.out) return;                         // a thread of the first warp for each y
     float sum = 0, other = 0, norm = 0;
     for (unsigned part = first; part < first + (1u << split); part++) {
         sum += dots[row][part];
@@ -1189,9 +1189,9 @@ matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, un
     }
     if (SWIGLU) {
         const float r = 1 / sqrtf(norm / (float)in + eps), *bias_1 = l.bias, *bias_2 = layers.of[1].bias;
-        sum = silu(r * sum + (bias_1 ? bias_1[own_o] : 0)) * (r * other + (bias_2 ? bias_2[own_o] : 0));
+        sum = silu(r * sum + (bias_1 ? bias_1[y_o] : 0)) * (r * other + (bias_2 ? bias_2[y_o] : 0));
     }
-    l.y[(size_t)row * l.out + own_o] = sum;
+    l.y[(size_t)row * l.out + y_o] = sum;
 }
 
 // weights_of(layer): its Weights. SWIGLU: y of two layers, whose own are not written.
@@ -1210,15 +1210,15 @@ void matmul_few_rows(metala_context *ctx, float *y, const metala_linear *layers,
             outs = greatest(outs, l->out);
             wide = wide && (uintptr_t)l->w % 16 == 0;
         }
-        auto launch = [&](auto ROWS, auto WIDE) {                    // so many warps for an output that each loads its share at once
+        auto launch = [&](auto ROWS, auto WIDE) {
             typedef few_rows_lane<WIDE, Weights> lane;
             const size_t most = SWIGLU ? WARPS / 2 : WARPS, at_once = WARP * lane::EACH * lane::AHEAD;
-            unsigned split = 0;
+            unsigned split = 0;                                      // until a warp loads all of its share before it waits
             while (most >> split > 1 && at_once << split < in) split++;
             const size_t share = round_up(ceil_div(in, (size_t)1 << split), WARP * lane::EACH);
-            RUN_EARLY((matmul_few_rows_kernel<ROWS, WIDE, SWIGLU, Weights>),
-                      extent(ceil_div(outs, most >> split), SWIGLU ? 1 : layers_here), THREADS, 0, some, x, (unsigned)rows,
-                      (unsigned)in, (unsigned)share, split, eps);
+            const extent grid(ceil_div(outs, most >> split), SWIGLU ? 1 : layers_here);
+            RUN_EARLY((matmul_few_rows_kernel<ROWS, WIDE, SWIGLU, Weights>), grid, THREADS, 0, some, x, (unsigned)rows, (unsigned)in,
+                      (unsigned)share, split, eps);
         };
         typedef std::integral_constant<int, 1> one;
         typedef std::integral_constant<int, FEW_ROWS> several;
@@ -1832,8 +1832,8 @@ void silu_gate_forward(metala_context *ctx, float *y, const float *a, const floa
 
 // y = silu(W_1 n + β_1) ⊙ (W_2 n + β_2),  n = rms(x): of a few rows one kernel, of more the three.
 template <metala_math MATH>
-void swiglu_step(metala_context *ctx, float *y, const metala_linear *layers, metala_dtype weights, float *n, float *r, const float *x,
-                 size_t rows, size_t in, double eps) {
+void swiglu_step(metala_context *ctx, float *y, const metala_linear *layers, metala_dtype weights, float *n, float *r,
+                 const float *x, size_t rows, size_t in, double eps) {
     if (rows <= FEW_ROWS) {
         with_weights(weights, in, [=](auto weights_of) {
             matmul_few_rows<true>(ctx, y, layers, 2, x, rows, in, (float)eps, weights_of);

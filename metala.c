@@ -871,7 +871,8 @@ static void conv_step(metala_context *ctx, real *u, real *tail, const real *x, c
         real r = 1 / (real)sqrt(dot(in, in, D) / (real)D + (real)eps);
         memmove(n0, n1, (METALA_CONV - 1) * D * sizeof(real));
         for (size_t d = 0; d < D; d++) n3[d] = in[d] * r;
-        for (size_t d = 0; d < D; d++) out[d] = w[4 * d] * n0[d] + w[4 * d + 1] * n1[d] + w[4 * d + 2] * n2[d] + w[4 * d + 3] * n3[d];
+        for (size_t d = 0; d < D; d++)
+            out[d] = w[4 * d] * n0[d] + w[4 * d + 1] * n1[d] + w[4 * d + 2] * n2[d] + w[4 * d + 3] * n3[d];
         for (size_t d = 0; d < D; d++) out[d] = silu(out[d]);
     }
 }
