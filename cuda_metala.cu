@@ -1179,7 +1179,7 @@ matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, un
         const float all = warp_sum(dot[row]), norm = SWIGLU ? warp_sum(square[row]) : 0;
         if (threadIdx.x % WARP == 0) dots[row][warp] = all, squares[row][warp] = norm;
     }
-    __syncthreads();
+    __syncthreads();                                                 // the sums are there
     const unsigned row = threadIdx.x >> bits, nth = threadIdx.x & (outs - 1), first = nth << split, y_o = blockIdx.x * outs + nth;
     if (row >= rows || y_o >= l.out) return;                         // a thread of the first warp for each y
     float sum = 0, other = 0, norm = 0;
@@ -1547,7 +1547,7 @@ __global__ void conv_step_kernel(float *u, float *tail, const float *x, const fl
     next_may_begin();
     if (d < D)
         for (size_t j = 0; j < METALA_CONV; j++) taps[j] = w[d * METALA_CONV + j];
-    wait_for_before();
+    wait_for_before();                                               // weights may come earlier, see matmul_few_rows_kernel
     if (d < D) {
         own = row[d];
         for (size_t j = 0; j < REACH; j++) near[j] = tail[(b * METALA_CONV + j + 1) * D + d];

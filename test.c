@@ -5238,7 +5238,7 @@ static void twin_conv_forward(const shape *s) {
 static void twin_conv_step(const shape *s) {
     const tensor *u = OUT("u", "bd", s->B, s->D), *tail = ADDED("tail", "bjd", s->B * 4 * s->D, s->B, 4, s->D);
     const tensor *x = IN("x", "bd", s->B, s->D), *w = IN("w", "dj", s->D, 4);
-    ALL(conv_step, REAL(u), REAL(tail), REAL(x), REAL(w), s->B, s->D, 1e-6);
+    ALL(conv_step, REAL(u), REAL(tail), REAL(x), REAL(w), s->B, s->D, 0.3);
 }
 static void twin_conv_backward(const shape *s) {
     const tensor *dn = OUT("dn", "btd", s->B, s->T, s->D), *dw = ADDED("dw", "dj", s->D * 4, s->D, 4);
@@ -5349,7 +5349,7 @@ static void twin_swiglu_step(const shape *s) {
                                          (const float *)(scales[l] ? (void *)scales[l]->at[r] : NULL), REAL(bias[l]), NULL, N};
             layers[l] = layer;
         }
-        CALL_ON(r, swiglu_step)(on[r].ctx, REAL(y), layers, type, REAL(n), REAL(inverse), REAL(x), rows, s->D, 1e-6);
+        CALL_ON(r, swiglu_step)(on[r].ctx, REAL(y), layers, type, REAL(n), REAL(inverse), REAL(x), rows, s->D, 0.3);
     }
     const tensor *unused[] = {room[0], room[1], n, inverse};         // what a device keeps, it need not write
     for (size_t i = 0; i < COUNT(unused); i++) tensors[unused[i] - tensors].unchecked = 1;
