@@ -4282,7 +4282,8 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
 //
 // A warp takes a task: 32 columns of S and every groups-th of its rows, from row `group` on; there are as many groups as leave
 // each of the 32 warps one task at most, and if columns alone are more, a warp takes several tasks. Threads have 16 loads of S
-// on their way. part (groups,V): Σ q_i S_ij over the rows of a group.
+// on their way, the first of them while α is computed, as all else that is read. part (groups,V): Σ q_i S_ij over the rows of a
+// group.
 enum { STEP_WARPS = 32, STEP_AHEAD = 16 };
 __host__ __device__ size_t step_groups(size_t V) { return greatest(STEP_WARPS / ceil_div(V, WARP), 1); }
 
@@ -4292,25 +4293,35 @@ mixer_step_kernel(float *y, float *S, const float *z, const float *q, const floa
     DYNAMIC_SHARED(float, memory);
     float *alpha = memory, *key = alpha + K, *query = key + K, *part = query + K;
     const size_t head = blockIdx.x;
-    const unsigned tiles = (unsigned)ceil_div(V, WARP), groups = (unsigned)step_groups(V);
-    next_may_begin(), wait_for_before();
-    float w = 0;
-    for (size_t i = threadIdx.x; i < K; i += STEP_WARPS * WARP) {
-        float a = log_sigmoid(z[head * K + i]) * inverse_tau;
-        alpha[i] = expf(a), key[i] = -expm1f(a), query[i] = q[head * K + i];
-        if (b) w += query[i] * key[i] * b[head % H * K + i];
+    const unsigned tiles = (unsigned)ceil_div(V, WARP), groups = (unsigned)step_groups(V), step = groups * (unsigned)V;
+    const unsigned own = threadIdx.x, warp = own / WARP;
+    float s[STEP_AHEAD], vj = 0, w = 0;
+    auto column = [=](unsigned task) { return task % tiles * WARP + own % WARP; };
+    auto fetch = [&](unsigned task, unsigned i0) {
+        const float *row = here(S + (head * K + i0) * V + column(task));
+#pragma unroll
+        for (unsigned a = 0; a < STEP_AHEAD; a++)
+            if (i0 + a * groups < K) s[a] = row[a * step];
+        vj = v[head * V + column(task)];
+    };
+    next_may_begin();
+    const float own_b = b && own < K ? b[head % H * K + own] : 0;    // a weight: see matmul_few_rows_kernel
+    wait_for_before();
+    const float own_z = own < K ? z[head * K + own] : 0, own_q = own < K ? q[head * K + own] : 0;
+    const float own_g = own < V ? g[head * V + own] : 0;
+    if (warp < tiles * groups && column(warp) < V) fetch(warp, warp / tiles);
+    for (size_t i = own; i < K; i += STEP_WARPS * WARP) {
+        float a = log_sigmoid(i == own ? own_z : z[head * K + i]) * inverse_tau;
+        alpha[i] = expf(a), key[i] = -expm1f(a), query[i] = i == own ? own_q : q[head * K + i];
+        if (b) w += query[i] * key[i] * (i == own ? own_b : b[head % H * K + i]);
     }
     w = block_sum<STEP_WARPS>(w);                                    // its barriers show the above to all
     for (unsigned task = threadIdx.x / WARP; task < tiles * groups; task += STEP_WARPS) {
-        const unsigned group = task / tiles, j = task % tiles * WARP + threadIdx.x % WARP, step = groups * (unsigned)V;
+        const unsigned group = task / tiles, j = column(task);
         if (j >= V) continue;
-        const float vj = v[head * V + j];
         float sum = 0, *row = S + (head * K + group) * V + j;
         for (unsigned i0 = group; i0 < K; i0 += STEP_AHEAD * groups, row += STEP_AHEAD * step) {
-            float s[STEP_AHEAD];
-#pragma unroll
-            for (unsigned a = 0; a < STEP_AHEAD; a++)
-                if (i0 + a * groups < K) s[a] = row[a * step];
+            if (task > warp || i0 > group) fetch(task, i0);
 #pragma unroll
             for (unsigned a = 0; a < STEP_AHEAD; a++)
                 if (const unsigned i = i0 + a * groups; i < K) {
@@ -4333,7 +4344,7 @@ mixer_step_kernel(float *y, float *S, const float *z, const float *q, const floa
     for (size_t j = threadIdx.x; j < V; j += STEP_WARPS * WARP) square += (part[j] - mean) * (part[j] - mean);
     const float rho = 1 / sqrtf(block_sum<STEP_WARPS>(square) / (float)V + eps);
     for (size_t j = threadIdx.x; j < V; j += STEP_WARPS * WARP)
-        y[head * V + j] = (part[j] - mean) * rho * silu(g[head * V + j]);
+        y[head * V + j] = (part[j] - mean) * rho * silu(j == own ? own_g : g[head * V + j]);
 }
 void mixer_step(metala_context *ctx, float *y, float *S, const float *z, const float *q, const float *v, const float *g,
                 const float *b, size_t B, size_t H, size_t K, size_t V, double tau, double scale, double eps) {
