@@ -3993,7 +3993,7 @@ static void mixer_input(metala_context *ctx, const metala_model *m, int layer, c
     const layer_offsets *w = &m->layers[layer];
     const real *P = m->parameters;
     const sizes *s = &p->s;
-    if (m->config.row.conv == METALA_CONV_ON && tail && p->T == 1 && !p->mask) {      // of n, only u is read
+    if (m->config.row.conv == METALA_CONV_ON && tail && p->T == 1 && !p->mask) {      // only u is read then
         be->conv_step(ctx, a->conv_out, tail, a->input, P + w->conv, p->B, s->D, m->config.norm_eps);
         return;
     }

@@ -430,7 +430,7 @@ enum { METALA_SHARED_QUERY = 1, METALA_SHARED_KEY = 2, METALA_CONSTANT_DECAY = 4
 // memory. A device may read x once for all of them.
 typedef struct {                // y = x Wᵀ + bias + residual
     metala_real *y;             // (rows,out)
-    const void *w;              // [out,in] reals; for matmul_quantized bfloat16, or int8 with scales: all layers of a call alike
+    const void *w;              // [out,in] reals, or quantized: bfloat16, or int8 with scales; all layers of a call alike
     const float *scales;        // [out,groups of METALA_GROUP inputs] of int8, or NULL
     const metala_real *bias;    // [out] or NULL
     const metala_real *residual;  // (rows,out), not y, or NULL
