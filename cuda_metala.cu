@@ -1113,11 +1113,10 @@ template <bool WIDE, class Weights> struct few_rows_lane {       // what a lane 
 };
 
 // ROWS: at least as many as there are; of one that is missing, the last one's numbers are taken for nothing. First AHEAD loads of
-// weights, then their use with SOME of x at a time, as registers allow: to keep the memory busy, each multiprocessor must have some
-// ten kilobytes on their way. The first weights, and the bias, are on theirs before x is there. That is safe only because something
-// that is not launched early lies between who writes weights and here: a copy, the zeroing after AdamW, or embedding_forward and
-// patch_forward, which must stay RUN. (One kernel between would not do: an early one lets the next begin before it has itself
-// waited.)
+// weights, then their use with SOME of x at a time: to keep the memory busy, each multiprocessor must have some ten kilobytes on
+// their way. The first weights are on theirs before x is there. That is safe only because something that is not launched early
+// lies between who writes weights and here: a copy, the zeroing after AdamW, or embedding_forward and patch_forward, which must
+// stay RUN. (One kernel between would not do: an early one lets the next begin before it has itself waited.)
 template <int ROWS, bool WIDE, bool SWIGLU, class Weights>
 __global__ void __launch_bounds__(THREADS, ROWS == 1 ? 4 : 3)
 matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, unsigned rows, unsigned in, unsigned share,

@@ -5889,7 +5889,8 @@ static void check_twins(void) {
     // Products large enough for the largest tiles: y, dx and dw.
     static const shape large_y[] = {{1, 2030, 200, 0, 0, 0, 1988, 1}};
     static const shape large_gradients[] = {{1, 2030, 1988, 0, 0, 0, 36, 2}, {1, 7, 1988, 0, 0, 0, 2036, 4}};
-    static const shape wide_steps[] = {{2, 1, 0, 1, 3, 1100, 0, 0}, {1, 1, 0, 1, 40, 1025, 0, 0}};    // more columns than threads
+    static const shape wide_steps[] = {{2, 1, 0, 1, 3, 1100, 0, 0}, {1, 1, 0, 1, 40, 1025, 0, 0},     // more columns than threads
+        {1, 1, 0, 2, 1030, 3, 0, 0}};                                                                // more rows
     static const shape scans[] = {{1, 1, 0, 1, 1, 1, 0, SOFT}, {2, 3, 0, 2, 1, 2, 0, MIXED + 4}, {1, 15, 0, 3, 5, 7, 0, HARD},
         {1, 16, 0, 1, 4, 8, 0, SOFT + 4}, {2, 17, 0, 2, 3, 16, 0, MIXED}, {1, 63, 0, 1, 8, 16, 0, HARD + 4},
         {1, 64, 0, 2, 2, 33, 0, SOFT}, {1, 65, 0, 1, 9, 5, 0, HARD + 4}, {2, 130, 0, 3, 8, 16, 0, MIXED + 4},
