@@ -197,6 +197,16 @@ __device__ __forceinline__ void bulk_copy_to(unsigned blocks, void *shared, cons
 }
 #endif
 
+#ifdef __CUDACC__
+// A pointer, computed here: of one that only conditional loads use, nvcc does the arithmetic again for each of them.
+template <class Number>
+__device__ __forceinline__ const Number *here(const Number *pointer) {
+    asm volatile("" : "+l"(pointer));
+    __builtin_assume(__isGlobal(pointer));
+    return pointer;
+}
+#endif
+
 // Kernels that follow each other, from compute capability 9.0 on (programmatic dependent launch): one that is launched by RUN_EARLY
 // may begin as soon as all blocks of the one before have said next_may_begin, or ended. Before wait_for_before it must not write,
 // nor read what an earlier kernel may still write. Behind it the kernel before has ended; and all earlier ones, because that one
@@ -544,15 +554,16 @@ __device__ place place_of(unsigned block, size_t M, size_t N, size_t tile_rows, 
     return p;
 }
 
-// Weights of some type: one number, or four of them, k to k+3, in two steps: first what lies in memory, which must be aligned to
-// its size, later the numbers that it stands for.
+// Weights of some type: one number; or, of row j from k on, WIDE numbers at a time in two steps: first what lies in memory, which
+// must be aligned to its size, later the numbers that it stands for.
 struct real_weights {
     const float *w;
     size_t k_step, column_step;
     __device__ float at(size_t k, size_t j) const { return w[k * k_step + j * column_step]; }
-    typedef float4 four;
-    __device__ four load(size_t k, size_t j) const { return *(const float4 *)(w + j * column_step + k); }
-    __device__ static void unpack(float *to, four x) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
+    enum { WIDE = 4 };
+    typedef float4 wide;
+    __device__ const wide *wides(size_t k, size_t j) const { return here((const wide *)(w + j * column_step + k)); }
+    __device__ static void unpack(float *to, wide x) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
 };
 
 // Quantized weights, W'[j][k] as metala.c explains them: the upper halves of floats, or scaled bytes.
@@ -561,10 +572,12 @@ struct bfloat16_weights {
     size_t in;
     __device__ static float real(unsigned bits) { return __uint_as_float(bits << 16); }
     __device__ float at(size_t k, size_t j) const { return real(w[j * in + k]); }
-    typedef uint2 four;
-    __device__ four load(size_t k, size_t j) const { return *(const uint2 *)(w + j * in + k); }
-    __device__ static void unpack(float *to, four x) {
-        to[0] = real(x.x & 0xFFFF), to[1] = real(x.x >> 16), to[2] = real(x.y & 0xFFFF), to[3] = real(x.y >> 16);
+    enum { WIDE = 8 };
+    typedef uint4 wide;
+    __device__ const wide *wides(size_t k, size_t j) const { return here((const wide *)(w + j * in + k)); }
+    __device__ static void unpack(float *to, wide x) {
+        const unsigned pairs[] = {x.x, x.y, x.z, x.w};
+        for (int i = 0; i < WIDE; i++) to[i] = real(i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xFFFF);
     }
 };
 
@@ -575,12 +588,18 @@ struct int8_weights {
     __device__ float at(size_t k, size_t j) const {
         return scales[j * groups + k / METALA_GROUP] * (float)q[j * in + k];
     }
-    struct four { unsigned bytes; float scale; };
-    __device__ four load(size_t k, size_t j) const {
-        return {*(const unsigned *)(q + j * in + k), scales[j * groups + k / METALA_GROUP]};
+    enum { WIDE = 8 };
+    struct wide { uint2 bytes; float scale; };
+    struct row {                                                 // i: of the places of one lane, a warp's width apart
+        const uint2 *bytes;
+        const float *scales;
+        __device__ wide operator[](unsigned i) const { return {bytes[i], scales[i * WIDE / METALA_GROUP]}; }
+    };
+    __device__ row wides(size_t k, size_t j) const {
+        return {here((const uint2 *)(q + j * in + k)), here(scales + j * groups + k / METALA_GROUP)};
     }
-    __device__ static void unpack(float *to, four x) {
-        for (int i = 0; i < 4; i++) to[i] = x.scale * (float)(int8_t)(x.bytes >> 8 * i & 0xFF);
+    __device__ static void unpack(float *to, wide x) {
+        for (int i = 0; i < WIDE; i++) to[i] = x.scale * (float)(int8_t)((i < 4 ? x.bytes.x : x.bytes.y) >> 8 * (i % 4) & 0xFF);
     }
 };
 
@@ -1133,94 +1152,149 @@ void round_operand(metala_context *ctx, operand straight, operand turned, const 
 }
 
 // Linear layers y = x Wᵀ + bias + residual for a few rows of x, as in generation: memory is the limit, each weight is read once.
-// blockIdx.y is the layer, a warp takes an output. FOUR: all rows of x and W start at multiples of 4 numbers and are read four at
-// a time.
+// blockIdx.y is the layer, 2^split warps of a block share an output: each takes `share` of the inputs, and the first warp adds
+// their sums in order. WIDE: rows of x and W are aligned for as many numbers at a time as Weights has. SWIGLU: the layers are W_1
+// and W_2, half of a block's warps for each, y = silu(W_1 n + bias) ⊙ (W_2 n + bias), and n = x r (rms_forward) is made last:
+// W n = r (W x), with the squares of x summed along.
 enum { FEW_ROWS = 4, TOGETHER = 5 };                             // TOGETHER: layers of one launch
 template <class Weights>
 struct few_rows_layer {
     float *y;
     const float *bias, *residual;
     Weights w;
-    size_t out;
+    unsigned out;
 };
 template <class Weights>
 struct few_rows_layers { few_rows_layer<Weights> of[TOGETHER]; };
+template <bool WIDE, class Weights> struct few_rows_lane {       // what a lane loads at once, and how often before it waits
+    enum { EACH = WIDE ? (int)Weights::WIDE : 1, AHEAD = WIDE ? 32 / EACH : 8 };
+};
 
 // ROWS: at least as many as there are; of one that is missing, the last one's numbers are taken for nothing. First AHEAD loads of
-// weights, then their use: to keep the memory busy, each multiprocessor must have some ten kilobytes on their way. The first
-// weights are on theirs before x is there. That is safe only because something that is not launched early lies between who writes
-// weights and here: a copy, the zeroing after AdamW, or embedding_forward and patch_forward, which must stay RUN. (One kernel
-// between would not do: an early one lets the next begin before it has itself waited.)
-template <int ROWS, bool FOUR, class Weights>
-__global__ void matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, size_t rows, size_t in) {
-    enum { EACH = FOUR ? 4 : 1, STEP = WARP * EACH, AHEAD = 8 };
-    const real_weights of_x = {x, 1, in};
-    const few_rows_layer<Weights> &l = layers.of[blockIdx.y];
+// weights, then their use with SOME of x at a time: to keep the memory busy, each multiprocessor must have some ten kilobytes on
+// their way. The first weights are on theirs before x is there. That is safe only because something that is not launched early
+// lies between who writes weights and here: a copy, the zeroing after AdamW, or embedding_forward and patch_forward, which must
+// stay RUN. (One kernel between would not do: an early one lets the next begin before it has itself waited.)
+template <int ROWS, bool WIDE, bool SWIGLU, class Weights>
+__global__ void __launch_bounds__(THREADS, ROWS == 1 ? 4 : 3)
+matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, unsigned rows, unsigned in, unsigned share,
+                       unsigned split, float eps) {
+    typedef few_rows_lane<WIDE, Weights> lane;
+    enum { EACH = lane::EACH, STEP = WARP * EACH, AHEAD = lane::AHEAD, SOME = WIDE ? 2 : AHEAD };
+    __shared__ float dots[ROWS][WARPS], squares[ROWS][WARPS];
+    const unsigned bits = (SWIGLU ? 2 : 3) - split, outs = 1u << bits, warp = threadIdx.x / WARP, place = warp >> split;
+    const few_rows_layer<Weights> &l = layers.of[SWIGLU ? place >> bits : blockIdx.y];
+    const unsigned o = blockIdx.x * outs + (place & (outs - 1)), start = (warp & ((1u << split) - 1)) * share;
+    const unsigned end = o < l.out ? least(in, start + share) : 0;
+    const bool begins = threadIdx.x % WARP == 0 && start == 0 && o < l.out;          // has the first number of an output's sum
     next_may_begin();
-    FOR_EACH_WARP(o, l.out) {
-        float sum[ROWS] = {};
-        for (size_t k0 = 0; k0 < in; k0 += AHEAD * STEP) {
-            const size_t first = k0 + threadIdx.x % WARP * EACH;
-            typename std::conditional<FOUR, typename Weights::four, float>::type loaded[AHEAD];
+    float dot[ROWS] = {}, square[ROWS] = {}, bias = !SWIGLU && begins && l.bias ? l.bias[o] : 0;
+    for (unsigned k0 = 0; k0 < share || k0 == 0; k0 += AHEAD * STEP) {
+        const size_t from = start + k0 + threadIdx.x % WARP * EACH;
+        const unsigned left = left_of(from, end, AHEAD * STEP);
+        const auto wides = l.w.wides(from, o);
+        typename std::conditional<WIDE, typename Weights::wide, float>::type loaded[AHEAD];
 #pragma unroll
-            for (int a = 0; a < AHEAD; a++)
-                if (const size_t k = first + a * STEP; k < in) {
-                    if constexpr (FOUR) loaded[a] = l.w.load(k, o);
-                    else loaded[a] = l.w.at(k, o);
-                }
-            wait_for_before();
-            __syncwarp();                                            // or each load would move down to its use, and none be ahead
+        for (unsigned a = 0; a < AHEAD; a++)
+            if (a * STEP < left) {
+                if constexpr (WIDE) loaded[a] = wides[a * WARP];
+                else loaded[a] = l.w.at(from + a * STEP, o);
+            }
+        wait_for_before();
+        __syncwarp();                                                // or each load would move down to its use, and none be ahead
+        if (!SWIGLU && k0 == 0 && begins)
+            for (unsigned row = 0; row < ROWS; row++)
+                dot[row] = bias + (l.residual && row < rows ? l.residual[(size_t)row * l.out + o] : 0);
 #pragma unroll
-            for (int a = 0; a < AHEAD; a++)
-                if (const size_t k = first + a * STEP; k < in) {
-                    float weight[EACH], number[EACH];
-                    if constexpr (FOUR) Weights::unpack(weight, loaded[a]);
-                    else weight[0] = loaded[a];
+        for (unsigned a0 = 0; a0 < AHEAD; a0 += SOME)
 #pragma unroll
-                    for (int row = 0; row < ROWS; row++) {
-                        const size_t there = least(row, rows - 1);
-                        if constexpr (FOUR) real_weights::unpack(number, of_x.load(k, there));
-                        else number[0] = of_x.at(k, there);
+            for (unsigned row = 0; row < ROWS; row++) {
+                const float *own = here(x + (ROWS == 1 || row < rows ? row : rows - 1) * (size_t)in + from);
+                float number[SOME][EACH], weight[EACH];
 #pragma unroll
-                        for (int e = 0; e < EACH; e++) sum[row] += number[e] * weight[e];
+                for (unsigned i = 0; i < SOME; i++)
+                    if (const unsigned a = a0 + i; a * STEP < left) {
+                        if constexpr (WIDE)
+                            for (unsigned e = 0; e < EACH; e += 4)
+                                real_weights::unpack(number[i] + e, *(const float4 *)(own + a * STEP + e));
+                        else number[i][0] = own[a * STEP];
                     }
-                }
-        }
-        wait_for_before();                                           // of no inputs, nobody has waited yet
 #pragma unroll
-        for (int row = 0; row < ROWS; row++) {
-            float all = warp_sum(sum[row]);
-            size_t at = row * l.out + o;
-            if (row < (int)rows && threadIdx.x % WARP == 0)
-                l.y[at] = all + (l.bias ? l.bias[o] : 0) + (l.residual ? l.residual[at] : 0);
-        }
+                for (unsigned i = 0; i < SOME; i++)
+                    if (const unsigned a = a0 + i; a * STEP < left) {
+                        if constexpr (WIDE) Weights::unpack(weight, loaded[a]);
+                        else weight[0] = loaded[a];
+#pragma unroll
+                        for (int e = 0; e < EACH; e++) {
+                            dot[row] += number[i][e] * weight[e];
+                            if (SWIGLU) square[row] += number[i][e] * number[i][e];
+                        }
+                    }
+            }
     }
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        const float all = warp_sum(dot[row]), norm = SWIGLU ? warp_sum(square[row]) : 0;
+        if (threadIdx.x % WARP == 0) dots[row][warp] = all, squares[row][warp] = norm;
+    }
+    __syncthreads();                                                 // the sums are there
+    const unsigned row = threadIdx.x >> bits, nth = threadIdx.x & (outs - 1), first = nth << split, y_o = blockIdx.x * outs + nth;
+    if (row >= rows || y_o >= l.out) return;                         // a thread of the first warp for each y
+    float sum = 0, other = 0, norm = 0;
+    for (unsigned part = first; part < first + (1u << split); part++) {
+        sum += dots[row][part];
+        if (SWIGLU) other += dots[row][WARPS / 2 + part], norm += squares[row][part];
+    }
+    if (SWIGLU) {
+        const float r = 1 / sqrtf(norm / (float)in + eps), *bias_1 = l.bias, *bias_2 = layers.of[1].bias;
+        sum = silu(r * sum + (bias_1 ? bias_1[y_o] : 0)) * (r * other + (bias_2 ? bias_2[y_o] : 0));
+    }
+    l.y[(size_t)row * l.out + y_o] = sum;
 }
 
-// weights_of(layer): its Weights.
-template <class Weights, class Of>
-void matmul_few_rows(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in,
-                     Of weights_of) {
+// weights_of(layer): its Weights. SWIGLU: y of two layers, whose own are not written.
+template <bool SWIGLU, class Of>
+void matmul_few_rows(metala_context *ctx, float *y, const metala_linear *layers, int count, const float *x, size_t rows, size_t in,
+                     float eps, Of weights_of) {
+    typedef decltype(weights_of(layers)) Weights;
     for (int first = 0; first < count; first += TOGETHER) {
         few_rows_layers<Weights> some = {};
         const int layers_here = count - first < TOGETHER ? count - first : TOGETHER;
         size_t outs = 0;
-        bool four = in % 4 == 0 && (uintptr_t)x % 16 == 0;
+        bool wide = in % Weights::WIDE == 0 && (uintptr_t)x % 16 == 0;
         for (int i = 0; i < layers_here; i++) {
             const metala_linear *l = &layers[first + i];
-            some.of[i] = {l->y, l->bias, l->residual, weights_of(l), l->out};
+            some.of[i] = {SWIGLU ? y : l->y, l->bias, l->residual, weights_of(l), (unsigned)l->out};
             outs = greatest(outs, l->out);
-            four = four && (uintptr_t)l->w % 16 == 0;
+            wide = wide && (uintptr_t)l->w % 16 == 0;
         }
-#define LAUNCH_ROWS(ROWS, FOUR) \
-    RUN_EARLY((matmul_few_rows_kernel<ROWS, FOUR, Weights>), extent(blocks_for(outs, WARPS), layers_here), THREADS, 0, some, x, \
-              rows, in)
-        if (four && rows == 1) LAUNCH_ROWS(1, true);
-        else if (four) LAUNCH_ROWS(FEW_ROWS, true);
-        else if (rows == 1) LAUNCH_ROWS(1, false);
-        else LAUNCH_ROWS(FEW_ROWS, false);
-#undef LAUNCH_ROWS
+        auto launch = [&](auto ROWS, auto WIDE) {
+            typedef few_rows_lane<WIDE, Weights> lane;
+            const size_t most = SWIGLU ? WARPS / 2 : WARPS, at_once = WARP * lane::EACH * lane::AHEAD;
+            unsigned split = 0;                                      // until a warp loads all of its share before it waits
+            while (most >> split > 1 && at_once << split < in) split++;
+            const size_t share = round_up(ceil_div(in, (size_t)1 << split), WARP * lane::EACH);
+            const extent grid(ceil_div(outs, most >> split), SWIGLU ? 1 : layers_here);
+            RUN_EARLY((matmul_few_rows_kernel<ROWS, WIDE, SWIGLU, Weights>), grid, THREADS, 0, some, x, (unsigned)rows, (unsigned)in,
+                      (unsigned)share, split, eps);
+        };
+        typedef std::integral_constant<int, 1> one;
+        typedef std::integral_constant<int, FEW_ROWS> several;
+        if (wide && rows == 1) launch(one(), std::true_type());
+        else if (wide) launch(several(), std::true_type());
+        else if (rows == 1) launch(one(), std::false_type());
+        else launch(several(), std::false_type());
     }
+}
+
+// call(weights_of(layer)) for the kind of weights.
+template <class Call>
+void with_weights(metala_dtype type, size_t in, Call call) {
+    const size_t groups = ceil_div(in, METALA_GROUP);
+    if (type == METALA_I8)
+        call([=](const metala_linear *l) { return int8_weights{(const int8_t *)l->w, l->scales, in, groups}; });
+    else if (type == METALA_BF16) call([=](const metala_linear *l) { return bfloat16_weights{(const uint16_t *)l->w, in}; });
+    else call([=](const metala_linear *l) { return real_weights{(const float *)l->w, 1, in}; });
 }
 
 // Linear layers of one x:  y = x Wᵀ + bias + residual.    y, residual (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
@@ -1245,8 +1319,9 @@ void rounded_forward(metala_context *ctx, const metala_linear *layers, int count
 template <metala_math MATH>
 void matmul_forward(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in) {
     if (rows <= FEW_ROWS)
-        matmul_few_rows<real_weights>(ctx, layers, count, x, rows, in,
-                                      [=](const metala_linear *l) { return real_weights{(const float *)l->w, 1, in}; });
+        with_weights(METALA_F32, in, [=](auto weights_of) {
+            matmul_few_rows<false>(ctx, NULL, layers, count, x, rows, in, 0, weights_of);
+        });
     else if constexpr (MATH == METALA_EXACT)
         for (const metala_linear *l = layers; l < layers + count; l++)
             exact_multiply<true, true>(ctx, l->y, x, in, (const float *)l->w, in, l->bias, l->residual, rows, l->out, in);
@@ -1325,16 +1400,12 @@ void matmul_backward(metala_context *ctx, float *dx, const metala_linear_gradien
 // y = x W'ᵀ + bias + residual of quantized weights.    w [out,in]   scales [out,groups] of int8, NULL of bfloat16; all layers
 // alike
 void matmul_quantized(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in) {
-    const size_t groups = ceil_div(in, METALA_GROUP);
-    auto bytes = [=](const metala_linear *l) { return int8_weights{(const int8_t *)l->w, l->scales, in, groups}; };
-    auto halves = [=](const metala_linear *l) { return bfloat16_weights{(const uint16_t *)l->w, in}; };
-    if (rows <= FEW_ROWS && layers->scales) matmul_few_rows<int8_weights>(ctx, layers, count, x, rows, in, bytes);
-    else if (rows <= FEW_ROWS) matmul_few_rows<bfloat16_weights>(ctx, layers, count, x, rows, in, halves);
-    else
-        for (const metala_linear *l = layers; l < layers + count; l++) {
-            if (l->scales) matrix_multiply<true, true>(ctx, l->y, x, in, 1, bytes(l), l->bias, l->residual, rows, l->out, in);
-            else matrix_multiply<true, true>(ctx, l->y, x, in, 1, halves(l), l->bias, l->residual, rows, l->out, in);
-        }
+    with_weights(layers->scales ? METALA_I8 : METALA_BF16, in, [=](auto weights_of) {
+        if (rows <= FEW_ROWS) matmul_few_rows<false>(ctx, NULL, layers, count, x, rows, in, 0, weights_of);
+        else
+            for (const metala_linear *l = layers; l < layers + count; l++)
+                matrix_multiply<true, true>(ctx, l->y, x, in, 1, weights_of(l), l->bias, l->residual, rows, l->out, in);
+    });
 }
 
 // ============================================================== 4. The kernels around the scan
@@ -1523,6 +1594,35 @@ __global__ void conv_forward_kernel(float *u, float *c, const float *n, const fl
 void conv_forward(metala_context *ctx, float *u, float *c, const float *n, const float *w, float *tail, size_t B, size_t T,
                   size_t D) {
     RUN_EARLY(conv_forward_kernel, blocks_for(B * ceil_div(T, RUN_TOKENS) * D, THREADS), THREADS, 0, u, c, n, w, tail, B, T, D);
+}
+
+// One token:  n = rms(x), then the convolution and SiLU; the tail is shifted and n is its last.       x, u (B,D)   tail (B,4,D)
+// A thread takes a channel; each block needs the squares of the whole row.
+__global__ void conv_step_kernel(float *u, float *tail, const float *x, const float *w, size_t D, float eps) {
+    const size_t b = blockIdx.x, d = blockIdx.y * (size_t)THREADS + threadIdx.x;
+    const float *row = x + b * D;
+    float taps[METALA_CONV], near[METALA_CONV], sum = 0, own = 0;
+    next_may_begin();
+    if (d < D)
+        for (size_t j = 0; j < METALA_CONV; j++) taps[j] = w[d * METALA_CONV + j];
+    wait_for_before();                                               // weights may come earlier, see matmul_few_rows_kernel
+    if (d < D) {
+        own = row[d];
+        for (size_t j = 0; j < REACH; j++) near[j] = tail[(b * METALA_CONV + j + 1) * D + d];
+    }
+#pragma unroll 8
+    for (size_t i = threadIdx.x; i < D; i += THREADS) sum += row[i] * row[i];
+    near[REACH] = own * (1 / sqrtf(block_sum(sum) / (float)D + eps));
+    if (d >= D) return;
+    sum = 0;
+    for (size_t j = 0; j < METALA_CONV; j++) {
+        sum += taps[j] * near[j];
+        tail[(b * METALA_CONV + j) * D + d] = near[j];
+    }
+    u[b * D + d] = silu(sum);
+}
+void conv_step(metala_context *ctx, float *u, float *tail, const float *x, const float *w, size_t B, size_t D, double eps) {
+    RUN_EARLY(conv_step_kernel, extent(B, ceil_div(D, THREADS)), THREADS, 0, u, tail, x, w, D, (float)eps);
 }
 
 // dc = du ⊙ silu'(c), or du where c is NULL      dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)
@@ -1786,6 +1886,22 @@ __global__ void silu_gate_forward_kernel(float *y, const float *a, const float *
 }
 void silu_gate_forward(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
     RUN_EARLY(silu_gate_forward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, y, a, b, n);
+}
+
+// y = silu(W_1 n + β_1) ⊙ (W_2 n + β_2),  n = rms(x): of a few rows one kernel, of more the three.
+template <metala_math MATH>
+void swiglu_step(metala_context *ctx, float *y, const metala_linear *layers, metala_dtype weights, float *n, float *r,
+                 const float *x, size_t rows, size_t in, double eps) {
+    if (rows <= FEW_ROWS) {
+        with_weights(weights, in, [=](auto weights_of) {
+            matmul_few_rows<true>(ctx, y, layers, 2, x, rows, in, (float)eps, weights_of);
+        });
+        return;
+    }
+    rms_forward(ctx, n, r, x, NULL, rows, in, eps);
+    if (weights == METALA_F32) matmul_forward<MATH>(ctx, layers, 2, n, rows, in);
+    else matmul_quantized(ctx, layers, 2, n, rows, in);
+    silu_gate_forward(ctx, y, layers[0].y, layers[1].y, rows * layers->out);
 }
 
 // da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
@@ -4224,7 +4340,8 @@ void scan_backward(metala_context *ctx, metala_form form, float *dq, float *dk, 
 //
 // A warp takes a task: 32 columns of S and every groups-th of its rows, from row `group` on; there are as many groups as leave
 // each of the 32 warps one task at most, and if columns alone are more, a warp takes several tasks. Threads have 16 loads of S
-// on their way. part (groups,V): Σ q_i S_ij over the rows of a group.
+// on their way, the first of them while α is computed, as all else that is read. part (groups,V): Σ q_i S_ij over the rows of a
+// group.
 enum { STEP_WARPS = 32, STEP_AHEAD = 16 };
 __host__ __device__ size_t step_groups(size_t V) { return greatest(STEP_WARPS / ceil_div(V, WARP), 1); }
 
@@ -4234,25 +4351,35 @@ mixer_step_kernel(float *y, float *S, const float *z, const float *q, const floa
     DYNAMIC_SHARED(float, memory);
     float *alpha = memory, *key = alpha + K, *query = key + K, *part = query + K;
     const size_t head = blockIdx.x;
-    const unsigned tiles = (unsigned)ceil_div(V, WARP), groups = (unsigned)step_groups(V);
-    next_may_begin(), wait_for_before();
-    float w = 0;
-    for (size_t i = threadIdx.x; i < K; i += STEP_WARPS * WARP) {
-        float a = log_sigmoid(z[head * K + i]) * inverse_tau;
-        alpha[i] = expf(a), key[i] = -expm1f(a), query[i] = q[head * K + i];
-        if (b) w += query[i] * key[i] * b[head % H * K + i];
+    const unsigned tiles = (unsigned)ceil_div(V, WARP), groups = (unsigned)step_groups(V), step = groups * (unsigned)V;
+    const unsigned own = threadIdx.x, warp = own / WARP;
+    float s[STEP_AHEAD], vj = 0, w = 0;
+    auto column = [=](unsigned task) { return task % tiles * WARP + own % WARP; };
+    auto fetch = [&](unsigned task, unsigned i0) {
+        const float *row = here(S + (head * K + i0) * V + column(task));
+#pragma unroll
+        for (unsigned a = 0; a < STEP_AHEAD; a++)
+            if (i0 + a * groups < K) s[a] = row[a * step];
+        vj = v[head * V + column(task)];
+    };
+    next_may_begin();
+    const float own_b = b && own < K ? b[head % H * K + own] : 0;    // a weight: see matmul_few_rows_kernel
+    wait_for_before();
+    const float own_z = own < K ? z[head * K + own] : 0, own_q = own < K ? q[head * K + own] : 0;
+    const float own_g = own < V ? g[head * V + own] : 0;
+    if (warp < tiles * groups && column(warp) < V) fetch(warp, warp / tiles);
+    for (size_t i = own; i < K; i += STEP_WARPS * WARP) {
+        float a = log_sigmoid(i == own ? own_z : z[head * K + i]) * inverse_tau;
+        alpha[i] = expf(a), key[i] = -expm1f(a), query[i] = i == own ? own_q : q[head * K + i];
+        if (b) w += query[i] * key[i] * (i == own ? own_b : b[head % H * K + i]);
     }
     w = block_sum<STEP_WARPS>(w);                                    // its barriers show the above to all
     for (unsigned task = threadIdx.x / WARP; task < tiles * groups; task += STEP_WARPS) {
-        const unsigned group = task / tiles, j = task % tiles * WARP + threadIdx.x % WARP, step = groups * (unsigned)V;
+        const unsigned group = task / tiles, j = column(task);
         if (j >= V) continue;
-        const float vj = v[head * V + j];
         float sum = 0, *row = S + (head * K + group) * V + j;
         for (unsigned i0 = group; i0 < K; i0 += STEP_AHEAD * groups, row += STEP_AHEAD * step) {
-            float s[STEP_AHEAD];
-#pragma unroll
-            for (unsigned a = 0; a < STEP_AHEAD; a++)
-                if (i0 + a * groups < K) s[a] = row[a * step];
+            if (task > warp || i0 > group) fetch(task, i0);
 #pragma unroll
             for (unsigned a = 0; a < STEP_AHEAD; a++)
                 if (const unsigned i = i0 + a * groups; i < K) {
@@ -4275,7 +4402,7 @@ mixer_step_kernel(float *y, float *S, const float *z, const float *q, const floa
     for (size_t j = threadIdx.x; j < V; j += STEP_WARPS * WARP) square += (part[j] - mean) * (part[j] - mean);
     const float rho = 1 / sqrtf(block_sum<STEP_WARPS>(square) / (float)V + eps);
     for (size_t j = threadIdx.x; j < V; j += STEP_WARPS * WARP)
-        y[head * V + j] = (part[j] - mean) * rho * silu(g[head * V + j]);
+        y[head * V + j] = (part[j] - mean) * rho * silu(j == own ? own_g : g[head * V + j]);
 }
 void mixer_step(metala_context *ctx, float *y, float *S, const float *z, const float *q, const float *v, const float *g,
                 const float *b, size_t B, size_t H, size_t K, size_t V, double tau, double scale, double eps) {
@@ -4304,14 +4431,14 @@ const metala_backend *backend() {
 #endif
         embedding_forward, embedding_backward, patch_forward,
         rms_forward, rms_backward,
-        conv_forward, conv_backward,
+        conv_forward, conv_backward, conv_step,
         matmul_forward<MATH>, matmul_backward<MATH>, matmul_quantized,
         mask_rows,
         gate_forward, gate_backward,
         scan_forward<MATH>, scan_backward<MATH>, mixer_step,
         augment_forward, augment_backward,
         head_norm_forward, head_norm_backward,
-        silu_gate_forward, silu_gate_backward,
+        silu_gate_forward, silu_gate_backward, swiglu_step<MATH>,
         add,
         shift_forward, shift_backward, last_token,
         map_forward, map_backward,

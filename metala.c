@@ -47,6 +47,7 @@
 #endif
 
 typedef metala_real real;
+#define REAL_TYPE (sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32)
 
 // ============================================================== 1. Context: errors, memory, threads
 
@@ -860,6 +861,22 @@ static void conv_forward(metala_context *ctx, real *u, real *c, const real *n, c
     if (tail) keep_tail(tail, n, B, T, D);
 }
 
+// One token, as generation needs it:  n = rms(x),  u = silu(Σ_j w_j ⊙ n_{t-3+j}).  The tail is shifted, and n becomes its last.
+//   u, x (B,D)   w [D,4]   tail (B,4,D)
+static void conv_step(metala_context *ctx, real *u, real *tail, const real *x, const real *w, size_t B, size_t D, double eps) {
+    PARALLEL_FOR(12 * B * D)
+    for (size_t b = 0; b < B; b++) {
+        const real *in = x + b * D;
+        real *n0 = tail + b * METALA_CONV * D, *n1 = n0 + D, *n2 = n1 + D, *n3 = n2 + D, *out = u + b * D;
+        real r = 1 / (real)sqrt(dot(in, in, D) / (real)D + (real)eps);
+        memmove(n0, n1, (METALA_CONV - 1) * D * sizeof(real));
+        for (size_t d = 0; d < D; d++) n3[d] = in[d] * r;
+        for (size_t d = 0; d < D; d++)
+            out[d] = w[4 * d] * n0[d] + w[4 * d + 1] * n1[d] + w[4 * d + 2] * n2[d] + w[4 * d + 3] * n3[d];
+        for (size_t d = 0; d < D; d++) out[d] = silu(out[d]);
+    }
+}
+
 // dc = du ⊙ silu'(c), or du where c is NULL
 // dn_t = Σ_j w[:,j] ⊙ dc_{t+3-j}  (dc beyond the end is 0)      dw[:,j] += Σ_{b,t} dc_t ⊙ n_{t-3+j}
 static void conv_backward(metala_context *ctx, real *dn, real *dw, const real *du, const real *c, const real *n,
@@ -1053,6 +1070,19 @@ static void silu_gate_backward(metala_context *ctx, real *da, real *db, const re
         da[i] = gradient * b[i] * s * (1 + a[i] * (1 - s));
         db[i] = gradient * a[i] * s;
     }
+}
+
+// The first half of SwiGLU for a few rows, as generation needs it; W_3 is the other one:
+//
+//     y = silu(W_1 n + β_1) ⊙ (W_2 n + β_2),  n = rms(x)          y (rows,out)   x (rows,in)
+//
+// layers: W_1 and W_2, as wide as each other and without a residual, of the type `weights`. What lies between x and y is written
+// here to n (rows,in), r (rows) and the layers' y (rows,out); another device may keep it.
+static void swiglu_step(metala_context *ctx, real *y, const metala_linear *layers, metala_dtype weights, real *n, real *r,
+                        const real *x, size_t rows, size_t in, double eps) {
+    rms_forward(ctx, n, r, x, NULL, rows, in, eps);
+    (weights == REAL_TYPE ? matmul_forward : matmul_quantized)(ctx, layers, 2, n, rows, in);
+    silu_gate_forward(ctx, y, layers[0].y, layers[1].y, rows * layers->out);
 }
 
 // Sum:  y = a + b, n numbers; y may be a or b.
@@ -2949,14 +2979,14 @@ static const metala_backend cpu_backend = {
     "cpu", (size_t)1 << 22, cpu_alloc, cpu_free, cpu_copy, cpu_copy, cpu_copy, cpu_zero, NULL, NULL, NULL, NULL,
     embedding_forward, embedding_backward, patch_forward,
     rms_forward, rms_backward,
-    conv_forward, conv_backward,
+    conv_forward, conv_backward, conv_step,
     matmul_forward, matmul_backward, matmul_quantized,
     mask_rows,
     gate_forward, gate_backward,
     scan_forward, scan_backward, mixer_step,
     augment_forward, augment_backward,
     head_norm_forward, head_norm_backward,
-    silu_gate_forward, silu_gate_backward,
+    silu_gate_forward, silu_gate_backward, swiglu_step,
     add,
     shift_forward, shift_backward, last_token,
     map_forward, map_backward,
@@ -3292,8 +3322,6 @@ int metala_config_check(metala_context *ctx, const metala_config *c) {
         return fail(ctx, "configuration: tau must be positive, got %g", c->tau);
     return 0;
 }
-
-#define REAL_TYPE (sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32)
 
 // Where the parameters of one layer start in the block that holds them; ABSENT if the configuration has none.
 #define ABSENT SIZE_MAX
@@ -3965,6 +3993,10 @@ static void mixer_input(metala_context *ctx, const metala_model *m, int layer, c
     const layer_offsets *w = &m->layers[layer];
     const real *P = m->parameters;
     const sizes *s = &p->s;
+    if (m->config.row.conv == METALA_CONV_ON && tail && p->T == 1 && !p->mask) {      // only u is read then
+        be->conv_step(ctx, a->conv_out, tail, a->input, P + w->conv, p->B, s->D, m->config.norm_eps);
+        return;
+    }
     be->rms_forward(ctx, a->token_norm, a->input_r, a->input, p->mask, p->rows, s->D, m->config.norm_eps);
     switch (m->config.row.conv) {
         case METALA_CONV_ON:
@@ -4271,12 +4303,17 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
     if (r->self == METALA_SELF_SKIP && s->complex_values)
         be->skip_forward(ctx, a->mixer_residual, a->mixer_residual, a->conv_out, P + w->skip, rows, D);
 
-    be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
     metala_linear swiglu[2];
     swiglu[0] = linear_at(m, a->l1, w->l1, w->l1_bias, NULL, F, D);
     swiglu[1] = linear_at(m, a->l2, w->l2, w->l2_bias, NULL, F, D);
-    linears(ctx, m, swiglu, 2, a->channel_norm, rows, D);
-    be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * F);
+    if (past && p->T == 1)
+        be->swiglu_step(ctx, a->glu_prod, swiglu, m->weights, a->channel_norm, a->residual_r, a->mixer_residual, rows, D,
+                        c->norm_eps);
+    else {
+        be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
+        linears(ctx, m, swiglu, 2, a->channel_norm, rows, D);
+        be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * F);
+    }
     linear(ctx, m, a->output, a->glu_prod, w->l3, w->l3_bias, a->mixer_residual, rows, D, F);
 }
 

@@ -430,7 +430,7 @@ enum { METALA_SHARED_QUERY = 1, METALA_SHARED_KEY = 2, METALA_CONSTANT_DECAY = 4
 // memory. A device may read x once for all of them.
 typedef struct {                // y = x Wᵀ + bias + residual
     metala_real *y;             // (rows,out)
-    const void *w;              // [out,in] reals; for matmul_quantized bfloat16, or int8 with scales: all layers of a call alike
+    const void *w;              // [out,in] reals, or quantized: bfloat16, or int8 with scales; all layers of a call alike
     const float *scales;        // [out,groups of METALA_GROUP inputs] of int8, or NULL
     const metala_real *bias;    // [out] or NULL
     const metala_real *residual;  // (rows,out), not y, or NULL
@@ -479,6 +479,8 @@ struct metala_backend {
     void (*conv_backward)(metala_context *ctx, metala_real *dn, metala_real *dw, const metala_real *du,
         const metala_real *c, const metala_real *n, const metala_real *w, const metala_real *tail, size_t B, size_t T,
         size_t D);  // c NULL: du is the gradient of c; tail: as it was before conv_forward
+    void (*conv_step)(metala_context *ctx, metala_real *u, metala_real *tail, const metala_real *x, const metala_real *w,
+        size_t B, size_t D, double eps);  // tail: read, then updated
     void (*matmul_forward)(metala_context *ctx, const metala_linear *layers, int count, const metala_real *x, size_t rows,
         size_t in);
     void (*matmul_backward)(metala_context *ctx, metala_real *dx, const metala_linear_gradient *layers, int count,
@@ -514,6 +516,8 @@ struct metala_backend {
         size_t n);  // SwiGLU, and the output gate where head_norm_forward does not apply it
     void (*silu_gate_backward)(metala_context *ctx, metala_real *da, metala_real *db, const metala_real *dy,
         const metala_real *a, const metala_real *b, size_t n);
+    void (*swiglu_step)(metala_context *ctx, metala_real *y, const metala_linear *layers, metala_dtype weights, metala_real *n,
+        metala_real *r, const metala_real *x, size_t rows, size_t in, double eps);  // n, r and the layers' y: room that it may use
     void (*add)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b, size_t n);
 
     // ---- Kernels of the other rows of the general form.

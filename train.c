@@ -1294,6 +1294,8 @@ CLOCKED(conv_forward, CONV, 0, 0,
 CLOCKED(conv_backward, CONV, 1, 0,
         (ctx_t *c, real *dn, real *dw, in_t *du, in_t *p, in_t *n, in_t *w, in_t *tail, size_t B, size_t T, size_t D),
         (c, dn, dw, du, p, n, w, tail, B, T, D))
+CLOCKED(conv_step, CONV, 0, 0, (ctx_t *c, real *u, real *tail, in_t *x, in_t *w, size_t B, size_t D, double eps),
+        (c, u, tail, x, w, B, D, eps))
 static double flops_of_forward(const metala_linear *l, int count, size_t rows, size_t in) {
     double sum = 0;
     for (int i = 0; i < count; i++) sum += 2.0 * (double)rows * (double)l[i].out * (double)in;
@@ -1306,6 +1308,9 @@ static double flops_of_backward(in_t *dx, const metala_linear_gradient *l, int c
 }
 CLOCKED(matmul_forward, MATMUL, 0, flops_of_forward(l, count, r, in),
         (ctx_t *c, const metala_linear *l, int count, in_t *x, size_t r, size_t in), (c, l, count, x, r, in))
+CLOCKED(swiglu_step, MATMUL, 0, flops_of_forward(l, 2, r, in),
+        (ctx_t *c, real *y, const metala_linear *l, metala_dtype type, real *n, real *s, in_t *x, size_t r, size_t in, double eps),
+        (c, y, l, type, n, s, x, r, in, eps))
 CLOCKED(matmul_backward, MATMUL, 1, flops_of_backward(dx, l, count, r, in),
         (ctx_t *c, real *dx, const metala_linear_gradient *l, int count, in_t *x, size_t r, size_t in, int add),
         (c, dx, l, count, x, r, in, add))
@@ -1454,7 +1459,8 @@ static metala_backend clocked_backend(const metala_backend *device) {
     b.begin_recording = NULL;                                            // a clock waits, a recording cannot
 #define USE(function) b.function = clocked_##function
     USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
-    USE(conv_backward), USE(matmul_forward), USE(matmul_backward), USE(mask_rows), USE(gate_forward), USE(gate_backward);
+    USE(conv_backward), USE(conv_step), USE(matmul_forward), USE(matmul_backward), USE(swiglu_step), USE(mask_rows);
+    USE(gate_forward), USE(gate_backward);
     USE(scan_forward), USE(scan_backward), USE(mixer_step), USE(augment_forward), USE(augment_backward), USE(head_norm_forward);
     USE(head_norm_backward), USE(silu_gate_forward), USE(silu_gate_backward), USE(add), USE(cross_entropy_forward);
     USE(cross_entropy_backward), USE(sum_squares), USE(adamw);

@@ -288,12 +288,29 @@ static void bench_scan(call_data *c, const size_t (*shapes)[5], size_t count) {
         }
 }
 
-// One token: the states are read and written.
+// One token: W_1 and W_2 are read; the states are read and written.
+static void swiglu_step(void *p) {
+    call_data *c = p;
+    const metala_linear layers[2] = {{c->x[0], c->x[1], NULL, NULL, NULL, c->out}, {c->x[2], c->x[3], NULL, NULL, NULL, c->out}};
+    be->swiglu_step(ctx, c->x[4], layers, sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32, c->x[5], c->x[6], c->x[7],
+                    c->rows, c->in, 1e-5);
+}
+static void conv_step(void *p) {
+    call_data *c = p;
+    be->conv_step(ctx, c->x[0], c->x[1], c->x[2], c->x[3], c->B, c->D, 1e-5);
+}
 static void mixer_step(void *p) {
     call_data *c = p;
     be->mixer_step(ctx, c->x[0], c->x[1], c->x[2], c->x[3], c->x[4], c->x[5], c->x[6], c->B, c->H, c->K, c->V, 16, 0.1, 1e-5);
 }
 static void bench_steps(call_data *c) {
+    char size[60];
+    c->B = c->rows = 1, c->D = c->in = part(1024), c->out = part(2816);
+    snprintf(size, sizeof size, "D%zu F%zu", c->in, c->out);
+    if (strstr("conv step", only))
+        line("conv step", size, median_time(conv_step, c), 0, 13.0 * (double)c->D * sizeof(real));
+    if (strstr("swiglu step", only))
+        line("swiglu step", size, median_time(swiglu_step, c), 0, 2.0 * (double)c->out * (double)c->in * sizeof(real));
     static const size_t shapes[][4] = {{1, 8, 64, 128}, {1, 8, 128, 256}, {32, 8, 64, 128}};
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes && strstr("mixer step", only); s++) {
         char shape[60];

@@ -1796,6 +1796,7 @@ inline void wgmma_commit() { emu::E->self->wgmma->group++; }
 template <int PENDING> void wgmma_wait(EMU_HERE) { emu::wgmma_wait(PENDING, file, line); }
 inline void wgmma_show() { emu::E->self->wgmma->shown = true; }
 
+template <class Number> const Number *here(const Number *pointer) { return pointer; }        // as wgmma_hold
 inline void next_may_begin() {}                                  // kernels run one after the other
 inline void wait_for_before() {}
 
