@@ -3644,19 +3644,19 @@ chunk_operands_kernel(chunk_operands<MATH, MOST> *chunk, const float *q, const f
 // All rows of x, `step` apart, in groups of 16, and 16 columns, from global memory: of each group the rows 2t, 2t+1, 2t+8, 2t+9
 // of the columns 2g and 2g+1. PAIRS: x is aligned for loads of two numbers.
 template <bool PAIRS>
-__device__ __forceinline__ void load_columns(float2 (*to)[4], const float *x, size_t step, unsigned rows, unsigned columns) {
+__device__ __forceinline__ void load_columns(float2 (*to)[4], const float *x, unsigned step, unsigned rows, unsigned columns) {
     const unsigned j = threadIdx.x % WARP / 4 * 2, t = threadIdx.x % 4;
+    if (j >= columns) rows = 0;
+    x += (size_t)step * (2 * t) + j;
 #pragma unroll
-    for (unsigned group = 0; group < BLOCKS; group++)
-#pragma unroll
-        for (unsigned e = 0; e < 4; e++) {
-            const unsigned i = group * BLOCK + 2 * t + e % 2 + e / 2 * 8;
-            const float *from = x + i * step + j;
-            float2 two = make_float2(0, 0);
-            if (PAIRS && i < rows && j < columns) two = *(const float2 *)from;
-            if (!PAIRS && i < rows && j < columns) two = make_float2(from[0], j + 1 < columns ? from[1] : 0);
-            to[group][e] = two;
-        }
+    for (unsigned e = 0; e < 4 * BLOCKS; e++) {
+        const unsigned i = e / 2 * 8 + e % 2;
+        float2 two = make_float2(0, 0);
+        if (PAIRS && 2 * t + i < rows) two = *(const float2 *)x;
+        if (!PAIRS && 2 * t + i < rows) two = make_float2(x[0], j + 1 < columns ? x[1] : 0);
+        to[e / 4][e % 4] = two;
+        x += e % 2 ? 7 * (size_t)step : step;
+    }
 }
 
 // o, and from chunk to chunk the state: S (heads, K, V): in, that before chunk c0, out, that behind the last; NULL for zeros and no
@@ -3677,49 +3677,54 @@ tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MA
     DYNAMIC_SHARED(uint4, memory);
     const size_t b_h = blockIdx.y, j0 = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * FORWARD_COLUMNS;
     const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, columns = j0 < V ? (unsigned)least(V - j0, FORWARD_COLUMNS) : 0;
+    const unsigned count = (unsigned)(c1 - c0), step = (unsigned)(H * V), left = (unsigned)(T - c0 * METALA_CHUNK);      // tokens
+    const size_t first = (first_row(b_h, T, H) + c0 * METALA_CHUNK * H) * V + j0;
     const bool twos = V % 2 == 0 && (uintptr_t)v % 8 == 0 && (uintptr_t)S % 8 == 0 && (uintptr_t)states % 8 == 0;
     const bool fours = V % 4 == 0 && (uintptr_t)o % 16 == 0;
     float s[MOST / 8][4] = {};                                       // [n][e]: channel 8n + 2t + e%2, column 2g + e/2
     float2 next[BLOCKS][4];
+    chunk += b_h * count;
+    if (states) states += (b_h * chunks(T) + c0) * K * V;
 
-    auto start = [&](size_t c) {                                     // an empty group beyond the end keeps the count
-        const uint4 *from = (const uint4 *)(chunk + b_h * (c1 - c0) + c - c0);
-        uint4 *to = memory + (c - c0) % STAGES * PARTS;
-        if (c < c1)
+    auto start = [&](unsigned c) {                                   // an empty group beyond the end keeps the count
+        const uint4 *from = (const uint4 *)(chunk + c);
+        uint4 *to = memory + c % STAGES * PARTS;
+        if (c < count)
+#pragma unroll 4
             for (unsigned n = threadIdx.x; n < PARTS; n += blockDim.x) copy16_async(to + n, from + n, true);
         copy_commit();
     };
-    auto load = [&](size_t c) {                                      // v
-        const size_t t0 = c * METALA_CHUNK, at = first_row(b_h, T, H) + t0 * H;
-        const unsigned n = c < c1 ? (unsigned)least(T - t0, METALA_CHUNK) : 0;
-        if (twos) load_columns<true>(next, v + at * V + j0, H * V, n, columns);
-        else load_columns<false>(next, v + at * V + j0, H * V, n, columns);
+    auto load = [&](unsigned c) {                                    // v
+        const unsigned t0 = c * METALA_CHUNK, n = c < count ? (unsigned)least(left - t0, METALA_CHUNK) : 0;
+        const float *from = v + first + (size_t)step * t0;
+        if (twos) load_columns<true>(next, from, step, n, columns);
+        else load_columns<false>(next, from, step, n, columns);
     };
     auto store = [&](float *to) {                                    // S, (K,V)
+        to += 2 * t * V + j0 + 2 * g;
+        const unsigned channels = 2 * g < columns ? (unsigned)K : 0;
+        if (twos) {
 #pragma unroll
-        for (unsigned n = 0; n < MOST / 8; n++)
+            for (unsigned e = 0; e < MOST / 4; e++, to += e % 2 ? V : 7 * V)
+                if (e / 2 * 8 + e % 2 + 2 * t < channels) *(float2 *)to = make_float2(s[e / 2][e % 2], s[e / 2][e % 2 + 2]);
+        } else
 #pragma unroll
-            for (unsigned e = 0; e < 2; e++) {
-                const size_t i = 8 * n + 2 * t + e;
-                float *two = to + i * V + j0 + 2 * g;
-                if (i >= K || 2 * g >= columns) continue;
-                if (twos) *(float2 *)two = make_float2(s[n][e], s[n][e + 2]);
-                else {
-                    two[0] = s[n][e];
-                    if (2 * g + 1 < columns) two[1] = s[n][e + 2];
-                }
+            for (unsigned e = 0; e < MOST / 4; e++, to += e % 2 ? V : 7 * V) {
+                if (e / 2 * 8 + e % 2 + 2 * t >= channels) continue;
+                to[0] = s[e / 2][e % 2];
+                if (2 * g + 1 < columns) to[1] = s[e / 2][e % 2 + 2];
             }
     };
-    for (size_t c = c0; c < c0 + AHEAD; c++) start(c);
-    load(c0);
+    for (unsigned c = 0; c < AHEAD; c++) start(c);
+    load(0);
 #pragma unroll
     for (unsigned e = 0; e < MOST / 2; e++) {
-        const size_t i = e / 4 * 8 + 2 * t + e % 2, j = 2 * g + e % 4 / 2;
-        if (S && i < K && j < columns) s[e / 4][e % 4] = S[(b_h * K + i) * V + j0 + j];
+        const unsigned i = e / 4 * 8 + 2 * t + e % 2, j = 2 * g + e % 4 / 2;
+        if (S && i < (unsigned)K && j < columns) s[e / 4][e % 4] = S[(b_h * K + i) * V + j0 + j];
     }
 #pragma unroll 1
-    for (size_t c = c0; c < c1; c++) {
-        const chunk_operands<MATH, MOST> *here = (const chunk_operands<MATH, MOST> *)(memory + (c - c0) % STAGES * PARTS);
+    for (unsigned c = 0; c < count; c++) {
+        const chunk_operands<MATH, MOST> *here = (const chunk_operands<MATH, MOST> *)(memory + c % STAGES * PARTS);
         left_operand<MATH> of_v[BLOCKS];                             // vᵀ
 #pragma unroll
         for (unsigned J = 0; J < BLOCKS; J++) {
@@ -3731,7 +3736,7 @@ tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MA
         __syncthreads();                                             // the chunk is there, the one before it done with
         start(c + AHEAD);
         load(c + 1);
-        if (states) store(states + (b_h * chunks(T) + c) * K * V);
+        if (states) store(states + c * (K * V));
         float out[BLOCKS][2][4] = {};
 #pragma unroll
         for (unsigned i = 0; i < MOST / 16; i++) {                   // 16 channels
@@ -3764,9 +3769,8 @@ tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MA
             }
 #pragma unroll
             for (unsigned h = 0; h < 2; h++) {
-                const size_t token = c * METALA_CHUNK + I * BLOCK + g + 8 * h;
-                if (token < T)
-                    store_pair(o + (first_row(b_h, T, H) + token * H) * V + j0, out[I], h, 4 * t, columns, fours);
+                const unsigned token = c * METALA_CHUNK + I * BLOCK + 8 * h + g;
+                if (token < left) store_pair(o + first + (size_t)step * token, out[I], h, 4 * t, columns, fours);
             }
         }
     }
