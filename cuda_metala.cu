@@ -3053,8 +3053,9 @@ __device__ __forceinline__ float sum_for_each_lane(float *x) {
 }
 
 // A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. A warp has two keys, j = w and 15 - w: both use the
-// same q and α, and together they have 17 numbers of A, so that all warps do the same work. A lane carries every 32nd channel of both from t = j on, multiplying by α_t,
-// and the lanes add up their products. A thread returns one number of A, whose place is A + map_place(pitch of A).
+// same q and α, and together they have 17 numbers of A, so that all warps do the same work. A lane carries every 32nd pair of
+// channels of both from t = j on, multiplying by α_t, and the lanes add up their products; what pads K is 0. A thread returns one
+// number of A, whose place is A + map_place(pitch of A).
 __device__ unsigned map_place(unsigned pitch) {
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     return lane % BLOCK * pitch + (lane < BLOCK ? warp : BLOCK - 1 - warp);
@@ -3066,14 +3067,17 @@ __device__ __forceinline__ float block_map(const float *q, const float *k, const
     const unsigned step = (unsigned)pitch, alpha_step = (unsigned)alpha_pitch;
     float sum[2 * BLOCK] = {};
 #pragma unroll 1
-    for (unsigned i = lane; i < (unsigned)K; i += WARP) {
-        float key = k[first * step + i], other = k[second * step + i];
+    for (unsigned i = 2 * lane; i < (unsigned)K; i += 2 * WARP) {
+        float2 key = *(const float2 *)&k[first * step + i], other = *(const float2 *)&k[second * step + i];
+        float2 decay = make_float2(1, 1);
 #pragma unroll
         for (unsigned t = 0; t < BLOCK; t++) {
             if (t < first) continue;
-            const float query = q[t * step + i], decay = t + 1 < BLOCK ? alpha[(t + 1) * alpha_step + i] : 1;
-            sum[t] += query * key, key *= decay;
-            if (t >= BLOCK / 2 && t >= second) sum[BLOCK + t] += query * other, other *= decay;
+            const float2 query = *(const float2 *)&q[t * step + i];
+            if (t + 1 < BLOCK) decay = *(const float2 *)&alpha[(t + 1) * alpha_step + i];
+            sum[t] += query.x * key.x + query.y * key.y, key.x *= decay.x, key.y *= decay.y;
+            if (t < BLOCK / 2 || t < second) continue;
+            sum[BLOCK + t] += query.x * other.x + query.y * other.y, other.x *= decay.x, other.y *= decay.y;
         }
     }
     return scale * sum_for_each_lane<BLOCK>(sum);
@@ -3511,8 +3515,10 @@ __device__ float decay_over(const float *total, unsigned from, unsigned to, unsi
 // Of the channels that `along` has of a right operand from i = 2t on.
 template <int MOST>
 __device__ float4 decays_over(const float *total, unsigned from, unsigned to, unsigned i) {
-    return make_float4(decay_over<MOST>(total, from, to, i), decay_over<MOST>(total, from, to, i + 1),
-                       decay_over<MOST>(total, from, to, i + 8), decay_over<MOST>(total, from, to, i + 9));
+    float4 p = make_float4(1, 1, 1, 1);
+#pragma unroll 1
+    for (unsigned b = from; b < to; b++) p = times(p, load_right<along>(total, MOST, i, b));
+    return p;
 }
 
 // A (64,64), but for blocks above the diagonal, of a chunk of q, k and α (64, MOST); q_t ⊙ p_t and k_j ⊙ r_j in their place, and
@@ -3732,7 +3738,7 @@ tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MA
             const float a[2][4] = {{two[0].x, two[1].x, two[0].y, two[1].y}, {two[2].x, two[3].x, two[2].y, two[3].y}};
             of_v[J] = round_left<MATH>(a);
         }
-        copy_wait<AHEAD - 1>();
+        copy_wait<STAGES - 2>();
         __syncthreads();                                             // the chunk is there, the one before it done with
         start(c + AHEAD);
         load(c + 1);
