@@ -3494,10 +3494,10 @@ __device__ __forceinline__ void store_pair(float *row, float (*d)[4], unsigned h
             if (j + e < columns) row[j + e] = d[e % 2][2 * h + e / 2];
 }
 
-// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128). Most of the work does not need the state: one kernel does it
-// for all chunks at the same time, and leaves the operands of three products, rounded; another goes with them from chunk to chunk.
-// In a chunk, token t lies in block I and token j in block J; p_t = Π α from I's first token to t, with it, r_j = Π α from behind
-// j to J's last token, and P(a,b) = Π α over the blocks a…b-1. With S before the chunk, S_n behind it,
+// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128). Most of the work does not need the state: one kernel does
+// it for all chunks at the same time, and leaves rounded operands; another goes with them from chunk to chunk. In a chunk, token
+// t lies in block I and token j in block J; p_t = Π α from I's first token to t, with it, r_j = Π α from behind j to J's last
+// token, and P(a,b) = Π α over the blocks a…b-1. With S before the chunk and S_n behind it,
 //
 //     o_t = q̃_t S + Σ_{j<=t} A_tj v_j          q̃_t = s q_t ⊙ p_t ⊙ P(0,I)
 //     S_n = diag(P(0,4)) S + Σ_j k̃_j v_jᵀ       k̃_j = k_j ⊙ r_j ⊙ P(J+1,4)
@@ -3534,7 +3534,8 @@ __device__ __forceinline__ void chunk_map(float *A, float *q, float *k, const fl
     for (unsigned b = 0; b < BLOCKS; b++) {                          // the first moves up to its place
 #pragma unroll
         for (unsigned e = 0; e + 1 < BLOCKS; e++) diagonal[e] = diagonal[e + 1];
-        diagonal[BLOCKS - 1] = block_map(q + b * BLOCK * PITCH, k + b * BLOCK * PITCH, alpha + b * BLOCK * MOST, K, PITCH, MOST, scale);
+        const unsigned from = b * BLOCK * PITCH;
+        diagonal[BLOCKS - 1] = block_map(q + from, k + from, alpha + b * BLOCK * MOST, K, PITCH, MOST, scale);
     }
     __syncthreads();                                                 // q and k are read as they were
     block_decay(q, k, alpha, total, MOST, PITCH, MOST, 1, BLOCKS);
@@ -3665,11 +3666,11 @@ __device__ __forceinline__ void load_columns(float2 (*to)[4], const float *x, un
     }
 }
 
-// o, and from chunk to chunk the state: S (heads, K, V): in, that before chunk c0, out, that behind the last; NULL for zeros and no
-// interest; states (heads, all chunks, K, V), or NULL = S before each. A warp has 16 columns of all tokens and channels, and its
-// part of S never leaves the registers: transposed, as the result of products vᵀ k̃, it is the right operand of q̃ S; and vᵀ as a
-// left operand is v as a right one. Warps of a block share the operands of chunks, AHEAD of which are on their way; v is one
-// chunk ahead, in registers. The grid is (tiles of V, B·H).
+// o, and the state from chunk to chunk: S (heads, K, V): in, that before chunk c0, out, that behind the last; NULL for zeros and
+// no interest; states (heads, all chunks, K, V), or NULL, = S before each. A warp has 16 columns of V, and their state never
+// leaves its registers: transposed, as the product vᵀ k̃ has it, it is the right operand of q̃ S; and vᵀ as a left operand is v as
+// a right one. The warps of a block share the operands of chunks, AHEAD of which are on their way; v is one chunk ahead, in
+// registers. The grid is (tiles of V, B·H).
 enum { FORWARD_THREADS = 4 * WARP, FORWARD_COLUMNS = 16 };           // at most; of a warp
 template <metala_math MATH, int MOST>
 __host__ __device__ constexpr unsigned forward_stages() {            // as many as fit into 99 KB, but 2 to 4
@@ -3682,8 +3683,9 @@ tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MA
     enum { STAGES = forward_stages<MATH, MOST>(), AHEAD = STAGES - 1, PARTS = sizeof *chunk / sizeof(uint4) };
     DYNAMIC_SHARED(uint4, memory);
     const size_t b_h = blockIdx.y, j0 = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * FORWARD_COLUMNS;
-    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, columns = j0 < V ? (unsigned)least(V - j0, FORWARD_COLUMNS) : 0;
-    const unsigned count = (unsigned)(c1 - c0), step = (unsigned)(H * V), left = (unsigned)(T - c0 * METALA_CHUNK);      // tokens
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    const unsigned columns = j0 < V ? (unsigned)least(V - j0, FORWARD_COLUMNS) : 0, step = (unsigned)(H * V);
+    const unsigned count = (unsigned)(c1 - c0), left = (unsigned)(T - c0 * METALA_CHUNK);       // chunks; tokens from c0 on
     const size_t first = (first_row(b_h, T, H) + c0 * METALA_CHUNK * H) * V + j0;
     const bool twos = V % 2 == 0 && (uintptr_t)v % 8 == 0 && (uintptr_t)S % 8 == 0 && (uintptr_t)states % 8 == 0;
     const bool fours = V % 4 == 0 && (uintptr_t)o % 16 == 0;
@@ -3806,8 +3808,8 @@ enum { CARRY_CHANNELS = 32, CARRY_COLUMNS = 64, CARRY_Q_PITCH = CARRY_CHANNELS +
        CARRY_SHARED = (2 * CARRY_CHUNK + BLOCKS * CARRY_CHANNELS) * sizeof(float) };
 template <metala_math MATH>
 __global__ void __launch_bounds__(THREADS, 2)
-tensor_carry_kernel(float *gammas, float *gamma, const float *q, const float *dO, const float *alpha, size_t c0, size_t c1, size_t T,
-                    size_t H, size_t K, size_t V, float scale) {
+tensor_carry_kernel(float *gammas, float *gamma, const float *q, const float *dO, const float *alpha, size_t c0, size_t c1,
+                    size_t T, size_t H, size_t K, size_t V, float scale) {
     DYNAMIC_SHARED(float, memory);
     const size_t b_h = blockIdx.y, K_tiles = ceil_div(K, CARRY_CHANNELS), count = c1 - c0;
     const size_t i0 = blockIdx.x % K_tiles * CARRY_CHANNELS, channels = least(K - i0, CARRY_CHANNELS);
