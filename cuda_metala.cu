@@ -3670,7 +3670,7 @@ __device__ __forceinline__ void load_columns(float2 (*to)[4], const float *x, un
 // no interest; states (heads, all chunks, K, V), or NULL, = S before each. A warp has 16 columns of V, and their state never
 // leaves its registers: transposed, as the product vᵀ k̃ has it, it is the right operand of q̃ S; and vᵀ as a left operand is v as
 // a right one. The warps of a block share the operands of chunks, AHEAD of which are on their way; v is one chunk ahead, in
-// registers. The grid is (tiles of V, B·H).
+// registers, but for the largest heads in tf32, which leave none. The grid is (tiles of V, B·H).
 enum { FORWARD_THREADS = 4 * WARP, FORWARD_COLUMNS = 16 };           // at most; of a warp
 template <metala_math MATH, int MOST>
 __host__ __device__ constexpr unsigned forward_stages() {            // as many as fit into 99 KB, but 2 to 4
@@ -3681,10 +3681,12 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 2)
 tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MATH, MOST> *chunk, const float *v, size_t c0,
                       size_t c1, size_t T, size_t H, size_t K, size_t V) {
     enum { STAGES = forward_stages<MATH, MOST>(), AHEAD = STAGES - 1, PARTS = sizeof *chunk / sizeof(uint4) };
+    const bool v_ahead = MATH == METALA_BFLOAT16 || MOST <= 64;
     DYNAMIC_SHARED(uint4, memory);
-    const size_t b_h = blockIdx.y, j0 = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * FORWARD_COLUMNS;
-    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    const unsigned columns = j0 < V ? (unsigned)least(V - j0, FORWARD_COLUMNS) : 0, step = (unsigned)(H * V);
+    const size_t b_h = blockIdx.y;
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, step = (unsigned)(H * V);
+    const unsigned j0 = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * FORWARD_COLUMNS;
+    const unsigned columns = j0 < V ? (unsigned)least(V - j0, FORWARD_COLUMNS) : 0;
     const unsigned count = (unsigned)(c1 - c0), left = (unsigned)(T - c0 * METALA_CHUNK);       // chunks; tokens from c0 on
     const size_t first = (first_row(b_h, T, H) + c0 * METALA_CHUNK * H) * V + j0;
     const bool twos = V % 2 == 0 && (uintptr_t)v % 8 == 0 && (uintptr_t)S % 8 == 0 && (uintptr_t)states % 8 == 0;
@@ -3709,7 +3711,7 @@ tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MA
         else load_columns<false>(next, from, step, n, columns);
     };
     auto store = [&](float *to) {                                    // S, (K,V)
-        to += 2 * t * V + j0 + 2 * g;
+        to += 2 * t * V + (j0 + 2 * g);
         const unsigned channels = 2 * g < columns ? (unsigned)K : 0;
         if (twos) {
 #pragma unroll
@@ -3724,7 +3726,7 @@ tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MA
             }
     };
     for (unsigned c = 0; c < AHEAD; c++) start(c);
-    load(0);
+    if (v_ahead) load(0);
 #pragma unroll
     for (unsigned e = 0; e < MOST / 2; e++) {
         const unsigned i = e / 4 * 8 + 2 * t + e % 2, j = 2 * g + e % 4 / 2;
@@ -3734,6 +3736,7 @@ tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MA
     for (unsigned c = 0; c < count; c++) {
         const chunk_operands<MATH, MOST> *here = (const chunk_operands<MATH, MOST> *)(memory + c % STAGES * PARTS);
         left_operand<MATH> of_v[BLOCKS];                             // vᵀ
+        if (!v_ahead) load(c);
 #pragma unroll
         for (unsigned J = 0; J < BLOCKS; J++) {
             const float2 *two = next[J];
@@ -3743,7 +3746,7 @@ tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MA
         copy_wait<STAGES - 2>();
         __syncthreads();                                             // the chunk is there, the one before it done with
         start(c + AHEAD);
-        load(c + 1);
+        if (v_ahead) load(c + 1);
         if (states) store(states + c * (K * V));
         float out[BLOCKS][2][4] = {};
 #pragma unroll
