@@ -852,10 +852,13 @@ __device__ void copy_line(uint4 *strip, operand x, size_t line, size_t i0) {
 }
 
 // 16 rows and the 32 bytes of one mma, 8 values of k in tf32 or 16 in bfloat16: the left operand r, or two right ones of 8
-// columns each, r[0] with r[2] and r[1] with r[3].
+// columns each, r[0] with r[2] and r[1] with r[3]. Rows have PARTS times 16 bytes, those of a line or of a chunk of the scan.
+template <unsigned PARTS>
+__device__ unsigned place_of_part(unsigned row, unsigned part) { return row * PARTS + (part ^ row % (PARTS < 8 ? PARTS : 8)); }
+template <unsigned PARTS = LINE_PARTS>
 __device__ void load_operand(unsigned *r, const uint4 *strip, unsigned row, unsigned mma) {
-    const unsigned lane = threadIdx.x % WARP, i = row + lane % 16, p = 2 * mma + lane / 16;
-    ldmatrix_x4(r, strip + i * 8 + (p ^ i % 8));
+    const unsigned lane = threadIdx.x % WARP;
+    ldmatrix_x4(r, strip + place_of_part<PARTS>(row + lane % 16, 2 * mma + lane / 16));
 }
 // sum += A Bᵀ of one line by a warp, 64 rows of A with 64 of B.
 template <metala_math MATH>
@@ -3224,26 +3227,34 @@ __device__ __forceinline__ float sum_for_each_lane(float *x) {
 }
 
 // A[t][j] = s q_t · (k_j ⊙ Π_{j<r<=t} α_r) for j <= t, 0 above. A warp has two keys, j = w and 15 - w: both use the
-// same q and α, and together they have 17 numbers of A, so that all warps do the same work. A lane carries every 32nd channel of both from t = j on, multiplying by α_t,
-// and the lanes add up their products.
-__device__ __forceinline__ void block_map(float *A, size_t a_pitch, const float *q, const float *k, const float *alpha, size_t K,
-                                          size_t pitch, size_t alpha_pitch, float scale) {
+// same q and α, and together they have 17 numbers of A, so that all warps do the same work. A lane carries every 32nd pair of
+// channels of both from t = j on, multiplying by α_t, and the lanes add up their products; what pads K is 0. A thread returns one
+// number of A, whose place is A + map_place(pitch of A).
+__device__ unsigned map_place(unsigned pitch) {
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    return lane % BLOCK * pitch + (lane < BLOCK ? warp : BLOCK - 1 - warp);
+}
+__device__ __forceinline__ float block_map(const float *q, const float *k, const float *alpha, size_t K, size_t pitch,
+                                           size_t alpha_pitch, float scale) {
     static_assert(2 * WARPS == BLOCK && 2 * BLOCK == WARP, "two keys for each warp, a lane for each of their products");
     const unsigned first = threadIdx.x / WARP, second = BLOCK - 1 - first, lane = threadIdx.x % WARP;
     const unsigned step = (unsigned)pitch, alpha_step = (unsigned)alpha_pitch;
     float sum[2 * BLOCK] = {};
 #pragma unroll 1
-    for (unsigned i = lane; i < (unsigned)K; i += WARP) {
-        float key = k[first * step + i], other = k[second * step + i];
+    for (unsigned i = 2 * lane; i < (unsigned)K; i += 2 * WARP) {
+        float2 key = *(const float2 *)&k[first * step + i], other = *(const float2 *)&k[second * step + i];
+        float2 decay = make_float2(1, 1);
 #pragma unroll
         for (unsigned t = 0; t < BLOCK; t++) {
             if (t < first) continue;
-            const float query = q[t * step + i], decay = t + 1 < BLOCK ? alpha[(t + 1) * alpha_step + i] : 1;
-            sum[t] += query * key, key *= decay;
-            if (t >= BLOCK / 2 && t >= second) sum[BLOCK + t] += query * other, other *= decay;
+            const float2 query = *(const float2 *)&q[t * step + i];
+            if (t + 1 < BLOCK) decay = *(const float2 *)&alpha[(t + 1) * alpha_step + i];
+            sum[t] += query.x * key.x + query.y * key.y, key.x *= decay.x, key.y *= decay.y;
+            if (t < BLOCK / 2 || t < second) continue;
+            sum[BLOCK + t] += query.x * other.x + query.y * other.y, other.x *= decay.x, other.y *= decay.y;
         }
     }
-    A[lane % BLOCK * a_pitch + (lane < BLOCK ? first : second)] = scale * sum_for_each_lane<BLOCK>(sum);
+    return scale * sum_for_each_lane<BLOCK>(sum);
 }
 
 // In place: q_t <- s q_t ⊙ p_t and k_j <- k_j ⊙ Π_{j<r<=n} α_r; total = p_n. q or k may be NULL. A thread for each
@@ -3348,7 +3359,7 @@ chunkwise_forward_kernel(float *o, float *S, float *states, const float *q, cons
         if (states && t0 % METALA_CHUNK == 0)
             store_state<COLUMNS>(states + (b_h * chunks(T) + t0 / METALA_CHUNK) * K * V + j0, state, COLUMNS, K, V,
                                  columns);
-        block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, pitch, scale);
+        A[map_place(A_PITCH)] = block_map(q_block, k_block, alpha_block, K, pitch, pitch, scale);
         __syncthreads();
         block_decay(q_block, k_block, alpha_block, total, Kp, pitch, pitch, scale);
         __syncthreads();
@@ -3538,7 +3549,7 @@ chunkwise_backward_kernel(float *dq, float *dk, float *da, size_t tile_step, flo
             load_tokens(v_block, PITCH, COLUMNS, v + at * V + j0, H * V, n, columns, 0);
             load_tokens(dO_block, PITCH, COLUMNS, dO + at * V + j0, H * V, n, columns, 0);
             wait_for_tokens();
-            block_map(A, A_PITCH, q_block, k_block, alpha_block, K, pitch, pitch, scale);
+            A[map_place(A_PITCH)] = block_map(q_block, k_block, alpha_block, K, pitch, pitch, scale);
             block_products(D, dO_block, v_block, PITCH, COLUMNS, scale);
             block_project<COLUMNS>(dq_block, pitch, dO_block, state, PITCH, Kp);
             block_project<COLUMNS>(dk_block, pitch, v_block, gamma, PITCH, Kp);
@@ -3657,88 +3668,16 @@ __device__ __forceinline__ void store_pair(float *row, float (*d)[4], unsigned h
             if (j + e < columns) row[j + e] = d[e % 2][2 * h + e / 2];
 }
 
-// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128). Only the states need one chunk after the other. A light
-// kernel makes them; then all chunks of all heads are independent blocks of threads, which fill any GPU. In a chunk, token t lies
-// in block I and token j in block J; p_t = Π α from I's first token to t, with it, r_j = Π α from behind j to J's last token, and
-// P(a,b) = Π α over the blocks a…b-1. S is the state before the chunk:
+// ---- Chunkwise on tensor cores (MATH tf32 or bfloat16, K up to 128). Most of the work does not need the state: one kernel does
+// it for all chunks at the same time, and leaves rounded operands; another goes with them from chunk to chunk. In a chunk, token
+// t lies in block I and token j in block J; p_t = Π α from I's first token to t, with it, r_j = Π α from behind j to J's last
+// token, and P(a,b) = Π α over the blocks a…b-1. With S before the chunk and S_n behind it,
 //
-//     o_t = (s q_t ⊙ p_t ⊙ P(0,I)) S + Σ_{j<=t} A_tj v_j,       A_tj = s (q_t ⊙ p_t) · (k_j ⊙ r_j ⊙ P(J+1,I)) for J < I,
+//     o_t = q̃_t S + Σ_{j<=t} A_tj v_j          q̃_t = s q_t ⊙ p_t ⊙ P(0,I)
+//     S_n = diag(P(0,4)) S + Σ_j k̃_j v_jᵀ       k̃_j = k_j ⊙ r_j ⊙ P(J+1,4)
+//     A_tj = s (q_t ⊙ p_t) · (k_j ⊙ r_j ⊙ P(J+1,I)) for J < I,
 //
 // and as above for J = I. S and A are float, and rounded once for each product.
-
-// From chunk to chunk. Forward: states (heads, chunks c0…c1-1, K, V) = S before each; S (heads, K, V): in, that before chunk c0,
-// out, that behind the last; NULL for zeros and no interest. x = k, y = v, scale 1. The backward carries the gradient of the
-// states in the same way, but from the last chunk to the first: x = q, y = do. Block by block
-//
-//     S <- diag(p_n) S + Σ_j (k_j ⊙ r_j) v_jᵀ          Γ <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ
-//
-// A block of threads has 32 channels and 64 columns, a warp 16 × 16 of them, in registers; while it works on one chunk, the next
-// one is on its way. The grid is (tiles, B·H): two blocks fit on a multiprocessor, and 64 heads of 64 × 128 fill 128.
-enum { CARRY_CHANNELS = 32, CARRY_COLUMNS = 64, CARRY_X_PITCH = CARRY_CHANNELS + 8, CARRY_Y_PITCH = CARRY_COLUMNS + 8,
-       CARRY_CHUNK = METALA_CHUNK * (2 * CARRY_X_PITCH + CARRY_Y_PITCH),         // floats of one chunk: x, α, y
-       CARRY_SHARED = (2 * CARRY_CHUNK + BLOCKS * CARRY_CHANNELS) * sizeof(float) };
-template <metala_math MATH, bool FORWARD>
-__global__ void __launch_bounds__(THREADS, 2)
-tensor_carry_kernel(float *states, float *S, const float *x, const float *y, const float *alpha, size_t c0, size_t c1, size_t T,
-                    size_t H, size_t K, size_t V, float scale) {
-    DYNAMIC_SHARED(float, memory);
-    const size_t b_h = blockIdx.y, K_tiles = ceil_div(K, CARRY_CHANNELS), count = c1 - c0;
-    const size_t i0 = blockIdx.x % K_tiles * CARRY_CHANNELS, channels = least(K - i0, CARRY_CHANNELS);
-    const size_t j0 = blockIdx.x / K_tiles * CARRY_COLUMNS, columns = least(V - j0, CARRY_COLUMNS);
-    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
-    const unsigned row = warp % 2 * 16 + g, column = warp / 2 * 16;  // the lane's, and g + 8; the first one of the warp
-    float *total = memory + 2 * CARRY_CHUNK;
-    float s[2][4] = {};
-
-    auto start = [&](size_t c, float *to) {                          // of chunk c
-        const size_t t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK), at = first_row(b_h, T, H) + t0 * H;
-        float *to_alpha = to + METALA_CHUNK * CARRY_X_PITCH, *to_y = to_alpha + METALA_CHUNK * CARRY_X_PITCH;
-        load_tokens(to, CARRY_X_PITCH, CARRY_CHANNELS, x + at * K + i0, H * K, n, channels, 0, METALA_CHUNK);
-        load_tokens(to_alpha, CARRY_X_PITCH, CARRY_CHANNELS, alpha + at * K + i0, H * K, n, channels, 1, METALA_CHUNK);
-        load_tokens(to_y, CARRY_Y_PITCH, CARRY_COLUMNS, y + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
-    };
-    auto store = [&](float *to) {                                    // (K,V)
-        const bool aligned = V % 4 == 0 && (uintptr_t)to % 16 == 0;
-#pragma unroll
-        for (unsigned h = 0; h < 2; h++)
-            if (row + 8 * h < (unsigned)channels)
-                store_pair(to + (i0 + row + 8 * h) * V + j0, s, h, column + 4 * t, (unsigned)columns, aligned);
-    };
-#pragma unroll
-    for (unsigned e = 0; e < 8; e++) {                               // as store_pair has them
-        const unsigned i = row + e / 4 * 8, j = column + 4 * t + e % 4;
-        if (S && i < (unsigned)channels && j < (unsigned)columns)
-            s[e % 2][e / 4 * 2 + e % 4 / 2] = S[(b_h * K + i0 + i) * V + j0 + j];
-    }
-    start(FORWARD ? c0 : c1 - 1, memory);
-    for (size_t step = 0; step < count; step++) {
-        const size_t c = FORWARD ? c0 + step : c1 - 1 - step;
-        float *x_chunk = memory + step % 2 * CARRY_CHUNK, *alpha_chunk = x_chunk + METALA_CHUNK * CARRY_X_PITCH;
-        float *y_chunk = alpha_chunk + METALA_CHUNK * CARRY_X_PITCH;
-        wait_for_tokens();                                           // the chunk is there, the one before it done with
-        if (step + 1 < count) start(FORWARD ? c + 1 : c - 1, memory + (step + 1) % 2 * CARRY_CHUNK);
-        store(states + (b_h * count + c - c0) * K * V);
-        block_decay(FORWARD ? NULL : x_chunk, FORWARD ? x_chunk : NULL, alpha_chunk, total, CARRY_CHANNELS, CARRY_X_PITCH,
-                    CARRY_X_PITCH, scale, BLOCKS);
-        __syncthreads();                                             // x has decayed
-#pragma unroll
-        for (unsigned n = 0; n < BLOCKS; n++) {
-            const unsigned b = FORWARD ? n : BLOCKS - 1 - n;
-            float a[2][4];
-            float4 right[2];
-            load_left<down>(a, x_chunk + b * BLOCK * CARRY_X_PITCH, CARRY_X_PITCH, t, row);
-            load_right_pair(right, y_chunk + b * BLOCK * CARRY_Y_PITCH, CARRY_Y_PITCH, t, column + 2 * g);
-            const left_operand<MATH> left = round_left<MATH>(a);
-#pragma unroll
-            for (unsigned p = 0; p < 2; p++) {
-#pragma unroll
-                for (unsigned e = 0; e < 4; e++) s[p][e] *= total[b * CARRY_CHANNELS + row + e / 2 * 8];
-                multiply_pieces<MATH>(s[p], left, right[p]);
-            }
-        }
-    }
-    if (S) store(S + b_h * K * V);
-}
 
 // P(from,to) of channel i.
 template <int MOST>
@@ -3750,26 +3689,33 @@ __device__ float decay_over(const float *total, unsigned from, unsigned to, unsi
 // Of the channels that `along` has of a right operand from i = 2t on.
 template <int MOST>
 __device__ float4 decays_over(const float *total, unsigned from, unsigned to, unsigned i) {
-    return make_float4(decay_over<MOST>(total, from, to, i), decay_over<MOST>(total, from, to, i + 1),
-                       decay_over<MOST>(total, from, to, i + 8), decay_over<MOST>(total, from, to, i + 9));
+    float4 p = make_float4(1, 1, 1, 1);
+#pragma unroll 1
+    for (unsigned b = from; b < to; b++) p = times(p, load_right<along>(total, MOST, i, b));
+    return p;
 }
 
 // A (64,64), but for blocks above the diagonal, of a chunk of q, k and α (64, MOST); q_t ⊙ p_t and k_j ⊙ r_j in their place, and
 // total = P(J,J+1). A barrier before A is read is the caller's. Rows of α, which only threads side by side read, lie without gaps.
+// A may take the place of α, so what is made while α is needed waits in registers.
 enum { CHUNK_PITCH = METALA_CHUNK + 8 };
 template <metala_math MATH, int MOST>
 __device__ __forceinline__ void chunk_map(float *A, float *q, float *k, const float *alpha, float *total, size_t K, float scale) {
     enum { PITCH = MOST + 8 };
     const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    float diagonal[BLOCKS];                                          // one number of each block there
 #pragma unroll 1
-    for (unsigned b = 0; b < BLOCKS; b++) {                          // the blocks on the diagonal
+    for (unsigned b = 0; b < BLOCKS; b++) {                          // the first moves up to its place
+#pragma unroll
+        for (unsigned e = 0; e + 1 < BLOCKS; e++) diagonal[e] = diagonal[e + 1];
         const unsigned from = b * BLOCK * PITCH;
-        block_map(A + b * BLOCK * (CHUNK_PITCH + 1), CHUNK_PITCH, q + from, k + from, alpha + b * BLOCK * MOST, K, PITCH, MOST,
-                  scale);
+        diagonal[BLOCKS - 1] = block_map(q + from, k + from, alpha + b * BLOCK * MOST, K, PITCH, MOST, scale);
     }
     __syncthreads();                                                 // q and k are read as they were
     block_decay(q, k, alpha, total, MOST, PITCH, MOST, 1, BLOCKS);
-    __syncthreads();                                                 // decays are there
+    __syncthreads();                                                 // decays are there, and α is done with
+#pragma unroll
+    for (unsigned b = 0; b < BLOCKS; b++) A[b * BLOCK * (CHUNK_PITCH + 1) + map_place(CHUNK_PITCH)] = diagonal[b];
     for (unsigned task = threadIdx.x / WARP; task < 12; task += WARPS) {         // those below, 16 × 8 at a time
         const unsigned pair = task / 2, I = pair < 1 ? 1 : pair < 3 ? 2 : 3, J = pair - I * (I - 1) / 2;
         const unsigned row = I * BLOCK + g, column = J * BLOCK + task % 2 * 8;
@@ -3783,99 +3729,237 @@ __device__ __forceinline__ void chunk_map(float *A, float *q, float *k, const fl
     }
 }
 
-// Right operands of all rows of x, `step` apart, in groups of 16, and 16 columns, as load_right_pair has those, from global
-// memory: rows 2t, 2t+1, 2t+8, 2t+9 of each group, as `along` calls them. PAIRS: x is aligned for loads of two numbers.
-template <metala_math MATH, int GROUPS, bool PAIRS>
-__device__ __forceinline__ void load_columns(right_operand<MATH> (*to)[2], const float *x, size_t step, unsigned rows,
-                                             unsigned columns) {
-    const unsigned j = threadIdx.x % WARP / 4 * 2, t = threadIdx.x % 4;
+// What the state is not needed for, of a chunk of one head: numbers rounded, a row in parts of 16 bytes, which place_of_part
+// exchanges so that load_operand finds them in different banks. A mma in tf32 calls the numbers 2t and 2t+1 of a row, which a
+// lane has of a result, t and t+4: of each eight the even ones come first.
+template <metala_math MATH>
+__host__ __device__ constexpr unsigned parts_of(unsigned numbers) { return numbers / (MATH == METALA_BFLOAT16 ? 8 : 4); }
+template <metala_math MATH, int MOST>
+struct chunk_operands {
+    uint4 q[METALA_CHUNK * parts_of<MATH>(MOST)];                    // q̃ (64, MOST)
+    uint4 k[MOST * parts_of<MATH>(METALA_CHUNK)];                    // k̃ᵀ (MOST, 64)
+    uint4 A[METALA_CHUNK * parts_of<MATH>(METALA_CHUNK)];            // (64, 64)
+    float decay[MOST];                                               // P(0,4)
+};
+// Numbers 8 eight … of row `row`; a row has NUMBERS.
+template <metala_math MATH, unsigned NUMBERS>
+__device__ __forceinline__ void store_eight(uint4 *to, unsigned row, unsigned eight, const float *x) {
+    enum { PARTS = parts_of<MATH>(NUMBERS), STEP = PARTS * 8 / NUMBERS };        // 1 part of bfloat16, 2 of tf32
 #pragma unroll
-    for (unsigned group = 0; group < GROUPS; group++) {
-        float2 two[4];
+    for (unsigned part = 0; part < STEP; part++)
+        to[place_of_part<PARTS>(row, eight * STEP + part)] = rounded<MATH>(x + part, STEP);
+}
+// 16 rows of such an operand and the 16 numbers from 16 k on. As right operands, half 0 or 1: the rows are columns.
+template <metala_math MATH, unsigned NUMBERS>
+__device__ __forceinline__ left_operand<MATH> load_rows(const uint4 *x, unsigned row, unsigned k) {
+    enum { PARTS = parts_of<MATH>(NUMBERS), STEP = PARTS * 8 / NUMBERS };
+    left_operand<MATH> rows;
 #pragma unroll
-        for (unsigned e = 0; e < 4; e++) {
-            const unsigned i = group * 16 + 2 * t + e % 2 + e / 2 * 8;
-            const float *from = x + i * step + j;
-            two[e] = make_float2(0, 0);
-            if (PAIRS && i < rows && j < columns) two[e] = *(const float2 *)from;
-            if (!PAIRS && i < rows && j < columns) two[e] = make_float2(from[0], j + 1 < columns ? from[1] : 0);
-        }
-        to[group][0] = round_right<MATH>(make_float4(two[0].x, two[1].x, two[2].x, two[3].x));
-        to[group][1] = round_right<MATH>(make_float4(two[0].y, two[1].y, two[2].y, two[3].y));
-    }
+    for (unsigned part = 0; part < STEP; part++) load_operand<PARTS>(rows.part[part], x, row, k * STEP + part);
+    return rows;
+}
+template <metala_math MATH>
+__device__ __forceinline__ right_operand<MATH> half_of(const left_operand<MATH> &rows, unsigned half) {
+    right_operand<MATH> columns;
+#pragma unroll
+    for (unsigned part = 0; part < sizeof(rows.part) / sizeof(rows.part[0]); part++)
+        columns.part[part][0] = rows.part[part][half], columns.part[part][1] = rows.part[part][half + 2];
+    return columns;
 }
 
-// o of a chunk of one head: the grid is (chunks, B·H). Every warp has 16 columns of all 64 tokens. What it needs of S and v
-// nobody else does: it reads them from global memory into registers.
-enum { TENSOR_COLUMNS = WARPS * 16 };
+// The operands of a chunk of one head: the grid is (chunks, B·H). With K = 128, too, two blocks share an H100's multiprocessor:
+// 106 KB of shared memory each.
 template <int MOST>
-constexpr size_t tensor_forward_shared() {                           // in floats: q, k, α; decays; A
-    return METALA_CHUNK * (3 * MOST + 2 * 8) + 2 * BLOCKS * MOST + METALA_CHUNK * CHUNK_PITCH;
+constexpr size_t chunk_operands_shared() {                           // in floats: q, k; α, then A; decays
+    return 2 * METALA_CHUNK * (MOST + 8) + METALA_CHUNK * greatest(MOST, CHUNK_PITCH) + 3 * BLOCKS * MOST;
 }
 template <metala_math MATH, int MOST>
-__global__ void __launch_bounds__(THREADS, MATH == METALA_BFLOAT16 && MOST <= 64 ? 2 : 1)
-tensor_forward_kernel(float *o, const float *states, const float *q, const float *k, const float *v, const float *alpha, size_t c0,
-                      size_t T, size_t H, size_t K, size_t V, float scale) {
+__global__ void __launch_bounds__(THREADS, MOST <= 64 ? 3 : 2)
+chunk_operands_kernel(chunk_operands<MATH, MOST> *chunk, const float *q, const float *k, const float *alpha, size_t c0, size_t T,
+                      size_t H, size_t K, float scale) {
     enum { PITCH = MOST + 8 };
     DYNAMIC_SHARED(float, memory);
     const size_t b_h = blockIdx.y, t0 = (c0 + blockIdx.x) * METALA_CHUNK, n = least(T - t0, METALA_CHUNK);
     const size_t at = first_row(b_h, T, H) + t0 * H;
-    const float *state = states + (b_h * gridDim.x + blockIdx.x) * K * V;
-    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, column = threadIdx.x / WARP * 16;
-    const bool twos = V % 2 == 0 && (uintptr_t)state % 8 == 0 && (uintptr_t)v % 8 == 0;
-    const bool fours = V % 4 == 0 && (uintptr_t)o % 16 == 0;
     float *q_chunk = memory, *k_chunk = q_chunk + METALA_CHUNK * PITCH, *alpha_chunk = k_chunk + METALA_CHUNK * PITCH;
-    float *total = alpha_chunk + METALA_CHUNK * MOST, *decay_before = total + BLOCKS * MOST;    // P(J,J+1), s P(0,J)
-    float *A = decay_before + BLOCKS * MOST;
+    float *A = alpha_chunk, *total = alpha_chunk + METALA_CHUNK * greatest(MOST, CHUNK_PITCH);           // P(J,J+1)
+    float *decay_before = total + BLOCKS * MOST, *decay_after = decay_before + BLOCKS * MOST;            // s P(0,J), P(J+1,4)
+    float x[BLOCK];
+    chunk += b_h * gridDim.x + blockIdx.x;
 
     load_tokens(q_chunk, PITCH, MOST, q + at * K, H * K, n, K, 0, METALA_CHUNK);
     load_tokens(k_chunk, PITCH, MOST, k + at * K, H * K, n, K, 0, METALA_CHUNK);
     load_tokens(alpha_chunk, MOST, MOST, alpha + at * K, H * K, n, K, 1, METALA_CHUNK);
-#pragma unroll 1
-    for (size_t j0 = column; j0 < V + column; j0 += TENSOR_COLUMNS) {            // all warps as often: they meet at barriers
-        right_operand<MATH> of_S[MOST / 16][2], of_v[BLOCKS][2];
-        const unsigned left = j0 < V ? (unsigned)(V - j0) : 0;
+    wait_for_tokens();
+    chunk_map<MATH, MOST>(A, q_chunk, k_chunk, alpha_chunk, total, K, scale);
+    for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS) {
+        const unsigned J = task / MOST, i = task % MOST;
+        decay_before[task] = scale * decay_over<MOST>(total, 0, J, i);
+        decay_after[task] = decay_over<MOST>(total, J + 1, BLOCKS, i);
+        if (J == 0) chunk->decay[i] = total[i] * decay_over<MOST>(total, 1, BLOCKS, i);
+    }
+    __syncthreads();                                                 // A and the decays are there
+    for (unsigned task = threadIdx.x; task < METALA_CHUNK * MOST / 8; task += THREADS) {
+        const unsigned token = task / (MOST / 8), eight = task % (MOST / 8);
+#pragma unroll
+        for (unsigned e = 0; e < 8; e++)
+            x[e] = q_chunk[token * PITCH + 8 * eight + e] * decay_before[token / BLOCK * MOST + 8 * eight + e];
+        store_eight<MATH, MOST>(chunk->q, token, eight, x);
+    }
+    for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS) {       // a channel of a block
+        const unsigned J = task / MOST, i = task % MOST;
+#pragma unroll
+        for (unsigned e = 0; e < BLOCK; e++) x[e] = k_chunk[(J * BLOCK + e) * PITCH + i] * decay_after[task];
+        store_eight<MATH, METALA_CHUNK>(chunk->k, i, 2 * J, x);
+        store_eight<MATH, METALA_CHUNK>(chunk->k, i, 2 * J + 1, x + 8);
+    }
+    for (unsigned task = threadIdx.x; task < METALA_CHUNK * METALA_CHUNK / 8; task += THREADS) {
+        const unsigned token = task / (METALA_CHUNK / 8), eight = task % (METALA_CHUNK / 8);
+        const bool below = eight / 2 <= token / BLOCK;               // or on the diagonal
+#pragma unroll
+        for (unsigned e = 0; e < 8; e++) x[e] = below ? A[token * CHUNK_PITCH + 8 * eight + e] : 0;
+        store_eight<MATH, METALA_CHUNK>(chunk->A, token, eight, x);
+    }
+}
+
+// All rows of x, `step` apart, in groups of 16, and 16 columns, from global memory: of each group the rows 2t, 2t+1, 2t+8, 2t+9
+// of the columns 2g and 2g+1. PAIRS: x is aligned for loads of two numbers.
+template <bool PAIRS>
+__device__ __forceinline__ void load_columns(float2 (*to)[4], const float *x, unsigned step, unsigned rows, unsigned columns) {
+    const unsigned j = threadIdx.x % WARP / 4 * 2, t = threadIdx.x % 4;
+    if (j >= columns) rows = 0;
+    x += (size_t)step * (2 * t) + j;
+#pragma unroll
+    for (unsigned e = 0; e < 4 * BLOCKS; e++) {
+        const unsigned i = e / 2 * 8 + e % 2;
+        float2 two = make_float2(0, 0);
+        if (PAIRS && 2 * t + i < rows) two = *(const float2 *)x;
+        if (!PAIRS && 2 * t + i < rows) two = make_float2(x[0], j + 1 < columns ? x[1] : 0);
+        to[e / 4][e % 4] = two;
+        x += e % 2 ? 7 * (size_t)step : step;
+    }
+}
+
+// o, and the state from chunk to chunk: S (heads, K, V): in, that before chunk c0, out, that behind the last; NULL for zeros and
+// no interest; states (heads, all chunks, K, V), or NULL, = S before each. A warp has 16 columns of V, and their state never
+// leaves its registers: transposed, as the product vᵀ k̃ has it, it is the right operand of q̃ S; and vᵀ as a left operand is v as
+// a right one. The warps of a block share the operands of chunks, AHEAD of which are on their way; v is one chunk ahead, in
+// registers, but for the largest heads in tf32, which leave none. The grid is (tiles of V, B·H).
+enum { FORWARD_THREADS = 4 * WARP, FORWARD_COLUMNS = 16 };           // at most; of a warp
+template <metala_math MATH, int MOST>
+__host__ __device__ constexpr unsigned forward_stages() {            // as many as fit into 99 KB, but 2 to 4
+    return (unsigned)greatest(2, least(4, 99 * 1024 / sizeof(chunk_operands<MATH, MOST>)));
+}
+template <metala_math MATH, int MOST>
+__global__ void __launch_bounds__(FORWARD_THREADS, 2)
+tensor_forward_kernel(float *o, float *S, float *states, const chunk_operands<MATH, MOST> *chunk, const float *v, size_t c0,
+                      size_t c1, size_t T, size_t H, size_t K, size_t V) {
+    enum { STAGES = forward_stages<MATH, MOST>(), AHEAD = STAGES - 1, PARTS = sizeof *chunk / sizeof(uint4) };
+    const bool v_ahead = MATH == METALA_BFLOAT16 || MOST <= 64;
+    DYNAMIC_SHARED(uint4, memory);
+    const size_t b_h = blockIdx.y;
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, step = (unsigned)(H * V);
+    const unsigned j0 = (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP) * FORWARD_COLUMNS;
+    const unsigned columns = j0 < V ? (unsigned)least(V - j0, FORWARD_COLUMNS) : 0;
+    const unsigned count = (unsigned)(c1 - c0), left = (unsigned)(T - c0 * METALA_CHUNK);       // chunks; tokens from c0 on
+    const size_t first = (first_row(b_h, T, H) + c0 * METALA_CHUNK * H) * V + j0;
+    const bool twos = V % 2 == 0 && (uintptr_t)v % 8 == 0 && (uintptr_t)S % 8 == 0 && (uintptr_t)states % 8 == 0;
+    const bool fours = V % 4 == 0 && (uintptr_t)o % 16 == 0;
+    float s[MOST / 8][4] = {};                                       // [n][e]: channel 8n + 2t + e%2, column 2g + e/2
+    float2 next[BLOCKS][4];
+    chunk += b_h * count;
+    if (states) states += (b_h * chunks(T) + c0) * K * V;
+
+    auto start = [&](unsigned c) {                                   // an empty group beyond the end keeps the count
+        const uint4 *from = (const uint4 *)(chunk + c);
+        uint4 *to = memory + c % STAGES * PARTS;
+        if (c < count)
+#pragma unroll 4
+            for (unsigned n = threadIdx.x; n < PARTS; n += blockDim.x) copy16_async(to + n, from + n, true);
+        copy_commit();
+    };
+    auto load = [&](unsigned c) {                                    // v
+        const unsigned t0 = c * METALA_CHUNK, n = c < count ? (unsigned)least(left - t0, METALA_CHUNK) : 0;
+        const float *from = v + first + (size_t)step * t0;
+        if (twos) load_columns<true>(next, from, step, n, columns);
+        else load_columns<false>(next, from, step, n, columns);
+    };
+    auto store = [&](float *to) {                                    // S, (K,V)
+        to += 2 * t * V + (j0 + 2 * g);
+        const unsigned channels = 2 * g < columns ? (unsigned)K : 0;
         if (twos) {
-            load_columns<MATH, MOST / 16, true>(of_S, state + j0, V, (unsigned)K, left);
-            load_columns<MATH, BLOCKS, true>(of_v, v + at * V + j0, H * V, (unsigned)n, left);
-        } else {
-            load_columns<MATH, MOST / 16, false>(of_S, state + j0, V, (unsigned)K, left);
-            load_columns<MATH, BLOCKS, false>(of_v, v + at * V + j0, H * V, (unsigned)n, left);
-        }
-        if (j0 == column) {                                          // all that was loaded was on its way at the same time
-            wait_for_tokens();
-            chunk_map<MATH, MOST>(A, q_chunk, k_chunk, alpha_chunk, total, K, scale);
-            for (unsigned task = threadIdx.x; task < BLOCKS * MOST; task += THREADS)
-                decay_before[task] = scale * decay_over<MOST>(total, 0, task / MOST, task % MOST);
-            __syncthreads();                                         // A and decay_before are there
-        }
+#pragma unroll
+            for (unsigned e = 0; e < MOST / 4; e++, to += e % 2 ? V : 7 * V)
+                if (e / 2 * 8 + e % 2 + 2 * t < channels) *(float2 *)to = make_float2(s[e / 2][e % 2], s[e / 2][e % 2 + 2]);
+        } else
+#pragma unroll
+            for (unsigned e = 0; e < MOST / 4; e++, to += e % 2 ? V : 7 * V) {
+                if (e / 2 * 8 + e % 2 + 2 * t >= channels) continue;
+                to[0] = s[e / 2][e % 2];
+                if (2 * g + 1 < columns) to[1] = s[e / 2][e % 2 + 2];
+            }
+    };
+    for (unsigned c = 0; c < AHEAD; c++) start(c);
+    if (v_ahead) load(0);
+#pragma unroll
+    for (unsigned e = 0; e < MOST / 2; e++) {
+        const unsigned i = e / 4 * 8 + 2 * t + e % 2, j = 2 * g + e % 4 / 2;
+        if (S && i < (unsigned)K && j < columns) s[e / 4][e % 4] = S[(b_h * K + i) * V + j0 + j];
+    }
 #pragma unroll 1
+    for (unsigned c = 0; c < count; c++) {
+        const chunk_operands<MATH, MOST> *here = (const chunk_operands<MATH, MOST> *)(memory + c % STAGES * PARTS);
+        left_operand<MATH> of_v[BLOCKS];                             // vᵀ
+        if (!v_ahead) load(c);
+#pragma unroll
+        for (unsigned J = 0; J < BLOCKS; J++) {
+            const float2 *two = next[J];
+            const float a[2][4] = {{two[0].x, two[1].x, two[0].y, two[1].y}, {two[2].x, two[3].x, two[2].y, two[3].y}};
+            of_v[J] = round_left<MATH>(a);
+        }
+        copy_wait<STAGES - 2>();
+        __syncthreads();                                             // the chunk is there, the one before it done with
+        start(c + AHEAD);
+        if (v_ahead) load(c + 1);
+        if (states) store(states + c * (K * V));
+        float out[BLOCKS][2][4] = {};
+#pragma unroll
+        for (unsigned i = 0; i < MOST / 16; i++) {                   // 16 channels
+            right_operand<MATH> of_S[2];
+#pragma unroll
+            for (unsigned p = 0; p < 2; p++) {
+                const float *left = s[2 * i] + 2 * p, *right = s[2 * i + 1] + 2 * p;
+                of_S[p] = round_right<MATH>(make_float4(left[0], left[1], right[0], right[1]));
+            }
+#pragma unroll
+            for (unsigned e = 0; e < 8; e++) s[2 * i + e / 4][e % 4] *= here->decay[16 * i + e / 4 * 8 + 2 * t + e % 2];
+#pragma unroll
+            for (unsigned n = 0; n < BLOCKS; n++) {
+                const left_operand<MATH> queries = load_rows<MATH, MOST>(here->q, n * BLOCK, i);
+                const left_operand<MATH> keys = load_rows<MATH, METALA_CHUNK>(here->k, 16 * i, n);
+#pragma unroll
+                for (unsigned p = 0; p < 2; p++) {
+                    multiply_pieces<MATH>(out[n][p], queries, of_S[p]);
+                    multiply_pieces<MATH>(s[2 * i + p], of_v[n], half_of<MATH>(keys, p));
+                }
+            }
+        }
+#pragma unroll
         for (unsigned I = 0; I < BLOCKS; I++) {
-            const unsigned row = I * BLOCK + g;
-            float out[2][4] = {}, a[2][4];
 #pragma unroll
-            for (unsigned i = 0; i < MOST / 16; i++) {
-                load_left<along>(a, q_chunk, PITCH, i * 16 + 2 * t, row);
+            for (unsigned J = 0; J <= I; J++) {
+                const left_operand<MATH> map = load_rows<MATH, METALA_CHUNK>(here->A, I * BLOCK, J);
 #pragma unroll
-                for (unsigned e = 0; e < 8; e++) a[e / 4][e % 4] *= decay_before[I * MOST + i * 16 + 2 * t + e / 4 * 8 + e % 2];
-                const left_operand<MATH> left = round_left<MATH>(a);
-#pragma unroll
-                for (unsigned p = 0; p < 2; p++) multiply_pieces<MATH>(out[p], left, of_S[i][p]);
+                for (unsigned p = 0; p < 2; p++) multiply_pieces<MATH>(out[I][p], map, half_of<MATH>(of_v[J], p));
             }
 #pragma unroll
-            for (unsigned J = 0; J < BLOCKS; J++) {
-                if (J > I) continue;
-                load_left<along>(a, A, CHUNK_PITCH, J * BLOCK + 2 * t, row);
-                const left_operand<MATH> left = round_left<MATH>(a);
-#pragma unroll
-                for (unsigned p = 0; p < 2; p++) multiply_pieces<MATH>(out[p], left, of_v[J][p]);
+            for (unsigned h = 0; h < 2; h++) {
+                const unsigned token = c * METALA_CHUNK + I * BLOCK + 8 * h + g;
+                if (token < left) store_pair(o + first + (size_t)step * token, out[I], h, 4 * t, columns, fours);
             }
-#pragma unroll
-            for (unsigned h = 0; h < 2; h++)
-                if (row + 8 * h < (unsigned)n)
-                    store_pair(o + (at + (row + 8 * h) * H) * V, out, h, (unsigned)j0 + 4 * t, (unsigned)V, fours);
         }
     }
+    if (S) store(S + b_h * K * V);
 }
 
 // ---- Backward: all chunks at the same time, too, once tensor_carry_kernel has left the gradients of the states between them.
@@ -3888,6 +3972,77 @@ tensor_forward_kernel(float *o, const float *states, const float *q, const float
 //            rowsum(Γ ⊙ S_n) = P(0,4) ⊙ rowsum(Γ ⊙ S) + Σ_j k_j ⊙ r_j ⊙ P(J+1,4) ⊙ (Γ v_j)
 //
 // What is in its own block is computed as above, channel by channel in float.
+
+// From the last chunk c1-1 to chunk c0: gammas (heads, chunks c0…c1-1, K, V) = Γ behind each; gamma (heads, K, V): in, Γ behind
+// the last one, out, that before chunk c0. Block by block
+//
+//     Γ <- diag(p_n) Γ + s Σ_t (q_t ⊙ p_t) do_tᵀ
+//
+// A block of threads has 32 channels and 64 columns, a warp 16 × 16 of them, in registers; while it works on one chunk, the next
+// one is on its way. The grid is (tiles, B·H): two blocks fit on a multiprocessor, and 64 heads of 64 × 128 fill 128.
+enum { CARRY_CHANNELS = 32, CARRY_COLUMNS = 64, CARRY_Q_PITCH = CARRY_CHANNELS + 8, CARRY_DO_PITCH = CARRY_COLUMNS + 8,
+       CARRY_CHUNK = METALA_CHUNK * (2 * CARRY_Q_PITCH + CARRY_DO_PITCH),         // floats of one chunk: q, α, do
+       CARRY_SHARED = (2 * CARRY_CHUNK + BLOCKS * CARRY_CHANNELS) * sizeof(float) };
+template <metala_math MATH>
+__global__ void __launch_bounds__(THREADS, 2)
+tensor_carry_kernel(float *gammas, float *gamma, const float *q, const float *dO, const float *alpha, size_t c0, size_t c1,
+                    size_t T, size_t H, size_t K, size_t V, float scale) {
+    DYNAMIC_SHARED(float, memory);
+    const size_t b_h = blockIdx.y, K_tiles = ceil_div(K, CARRY_CHANNELS), count = c1 - c0;
+    const size_t i0 = blockIdx.x % K_tiles * CARRY_CHANNELS, channels = least(K - i0, CARRY_CHANNELS);
+    const size_t j0 = blockIdx.x / K_tiles * CARRY_COLUMNS, columns = least(V - j0, CARRY_COLUMNS);
+    const unsigned g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
+    const unsigned row = warp % 2 * 16 + g, column = warp / 2 * 16;  // the lane's, and g + 8; the first one of the warp
+    float *total = memory + 2 * CARRY_CHUNK;
+    float s[2][4] = {};
+
+    auto start = [&](size_t c, float *to) {                          // of chunk c
+        const size_t t0 = c * METALA_CHUNK, n = least(T - t0, METALA_CHUNK), at = first_row(b_h, T, H) + t0 * H;
+        float *to_alpha = to + METALA_CHUNK * CARRY_Q_PITCH, *to_dO = to_alpha + METALA_CHUNK * CARRY_Q_PITCH;
+        load_tokens(to, CARRY_Q_PITCH, CARRY_CHANNELS, q + at * K + i0, H * K, n, channels, 0, METALA_CHUNK);
+        load_tokens(to_alpha, CARRY_Q_PITCH, CARRY_CHANNELS, alpha + at * K + i0, H * K, n, channels, 1, METALA_CHUNK);
+        load_tokens(to_dO, CARRY_DO_PITCH, CARRY_COLUMNS, dO + at * V + j0, H * V, n, columns, 0, METALA_CHUNK);
+    };
+    auto store = [&](float *to) {                                    // (K,V)
+        const bool aligned = V % 4 == 0 && (uintptr_t)to % 16 == 0;
+#pragma unroll
+        for (unsigned h = 0; h < 2; h++)
+            if (row + 8 * h < (unsigned)channels)
+                store_pair(to + (i0 + row + 8 * h) * V + j0, s, h, column + 4 * t, (unsigned)columns, aligned);
+    };
+#pragma unroll
+    for (unsigned e = 0; e < 8; e++) {                               // as store_pair has them
+        const unsigned i = row + e / 4 * 8, j = column + 4 * t + e % 4;
+        if (gamma && i < (unsigned)channels && j < (unsigned)columns)
+            s[e % 2][e / 4 * 2 + e % 4 / 2] = gamma[(b_h * K + i0 + i) * V + j0 + j];
+    }
+    start(c1 - 1, memory);
+    for (size_t step = 0; step < count; step++) {
+        const size_t c = c1 - 1 - step;
+        float *q_chunk = memory + step % 2 * CARRY_CHUNK, *alpha_chunk = q_chunk + METALA_CHUNK * CARRY_Q_PITCH;
+        float *dO_chunk = alpha_chunk + METALA_CHUNK * CARRY_Q_PITCH;
+        wait_for_tokens();                                           // the chunk is there, the one before it done with
+        if (step + 1 < count) start(c - 1, memory + (step + 1) % 2 * CARRY_CHUNK);
+        store(gammas + (b_h * count + c - c0) * K * V);
+        block_decay(q_chunk, NULL, alpha_chunk, total, CARRY_CHANNELS, CARRY_Q_PITCH, CARRY_Q_PITCH, scale, BLOCKS);
+        __syncthreads();                                             // q has decayed
+#pragma unroll
+        for (unsigned b = BLOCKS; b-- > 0;) {
+            float a[2][4];
+            float4 right[2];
+            load_left<down>(a, q_chunk + b * BLOCK * CARRY_Q_PITCH, CARRY_Q_PITCH, t, row);
+            load_right_pair(right, dO_chunk + b * BLOCK * CARRY_DO_PITCH, CARRY_DO_PITCH, t, column + 2 * g);
+            const left_operand<MATH> left = round_left<MATH>(a);
+#pragma unroll
+            for (unsigned p = 0; p < 2; p++) {
+#pragma unroll
+                for (unsigned e = 0; e < 4; e++) s[p][e] *= total[b * CARRY_CHANNELS + row + e / 2 * 8];
+                multiply_pieces<MATH>(s[p], left, right[p]);
+            }
+        }
+    }
+    if (gamma) store(gamma + b_h * K * V);
+}
 
 // All gradients of a chunk of one head: the grid is (chunks from c0 on, B·H). A block goes through V by tiles of 32 columns. Of dq
 // and dk a warp has two blocks of tokens and a quarter of the channels, summed over the tiles in registers; of dv a block of
@@ -4179,41 +4334,46 @@ size_t count_shared(int shared) {
     return !!(shared & q_or_b) + !!(shared & k_or_b) + !!(shared & METALA_CONSTANT_DECAY);
 }
 
-// Floats of scratch memory for states, above which fewer heads or chunks are taken at a time.
+// Scratch memory, in floats for states and in chunks for their operands, above which fewer heads or chunks are taken at a time.
 #ifdef __CUDACC__
-enum { MOST_STATES = 1 << 26 };
+enum { MOST_STATES = 1 << 26, MOST_OPERANDS = 4096 };
 #else
-enum { MOST_STATES = 2000 };
+enum { MOST_STATES = 2000, MOST_OPERANDS = 5 };
 #endif
 size_t between_1_and(size_t most, size_t n) { return n < 1 ? 1 : least(n, most); }
 
-// The two kernels of the forward on tensor cores, for the chunks c0…c1-1, and those of the backward.
-template <metala_math MATH, bool FORWARD>
-void carry_states(metala_context *ctx, float *states, float *S, const float *x, const float *y, const float *alpha, size_t c0,
-                  size_t c1, size_t B, size_t T, size_t H, size_t K, size_t V, float scale) {
-    const size_t tiles = ceil_div(K, CARRY_CHANNELS) * ceil_div(V, CARRY_COLUMNS);
-    RUN((tensor_carry_kernel<MATH, FORWARD>), extent(tiles, B * H), THREADS, CARRY_SHARED, states, S, x, y, alpha, c0, c1, T, H, K,
-        V, scale);
+// The two kernels of the forward on tensor cores, for the chunks c0…c1-1, and those of the backward. Where blocks of four warps
+// would not fill half of the GPU, blocks of two get through a chunk sooner.
+template <metala_math MATH, int MOST>
+constexpr size_t tensor_forward_shared() {                           // in bytes
+    return greatest(chunk_operands_shared<MOST>() * sizeof(float),
+                    forward_stages<MATH, MOST>() * sizeof(chunk_operands<MATH, MOST>));
 }
 template <metala_math MATH, int MOST>
-void tensor_forward_of_chunks(metala_context *ctx, float *o, float *S, float *states, const float *q, const float *k,
+void tensor_forward_of_chunks(metala_context *ctx, float *o, float *S, float *states, void *room, const float *q, const float *k,
                               const float *v, const float *alpha, size_t c0, size_t c1, size_t B, size_t T, size_t H, size_t K,
                               size_t V, float scale) {
-    carry_states<MATH, true>(ctx, states, S, k, v, alpha, c0, c1, B, T, H, K, V, 1);
-    RUN((tensor_forward_kernel<MATH, MOST>), extent(c1 - c0, B * H), THREADS, tensor_forward_shared<MOST>() * sizeof(float),
-        o, states, q, k, v, alpha, c0, T, H, K, V, scale);
+    chunk_operands<MATH, MOST> *chunk = (chunk_operands<MATH, MOST> *)room;
+    const bool few = 2 * B * H * ceil_div(V, 4 * FORWARD_COLUMNS) < multiprocessors();
+    const size_t tiles = ceil_div(V, FORWARD_COLUMNS), warps = least(tiles, few ? 2 : 4);
+    RUN((chunk_operands_kernel<MATH, MOST>), extent(c1 - c0, B * H), THREADS, chunk_operands_shared<MOST>() * sizeof(float), chunk,
+        q, k, alpha, c0, T, H, K, scale);
+    RUN((tensor_forward_kernel<MATH, MOST>), extent(ceil_div(tiles, warps), B * H), (unsigned)(warps * WARP),
+        (forward_stages<MATH, MOST>() * sizeof *chunk), o, S, states, chunk, v, c0, c1, T, H, K, V);
 }
 template <metala_math MATH, int MOST>
 void tensor_backward_of_chunks(metala_context *ctx, float *dq, float *dk, float *da, float *dv, float *gamma, float *gammas,
                      const float *dO, const float *states, const float *q, const float *k, const float *v,
                      const float *alpha, size_t c0, size_t c1, size_t B, size_t T, size_t H, size_t K, size_t V, float scale) {
-    carry_states<MATH, false>(ctx, gammas, gamma, q, dO, alpha, c0, c1, B, T, H, K, V, scale);
+    const size_t tiles = ceil_div(K, CARRY_CHANNELS) * ceil_div(V, CARRY_COLUMNS);
+    RUN(tensor_carry_kernel<MATH>, extent(tiles, B * H), THREADS, CARRY_SHARED, gammas, gamma, q, dO, alpha, c0, c1, T, H, K, V,
+        scale);
     RUN((tensor_backward_kernel<MATH, MOST>), extent(c1 - c0, B * H), THREADS, tensor_backward_shared<MOST>() * sizeof(float),
         dq, dk, da, dv, gammas, dO, states, q, k, v, alpha, c0, T, H, K, V, scale);
 }
 
-// Scratch: copies of what is shared; on tensor cores, when nobody wants the states, those of some chunks, and S, which goes from
-// these chunks to the next ones, if there are any and S is NULL.
+// Scratch: copies of what is shared; on tensor cores the operands of some chunks, and S, which goes from these chunks to the next
+// ones, if there are any and S is NULL.
 template <metala_math MATH>
 void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, float *states, const float *q,
                   const float *k, const float *v, const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V,
@@ -4222,28 +4382,27 @@ void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, flo
     const size_t most_shared = shared_room(), wanted = chunkwise_forward_shared<WIDE>(K) * sizeof(float);
     const size_t all_states = B * H * K * V;
     const bool recurrent = form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || wanted > most_shared || T <= 1;
-    size_t bytes = 0;
-#define SIZE(MOST) bytes = tensor_forward_shared<MOST>() * sizeof(float)
-    FOR_TENSOR_K(K, SIZE);
+    size_t bytes = 0, chunk_bytes = 0;
+#define SIZE(MOST) bytes = tensor_forward_shared<MATH, MOST>(), chunk_bytes = sizeof(chunk_operands<MATH, MOST>)
+    if (MATH != METALA_EXACT) FOR_TENSOR_K(K, SIZE);
 #undef SIZE
-    const bool tensor = MATH != METALA_EXACT && !recurrent && K <= MOST_TENSOR_K &&
-                        greatest(bytes, CARRY_SHARED) <= most_shared;
-    const size_t at_once = states ? chunks(T) : between_1_and(chunks(T), MOST_STATES / all_states);
+    const bool tensor = MATH != METALA_EXACT && !recurrent && K <= MOST_TENSOR_K && bytes <= most_shared;
+    const size_t at_once = between_1_and(chunks(T), MOST_OPERANDS / (B * H));
     const bool stays = tensor && !S && at_once < chunks(T);
-    const size_t of_states = tensor && !states ? at_once * all_states : 0;
-    const size_t wants = of_states + stays * all_states + count_shared(shared) * B * T * H * K;
+    const size_t of_chunks = tensor ? at_once * B * H * chunk_bytes / sizeof(float) : 0;
+    const size_t wants = of_chunks + stays * all_states + count_shared(shared) * B * T * H * K;
+    float *operands = NULL;
     if (wants) {
-        float *room = scratch(ctx, wants);
-        if (!room) return;
-        room = copy_shared<MATH>(ctx, &q, &k, &alpha, room, B, T, H, K, shared);
-        if (of_states) states = room, room += of_states;
+        operands = scratch(ctx, wants);
+        if (!operands) return;
+        float *room = copy_shared<MATH>(ctx, &q, &k, &alpha, operands + of_chunks, B, T, H, K, shared);
         if (stays) cuda_zero(ctx, S = room, all_states * sizeof(float));
     }
     if constexpr (MATH != METALA_EXACT)
         for (size_t c0 = 0, c1; tensor && c0 < chunks(T); c0 = c1) {
             c1 = least(c0 + at_once, chunks(T));
 #define FORWARD(MOST) \
-    tensor_forward_of_chunks<MATH, MOST>(ctx, o, S, states, q, k, v, alpha, c0, c1, B, T, H, K, V, (float)scale)
+    tensor_forward_of_chunks<MATH, MOST>(ctx, o, S, states, operands, q, k, v, alpha, c0, c1, B, T, H, K, V, (float)scale)
             FOR_TENSOR_K(K, FORWARD);
 #undef FORWARD
         }

@@ -5899,7 +5899,8 @@ static void check_twins(void) {
         {2, 19, 0, 40, 16, 1, 0, SOFT + SHARED_Q + SHARED_K}, {2, 70, 0, 3, 1, 2, 0, MIXED + 4 + SHARED_Q + SHARED_A},
         {1, 66, 0, 3, 5, 65, 0, SOFT + SHARED_A}, {2, 33, 0, 2, 40, 7, 0, HARD + 4 + SHARED_K + SHARED_A},
         {3, 35, 0, 5, 6, 1, 0, SOFT + 4 + SHARED_B + SHARED_A}, {3, 35, 0, 5, 6, 1, 0, SOFT + SHARED_B}, {2, 20, 0, 2, 17, 66, 0, MIXED + SHARED_B},
-        {1, 0, 0, 1, 8, 64, 0, SOFT + 4}, {1, 129, 0, 2, 24, 40, 0, MIXED}, {1, 195, 0, 2, 24, 40, 0, HARD + 4}};
+        {1, 0, 0, 1, 8, 64, 0, SOFT + 4}, {1, 129, 0, 2, 24, 40, 0, MIXED}, {1, 195, 0, 2, 24, 40, 0, HARD + 4},
+        {1, 330, 0, 1, 40, 50, 0, MIXED + 4}, {1, 131, 0, 3, 20, 35, 0, SOFT}};
     // B T D H K V N variant of the other rows' kernels: variants 0 to 7, T of one and beyond strips of 64 rows
     static const shape others[] = {{1, 1, 2, 1, 1, 1, 0, 0}, {2, 3, 3, 2, 2, 1, 0, 1}, {3, 5, 40, 3, 4, 5, 0, 2},
         {1, 64, 33, 1, 16, 33, 0, 3}, {2, 33, 9, 5, 5, 3, 0, 4}, {1, 65, 130, 2, 3, 64, 0, 5}, {3, 44, 24, 4, 8, 7, 0, 6},
