@@ -23,7 +23,7 @@
 //
 //     LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)      in place of kernel<<<...>>>(...)
 //     DYNAMIC_SHARED(type, name)                                           in place of extern __shared__ type name[]
-//     inline PTX only in the functions under "Instructions" below, one instruction each
+//     inline PTX only in the functions under "Instructions" below, one instruction each, or two that belong together
 //
 // and RUN_EARLY is for kernels that call wait_for_before ahead of all that they write or that others wrote (test-ptx sees writes).
 //
@@ -168,8 +168,9 @@ __device__ __forceinline__ void bulk_copy(void *shared, const void *global, unsi
 
 // Blocks that follow each other in a grid may form clusters, which run together and reach each other's shared memory: of how many,
 // which one this is, a barrier for all their threads. The last thing they do is to meet there, or one might end while others still
-// reach for its memory. barrier_arrive_at is for the barrier at the same place in block `rank`. bulk_copy_to brings the same
-// numbers to the same place in all `blocks`, one bit each, and tells the barrier at the same place in each: they are read once.
+// reach for its memory. barrier_arrive_at is for the barrier at the same place in block `rank`; what the thread wrote before, the
+// other block need not see. bulk_copy_to brings the same numbers to the same place in all `blocks`, one bit each, and tells the
+// barrier at the same place in each: they are read once.
 __device__ __forceinline__ unsigned cluster_size() {
     unsigned size = 1;
     ASM_90A("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
@@ -186,7 +187,7 @@ __device__ __forceinline__ void cluster_wait() {
 }
 __device__ __forceinline__ void barrier_arrive_at(uint64_t *barrier, unsigned rank) {
     ASM_90A("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
-            " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }"
+            " mbarrier.arrive.shared::cluster.b64 _, [there]; }"
             ::"r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(rank) : "memory");
 }
 __device__ __forceinline__ void bulk_copy_to(unsigned blocks, void *shared, const void *global, unsigned bytes,
@@ -198,9 +199,9 @@ __device__ __forceinline__ void bulk_copy_to(unsigned blocks, void *shared, cons
 #endif
 
 #ifdef __CUDACC__
-// A pointer, computed here: of one that only conditional loads use, nvcc does the arithmetic again for each of them.
+// A pointer to global memory. Of one that only conditional loads use, nvcc would do the arithmetic again for each of them.
 template <class Number>
-__device__ __forceinline__ const Number *here(const Number *pointer) {
+__device__ __forceinline__ const Number *computed_once(const Number *pointer) {
     asm volatile("" : "+l"(pointer));
     __builtin_assume(__isGlobal(pointer));
     return pointer;
@@ -243,11 +244,13 @@ void launch_early(unsigned cluster, void (*kernel)(Parameters...), dim3 grid, di
     }
     cudaLaunchKernelEx(&launch, kernel, Parameters(arguments)...);       // its error stays for who asks for the last one
 }
-#define LAUNCH_CLUSTERS(size, kernel, grid, block, shared, stream, ...) \
+#define LAUNCH_EARLY_CLUSTERS(size, kernel, grid, block, shared, stream, ...) \
     launch_early(size, kernel, grid, dim3(block), shared, stream, __VA_ARGS__)
+#else
+#define LAUNCH_EARLY_CLUSTERS LAUNCH_CLUSTERS                    // nothing begins early there
 #endif
-#define LAUNCH_EARLY(...) LAUNCH_CLUSTERS(1, __VA_ARGS__)
-#define LAUNCH_PAIRS(...) LAUNCH_CLUSTERS(2, __VA_ARGS__)
+#define LAUNCH_EARLY(...) LAUNCH_EARLY_CLUSTERS(1, __VA_ARGS__)
+#define LAUNCH_PAIRS(...) LAUNCH_EARLY_CLUSTERS(2, __VA_ARGS__)
 
 // ============================================================== 1. Context: errors, memory, launches
 
@@ -562,7 +565,7 @@ struct real_weights {
     __device__ float at(size_t k, size_t j) const { return w[k * k_step + j * column_step]; }
     enum { WIDE = 4 };
     typedef float4 wide;
-    __device__ const wide *wides(size_t k, size_t j) const { return here((const wide *)(w + j * column_step + k)); }
+    __device__ const wide *wides(size_t k, size_t j) const { return computed_once((const wide *)(w + j * column_step + k)); }
     __device__ static void unpack(float *to, wide x) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
 };
 
@@ -574,7 +577,7 @@ struct bfloat16_weights {
     __device__ float at(size_t k, size_t j) const { return real(w[j * in + k]); }
     enum { WIDE = 8 };
     typedef uint4 wide;
-    __device__ const wide *wides(size_t k, size_t j) const { return here((const wide *)(w + j * in + k)); }
+    __device__ const wide *wides(size_t k, size_t j) const { return computed_once((const wide *)(w + j * in + k)); }
     __device__ static void unpack(float *to, wide x) {
         const unsigned pairs[] = {x.x, x.y, x.z, x.w};
         for (int i = 0; i < WIDE; i++) to[i] = real(i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xFFFF);
@@ -590,13 +593,14 @@ struct int8_weights {
     }
     enum { WIDE = 8 };
     struct wide { uint2 bytes; float scale; };
-    struct row {                                                 // i: of the places of one lane, a warp's width apart
-        const uint2 *bytes;
+    struct row {                                                 // from a lane's first place on; i: multiples of WARP, so that
+        const uint2 *bytes;                                      // the groups, which each have a scale, are as many further on
         const float *scales;
+        static_assert(WARP * WIDE % METALA_GROUP == 0, "from one number of a lane to its next, whole groups");
         __device__ wide operator[](unsigned i) const { return {bytes[i], scales[i * WIDE / METALA_GROUP]}; }
     };
     __device__ row wides(size_t k, size_t j) const {
-        return {here((const uint2 *)(q + j * in + k)), here(scales + j * groups + k / METALA_GROUP)};
+        return {computed_once((const uint2 *)(q + j * in + k)), computed_once(scales + j * groups + k / METALA_GROUP)};
     }
     __device__ static void unpack(float *to, wide x) {
         for (int i = 0; i < WIDE; i++) to[i] = x.scale * (float)(int8_t)((i < 4 ? x.bytes.x : x.bytes.y) >> 8 * (i % 4) & 0xFF);
@@ -932,7 +936,7 @@ tensor_multiply_kernel(float *c, operand a, operand b, const float *bias, const 
 // The parts of a sum are tiles as well: tile number n + z·(tiles of C) sums lines from z·lines_each on.
 enum { GROUP_COLUMNS = 256, GROUP_STAGES = 4, GROUP_WARPS = 8, GROUP_THREADS = (GROUP_WARPS + 1) * WARP };
 enum { GROUP_STAGE = (PRODUCT_ROWS + GROUP_COLUMNS) * LINE_PARTS };
-const size_t GROUP_BYTES = GROUP_STAGES * GROUP_STAGE * sizeof(uint4) + 1024;       // the barriers are behind the stages
+const size_t GROUP_BYTES = GROUP_STAGES * GROUP_STAGE * sizeof(uint4) + 1024;       // for the barriers; the emulator wants whole KB
 
 template <metala_math MATH>
 __global__ void __launch_bounds__(GROUP_THREADS, 1)
@@ -968,7 +972,8 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
                 barrier_wait(empty + stage, phase ^ 1);
                 barrier_expect(full + stage, of_a + of_b);
                 if (of_a) bulk_copy(to, line_of(a, row, line), of_a, full + stage);
-                if (of_share) bulk_copy_to((1u << blocks) - 1, to_b, line_of(b, column, line), of_share, full + stage);
+                if (blocks == 1) bulk_copy(to_b, line_of(b, column, line), of_share, full + stage);
+                else if (of_share) bulk_copy_to((1u << blocks) - 1, to_b, line_of(b, column, line), of_share, full + stage);
             }
         }
     } else
@@ -1191,7 +1196,7 @@ matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, un
     const unsigned end = o < l.out ? least(in, start + share) : 0;
     const bool begins = threadIdx.x % WARP == 0 && start == 0 && o < l.out;          // has the first number of an output's sum
     next_may_begin();
-    float dot[ROWS] = {}, square[ROWS] = {}, bias = !SWIGLU && begins && l.bias ? l.bias[o] : 0;
+    float dot[ROWS] = {}, square[ROWS] = {};
     for (unsigned k0 = 0; k0 < share || k0 == 0; k0 += AHEAD * STEP) {
         const size_t from = start + k0 + threadIdx.x % WARP * EACH;
         const unsigned left = left_of(from, end, AHEAD * STEP);
@@ -1207,12 +1212,12 @@ matmul_few_rows_kernel(const few_rows_layers<Weights> layers, const float *x, un
         __syncwarp();                                                // or each load would move down to its use, and none be ahead
         if (!SWIGLU && k0 == 0 && begins)
             for (unsigned row = 0; row < ROWS; row++)
-                dot[row] = bias + (l.residual && row < rows ? l.residual[(size_t)row * l.out + o] : 0);
+                dot[row] = (l.bias ? l.bias[o] : 0) + (l.residual && row < rows ? l.residual[(size_t)row * l.out + o] : 0);
 #pragma unroll
         for (unsigned a0 = 0; a0 < AHEAD; a0 += SOME)
 #pragma unroll
             for (unsigned row = 0; row < ROWS; row++) {
-                const float *own = here(x + (ROWS == 1 || row < rows ? row : rows - 1) * (size_t)in + from);
+                const float *own = computed_once(x + (ROWS == 1 || row < rows ? row : rows - 1) * (size_t)in + from);
                 float number[SOME][EACH], weight[EACH];
 #pragma unroll
                 for (unsigned i = 0; i < SOME; i++)
@@ -1278,8 +1283,8 @@ void matmul_few_rows(metala_context *ctx, float *y, const metala_linear *layers,
             while (most >> split > 1 && at_once << split < in) split++;
             const size_t share = round_up(ceil_div(in, (size_t)1 << split), WARP * lane::EACH);
             const extent grid(ceil_div(outs, most >> split), SWIGLU ? 1 : layers_here);
-            RUN_EARLY((matmul_few_rows_kernel<ROWS, WIDE, SWIGLU, Weights>), grid, THREADS, 0, some, x, (unsigned)rows, (unsigned)in,
-                      (unsigned)share, split, eps);
+            RUN_EARLY((matmul_few_rows_kernel<ROWS, WIDE, SWIGLU, Weights>), grid, THREADS, 0, some, x, (unsigned)rows,
+                      (unsigned)in, (unsigned)share, split, eps);
         };
         typedef std::integral_constant<int, 1> one;
         typedef std::integral_constant<int, FEW_ROWS> several;
@@ -1891,6 +1896,21 @@ void silu_gate_forward(metala_context *ctx, float *y, const float *a, const floa
     RUN_EARLY(silu_gate_forward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, y, a, b, n);
 }
 
+// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
+__global__ void silu_gate_backward_kernel(float *da, float *db, const float *dy, const float *a, const float *b,
+                                          size_t n) {
+    FOR_EACH_FEW(first, n)
+        few(first, n, [=](size_t i) { return make_float3(dy[i], a[i], b[i]); }, [=](size_t i, float3 in) {
+            float gradient = in.x, a = in.y, b = in.z, s = sigmoid(a);
+            da[i] = gradient * b * s * (1 + a * (1 - s));
+            db[i] = gradient * a * s;
+        });
+}
+void silu_gate_backward(metala_context *ctx, float *da, float *db, const float *dy, const float *a, const float *b,
+                        size_t n) {
+    RUN(silu_gate_backward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, da, db, dy, a, b, n);
+}
+
 // y = silu(W_1 n + β_1) ⊙ (W_2 n + β_2),  n = rms(x): of a few rows one kernel, of more the three.
 template <metala_math MATH>
 void swiglu_step(metala_context *ctx, float *y, const metala_linear *layers, metala_dtype weights, float *n, float *r,
@@ -1905,21 +1925,6 @@ void swiglu_step(metala_context *ctx, float *y, const metala_linear *layers, met
     if (weights == METALA_F32) matmul_forward<MATH>(ctx, layers, 2, n, rows, in);
     else matmul_quantized(ctx, layers, 2, n, rows, in);
     silu_gate_forward(ctx, y, layers[0].y, layers[1].y, rows * layers->out);
-}
-
-// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
-__global__ void silu_gate_backward_kernel(float *da, float *db, const float *dy, const float *a, const float *b,
-                                          size_t n) {
-    FOR_EACH_FEW(first, n)
-        few(first, n, [=](size_t i) { return make_float3(dy[i], a[i], b[i]); }, [=](size_t i, float3 in) {
-            float gradient = in.x, a = in.y, b = in.z, s = sigmoid(a);
-            da[i] = gradient * b * s * (1 + a * (1 - s));
-            db[i] = gradient * a * s;
-        });
-}
-void silu_gate_backward(metala_context *ctx, float *da, float *db, const float *dy, const float *a, const float *b,
-                        size_t n) {
-    RUN(silu_gate_backward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, da, db, dy, a, b, n);
 }
 
 // Sum:  y = a + b, n numbers; y may be a or b.
@@ -4334,7 +4339,8 @@ size_t count_shared(int shared) {
     return !!(shared & q_or_b) + !!(shared & k_or_b) + !!(shared & METALA_CONSTANT_DECAY);
 }
 
-// Scratch memory, in floats for states and in chunks for their operands, above which fewer heads or chunks are taken at a time.
+// Scratch memory, in floats for states and in chunks for their operands, above which fewer heads or chunks are taken at a time:
+// 256 MB, and for heads of 128 channels 170 MB in bfloat16 or 340 MB in tf32.
 #ifdef __CUDACC__
 enum { MOST_STATES = 1 << 26, MOST_OPERANDS = 4096 };
 #else
@@ -4378,7 +4384,7 @@ template <metala_math MATH>
 void scan_forward(metala_context *ctx, metala_form form, float *o, float *S, float *states, const float *q,
                   const float *k, const float *v, const float *alpha, size_t B, size_t T, size_t H, size_t K, size_t V,
                   double scale, int shared) {
-    if (!head_fits(ctx, K) || !B || !T || !H) return;
+    if (!head_fits(ctx, K) || !B || !T || !H || !V) return;
     const size_t most_shared = shared_room(), wanted = chunkwise_forward_shared<WIDE>(K) * sizeof(float);
     const size_t all_states = B * H * K * V;
     const bool recurrent = form == METALA_RECURRENT || K > MOST_CHUNKWISE_K || wanted > most_shared || T <= 1;
@@ -4515,7 +4521,7 @@ mixer_step_kernel(float *y, float *S, const float *z, const float *q, const floa
     float s[STEP_AHEAD], vj = 0, w = 0;
     auto column = [=](unsigned task) { return task % tiles * WARP + own % WARP; };
     auto fetch = [&](unsigned task, unsigned i0) {
-        const float *row = here(S + (head * K + i0) * V + column(task));
+        const float *row = computed_once(S + (head * K + i0) * V + column(task));
 #pragma unroll
         for (unsigned a = 0; a < STEP_AHEAD; a++)
             if (i0 + a * groups < K) s[a] = row[a * step];

@@ -6,12 +6,12 @@
 //         ... -fsanitize=thread               races between the threads of a block
 //         ... and traffic.cpp                 what each line costs in sectors of global and banks of shared memory
 //
-// The file stays CUDA: nvcc compiles the same text. It keeps to three conventions, which it defines for nvcc itself:
+// The file stays CUDA: nvcc compiles the same text. It keeps to these conventions, which it defines for nvcc itself:
 //
 //     LAUNCH(kernel, grid, block, shared, stream, arguments...)    kernel<<<grid, block, shared, stream>>>(arguments...)
 //     LAUNCH_CLUSTERS(size, kernel, ...)                           the same with clusters of so many blocks, side by side in x
 //     DYNAMIC_SHARED(type, name)                                   extern __shared__ type name[]
-//     inline PTX stands in functions of one instruction each, which section 7 has as well, with the register layouts of
+//     inline PTX stands in functions of an instruction or two each, which section 7 has as well, with the register layouts of
 //     the PTX ISA: mma_bf16, mma_tf32, ldmatrix_x4, …, copy16_async, copy_commit, copy_wait, wgmma_bf16, wgmma_tf32, barrier_wait, …
 //
 // What it notices by itself, in every build, named by kernel, block and thread:
@@ -1150,8 +1150,10 @@ EMU_UNWATCHED inline void run_cluster(uint3 at) {
         prepare(t);
     }
     EMU_RELEASE(&E->start_tag);
-    while (E->returned < E->all)
+    while (E->returned < E->all) {
+        if (policy.order == RANDOM && next_random(&E->random) % 4 == 0) bring_copies();          // or as late as they can
         if (!run_some_block() && !release_together(E->threads, E->all, AT_CLUSTER) && !bring_copies()) stop_all();
+    }
     EMU_ACQUIRE(&E->end_tag);
     for (int rank = 0; rank < E->launch->cluster; rank++) check_shared(E->blocks[rank]);
 }
@@ -1796,7 +1798,7 @@ inline void wgmma_commit() { emu::E->self->wgmma->group++; }
 template <int PENDING> void wgmma_wait(EMU_HERE) { emu::wgmma_wait(PENDING, file, line); }
 inline void wgmma_show() { emu::E->self->wgmma->shown = true; }
 
-template <class Number> const Number *here(const Number *pointer) { return pointer; }        // as wgmma_hold
+template <class Number> const Number *computed_once(const Number *pointer) { return pointer; }        // as wgmma_hold
 inline void next_may_begin() {}                                  // kernels run one after the other
 inline void wait_for_before() {}
 

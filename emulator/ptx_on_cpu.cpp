@@ -399,8 +399,9 @@ uint64_t place_of_phases(Warp &w, const Instruction &i, int lane) {
 // Another block of the cluster; its shared memory has addresses from (rank + 1)·WINDOW_BYTES on, those of one's own from 0.
 Block &block_of(Warp &w, const Instruction &i, int lane, uint64_t rank) {
     vector<Block> &all = *w.block->cluster;
-    if (rank >= all.size()) fail(w, i, lane, "no block " + std::to_string(rank) + " in a cluster of " + std::to_string(all.size()));
-    if (!all[rank].live) fail(w, i, lane, "block " + std::to_string(rank) + " of the cluster has ended");
+    const string block = "block " + std::to_string(rank);
+    if (rank >= all.size()) fail(w, i, lane, "no " + block + " in a cluster of " + std::to_string(all.size()));
+    if (!all[rank].live) fail(w, i, lane, block + " of the cluster has ended");
     return all[rank];
 }
 Phases &phases_of(Warp &w, const Instruction &i, int lane, uint64_t at) {
@@ -1495,10 +1496,11 @@ void Translator::instruction() {
         if (tries) i.d = slot(o[0].names[0], 4);
         known = text == "mbarrier.init.shared::cta.b64" || text == "mbarrier.try_wait.parity.shared::cta.b64" ||
                 text == "mbarrier.arrive.shared::cta.b64" || text == "mbarrier.arrive.expect_tx.shared::cta.b64" ||
-                text == "mbarrier.arrive.release.cluster.shared::cluster.b64";
+                text == "mbarrier.arrive.shared::cluster.b64";
         known = known && (tries || inits || o[0].names[0] == "_");
-    } else if (text == "mapa.shared::cluster.u32") i.run = map_address, i.d = slot(o[0].names[0], 4), i.a = slot(o[1].names[0], 4), i.b = slot(o[2].names[0], 4);
-    else if (text == "barrier.cluster.arrive.release.aligned") i.run = nothing;
+    } else if (text == "mapa.shared::cluster.u32") {
+        i.run = map_address, i.d = slot(o[0].names[0], 4), i.a = slot(o[1].names[0], 4), i.b = slot(o[2].names[0], 4);
+    } else if (text == "barrier.cluster.arrive.release.aligned") i.run = nothing;
     else if (text == "barrier.cluster.wait.acquire.aligned") i.run = cluster_barrier;
     else if (text == "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes" ||
              text == "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster") {
@@ -1721,9 +1723,11 @@ void run_cluster(vector<Block> &cluster) {
     }
     for (Block &b : cluster) {
         for (auto &at : b.phases)
-            if (!at.second.copies.empty()) fail(b.warps[0], code.back(), 0, "the block ends while copies into its shared memory are on their way");
+            if (!at.second.copies.empty())
+                fail(b.warps[0], code.back(), 0, "the block ends while copies into its shared memory are on their way");
         for (Warp &w : b.warps)
-            if (w.products != b.warps[(size_t)w.index & ~(size_t)3].products) fail(w, code.back(), 0, "wgmma by a part of a warpgroup");
+            if (w.products != b.warps[(size_t)w.index & ~(size_t)3].products)
+                fail(w, code.back(), 0, "wgmma by a part of a warpgroup");
     }
 }
 
@@ -1886,7 +1890,8 @@ cudaError_t launch(Kernel &k, dim3 grid, dim3 block, void **arguments, size_t dy
     if (!threads || threads > (uint64_t)k.max_threads || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > INT32_MAX ||
         grid.y > 65535 || grid.z > 65535 || k.shared_bytes + dynamic > room)
         return result(cudaErrorInvalidConfiguration);
-    if (!cluster || cluster > 8 || grid.x % cluster || (cluster > 1 && capability < 90)) return result(cudaErrorInvalidClusterSize);
+    if (!cluster || cluster > 8 || grid.x % cluster || (cluster > 1 && capability < 90))
+        return result(cudaErrorInvalidClusterSize);
     vector<unsigned char> parameters(k.parameter_bytes);
     for (size_t p = 0; p < k.parameters.size(); p++) memcpy(&parameters[k.parameters[p].at], arguments[p], k.parameters[p].bytes);
     return enqueue(stream, [=, &k] { run_grid(k, grid, block, cluster, parameters, dynamic, early); });
@@ -1956,7 +1961,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *how, const void *here,
     for (unsigned n = 0; n < how->numAttrs; n++) {
         const cudaLaunchAttribute &a = how->attrs[n];
         early = early || a.id == cudaLaunchAttributeProgrammaticStreamSerialization;
-        if (a.id == cudaLaunchAttributeClusterDimension) cluster = a.val.clusterDim.y * a.val.clusterDim.z == 1 ? a.val.clusterDim.x : 0;
+        if (a.id == cudaLaunchAttributeClusterDimension)
+            cluster = a.val.clusterDim.y * a.val.clusterDim.z == 1 ? a.val.clusterDim.x : 0;
     }
     return launch(kernel_of(here), how->gridDim, how->blockDim, arguments, how->dynamicSmemBytes, how->stream, early, cluster);
 }
