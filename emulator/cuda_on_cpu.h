@@ -22,7 +22,7 @@
 //     launches beyond a limit of the GPU; memory freed twice or never; what a stream's capture does not allow
 // What shows as NaN or a different result:
 //     fresh global and shared memory, and what cp.async or bulk_copy are about to overwrite, read as NaN (integers as -1)
-//     the threads between two barriers, and the blocks, run in an order that can be chosen
+//     the threads between two barriers, and the blocks, run in an order that can be chosen; at random, a warp may run ahead
 //
 // It is one CPU's idea of a GPU: speed, real concurrency and the last bits of expf are not its business. Tensor maps, wmma,
 // cooperative groups and blocks that wait for each other, but for those of a cluster, are not there. A kernel may not return
@@ -66,6 +66,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <deque>
@@ -321,8 +322,9 @@ struct Engine {
     Block blocks[MOST_BLOCKS];                                   // of the cluster; mostly it has one
     Thread *threads, scheduler, *self, *before;                  // self runs, and before did before it
     int n, all, most, returned;                                  // threads of a block, of all, stacks, threads that ended
-    int order[MOST_THREADS];                                     // in which those of a block run from barrier to barrier
-    int at;                                                      // place in it
+    int order[MOST_THREADS];                                     // in which some of them run from barrier to barrier
+    int ordered, at;                                             // how many; place in it
+    int ahead;                                                   // in random order, the first of a warp that runs alone, or -1
     std::list<Phases> *phases;                                   // of these blocks
     char start_tag, end_tag, cluster_tag[2];                     // see section 3
     uint64_t random;
@@ -413,7 +415,7 @@ EMU_UNWATCHED inline void switch_to(Thread *to) {
 
 // The next thread of this round that can run, or the scheduler when there is none.
 EMU_UNWATCHED inline Thread *next_ready() {
-    while (++E->at < E->n)
+    while (++E->at < E->ordered)
         if (E->threads[E->order[E->at]].state == READY) return &E->threads[E->order[E->at]];
     return &E->scheduler;
 }
@@ -1114,19 +1116,31 @@ EMU_UNWATCHED inline void arrange(int *order, int n, uint64_t *random) {
 
 bool bring_copies();                                             // section 7
 
-// One of the blocks in an order: a round in which each thread that can run does so until it waits or returns, or the end of its
-// barrier. So one block runs ahead of the others as far as it can without them.
+// n threads in an order, each until it waits or returns. Could any run?
+EMU_UNWATCHED inline bool run_round(int first, int n) {
+    arrange(E->order, n, &E->random);
+    for (int i = 0; i < n; i++) E->order[i] += first;
+    E->ordered = n, E->at = -1;
+    Thread *t = next_ready();
+    if (t == &E->scheduler) return false;
+    return switch_to(t), true;
+}
+
+// In random order now and then a warp alone, until it waits for others. Otherwise one of the blocks: a round, or the end of its
+// barrier; so one block runs ahead of the others as far as it can without them.
 EMU_UNWATCHED inline bool run_some_block() {
     int ranks[MOST_BLOCKS];
+    if (policy.order == RANDOM) {
+        auto run_ahead = [] { return E->ahead >= 0 && run_round(E->ahead, std::min(32, E->n - E->ahead % E->n)); };
+        if (run_ahead()) return true;
+        const int warps = (E->n + 31) / 32, pick = (int)(next_random(&E->random) % (uint64_t)(2 * warps * E->launch->cluster));
+        E->ahead = pick % 2 ? -1 : pick / 2 / warps * E->n + pick / 2 % warps * 32;
+        if (run_ahead()) return true;
+    }
     arrange(ranks, E->launch->cluster, &E->random);
     for (int k = 0; k < E->launch->cluster; k++) {
         const int first = ranks[k] * E->n;
-        arrange(E->order, E->n, &E->random);
-        for (int i = 0; i < E->n; i++) E->order[i] += first;
-        E->at = -1;
-        Thread *t = next_ready();
-        if (t != &E->scheduler) return switch_to(t), true;
-        if (release_together(E->threads + first, E->n, AT_BARRIER)) return true;
+        if (run_round(first, E->n) || release_together(E->threads + first, E->n, AT_BARRIER)) return true;
     }
     return false;
 }
@@ -1134,7 +1148,7 @@ EMU_UNWATCHED inline bool run_some_block() {
 // All threads of one cluster, which mostly is a block.
 EMU_UNWATCHED inline void run_cluster(uint3 at) {
     const dim3 &size = E->launch->block;
-    E->returned = 0, E->all = E->n * E->launch->cluster, E->phases->clear();
+    E->returned = 0, E->ahead = -1, E->all = E->n * E->launch->cluster, E->phases->clear();
     for (int rank = 0; rank < E->launch->cluster; rank++, at.x++) {
         E->blocks[rank].at = at, E->blocks[rank].rank = rank, E->blocks[rank].returned = 0;
         fill_shared(E->blocks[rank]);
