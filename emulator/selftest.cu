@@ -818,6 +818,23 @@ void run_neighbour(int bug) {
     LAUNCH(neighbour_kernel, 1, N, 0, 0, to, bug);
     result(all_equal(download(to, N), 3));
 }
+// A barrier is missing between two warps, but each of them meets itself so often that they keep step unless one runs ahead.
+__global__ void keep_step_kernel(float *to) {
+    __shared__ float x[N];
+    float sum = 0;
+    x[threadIdx.x] = 1;
+    __syncthreads();
+    for (int round = 0; round < 40; round++) sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += x[(threadIdx.x + 32) % N];
+    for (int round = 0; round < 40; round++) sum += 0 * __shfl_xor_sync(~0u, sum, 1);
+    x[threadIdx.x] = 2;
+    to[threadIdx.x] = sum;
+}
+void no_barrier_between_warps_in_step() {
+    float *to = device<float>(N);
+    LAUNCH(keep_step_kernel, 1, N, 0, 0, to);
+    result(all_equal(download(to, N), 1));
+}
 void no_barrier_after_write() { run_neighbour(1); }
 void no_barrier_before_overwrite() { run_neighbour(2); }
 
@@ -1048,6 +1065,7 @@ const struct {
 #define M(name, ...) {name, #name, __VA_ARGS__}
     M(no_barrier_after_write, "wrong result", "wrong result", "data race", "a race"),
     M(no_barrier_before_overwrite, "wrong result", "wrong result", "data race", "a race"),
+    M(no_barrier_between_warps_in_step, "wrong result", "wrong result", "data race", "a race"),
     M(barrier_in_a_branch, "barrier divergence", "barrier divergence", "barrier divergence", "at different barriers"),
     M(return_before_a_barrier, "threads 63: have returned", "threads 63: have returned", "threads 63: have returned", NULL),
     M(barrier_in_an_uneven_loop, "barrier divergence", "barrier divergence", "barrier divergence", "at different barriers"),
