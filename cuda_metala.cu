@@ -25,7 +25,7 @@
 //     DYNAMIC_SHARED(type, name)                                           in place of extern __shared__ type name[]
 //     inline PTX only in the functions under "Instructions" below, one instruction each, or two that belong together
 //
-// and RUN_EARLY is for kernels that call wait_for_before ahead of all that they write or that others wrote (test-ptx sees writes).
+// and RUN_EARLY is for kernels that call wait_for_before ahead of all that they write or that others wrote (test-ptx sees it).
 //
 // Bits: the order of every sum follows from the shapes alone. There are no atomics on floats; where blocks share a sum,
 // each leaves its part in scratch memory and a second kernel adds the parts in order.

@@ -18,7 +18,8 @@
 //     accesses beyond an allocation, shared memory, local memory or the parameters, and addresses not aligned to their size
 //     two threads that use a word of shared memory, one of them writing, without a barrier (or __syncwarp) between them
 //     barriers, shuffles, votes and products that some of the lanes do not reach, and wrong masks; division by zero
-//     phases of mbarriers that never end; kernels launched early that write, or end, before they have waited
+//     phases of mbarriers that never end; kernels launched early that write, end, or read what may still be written, before they
+//     have waited for the one before
 //     what a stream's capture does not allow
 // Fresh memory, global, shared and local, and what cp.async, also in bulk, is about to overwrite, is filled with ones: NaN. Copies
 // and the sums of wgmma arrive when they are waited for, those in bulk when nobody can go on, not before; operands of wgmma are
@@ -54,6 +55,7 @@
 #include <map>
 #include <string>
 #include <type_traits>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -279,6 +281,11 @@ const uint64_t SHARED_WINDOW = 0x7F00000000000000, WINDOW_BYTES = 1 << 24;   // 
     fail(w, i, lane, string(write ? "writes " : "reads ") + std::to_string(n) + " bytes at byte " + std::to_string((int64_t)a) +
                          " of the " + std::to_string(bytes) + " of " + what);
 }
+// Lines of 128 bytes of global memory that kernels have written since the last copy, or from the last one on that was not launched
+// early: until an early kernel has waited, it must read none of them.
+std::unordered_set<uint64_t> written_lines;
+uint64_t last_written_line;
+
 // Where the n bytes at address a are, which must be there.
 inline unsigned char *memory(Warp &w, const Instruction &i, int lane, Space space, uint64_t a, size_t n, bool write) {
     if (a & (n - 1)) fail(w, i, lane, "an address that is not a multiple of " + std::to_string(n));
@@ -288,8 +295,10 @@ inline unsigned char *memory(Warp &w, const Instruction &i, int lane, Space spac
     }
     if (space == GLOBAL) {
         if (!covers(a, n)) fail(w, i, lane, string(write ? "writes" : "reads") + " global memory that nobody has allocated");
-        if (write && w.block->early && !(w.block->waited[w.index] >> lane & 1))
-            fail(w, i, lane, "writes before griddepcontrol.wait, in a kernel that may begin before the one before has ended");
+        if (write && a / 128 != last_written_line) written_lines.insert(last_written_line = a / 128);
+        if (w.block->early && !(w.block->waited[w.index] >> lane & 1) && (write || written_lines.count(a / 128)))
+            fail(w, i, lane, string(write ? "writes" : "reads what an earlier kernel has written") +
+                                 " before griddepcontrol.wait, in a kernel that may begin before the one before has ended");
         return (unsigned char *)a;
     }
     Block &b = *w.block;
@@ -1731,9 +1740,11 @@ void run_cluster(vector<Block> &cluster) {
     }
 }
 
+void forget_written_lines() { written_lines.clear(), last_written_line = 0; }
 void run_grid(Kernel &k, dim3 grid, dim3 size, unsigned blocks, vector<unsigned char> parameters, size_t dynamic, bool early) {
     vector<Block> cluster(blocks);
     bool some = false;
+    if (!early) forget_written_lines();
     vector<vector<unsigned char>> registers;
     for (Block &b : cluster) {
         b.early = early, b.cluster = &cluster, b.rank = (unsigned)(&b - &cluster[0]);
@@ -2039,11 +2050,11 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *all) {
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
     if (captured) return not_captured(cudaErrorStreamCaptureImplicit);
     cudaError_t e = misplaced(to, from, bytes, kind);
-    return e ? e : (memmove(to, from, bytes), cudaSuccess);
+    return e ? e : (memmove(to, from, bytes), forget_written_lines(), cudaSuccess);
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     cudaError_t e = misplaced(to, from, bytes, kind);
-    return e ? e : enqueue(stream, [=] { memmove(to, from, bytes); });
+    return e ? e : enqueue(stream, [=] { memmove(to, from, bytes), forget_written_lines(); });
 }
 cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
                          cudaMemcpyKind kind) {
@@ -2061,7 +2072,7 @@ cudaError_t cudaMemcpyToSymbol(const void *symbol, const void *from, size_t byte
 }
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
     if (bytes && !covers((uint64_t)to, bytes)) return result(cudaErrorInvalidValue);
-    return enqueue(stream, [=] { memset(to, value, bytes); });
+    return enqueue(stream, [=] { memset(to, value, bytes), forget_written_lines(); });
 }
 cudaError_t cudaMemset(void *to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes, 0); }
 
