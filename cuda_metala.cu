@@ -208,11 +208,11 @@ __device__ __forceinline__ const Number *computed_once(const Number *pointer) {
 }
 #endif
 
-// Kernels that follow each other, from compute capability 9.0 on (programmatic dependent launch): one that is launched by RUN_EARLY
+// Kernels that follow each other, from compute capability 9.0 on (programmatic dependent launch): one launched by RUN_EARLY
 // may begin as soon as all blocks of the one before have said next_may_begin, or ended. Before wait_for_before it must not write,
 // nor read what an earlier kernel may still write. Behind it the kernel before has ended; and all earlier ones, because that one
 // has waited, too. So every early kernel must wait, whatever its shapes, even if it needs nothing.
-std::atomic<bool> runs_early;                                    // does the code that this GPU runs have them? metala_cuda has asked it
+std::atomic<bool> runs_early;                                    // does this GPU's code have them? metala_cuda has asked
 #ifdef __CUDACC__
 __device__ __forceinline__ void next_may_begin() {
 #if __CUDA_ARCH__ >= 900
@@ -926,7 +926,7 @@ tensor_multiply_kernel(float *c, operand a, operand b, const float *bias, const 
 }
 
 // The same on an H100: two warpgroups multiply 64 × 256 each, and the first thread of a warp of its own, behind them, has the
-// lines brought for them, GROUP_STAGES ahead. There are two barriers for each stage: `full`, when its lines have come, and `empty`,
+// lines brought for them, GROUP_STAGES ahead. Each stage has two barriers: `full`, when its lines have come, and `empty`,
 // when all warps have used them. A block stays on its multiprocessor and takes one tile after the other: while C is written, the
 // lines of the next tile come already.
 //
@@ -936,7 +936,7 @@ tensor_multiply_kernel(float *c, operand a, operand b, const float *bias, const 
 // The parts of a sum are tiles as well: tile number n + z·(tiles of C) sums lines from z·lines_each on.
 enum { GROUP_COLUMNS = 256, GROUP_STAGES = 4, GROUP_WARPS = 8, GROUP_THREADS = (GROUP_WARPS + 1) * WARP };
 enum { GROUP_STAGE = (PRODUCT_ROWS + GROUP_COLUMNS) * LINE_PARTS };
-const size_t GROUP_BYTES = GROUP_STAGES * GROUP_STAGE * sizeof(uint4) + 1024;       // for the barriers; the emulator wants whole KB
+const size_t GROUP_BYTES = GROUP_STAGES * GROUP_STAGE * sizeof(uint4) + 1024;       // barriers; the emulator wants whole KB
 
 template <metala_math MATH>
 __global__ void __launch_bounds__(GROUP_THREADS, 1)
@@ -1129,7 +1129,8 @@ void tensor_multiply(metala_context *ctx, float *c, operand a, operand b, float 
     const portions p = portions_of<MATH>(M, N, a.lines);
     const size_t down = ceil_div(M, PRODUCT_ROWS), across = ceil_div(N, 128), across_wide = ceil_div(N, GROUP_COLUMNS);
     auto shared = [=](int columns) { return (size_t)PRODUCT_STAGES * LINE * (PRODUCT_ROWS + columns); };
-    const bool wide = !by_warpgroups() && down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across && shared_room() >= shared(256);
+    const bool wide = !by_warpgroups() && down * across_wide >= WIDE_FROM && 16 * across_wide <= 9 * across
+                      && shared_room() >= shared(256);
     float *to = p.count > 1 ? parts : c;
     if constexpr (HAS_WGMMA) {
         const size_t blocks = blocks_of_cluster(M), tiles = ceil_div(M, blocks * PRODUCT_ROWS) * across_wide * p.count;
@@ -1756,7 +1757,9 @@ __global__ void augment_backward_kernel(float *dq, float *dk, float *dv, float *
     FOR_EACH_WARP(r, rows * H) {
         const float *bh = b + r % H * K;
         float query[HELD], key[HELD], balance[HELD], value[HELD], gradient[HELD], so_far[HELD], of_key[HELD], w = 0, sum = 0;
-        auto load_keys = [&](size_t i) { load_held(query, q + r * K, i, K), load_held(key, k + r * K, i, K), load_held(balance, bh, i, K); };
+        auto load_keys = [&](size_t i) {
+            load_held(query, q + r * K, i, K), load_held(key, k + r * K, i, K), load_held(balance, bh, i, K);
+        };
         auto load_values = [&](size_t j) {
             load_held(value, v + r * V, j, V), load_held(gradient, dp + r * V, j, V), load_held(so_far, dv + r * V, j, V);
         };

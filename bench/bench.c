@@ -288,7 +288,7 @@ static void bench_scan(call_data *c, const size_t (*shapes)[5], size_t count) {
         }
 }
 
-// One token: W_1 and W_2 are read; the states are read and written.
+// One token: swiglu_step reads W_1 and W_2, mixer_step reads and writes the states.
 static void swiglu_step(void *p) {
     call_data *c = p;
     const metala_linear layers[2] = {{c->x[0], c->x[1], NULL, NULL, NULL, c->out}, {c->x[2], c->x[3], NULL, NULL, NULL, c->out}};

@@ -1678,7 +1678,8 @@ EMU_UNWATCHED inline Phases &phases_at(const char *what, const uint64_t *barrier
     stop(true, "%s:%d: %s of %p, which barrier_init has not made a barrier", file, line, what, (const void *)barrier);
 }
 EMU_UNWATCHED inline void begin_phases(uint64_t *barrier, unsigned count, const char *file, int line) {
-    if (heap.capability != 90) stop(true, "%s:%d: barrier_init; the kernels here use it only on compute capability 9.0", file, line);
+    if (heap.capability != 90)
+        stop(true, "%s:%d: barrier_init; the kernels here use it only on compute capability 9.0", file, line);
     if ((uintptr_t)barrier % 8 || !in_shared_memory(barrier, 8) || !count)
         stop(true, "%s:%d: barrier_init of %p for %u threads; it takes 8 aligned bytes of shared memory, and a thread", file, line,
              (void *)barrier, count);

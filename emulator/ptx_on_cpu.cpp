@@ -1492,7 +1492,8 @@ void Translator::instruction() {
     else if (op == "ret") i.run = branch, i.control = true, frames.back().returns.push_back(here);
     else if (op == "trap") i.run = trap;
     else if (text == "griddepcontrol.wait") i.run = wait_for_before;
-    else if (op == "membar" || op == "fence" || text == "griddepcontrol.launch_dependents" || (op == "wgmma" && has("fence"))) i.run = nothing;
+    else if (op == "membar" || op == "fence" || text == "griddepcontrol.launch_dependents" || (op == "wgmma" && has("fence")))
+        i.run = nothing;
     else if (op == "wgmma" && has("commit_group")) i.run = wgmma_commit;
     else if (op == "wgmma" && has("wait_group")) i.run = wgmma_wait, i.offset = atoi(o[0].names[0].c_str());
     else if (text == "cp.async.commit_group") i.run = copy_commit;
@@ -1772,7 +1773,8 @@ void run_grid(Kernel &k, dim3 grid, dim3 size, unsigned blocks, vector<unsigned 
         for (const Block &b : cluster)
             for (uint32_t lanes : b.waited) some = some || lanes;
     }
-    if (early && !some) die("no thread of " + k.shown + " waited for the kernel before, and who comes next waits for this one alone");
+    if (early && !some)
+        die("no thread of " + k.shown + " waited for the kernel before, and who comes next waits for this one alone");
     k.launches++;
 }
 

@@ -436,7 +436,8 @@ bool multiply_by_warpgroup(int bug) {
 }
 
 // A thread of its own has pieces of 64 numbers brought, two ahead of two warps that add them up: out[t] = Σ_p x[64 p + t].
-enum { NO_WAIT_FOR_COPIES = 1, NO_WAIT_FOR_ROOM, TOO_MUCH_EXPECTED, NO_BARRIER, ONE_TOO_MANY, MADE_TWICE, ODD_SIZE, BEYOND_NUMBERS };
+enum { NO_WAIT_FOR_COPIES = 1, NO_WAIT_FOR_ROOM, TOO_MUCH_EXPECTED, NO_BARRIER, ONE_TOO_MANY, MADE_TWICE,
+       ODD_SIZE, BEYOND_NUMBERS };
 __global__ void relay_kernel(float *out, const float *x, unsigned pieces, int bug) {
     __shared__ __align__(128) float piece[2][64];
     __shared__ uint64_t full[2], empty[2];
