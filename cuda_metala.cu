@@ -38,6 +38,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <initializer_list>
 #include <type_traits>
 
 #ifdef METALA_FLOAT64
@@ -492,6 +493,12 @@ __device__ float silu_slope(float x) {
     float s = sigmoid(x);
     return s * (1 + x * (1 - s));
 }
+// y = silu(a) b, and from its gradient dy those of a and b.
+struct gated { float y, da, db; };
+__device__ gated silu_gate(float a, float b, float dy) {
+    const float s = sigmoid(a);
+    return {a * s * b, dy * b * s * (1 + a * (1 - s)), dy * a * s};
+}
 
 const unsigned ALL_LANES = 0xFFFFFFFFu;
 
@@ -751,53 +758,107 @@ __device__ uint4 rounded(const float *x, unsigned stride) {
     return make_uint4(to[0], to[1], to[2], to[3]);
 }
 
-// straight[i][j] = turned[j][i] = x[i][j] rounded, up to whole lines zeros; memory NULL for what is not wanted.
-//   x (rows,columns)   straight (rows, lines of columns)   turned (columns, lines of rows), both perhaps with more lines
+// What is rounded: numbers as they are, or what a kernel of their own would make of them and write as floats. Of READS arrays
+// x (rows,columns) MAKES others, whose number at a place follows from those of x there.
+struct as_they_are {
+    enum { READS = 1, MAKES = 1 };
+    const float *x[READS];
+    __device__ static void make(float *) {}
+};
+struct gate_products {                                           // silu(a) ⊙ b of a and b
+    enum { READS = 2, MAKES = 1 };
+    const float *x[READS];
+    __device__ static void make(float *n) { n[0] = silu_gate(n[0], n[1], 0).y; }
+};
+struct gate_gradients {                                          // h = silu(a) ⊙ b, da and db of a, b and dh
+    enum { READS = 3, MAKES = 3 };
+    const float *x[READS];
+    __device__ static void make(float *n) {
+        const gated g = silu_gate(n[0], n[1], n[2]);
+        n[0] = g.y, n[1] = g.da, n[2] = g.db;
+    }
+};
+
+// straight[i][j] = turned[j][i] = y[i][j] rounded, up to whole lines zeros; plain[i][j] = y[i][j]; for each y of MAKES. NULL, or
+// with memory NULL, is what is not wanted.
+//   x, y, plain (rows,columns)   straight (rows, lines of columns)   turned (columns, lines of rows), both perhaps with more lines
 // A block has a square of as many rows as a line has numbers, in PIECES of 32 × 32 of which a thread takes 4 numbers; what is
 // turned goes through shared memory.
-template <metala_math MATH>
+struct copies { operand straight, turned; float *plain; };
+template <int MAKES> struct all_copies { copies of[MAKES]; };
+template <metala_math MATH, class Numbers>
 __global__ void __launch_bounds__(THREADS)
-round_operand_kernel(operand straight, operand turned, const float *x, unsigned rows, unsigned columns) {
+round_operands_kernel(all_copies<Numbers::MAKES> to, Numbers numbers, unsigned rows, unsigned columns) {
     enum { SIDE = numbers_of_line<MATH>, PIECE = 32, PIECES = SIDE / PIECE, EACH = SIDE / LINE_PARTS, PARTS = THREADS / SIDE };
     __shared__ float tile[SIDE][SIDE + 1];
     const unsigned line = blockIdx.x, i = threadIdx.x / 8, j = threadIdx.x % 8 * 4;
-    const bool fours = columns % 4 == 0 && (uintptr_t)x % 16 == 0;
+    uintptr_t addresses = 0;
+    for (const float *x : numbers.x) addresses |= (uintptr_t)x;
+    for (const copies &y : to.of) addresses |= (uintptr_t)y.plain;
+    const bool fours = columns % 4 == 0 && addresses % 16 == 0;
     next_may_begin(), wait_for_before();
     for (unsigned i0 = blockIdx.y * SIDE; i0 < rows; i0 += gridDim.y * SIDE) {
-        float number[PIECES * PIECES][4] = {};
+        float number[Numbers::READS][PIECES * PIECES][4] = {};
 #pragma unroll
-        for (unsigned p = 0; p < PIECES * PIECES; p++) {
-            const unsigned row = i0 + p / PIECES * PIECE + i, column = line * SIDE + p % PIECES * PIECE + j;
-            const float *from = x + (size_t)row * columns + column;
-            if (fours && row < rows && column < columns) {
-                const float4 four = *(const float4 *)from;
-                number[p][0] = four.x, number[p][1] = four.y, number[p][2] = four.z, number[p][3] = four.w;
-            } else if (row < rows)
+        for (unsigned n = 0; n < Numbers::READS; n++)
 #pragma unroll
-                for (unsigned e = 0; e < 4; e++)
-                    if (column + e < columns) number[p][e] = from[e];
-        }
+            for (unsigned p = 0; p < PIECES * PIECES; p++) {
+                const unsigned row = i0 + p / PIECES * PIECE + i, column = line * SIDE + p % PIECES * PIECE + j;
+                const float *from = numbers.x[n] + (size_t)row * columns + column;
+                float *here = number[n][p];
+                if (fours && row < rows && column < columns) {
+                    const float4 four = *(const float4 *)from;
+                    here[0] = four.x, here[1] = four.y, here[2] = four.z, here[3] = four.w;
+                } else if (row < rows)
 #pragma unroll
-        for (unsigned p = 0; p < PIECES * PIECES; p++) {
-            const unsigned row = i0 + p / PIECES * PIECE + i, column = p % PIECES * PIECE + j;
-            if (straight.memory && row < rows) {
-                uint4 *to = line_of(straight, row, line) + (column / EACH ^ row % SWIZZLE_ROWS);
-                const float *y = number[p];
-                if (MATH == METALA_BFLOAT16) ((uint2 *)to)[column / 4 % 2] = make_uint2(pack(y[0], y[1]), pack(y[2], y[3]));
-                else *to = make_uint4(to_tf32(y[0]), to_tf32(y[1]), to_tf32(y[2]), to_tf32(y[3]));
+                    for (unsigned e = 0; e < 4; e++)
+                        if (column + e < columns) here[e] = from[e];
             }
-            if (turned.memory)
 #pragma unroll
-                for (unsigned e = 0; e < 4; e++) tile[p / PIECES * PIECE + i][column + e] = number[p][e];
+        for (unsigned p = 0; p < PIECES * PIECES; p++)
+#pragma unroll
+            for (unsigned e = 0; e < 4; e++) {
+                float at_place[Numbers::READS];
+#pragma unroll
+                for (unsigned n = 0; n < Numbers::READS; n++) at_place[n] = number[n][p][e];
+                Numbers::make(at_place);
+#pragma unroll
+                for (unsigned n = 0; n < Numbers::MAKES; n++) number[n][p][e] = at_place[n];
+            }
+#pragma unroll
+        for (unsigned n = 0; n < Numbers::MAKES; n++) {
+            const operand straight = to.of[n].straight, turned = to.of[n].turned;
+            float *const plain = to.of[n].plain;
+#pragma unroll
+            for (unsigned p = 0; p < PIECES * PIECES; p++) {
+                const unsigned row = i0 + p / PIECES * PIECE + i, column = p % PIECES * PIECE + j;
+                const float *y = number[n][p];
+                if (straight.memory && row < rows) {
+                    uint4 *here = line_of(straight, row, line) + (column / EACH ^ row % SWIZZLE_ROWS);
+                    if (MATH == METALA_BFLOAT16) ((uint2 *)here)[column / 4 % 2] = make_uint2(pack(y[0], y[1]), pack(y[2], y[3]));
+                    else *here = make_uint4(to_tf32(y[0]), to_tf32(y[1]), to_tf32(y[2]), to_tf32(y[3]));
+                }
+                if (plain && row < rows) {
+                    float *here = plain + (size_t)row * columns + line * SIDE + column;
+                    if (fours && line * SIDE + column < columns) *(float4 *)here = make_float4(y[0], y[1], y[2], y[3]);
+                    else
+                        for (unsigned e = 0; e < 4; e++)
+                            if (line * SIDE + column + e < columns) here[e] = y[e];
+                }
+                if (turned.memory)
+#pragma unroll
+                    for (unsigned e = 0; e < 4; e++) tile[p / PIECES * PIECE + i][column + e] = y[e];
+            }
+            if (!turned.memory) continue;
+            __syncthreads();                                         // the tile is there for all
+            const unsigned column = threadIdx.x / PARTS, row = line * SIDE + column;
+#pragma unroll
+            for (unsigned part = threadIdx.x % PARTS; part < LINE_PARTS; part += PARTS)
+                if (row < columns)
+                    line_of(turned, row, i0 / SIDE)[part ^ row % SWIZZLE_ROWS] =
+                        rounded<MATH>(&tile[part * EACH][column], SIDE + 1);
+            __syncthreads();                                         // the tile may be written again
         }
-        if (!turned.memory) continue;
-        __syncthreads();                                             // the tile is there for all
-        const unsigned column = threadIdx.x / PARTS, row = line * SIDE + column;
-#pragma unroll
-        for (unsigned part = threadIdx.x % PARTS; part < LINE_PARTS; part += PARTS)
-            if (row < columns)
-                line_of(turned, row, i0 / SIDE)[part ^ row % SWIZZLE_ROWS] = rounded<MATH>(&tile[part * EACH][column], SIDE + 1);
-        __syncthreads();                                             // the tile may be written again
     }
 }
 
@@ -1152,12 +1213,25 @@ void tensor_multiply(metala_context *ctx, float *c, operand a, operand b, float 
 #endif
 }
 
-// The rounded copies of x (rows,columns), without memory for what is not wanted. Rows and columns fit in 32 bits:
-// for more nobody would have had room.
+// The rounded copies of numbers (rows,columns), or of x. Rows and columns fit in 32 bits: for more nobody would have had room.
+template <metala_math MATH, class Numbers>
+void round_operands(metala_context *ctx, all_copies<Numbers::MAKES> to, Numbers numbers, size_t rows, size_t columns) {
+    const extent grid(lines_of<MATH>(columns), blocks_for(lines_of<MATH>(rows), 1));
+    RUN_EARLY((round_operands_kernel<MATH, Numbers>), grid, THREADS, 0, to, numbers, (unsigned)rows, (unsigned)columns);
+}
 template <metala_math MATH>
 void round_operand(metala_context *ctx, operand straight, operand turned, const float *x, size_t rows, size_t columns) {
-    RUN_EARLY((round_operand_kernel<MATH>), extent(lines_of<MATH>(columns), blocks_for(lines_of<MATH>(rows), 1)), THREADS, 0,
-              straight, turned, x, (unsigned)rows, (unsigned)columns);
+    round_operands<MATH, as_they_are>(ctx, {{{straight, turned, NULL}}}, {{x}}, rows, columns);
+}
+
+// Scratch memory for the operands, which know their rows and lines, one behind the other, and for so many floats behind them.
+bool place_operands(metala_context *ctx, std::initializer_list<operand *> operands, float **parts, size_t floats) {
+    for (const operand *x : operands) floats += x->rows * x->lines * LINE_FLOATS;
+    uint4 *at = (uint4 *)scratch(ctx, floats);
+    if (floats && !at) return false;
+    for (operand *x : operands) x->memory = at, at = end_of(*x);
+    *parts = (float *)at;
+    return true;
 }
 
 // Linear layers y = x Wᵀ + bias + residual for a few rows of x, as in generation: memory is the limit, each weight is read once.
@@ -1307,20 +1381,20 @@ void with_weights(metala_dtype type, size_t in, Call call) {
 }
 
 // Linear layers of one x:  y = x Wᵀ + bias + residual.    y, residual (rows,out)   x (rows,in)   w [out,in]   bias [out] or NULL
-template <metala_math MATH>
-void rounded_forward(metala_context *ctx, const metala_linear *layers, int count, const float *x, size_t rows, size_t in) {
+template <metala_math MATH, class Numbers>
+void rounded_forward(metala_context *ctx, const metala_linear *layers, int count, Numbers x, size_t rows, size_t in) {
     const size_t lines = lines_of<MATH>(in);
-    size_t most_out = 0, most_parts = 0;
+    operand of_x = {NULL, rows, lines}, of_w = {NULL, 0, lines};
+    float *parts;
+    size_t most_parts = 0;
     for (int i = 0; i < count; i++) {
-        most_out = greatest(most_out, layers[i].out);
+        of_w.rows = greatest(of_w.rows, layers[i].out);
         most_parts = greatest(most_parts, portions_of<MATH>(rows, layers[i].out, lines).floats);
     }
-    const operand of_x = {(uint4 *)scratch(ctx, (rows + most_out) * lines * LINE_FLOATS + most_parts), rows, lines};
-    if (lines && !of_x.memory) return;
-    float *parts = (float *)(end_of(of_x) + most_out * lines * LINE_PARTS);
-    round_operand<MATH>(ctx, of_x, {}, x, rows, in);
+    if (!place_operands(ctx, {&of_x, &of_w}, &parts, most_parts)) return;
+    round_operands<MATH, Numbers>(ctx, {{{of_x, {}, NULL}}}, x, rows, in);
     for (const metala_linear *l = layers; l < layers + count; l++) {
-        const operand of_w = {end_of(of_x), l->out, lines};
+        of_w.rows = l->out;
         round_operand<MATH>(ctx, of_w, {}, (const float *)l->w, l->out, in);
         tensor_multiply<MATH>(ctx, l->y, of_x, of_w, parts, l->bias, l->residual);
     }
@@ -1334,7 +1408,7 @@ void matmul_forward(metala_context *ctx, const metala_linear *layers, int count,
     else if constexpr (MATH == METALA_EXACT)
         for (const metala_linear *l = layers; l < layers + count; l++)
             exact_multiply<true, true>(ctx, l->y, x, in, (const float *)l->w, in, l->bias, l->residual, rows, l->out, in);
-    else rounded_forward<MATH>(ctx, layers, count, x, rows, in);
+    else rounded_forward<MATH, as_they_are>(ctx, layers, count, {{x}}, rows, in);
 }
 
 // sums[j] += Σ_row a[row][j], the gradient of a bias: strips of rows, then the strips.
@@ -1368,6 +1442,7 @@ template <metala_math MATH>
 void rounded_backward(metala_context *ctx, float *dx, const metala_linear_gradient *layers, int count, const float *x, size_t rows,
                       size_t in, int accumulate) {
     size_t by_rows = 0, by_out = 0, most_out = 0, most_parts = 0;
+    float *parts;
     for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
         if (dx) by_out += lines_of<MATH>(l->out);
         if (!l->dw) continue;
@@ -1375,15 +1450,13 @@ void rounded_backward(metala_context *ctx, float *dx, const metala_linear_gradie
         most_parts = greatest(most_parts, portions_of<MATH>(l->out, in, by_rows).floats);
     }
     if (dx) most_parts = greatest(most_parts, portions_of<MATH>(rows, in, by_out).floats);
-    const size_t floats = ((rows + in) * by_out + (most_out + in) * by_rows) * LINE_FLOATS + most_parts;
-    const operand of_dy = {(uint4 *)scratch(ctx, floats), rows, by_out};
-    if (!of_dy.memory) return;
-    const operand of_w = {end_of(of_dy), in, by_out}, of_x = {end_of(of_w), in, by_rows};
-    float *parts = (float *)(end_of(of_x) + most_out * by_rows * LINE_PARTS);
+    operand of_dy = {NULL, rows, by_out}, of_w = {NULL, in, by_out}, of_x = {NULL, in, by_rows};
+    operand turned = {NULL, most_out, by_rows};
+    if (!place_operands(ctx, {&of_dy, &of_w, &of_x, &turned}, &parts, most_parts)) return;
     if (by_rows) round_operand<MATH>(ctx, {}, of_x, x, rows, in);
     size_t at = 0;                                                   // of this layer's lines of of_dy and of_w
     for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
-        const operand turned = {end_of(of_x), l->out, by_rows};
+        turned.rows = l->out;
         if (dx || l->dw)
             round_operand<MATH>(ctx, dx ? from_line(of_dy, at) : operand{}, l->dw ? turned : operand{}, l->dy, rows, l->out);
         if (dx) round_operand<MATH>(ctx, {}, from_line(of_w, at), l->w, l->out, in);
@@ -1893,25 +1966,96 @@ void head_norm_backward(metala_context *ctx, float *dp, float *dg, const float *
 __global__ void silu_gate_forward_kernel(float *y, const float *a, const float *b, size_t n) {
     next_may_begin(), wait_for_before();
     FOR_EACH_FEW(first, n)
-        few(first, n, [=](size_t i) { return make_float2(a[i], b[i]); }, [=](size_t i, float2 ab) { y[i] = silu(ab.x) * ab.y; });
+        few(first, n, [=](size_t i) { return make_float2(a[i], b[i]); },
+            [=](size_t i, float2 ab) { y[i] = silu_gate(ab.x, ab.y, 0).y; });
 }
 void silu_gate_forward(metala_context *ctx, float *y, const float *a, const float *b, size_t n) {
     RUN_EARLY(silu_gate_forward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, y, a, b, n);
 }
 
-// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
-__global__ void silu_gate_backward_kernel(float *da, float *db, const float *dy, const float *a, const float *b,
+// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)      and y once more, or NULL
+__global__ void silu_gate_backward_kernel(float *da, float *db, float *y, const float *dy, const float *a, const float *b,
                                           size_t n) {
     FOR_EACH_FEW(first, n)
-        few(first, n, [=](size_t i) { return make_float3(dy[i], a[i], b[i]); }, [=](size_t i, float3 in) {
-            float gradient = in.x, a = in.y, b = in.z, s = sigmoid(a);
-            da[i] = gradient * b * s * (1 + a * (1 - s));
-            db[i] = gradient * a * s;
+        few(first, n, [=](size_t i) { return make_float3(a[i], b[i], dy[i]); }, [=](size_t i, float3 in) {
+            const gated g = silu_gate(in.x, in.y, in.z);
+            da[i] = g.da, db[i] = g.db;
+            if (y) y[i] = g.y;
         });
 }
-void silu_gate_backward(metala_context *ctx, float *da, float *db, const float *dy, const float *a, const float *b,
+void silu_gate_backward(metala_context *ctx, float *da, float *db, float *y, const float *dy, const float *a, const float *b,
                         size_t n) {
-    RUN(silu_gate_backward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, da, db, dy, a, b, n);
+    RUN(silu_gate_backward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, da, db, y, dy, a, b, n);
+}
+
+// a = W_1 n + β_1     b = W_2 n + β_2     h = silu(a) ⊙ b     y = W_3 h + β_3 + residual: on tensor cores h is never written, but
+// for its rounded copy.
+template <metala_math MATH>
+void swiglu_forward(metala_context *ctx, const metala_linear *layers, metala_dtype weights, float *h, const float *n, size_t rows,
+                    size_t in) {
+    const float *a = layers[0].y, *b = layers[1].y;
+    const size_t F = layers->out;
+    auto products = weights == METALA_F32 ? matmul_forward<MATH> : matmul_quantized;
+    products(ctx, layers, 2, n, rows, in);
+    if constexpr (MATH != METALA_EXACT)
+        if (weights == METALA_F32 && rows > FEW_ROWS) {
+            rounded_forward<MATH, gate_products>(ctx, layers + 2, 1, {{a, b}}, rows, F);
+            return;
+        }
+    silu_gate_forward(ctx, h, a, b, rows * F);
+    products(ctx, layers + 2, 1, h, rows, F);
+}
+
+// dh = dy W_3     da = dh ⊙ b ⊙ silu'(a)     db = dh ⊙ silu(a)     dn = db W_2 + da W_1     and of each dW += dyᵀ x
+// On tensor cores one kernel makes all rounded copies of h, da and db that the products need; floats only for dβ.
+template <metala_math MATH>
+void rounded_swiglu_backward(metala_context *ctx, float *dn, const metala_linear_gradient *layers, float *dh, float *da, float *db,
+                             const float *a, const float *b, const float *n, size_t rows, size_t in) {
+    const size_t F = layers->out, out = layers[2].out, by_F = lines_of<MATH>(F), by_out = lines_of<MATH>(out);
+    const size_t by_rows = lines_of<MATH>(rows);
+    size_t most_parts = 0;
+    for (const portions &p : {portions_of<MATH>(rows, F, by_out), portions_of<MATH>(out, F, by_rows),
+                              portions_of<MATH>(F, in, by_rows), portions_of<MATH>(rows, in, 2 * by_F)})
+        most_parts = greatest(most_parts, p.floats);
+    operand dy = {NULL, rows, by_out}, w_3 = {NULL, F, by_out}, dy_turned = {NULL, out, by_rows}, h_turned = {NULL, F, by_rows};
+    operand of_h = {NULL, rows, 2 * by_F}, w = {NULL, in, 2 * by_F};             // db and da, W_2 and W_1, side by side
+    operand da_turned = h_turned, db_turned = h_turned, n_turned = {NULL, in, by_rows};
+    float *parts;
+    if (!place_operands(ctx, {&dy, &w_3, &dy_turned, &h_turned, &of_h, &w, &da_turned, &db_turned, &n_turned}, &parts, most_parts))
+        return;
+    round_operand<MATH>(ctx, dy, dy_turned, layers[2].dy, rows, out);
+    round_operand<MATH>(ctx, {}, w_3, layers[2].w, out, F);
+    tensor_multiply<MATH>(ctx, dh, dy, w_3, parts, NULL, NULL);
+    round_operands<MATH, gate_gradients>(ctx, {{{{}, h_turned, NULL},
+                                                {from_line(of_h, by_F), da_turned, layers[0].dbias ? da : NULL},
+                                                {of_h, db_turned, layers[1].dbias ? db : NULL}}}, {{a, b, dh}}, rows, F);
+    tensor_multiply<MATH>(ctx, layers[2].dw, dy_turned, h_turned, parts, NULL, layers[2].dw);
+    round_operand<MATH>(ctx, {}, n_turned, n, rows, in);
+    tensor_multiply<MATH>(ctx, layers[0].dw, da_turned, n_turned, parts, NULL, layers[0].dw);
+    tensor_multiply<MATH>(ctx, layers[1].dw, db_turned, n_turned, parts, NULL, layers[1].dw);
+    round_operand<MATH>(ctx, {}, from_line(w, by_F), layers[0].w, F, in);
+    round_operand<MATH>(ctx, {}, w, layers[1].w, F, in);
+    tensor_multiply<MATH>(ctx, dn, of_h, w, parts, NULL, NULL);
+    const float *const gradients[] = {da, db, layers[2].dy};
+    for (int i = 0; i < 3; i++)
+        if (layers[i].dbias) add_column_sums(ctx, layers[i].dbias, gradients[i], rows, layers[i].out);
+}
+template <metala_math MATH>
+void swiglu_backward(metala_context *ctx, float *dn, const metala_linear_gradient *layers, float *h, float *dh, float *da,
+                     float *db, const float *a, const float *b, const float *n, size_t rows, size_t in) {
+    const size_t F = layers->out;
+    if constexpr (MATH != METALA_EXACT)
+        if (dn && layers[0].dw && layers[1].dw && layers[2].dw) {
+            rounded_swiglu_backward<MATH>(ctx, dn, layers, dh, da, db, a, b, n, rows, in);
+            return;
+        }
+    metala_linear_gradient of_h = layers[2], of_w = layers[2], two[2] = {layers[1], layers[0]};
+    of_h.dw = of_h.dbias = NULL;
+    matmul_backward<MATH>(ctx, dh, &of_h, 1, NULL, rows, F, 0);
+    silu_gate_backward(ctx, da, db, h, dh, a, b, rows * F);
+    matmul_backward<MATH>(ctx, NULL, &of_w, 1, h, rows, F, 0);
+    two[0].dy = db, two[1].dy = da;
+    matmul_backward<MATH>(ctx, dn, two, 2, n, rows, in, 0);
 }
 
 // y = silu(W_1 n + β_1) ⊙ (W_2 n + β_2),  n = rms(x): of a few rows one kernel, of more the three.
@@ -4606,7 +4750,8 @@ const metala_backend *backend() {
         scan_forward<MATH>, scan_backward<MATH>, mixer_step,
         augment_forward, augment_backward,
         head_norm_forward, head_norm_backward,
-        silu_gate_forward, silu_gate_backward, swiglu_step<MATH>,
+        silu_gate_forward, silu_gate_backward,
+        swiglu_forward<MATH>, swiglu_backward<MATH>, swiglu_step<MATH>,
         add,
         shift_forward, shift_backward, last_token,
         map_forward, map_backward,

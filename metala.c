@@ -1054,25 +1054,57 @@ static void head_norm_backward(metala_context *ctx, real *dp, real *dg, const re
     }
 }
 
-// Gated product:  y = silu(a) ⊙ b, n numbers. SwiGLU (a = W_1 n, b = W_2 n), and the output gate of rows with another norm than
-// MetaLA's (a = g, b = normalised heads).
+// Gated product:  y = silu(a) ⊙ b, n numbers. Of SwiGLU, and the output gate of rows with another norm than MetaLA's (a = g,
+// b = normalised heads).
 static void silu_gate_forward(metala_context *ctx, real *y, const real *a, const real *b, size_t n) {
     PARALLEL_FOR(10 * n)
     for (size_t i = 0; i < n; i++) y[i] = silu(a[i]) * b[i];
 }
 
-// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)
-static void silu_gate_backward(metala_context *ctx, real *da, real *db, const real *dy, const real *a, const real *b,
+// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)      and y once more, which costs little here; or NULL
+static void silu_gate_backward(metala_context *ctx, real *da, real *db, real *y, const real *dy, const real *a, const real *b,
                                size_t n) {
     PARALLEL_FOR(15 * n)
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(a[i]), gradient = dy[i];
         da[i] = gradient * b[i] * s * (1 + a[i] * (1 - s));
         db[i] = gradient * a[i] * s;
+        if (y) y[i] = a[i] * s * b[i];
     }
 }
 
-// The first half of SwiGLU for a few rows, as generation needs it; W_3 is the other one:
+// SwiGLU, the channel mixer (Shazeer 2020):
+//
+//     a = W_1 n + β_1     b = W_2 n + β_2     h = silu(a) ⊙ b     y = W_3 h + β_3 + residual
+//
+//     layers: W_1, W_2 [F,in], W_3, of the type `weights`; their y: a, b (rows,F) and y      h (rows,F)      n (rows,in)
+// h is room: a device that has no need to write it may leave it as it is.
+static void swiglu_forward(metala_context *ctx, const metala_linear *layers, metala_dtype weights, real *h, const real *n,
+                           size_t rows, size_t in) {
+    size_t F = layers->out;
+    void (*const products)(metala_context *, const metala_linear *, int, const real *, size_t, size_t) =
+        weights == REAL_TYPE ? matmul_forward : matmul_quantized;
+    products(ctx, layers, 2, n, rows, in);
+    silu_gate_forward(ctx, h, layers[0].y, layers[1].y, rows * F);
+    products(ctx, layers + 2, 1, h, rows, F);
+}
+
+// dh = dy W_3    da = dh ⊙ b ⊙ silu'(a)    db = dh ⊙ silu(a)    dn = db W_2 + da W_1    and of each dW += dyᵀ x, dβ += Σ_rows dy
+//   layers: as those of swiglu_forward, W_3 with dy; the others' dy, da and db, are made here
+//   h, dh, da, db (rows,F): room, of which a device may leave what it does not need; h is made once more
+static void swiglu_backward(metala_context *ctx, real *dn, const metala_linear_gradient *layers, real *h, real *dh, real *da,
+                            real *db, const real *a, const real *b, const real *n, size_t rows, size_t in) {
+    size_t F = layers->out;
+    metala_linear_gradient of_h = layers[2], of_w = layers[2], two[2] = {layers[1], layers[0]};
+    of_h.dw = of_h.dbias = NULL;
+    matmul_backward(ctx, dh, &of_h, 1, NULL, rows, F, 0);
+    silu_gate_backward(ctx, da, db, h, dh, a, b, rows * F);
+    matmul_backward(ctx, NULL, &of_w, 1, h, rows, F, 0);
+    two[0].dy = db, two[1].dy = da;
+    matmul_backward(ctx, dn, two, 2, n, rows, in, 0);
+}
+
+// All of SwiGLU but W_3 for a few rows, and the norm before it, as generation needs it:
 //
 //     y = silu(W_1 n + β_1) ⊙ (W_2 n + β_2),  n = rms(x)          y (rows,out)   x (rows,in)
 //
@@ -2986,7 +3018,8 @@ static const metala_backend cpu_backend = {
     scan_forward, scan_backward, mixer_step,
     augment_forward, augment_backward,
     head_norm_forward, head_norm_backward,
-    silu_gate_forward, silu_gate_backward, swiglu_step,
+    silu_gate_forward, silu_gate_backward,
+    swiglu_forward, swiglu_backward, swiglu_step,
     add,
     shift_forward, shift_backward, last_token,
     map_forward, map_backward,
@@ -3758,18 +3791,19 @@ typedef struct {
     real *gated;                                              // f_g(g) ⊙ norm(p)
     real *mixer_residual;                                     // h = x + W_o gated
     real *residual_r, *channel_norm;
-    real *l1, *l2, *glu_prod;                                 // SwiGLU
-    real *output;                                             // x' = h + W_3 glu_prod; the next layer's input
+    real *l1, *l2;                                            // a, b of SwiGLU
+    real *glu_prod;                                           // room for its h
+    real *output;                                             // x' = mixer_residual + SwiGLU; the next layer's input
 } activations;
 
 // The members, their names for metala_trainer_activation, their numbers per token (or per layer, or states), and what it
 // would cost to compute them again, which decides who keeps them until the backward. NEEDED (the input): every layer,
-// always. COSTLY: every layer, with METALA_KEEP_COSTLY. CHEAP: only with METALA_KEEP_ALL. What a layer does not keep lies in
-// one set that all layers share, where the next layer overwrites it; layer_recompute or layer_forward fills it once more.
+// always. COSTLY: every layer, with METALA_KEEP_COSTLY. CHEAP: only with METALA_KEEP_ALL. ROOM: never. What a layer does not keep
+// lies in one set that all layers share, where the next layer overwrites it; layer_recompute or layer_forward fills it once more.
 enum width { PER_D, PER_U, PER_SHIFT, PER_CONV, PER_Q_PROJ, PER_K_PROJ, PER_V_PROJ, PER_LOW, PER_Z, PER_G, PER_SSM, PER_Q,
              PER_K, PER_V, PER_ALPHA, PER_BONUS, PER_STATE, PER_SCAN, PER_LSE, PER_P, PER_RHO, PER_NORM, PER_GATED, PER_F,
              PER_TOKEN };
-enum cost { CHEAP, COSTLY, NEEDED };
+enum cost { ROOM, CHEAP, COSTLY, NEEDED };
 static const struct activation_member {
     const char *name;
     size_t member;
@@ -3807,7 +3841,7 @@ static const struct activation_member {
     {"channel_norm", offsetof(activations, channel_norm), PER_D, CHEAP},
     {"l1", offsetof(activations, l1), PER_F, COSTLY},
     {"l2", offsetof(activations, l2), PER_F, COSTLY},
-    {"glu_prod", offsetof(activations, glu_prod), PER_F, CHEAP},
+    {"glu_prod", offsetof(activations, glu_prod), PER_F, ROOM},
 };
 enum { ACTIVATION_MEMBERS = sizeof activation_members / sizeof *activation_members };
 
@@ -4303,18 +4337,18 @@ static void layer_forward(metala_context *ctx, const metala_model *m, int layer,
     if (r->self == METALA_SELF_SKIP && s->complex_values)
         be->skip_forward(ctx, a->mixer_residual, a->mixer_residual, a->conv_out, P + w->skip, rows, D);
 
-    metala_linear swiglu[2];
+    metala_linear swiglu[3];
     swiglu[0] = linear_at(m, a->l1, w->l1, w->l1_bias, NULL, F, D);
     swiglu[1] = linear_at(m, a->l2, w->l2, w->l2_bias, NULL, F, D);
-    if (past && p->T == 1)
+    swiglu[2] = linear_at(m, a->output, w->l3, w->l3_bias, a->mixer_residual, D, F);
+    if (past && p->T == 1) {
         be->swiglu_step(ctx, a->glu_prod, swiglu, m->weights, a->channel_norm, a->residual_r, a->mixer_residual, rows, D,
                         c->norm_eps);
-    else {
+        linears(ctx, m, swiglu + 2, 1, a->glu_prod, rows, F);
+    } else {
         be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, rows, D, c->norm_eps);
-        linears(ctx, m, swiglu, 2, a->channel_norm, rows, D);
-        be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, rows * F);
+        be->swiglu_forward(ctx, swiglu, m->weights, a->glu_prod, a->channel_norm, rows, D);
     }
-    linear(ctx, m, a->output, a->glu_prod, w->l3, w->l3_bias, a->mixer_residual, rows, D, F);
 }
 
 // Fills in what is CHEAP, from what layer_forward left in the rest; the scan and the matrix products are not repeated.
@@ -4325,7 +4359,6 @@ static void layer_recompute(metala_context *ctx, const metala_model *m, int laye
     mixer_choices(ctx, m, layer, a, p, NULL, 1);
     mixer_output(ctx, m, a, p);
     be->rms_forward(ctx, a->channel_norm, a->residual_r, a->mixer_residual, NULL, p->rows, p->s.D, m->config.norm_eps);
-    be->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, p->rows * p->s.F);
 }
 
 // Gradients of one layer's activations; one set serves all layers. Once they have been passed on, `gated` holds the bonus's
@@ -4388,7 +4421,7 @@ static void mixer_output_backward(metala_context *ctx, const metala_model *m, in
         return;
     }
     switch (r->gate) {
-        case METALA_GATE_SILU: be->silu_gate_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
+        case METALA_GATE_SILU: be->silu_gate_backward(ctx, d->g, dnorm, NULL, d->gated, a->g, a->group_norm, count); break;
         case METALA_GATE_SIGMOID: be->sigmoid_gate_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
         case METALA_GATE_LINEAR: be->multiply_backward(ctx, d->g, dnorm, d->gated, a->g, a->group_norm, count); break;
     }
@@ -4589,11 +4622,10 @@ static void layer_backward(metala_context *ctx, const metala_model *m, int layer
     const sizes *s = &p->s;
     size_t rows = p->rows, D = s->D, F = s->F;
 
-    linear_backward(ctx, be, d->prod, GRAD(w->l3), GRAD(w->l3_bias), dx, a->glu_prod, P + w->l3, rows, D, F, 0);
-    be->silu_gate_backward(ctx, d->l1, d->l2, d->prod, a->l1, a->l2, rows * F);
-    const metala_linear_gradient swiglu[] = {{GRAD(w->l2), GRAD(w->l2_bias), d->l2, P + w->l2, F},
-                                             {GRAD(w->l1), GRAD(w->l1_bias), d->l1, P + w->l1, F}};
-    be->matmul_backward(ctx, d->n, swiglu, 2, a->channel_norm, rows, D, 0);
+    const metala_linear_gradient swiglu[] = {{GRAD(w->l1), GRAD(w->l1_bias), NULL, P + w->l1, F},
+                                             {GRAD(w->l2), GRAD(w->l2_bias), NULL, P + w->l2, F},
+                                             {GRAD(w->l3), GRAD(w->l3_bias), dx, P + w->l3, D}};
+    be->swiglu_backward(ctx, d->n, swiglu, a->glu_prod, d->prod, d->l1, d->l2, a->l1, a->l2, a->channel_norm, rows, D);
     be->rms_backward(ctx, dx, d->n, a->mixer_residual, a->residual_r, NULL, rows, D);        // dx is now dh
 
     be->zero(ctx, d->u, rows * s->u * sizeof(real));                    // these are sums over all that read u and n
@@ -4711,7 +4743,7 @@ static size_t place_trainer(metala_trainer *t, real *block) {
     if (used > SIZE_MAX / 64) return SIZE_MAX / 64;
     activations shared = {0};                                 // what is not kept, for each layer in turn
     enum cost least = t->keep == METALA_KEEP_ALL ? CHEAP : t->keep == METALA_KEEP_COSTLY ? COSTLY : NEEDED;
-    if (least > CHEAP) used += place_activations(&shared, block ? block + used : NULL, c, B, T, CHEAP, least - 1, 1);
+    used += place_activations(&shared, block ? block + used : NULL, c, B, T, ROOM, least - 1, 1);
     for (int l = 0; l < c->layers; l++) {
         activations a = shared;
         used += place_activations(&a, block ? block + used : NULL, c, B, T, least, NEEDED, 1);
@@ -4926,6 +4958,7 @@ int metala_trainer_activation(metala_context *ctx, const metala_trainer *t, cons
             if (!strcmp(name + used, activation_members[i].name)) {
                 from = *(real *const *)(const void *)((const char *)a + activation_members[i].member);
                 n = activation_count(c, &activation_members[i], t->last_B, t->last_T);
+                if (out && activation_members[i].cost == ROOM) t->backend->silu_gate_forward(ctx, a->glu_prod, a->l1, a->l2, n);
             }
     }
     if (!from || !n) return fail(ctx, "there is no activation called %s", name);
@@ -5061,7 +5094,7 @@ static size_t place_state(metala_state *s, real *block, size_t n) {
         {&s->loss, rows}, {&s->lse, rows}, {&s->last, times(s->B, D)}, {&s->logits, times(logits, (size_t)c->vocab_size)},
     };
     size_t used = place_parts(block, parts, sizeof parts / sizeof *parts);
-    used = plus(used, place_activations(&s->a, block ? block + used : NULL, c, s->B, n, CHEAP, NEEDED, 0));
+    used = plus(used, place_activations(&s->a, block ? block + used : NULL, c, s->B, n, ROOM, NEEDED, 0));
     if (block) s->a.output = s->a.input;                   // the residual stream is updated in place
     return used;
 }

@@ -295,7 +295,7 @@ static void kernel_silu(real *y, const real *x, size_t n) {
 static void kernel_silu_slope(real *y, const real *x, size_t n) {
     real *ones = reals(n), *unused = reals(n);
     for (size_t i = 0; i < n; i++) ones[i] = 1;
-    CALL(silu_gate_backward)(ctx, y, unused, ones, x, ones, n);
+    CALL(silu_gate_backward)(ctx, y, unused, NULL, ones, x, ones, n);
 }
 static void kernel_decay(real *y, const real *x, size_t n) { CALL(gate_forward)(ctx, y, NULL, x, n, 16); }
 static void kernel_key(real *y, const real *x, size_t n) { CALL(gate_forward)(ctx, reals(n), y, x, n, 16); }
@@ -342,7 +342,7 @@ static void check_scalars(void) {
 // A kernel as the test sees it: tensors in, tensors out, a reference in double, and how to call it. The first
 // `differentiable` inputs have a gradient; the first `weighted` outputs contribute to it. Its backward is compared
 // with the slopes of  loss = Σ weight ⊙ output  of the reference.
-enum { MOST = 6, SAMPLES = 40 };
+enum { MOST = 8, SAMPLES = 40 };
 
 typedef struct { size_t B, T, D, H, K, V, N; int variant; } shape;
 
@@ -730,10 +730,47 @@ static void silu_gate_forward(const shape *s, real *const *in, real *const *out)
 }
 static void silu_gate_backward(const shape *s, real *const *in, real *const *out, real *const *dout,
                                real *const *din) {
-    (void)out;
-    CALL(silu_gate_backward)(ctx, din[0], din[1], dout[0], in[0], in[1], rows_of(s) * s->D);
+    real *y = s->variant ? reals(rows_of(s) * s->D) : NULL;
+    CALL(silu_gate_backward)(ctx, din[0], din[1], y, dout[0], in[0], in[1], rows_of(s) * s->D);
+    for (size_t i = 0; y && i < rows_of(s) * s->D; i++)
+        expect(fabs((double)y[i] - (double)out[0][i]) <= TOLERANCE(3e-7, 5e-16) * fabs((double)out[0][i]),
+               "y[%zu] once more is %g, was %g", i, (double)y[i], (double)out[0][i]);
 }
-// The first half of SwiGLU, of a few rows or more; variant 1 without biases.
+
+// SwiGLU of F = K channels: n, the layers' W and biases, residual; variant 1 without biases.
+static void swiglu_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = in[7] = out[0] = rows_of(s) * s->D, in[1] = in[2] = in[3] = s->K * s->D;
+    in[4] = in[5] = s->K, in[6] = s->D, out[1] = out[2] = rows_of(s) * s->K;
+}
+static void swiglu_reference(const shape *s, double *const *in, double *const *out) {
+    for (size_t row = 0; row < rows_of(s); row++) {
+        const double *n = in[0] + row * s->D;
+        double *y = out[0] + row * s->D, *a = out[1] + row * s->K, *b = out[2] + row * s->K;
+        for (size_t d = 0; d < s->D; d++) y[d] = in[7][row * s->D + d] + (s->variant ? 0 : in[6][d]);
+        for (size_t f = 0; f < s->K; f++) {
+            a[f] = s->variant ? 0 : in[4][f], b[f] = s->variant ? 0 : in[5][f];
+            for (size_t d = 0; d < s->D; d++) a[f] += in[1][f * s->D + d] * n[d], b[f] += in[2][f * s->D + d] * n[d];
+            double h = swish(a[f]) * b[f];
+            for (size_t d = 0; d < s->D; d++) y[d] += in[3][d * s->K + f] * h;
+        }
+    }
+}
+static void swiglu_forward(const shape *s, real *const *in, real *const *out) {
+    const metala_linear layers[3] = {{out[1], in[1], NULL, s->variant ? NULL : in[4], NULL, s->K},
+                                     {out[2], in[2], NULL, s->variant ? NULL : in[5], NULL, s->K},
+                                     {out[0], in[3], NULL, s->variant ? NULL : in[6], in[7], s->D}};
+    CALL(swiglu_forward)(ctx, layers, REAL_TYPE, reals(rows_of(s) * s->K), in[0], rows_of(s), s->D);
+}
+static void swiglu_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    size_t count = rows_of(s) * s->K;
+    metala_linear_gradient layers[3] = {{din[1], din[4], NULL, in[1], s->K}, {din[2], din[5], NULL, in[2], s->K},
+                                        {din[3], din[6], dout[0], in[3], s->D}};
+    for (int i = 0; i < 3 && s->variant; i++) layers[i].dbias = NULL;
+    CALL(swiglu_backward)(ctx, din[0], layers, reals(count), reals(count), reals(count), reals(count), out[1], out[2], in[0],
+                          rows_of(s), s->D);
+}
+
+// All of it but W_3 and the norm before it, of a few rows or more; variant 1 without biases.
 static void swiglu_step_sizes(const shape *s, size_t *in, size_t *out) {
     in[0] = rows_of(s) * s->D, in[1] = in[2] = s->N * s->D, in[3] = in[4] = s->N, out[0] = rows_of(s) * s->N;
 }
@@ -817,6 +854,8 @@ static void check_kernels(void) {
          mixer_step_sizes, NULL, mixer_step_reference, mixer_step_forward, NULL},
         {"silu gate", {"a", "b"}, {"y"}, 2, 2, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(4e-7, 1.5e-12),
          two_sizes, NULL, silu_gate_reference, silu_gate_forward, silu_gate_backward},
+        {"swiglu", {"n", "W_1", "W_2", "W_3", "bias_1", "bias_2", "bias_3", "residual"}, {"y", "a", "b"}, 8, 7, 3, 1, 0x7E, 0,
+         1e-3, TOLERANCE(2e-6, 4e-15), TOLERANCE(2e-6, 4e-11), swiglu_sizes, NULL, swiglu_reference, swiglu_forward, swiglu_backward},
         {"swiglu step", {"x", "W_1", "W_2", "bias_1", "bias_2"}, {"y"}, 5, 0, 1, 1, 0, 0, 0, TOLERANCE(2e-6, 4e-15), 0,
          swiglu_step_sizes, rms_fill, swiglu_step_reference, swiglu_step_forward, NULL},
         {"add", {"a", "b"}, {"y"}, 2, 0, 1, 1, 0, 0, 0, TOLERANCE(1e-7, 1e-15), 0,
@@ -5329,6 +5368,75 @@ static void twin_matmul_quantized(const shape *s) {
         CALL_ON(r, matmul_quantized)(on[r].ctx, layers, count, REAL(x), rows_of(s), s->D);
     }
 }
+// Of D inputs, N channels and D outputs. The second time that the device computes, it does so by its parts: the same bits.
+// Variant 1: with biases; 2: bfloat16, 4: int8.
+static void twin_swiglu_forward(const shape *s) {
+    metala_dtype type = s->variant & 4 ? METALA_I8 : s->variant & 2 ? METALA_BF16 : REAL_TYPE;
+    size_t rows = rows_of(s), outs[3] = {s->N, s->N, s->D};
+    const tensor *y[3], *w[3], *scales[3] = {NULL, NULL, NULL}, *bias[3];
+    const tensor *n = IN("n", "bti", s->B, s->T, s->D), *residual = IN("residual", "bto", s->B, s->T, s->D);
+    for (int l = 0; l < 3; l++) {
+        size_t in = l < 2 ? s->D : s->N;
+        y[l] = OUT(l == 0 ? "a" : l == 1 ? "b" : "y", "bto", s->B, s->T, outs[l]);
+        if (type == REAL_TYPE) w[l] = IN("w", "oi", outs[l], in);
+        else quantized_tensors(&w[l], &scales[l], type == METALA_I8, outs[l], in);
+        bias[l] = s->variant & 1 ? IN("bias", "o", outs[l]) : NULL;
+    }
+    const tensor *h = OUT("h", "bto", s->B, s->T, s->N);
+    for (int r = 0; r < RUNS && !*now.problem; r++) {
+        metala_linear layers[3];
+        for (int l = 0; l < 3; l++) {
+            const metala_linear layer = {REAL(y[l]), w[l]->at[r], (const float *)(scales[l] ? (void *)scales[l]->at[r] : NULL),
+                                         REAL(bias[l]), l == 2 ? REAL(residual) : NULL, outs[l]};
+            layers[l] = layer;
+        }
+        if (r < AGAIN) {
+            CALL_ON(r, swiglu_forward)(on[r].ctx, layers, type, REAL(h), REAL(n), rows, s->D);
+            continue;
+        }
+        const metala_backend *be = on[r].be;
+        (type == REAL_TYPE ? be->matmul_forward : be->matmul_quantized)(on[r].ctx, layers, 2, REAL(n), rows, s->D);
+        be->silu_gate_forward(on[r].ctx, REAL(h), REAL(y[0]), REAL(y[1]), rows * s->N);
+        (type == REAL_TYPE ? be->matmul_forward : be->matmul_quantized)(on[r].ctx, layers + 2, 1, REAL(h), rows, s->N);
+    }
+    tensors[h - tensors].unchecked = 1;                              // what a device keeps, it need not write
+}
+// Variant 1: with biases; 2: without dW_1, 4: without dW_2, 8: without dW_3; 16: without dn.
+static void twin_swiglu_backward(const shape *s) {
+    size_t rows = rows_of(s), outs[3] = {s->N, s->N, s->D};
+    const tensor *dw[3], *dbias[3], *w[3];
+    const tensor *dn = s->variant & 16 ? NULL : OUT("dn", "bti", s->B, s->T, s->D), *dy = IN("dy", "bto", s->B, s->T, s->D);
+    const tensor *n = IN("n", "bti", s->B, s->T, s->D);
+    const tensor *a = IN("a", "bto", s->B, s->T, s->N), *b = IN("b", "bto", s->B, s->T, s->N);
+    for (int l = 0; l < 3; l++) {
+        size_t in = l < 2 ? s->D : s->N;
+        w[l] = IN("w", "oi", outs[l], in);
+        dw[l] = s->variant & 2 << l ? NULL : ADDED(l == 0 ? "dw1" : l == 1 ? "dw2" : "dw3", "oi", outs[l] * in, outs[l], in);
+        dbias[l] = s->variant & 1 ? ADDED("dbias", "o", outs[l], outs[l]) : NULL;
+    }
+    const tensor *room[4];                                           // h, dh, da, db
+    for (int i = 0; i < 4; i++) room[i] = OUT("room", "bto", s->B, s->T, s->N);
+    for (int r = 0; r < RUNS && !*now.problem; r++) {
+        metala_linear_gradient layers[3];
+        for (int l = 0; l < 3; l++) {
+            const metala_linear_gradient layer = {REAL(dw[l]), REAL(dbias[l]), l == 2 ? REAL(dy) : NULL, REAL(w[l]), outs[l]};
+            layers[l] = layer;
+        }
+        if (r < AGAIN) {
+            CALL_ON(r, swiglu_backward)(on[r].ctx, REAL(dn), layers, REAL(room[0]), REAL(room[1]), REAL(room[2]), REAL(room[3]),
+                                        REAL(a), REAL(b), REAL(n), rows, s->D);
+            continue;
+        }
+        const metala_backend *be = on[r].be;
+        metala_linear_gradient two[2] = {layers[1], layers[0]};      // in the order in which metala.c adds them up
+        two[0].dy = REAL(room[3]), two[1].dy = REAL(room[2]);
+        be->silu_gate_forward(on[r].ctx, REAL(room[0]), REAL(a), REAL(b), rows * s->N);
+        be->matmul_backward(on[r].ctx, REAL(room[1]), layers + 2, 1, REAL(room[0]), rows, s->N, 0);
+        be->silu_gate_backward(on[r].ctx, REAL(room[2]), REAL(room[3]), NULL, REAL(room[1]), REAL(a), REAL(b), rows * s->N);
+        be->matmul_backward(on[r].ctx, REAL(dn), two, 2, REAL(n), rows, s->D, 0);
+    }
+    for (int i = 0; i < 4; i++) tensors[room[i] - tensors].unchecked = 1;
+}
 // Variant 1: with biases; 2: bfloat16, 4: int8; 8: weights aligned to no more than a number.
 static void twin_swiglu_step(const shape *s) {
     metala_dtype type = s->variant & 4 ? METALA_I8 : s->variant & 2 ? METALA_BF16 : REAL_TYPE;
@@ -5492,7 +5600,8 @@ static void twin_silu_gate_backward(const shape *s) {
     const tensor *da = OUT("da", "btd", s->B, s->T, s->D), *db = OUT("db", "btd", s->B, s->T, s->D);
     const tensor *dy = IN("dy", "btd", s->B, s->T, s->D), *a = IN("a", "btd", s->B, s->T, s->D);
     const tensor *b = IN("b", "btd", s->B, s->T, s->D);
-    ALL(silu_gate_backward, REAL(da), REAL(db), REAL(dy), REAL(a), REAL(b), rows_of(s) * s->D);
+    const tensor *y = s->variant ? OUT("y", "btd", s->B, s->T, s->D) : NULL;
+    ALL(silu_gate_backward, REAL(da), REAL(db), REAL(y), REAL(dy), REAL(a), REAL(b), rows_of(s) * s->D);
 }
 static void twin_add(const shape *s) {                               // variant 1: in place
     const tensor *b = IN("b", "btd", s->B, s->T, s->D);
@@ -5887,6 +5996,13 @@ static void check_twins(void) {
         {1, 2, 37, 0, 0, 0, 10, 0}, {1, 1, 1027, 0, 0, 0, 6, 1}, {1, 1, 64, 0, 0, 0, 17, 9}, {1, 1, 136, 0, 0, 0, 21, 3},
         {4, 1, 1032, 0, 0, 0, 9, 2}, {1, 1, 2820, 0, 0, 0, 4, 2}, {1, 1, 136, 0, 0, 0, 21, 5}, {3, 1, 1096, 0, 0, 0, 9, 4},
         {1, 1, 2820, 0, 0, 0, 4, 5}};
+    // Whole SwiGLUs: inputs and channels beside the lengths of lines, rows for the steps of generation and for training
+    static const shape glus[] = {{1, 1, 2, 0, 0, 0, 3, 1}, {2, 2, 36, 0, 0, 0, 70, 0}, {1, 5, 6, 0, 0, 0, 7, 1},
+        {3, 43, 33, 0, 0, 0, 70, 1}, {2, 65, 64, 0, 0, 0, 128, 0}, {1, 140, 200, 0, 0, 0, 136, 1}, {5, 13, 17, 0, 0, 0, 65, 0},
+        {1, 600, 20, 0, 0, 0, 260, 0}, {1, 70, 130, 0, 0, 0, 301, 1}};
+    static const shape glus_quantized[] = {{1, 3, 66, 0, 0, 0, 40, 2}, {2, 5, 66, 0, 0, 0, 40, 3}, {1, 9, 37, 0, 0, 0, 70, 5}};
+    static const shape glus_in_part[] = {{2, 9, 36, 0, 0, 0, 70, 2}, {1, 70, 17, 0, 0, 0, 65, 5}, {1, 9, 64, 0, 0, 0, 30, 8},
+        {1, 70, 36, 0, 0, 0, 40, 17}, {1, 70, 36, 0, 0, 0, 40, 31}};
     // Products large enough for the largest tiles: y, dx and dw.
     static const shape large_y[] = {{1, 2030, 200, 0, 0, 0, 1988, 1}};
     static const shape large_gradients[] = {{1, 2030, 1988, 0, 0, 0, 36, 2}, {1, 7, 1988, 0, 0, 0, 2036, 4}};
@@ -5964,7 +6080,8 @@ static void check_twins(void) {
         {"head_norm_backward", "gated ", twin_gated_head_norm_backward, 5e-7, wide, COUNT(wide)},
         ENTRY(embedding_backward, 2e-7, repetitions), ENTRY(matmul_forward, 3e-6, long_rows),
         ENTRY(matmul_quantized, 3e-6, long_rows), ENTRY(swiglu_step, 6e-6, swiglus), ENTRY(conv_step, 5e-7, common),
-        ENTRY(conv_step, 5e-7, wide)};
+        ENTRY(conv_step, 5e-7, wide), ENTRY(swiglu_forward, 3e-6, glus), ENTRY(swiglu_backward, 3e-6, glus),
+        ENTRY(swiglu_forward, 3e-6, glus_quantized), ENTRY(swiglu_backward, 3e-6, glus_in_part)};
     for (size_t e = 0; e < COUNT(entries); e++)
         for (size_t n = 0; n < 2 * entries[e].count; n++) {
             size_t i = n / 2;
@@ -5977,7 +6094,9 @@ static void check_twins(void) {
             int is_product = !strncmp(entries[e].name, "matmul_", 7) && strcmp(entries[e].name, "matmul_quantized");
             int is_scan = entries[e].shapes == scans && !strcmp(entries[e].form, "chunkwise ");
             int rounds = (is_product || is_scan) && fast > 0;
-            double tolerance = rounds && n % 2 ? product_tolerance : is_product && rounds ? 1e-30 : entries[e].tolerance;
+            int is_swiglu = entries[e].shapes == glus || entries[e].shapes == glus_in_part;      // never with exact numbers
+            double tolerance = (rounds && n % 2) || (is_swiglu && fast > 0) ? product_tolerance
+                               : is_product && rounds ? 1e-30 : entries[e].tolerance;
             coarse = n % 2 ? FINE : is_scan ? WHOLE : COARSE;
             if (coarse && !rounds) continue;
             if (!begin(tolerance, "kernel %s %s%s%d%s", entries[e].name, entries[e].form == entries[e].name ? "" : entries[e].form,
@@ -6087,6 +6206,33 @@ static void staged_swiglu_step(ctx_t *c, real *y, const metala_linear *l, metala
     stage_of->swiglu_step(c, W(y, r * l->out), there, type, W(n, r * in), W(s, r), R(x, r * in), r, in, eps);
     unstage(c);
 }
+static void staged_swiglu_forward(ctx_t *c, const metala_linear *l, metala_dtype type, real *h, in_t *n, size_t r, size_t in) {
+    metala_linear there[3];
+    size_t each = type == METALA_I8 ? 1 : type == METALA_BF16 ? 2 : sizeof(real);
+    for (int i = 0; i < 3; i++) {
+        size_t of = i < 2 ? in : l->out, groups = (of + METALA_GROUP - 1) / METALA_GROUP;
+        const metala_linear t = {W(l[i].y, r * l[i].out), stage(c, l[i].w, l[i].out * of * each, 0),
+                                 R(l[i].scales, l[i].out * groups), R(l[i].bias, l[i].out), R(l[i].residual, r * l[i].out),
+                                 l[i].out};
+        there[i] = t;
+    }
+    stage_of->swiglu_forward(c, there, type, W(h, r * l->out), R(n, r * in), r, in);
+    unstage(c);
+}
+static void staged_swiglu_backward(ctx_t *c, real *dn, const metala_linear_gradient *l, real *h, real *dh, real *da, real *db,
+                                   in_t *a, in_t *b, in_t *n, size_t r, size_t in) {
+    metala_linear_gradient there[3];
+    size_t count = r * l->out;
+    for (int i = 0; i < 3; i++) {
+        size_t of = i < 2 ? in : l->out;
+        const metala_linear_gradient t = {W(l[i].dw, l[i].out * of), W(l[i].dbias, l[i].out), R(l[i].dy, r * l[i].out),
+                                          R(l[i].w, l[i].out * of), l[i].out};
+        there[i] = t;
+    }
+    stage_of->swiglu_backward(c, W(dn, r * in), there, W(h, count), W(dh, count), W(da, count), W(db, count), R(a, count),
+                              R(b, count), R(n, r * in), r, in);
+    unstage(c);
+}
 STAGED(conv_step, (ctx_t *c, real *u, real *tail, in_t *x, in_t *w, size_t B, size_t D, double eps),
        (c, W(u, B * D), W(tail, B * 4 * D), R(x, B * D), R(w, 4 * D), B, D, eps))
 STAGED(mask_rows, (ctx_t *c, real *x, const uint8_t *m, size_t r, size_t D), (c, W(x, r * D), R(m, r), r, D))
@@ -6127,8 +6273,8 @@ STAGED(head_norm_backward,
        (ctx_t *c, real *dp, real *dg, in_t *dy, in_t *n, in_t *rho, in_t *g, size_t r, size_t H, size_t V),
        (c, W(dp, r * H * V), W(dg, r * H * V), R(dy, r * H * V), R(n, r * H * V), R(rho, r * H), R(g, r * H * V), r, H, V))
 STAGED(silu_gate_forward, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
-STAGED(silu_gate_backward, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
-       (c, W(da, n), W(db, n), R(dy, n), R(a, n), R(b, n), n))
+STAGED(silu_gate_backward, (ctx_t *c, real *da, real *db, real *y, in_t *dy, in_t *a, in_t *b, size_t n),
+       (c, W(da, n), W(db, n), W(y, n), R(dy, n), R(a, n), R(b, n), n))
 STAGED(add, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, W(y, n), R(a, n), R(b, n), n))
 STAGED(shift_forward, (ctx_t *c, real *y, in_t *n, in_t *mu, in_t *p, size_t B, size_t T, size_t D),
        (c, W(y, B * T * D), R(n, B * T * D), R(mu, D), R(p, B * D), B, T, D))
@@ -6246,7 +6392,8 @@ static metala_backend staged_backend(const metala_backend *device) {
     stage_of = device, b.begin_recording = NULL;
 #define USE(function) b.function = staged_##function
     USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
-    USE(conv_backward), USE(conv_step), USE(matmul_forward), USE(matmul_backward), USE(matmul_quantized), USE(swiglu_step);
+    USE(conv_backward), USE(conv_step), USE(matmul_forward), USE(matmul_backward), USE(matmul_quantized);
+    USE(swiglu_forward), USE(swiglu_backward), USE(swiglu_step);
     USE(mask_rows);
     USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(mixer_step), USE(augment_forward);
     USE(augment_backward), USE(head_norm_forward), USE(head_norm_backward), USE(silu_gate_forward);

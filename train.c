@@ -1254,10 +1254,10 @@ static void report(const program *p, const char *command) {
 
 // --profile: the device's backend table with a clock around every kernel. Each wrapper has its kernel's arguments.
 // A download of nothing waits until a GPU has done what it was asked for.
-enum kernel { EMBEDDING, RMS, CONV, SHIFT, MATMUL, MASK, FEATURES, PHASE, GATE, SCAN, ATTENTION, NORMALISER, AUGMENT, SKIP,
+enum kernel { EMBEDDING, RMS, CONV, SHIFT, MATMUL, SWIGLU, MASK, FEATURES, PHASE, GATE, SCAN, ATTENTION, NORMALISER, AUGMENT, SKIP,
               HEAD_NORM, SILU_GATE, ADD, CROSS_ENTROPY, NORM, ADAMW, KERNELS };
 static const char *const kernel_names[KERNELS] = {"embedding", "rms norm", "convolution + SiLU", "token shift",
-    "matrix products", "mask", "feature maps", "phase", "decay", "decay scan", "softmax attention", "normaliser",
+    "matrix products", "SwiGLU", "mask", "feature maps", "phase", "decay", "decay scan", "softmax attention", "normaliser",
     "self-augmentation", "skip", "head norm + gate", "gated products", "sums of gradients", "cross-entropy",
     "gradient norm", "AdamW"};
 static struct { double seconds[2], operations[2]; long calls[2]; } spent[KERNELS];     // forward, backward
@@ -1308,7 +1308,12 @@ static double flops_of_backward(in_t *dx, const metala_linear_gradient *l, int c
 }
 CLOCKED(matmul_forward, MATMUL, 0, flops_of_forward(l, count, r, in),
         (ctx_t *c, const metala_linear *l, int count, in_t *x, size_t r, size_t in), (c, l, count, x, r, in))
-CLOCKED(swiglu_step, MATMUL, 0, flops_of_forward(l, 2, r, in),
+CLOCKED(swiglu_forward, SWIGLU, 0, flops_of_forward(l, 2, r, in) + flops_of_forward(l + 2, 1, r, l->out),
+        (ctx_t *c, const metala_linear *l, metala_dtype type, real *h, in_t *n, size_t r, size_t in), (c, l, type, h, n, r, in))
+CLOCKED(swiglu_backward, SWIGLU, 1, flops_of_backward(dn, l, 2, r, in) + flops_of_backward(dh, l + 2, 1, r, l->out),
+        (ctx_t *c, real *dn, const metala_linear_gradient *l, real *h, real *dh, real *da, real *db, in_t *a, in_t *b, in_t *n,
+         size_t r, size_t in), (c, dn, l, h, dh, da, db, a, b, n, r, in))
+CLOCKED(swiglu_step, SWIGLU, 0, flops_of_forward(l, 2, r, in),
         (ctx_t *c, real *y, const metala_linear *l, metala_dtype type, real *n, real *s, in_t *x, size_t r, size_t in, double eps),
         (c, y, l, type, n, s, x, r, in, eps))
 CLOCKED(matmul_backward, MATMUL, 1, flops_of_backward(dx, l, count, r, in),
@@ -1341,8 +1346,8 @@ CLOCKED(head_norm_backward, HEAD_NORM, 1, 0,
         (ctx_t *c, real *dp, real *dg, in_t *dy, in_t *n, in_t *rho, in_t *g, size_t r, size_t H, size_t V),
         (c, dp, dg, dy, n, rho, g, r, H, V))
 CLOCKED(silu_gate_forward, SILU_GATE, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
-CLOCKED(silu_gate_backward, SILU_GATE, 1, 0, (ctx_t *c, real *da, real *db, in_t *dy, in_t *a, in_t *b, size_t n),
-        (c, da, db, dy, a, b, n))
+CLOCKED(silu_gate_backward, SILU_GATE, 1, 0, (ctx_t *c, real *da, real *db, real *y, in_t *dy, in_t *a, in_t *b, size_t n),
+        (c, da, db, y, dy, a, b, n))
 CLOCKED(add, ADD, 0, 0, (ctx_t *c, real *y, in_t *a, in_t *b, size_t n), (c, y, a, b, n))
 CLOCKED(shift_forward, SHIFT, 0, 0,
         (ctx_t *c, real *y, in_t *n, in_t *mu, in_t *previous, size_t B, size_t T, size_t D), (c, y, n, mu, previous,
@@ -1459,8 +1464,8 @@ static metala_backend clocked_backend(const metala_backend *device) {
     b.begin_recording = NULL;                                            // a clock waits, a recording cannot
 #define USE(function) b.function = clocked_##function
     USE(embedding_forward), USE(embedding_backward), USE(patch_forward), USE(rms_forward), USE(rms_backward), USE(conv_forward);
-    USE(conv_backward), USE(conv_step), USE(matmul_forward), USE(matmul_backward), USE(swiglu_step), USE(mask_rows);
-    USE(gate_forward), USE(gate_backward);
+    USE(conv_backward), USE(conv_step), USE(matmul_forward), USE(matmul_backward), USE(swiglu_forward), USE(swiglu_backward);
+    USE(swiglu_step), USE(mask_rows), USE(gate_forward), USE(gate_backward);
     USE(scan_forward), USE(scan_backward), USE(mixer_step), USE(augment_forward), USE(augment_backward), USE(head_norm_forward);
     USE(head_norm_backward), USE(silu_gate_forward), USE(silu_gate_backward), USE(add), USE(cross_entropy_forward);
     USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
