@@ -4563,6 +4563,12 @@ static void mixer_choices_backward(metala_context *ctx, const metala_model *m, i
     decay_backward(ctx, m, layer, a, d, grads, p);
 }
 
+// Do linear maps alone read u, or also what adds its part of δu before them? Then d->u must begin as zeros.
+static int only_maps_read_u(const metala_row *r, const sizes *s) {
+    return r->value != METALA_VALUE_INPUT && r->decay != METALA_DECAY_SELECTIVE &&
+           !(r->self == METALA_SELF_SKIP && s->complex_values);
+}
+
 // From the gradients of the projections to that of n, returned: it may lie in d->u.
 static real *mixer_input_backward(metala_context *ctx, const metala_model *m, int layer, const activations *a,
                                   const layer_gradients *d, real *grads, const pass *p) {
@@ -4583,6 +4589,7 @@ static real *mixer_input_backward(metala_context *ctx, const metala_model *m, in
         [MAP_Z] = d->u};
     mixer_map maps[MIXER_MAPS];
     mixer_maps(maps, m, layer, a, p);
+    int nothing_yet = only_maps_read_u(r, s);                   // in d->u
     for (int i = 0; i < MIXER_MAPS; i++) {
         metala_linear_gradient layers[MIXER_MAPS];
         int same_x[MIXER_MAPS], count = maps_of_x(same_x, maps, i);
@@ -4591,8 +4598,12 @@ static real *mixer_input_backward(metala_context *ctx, const metala_model *m, in
             const metala_linear_gradient l = {GRAD(map->weight), GRAD(map->bias), dy[same_x[n]], P + map->weight, map->out};
             layers[n] = l;
         }
-        if (count) be->matmul_backward(ctx, dx[i], layers, count, maps[i].x, rows, maps[i].in, 1);
+        if (!count) continue;
+        int first = nothing_yet && dx[i] == d->u;
+        be->matmul_backward(ctx, dx[i], layers, count, maps[i].x, rows, maps[i].in, !first);
+        if (first) nothing_yet = 0;
     }
+    if (nothing_yet) be->zero(ctx, d->u, rows * U * sizeof(real));
     if (p->mask && r->value == METALA_VALUE_INPUT) be->mask_rows(ctx, d->u, p->mask, rows, U);
 
     if (on) be->conv_backward(ctx, d->n, GRAD(w->conv), d->u, a->conv_in, a->token_norm, P + w->conv, NULL, p->B, p->T, D);
@@ -4628,7 +4639,7 @@ static void layer_backward(metala_context *ctx, const metala_model *m, int layer
     be->swiglu_backward(ctx, d->n, swiglu, a->glu_prod, d->prod, d->l1, d->l2, a->l1, a->l2, a->channel_norm, rows, D);
     be->rms_backward(ctx, dx, d->n, a->mixer_residual, a->residual_r, NULL, rows, D);        // dx is now dh
 
-    be->zero(ctx, d->u, rows * s->u * sizeof(real));                    // these are sums over all that read u and n
+    if (!only_maps_read_u(&m->config.row, s)) be->zero(ctx, d->u, rows * s->u * sizeof(real));
     if (m->config.row.conv != METALA_CONV_ON) be->zero(ctx, d->n, rows * D * sizeof(real));     // which conv_backward sets
     if (d->shift_k) be->zero(ctx, d->shift_k, rows * D * sizeof(real));
     if (d->shift_v) be->zero(ctx, d->shift_v, rows * D * sizeof(real));
