@@ -1062,14 +1062,22 @@ static void silu_gate_forward(metala_context *ctx, real *y, const real *a, const
 }
 
 // da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)      and y once more, which costs little here; or NULL
-static void silu_gate_backward(metala_context *ctx, real *da, real *db, real *y, const real *dy, const real *a, const real *b,
-                               size_t n) {
-    PARALLEL_FOR(15 * n)
+static void silu_gate_gradients(real *restrict da, real *restrict db, real *restrict y, const real *restrict dy,
+                                const real *restrict a, const real *restrict b, size_t n) {
     for (size_t i = 0; i < n; i++) {
         real s = sigmoid(a[i]), gradient = dy[i];
         da[i] = gradient * b[i] * s * (1 + a[i] * (1 - s));
         db[i] = gradient * a[i] * s;
-        if (y) y[i] = a[i] * s * b[i];
+        y[i] = a[i] * s * b[i];
+    }
+}
+static void silu_gate_backward(metala_context *ctx, real *da, real *db, real *y, const real *dy, const real *a, const real *b,
+                               size_t n) {
+    enum { SOME = 512 };
+    PARALLEL_FOR(15 * n)
+    for (size_t i = 0; i < n; i += SOME) {
+        real unused[SOME];
+        silu_gate_gradients(da + i, db + i, y ? y + i : unused, dy + i, a + i, b + i, n - i < SOME ? n - i : SOME);
     }
 }
 

@@ -200,7 +200,7 @@ static void conv_backward(void *p) {
 static void gate_forward(void *p) { call_data *c = p; be->gate_forward(ctx, c->x[0], c->x[1], c->x[2], c->rows * c->D, 16); }
 static void gate_backward(void *p) { call_data *c = p; be->gate_backward(ctx, c->x[3], c->x[4], c->x[5], c->x[2], c->x[0], c->rows * c->D, 16); }
 static void silu_forward(void *p) { call_data *c = p; be->silu_gate_forward(ctx, c->x[0], c->x[1], c->x[2], c->rows * c->D); }
-static void silu_backward(void *p) { call_data *c = p; be->silu_gate_backward(ctx, c->x[3], c->x[4], c->x[0], c->x[1], c->x[2], c->rows * c->D); }
+static void silu_backward(void *p) { call_data *c = p; be->silu_gate_backward(ctx, c->x[3], c->x[4], NULL, c->x[0], c->x[1], c->x[2], c->rows * c->D); }
 static void augment_forward(void *p) {
     call_data *c = p;
     be->augment_forward(ctx, c->x[0], c->x[1], c->x[2], c->x[3], c->x[4], c->x[5], c->rows, c->H, c->K, c->V);
@@ -269,6 +269,31 @@ static void bench_matmul(call_data *c, size_t rows, const size_t (*sizes)[2], si
             double time = median_time(forms[f].call, c);             // of one row, the weights are read and little else
             line(forms[f].name, shape, time, rows > 1 ? 2 * products : 0, products * sizeof(real));
         }
+}
+
+// All of a SwiGLU: 6·rows·F·D operations forward, twice as many backward.
+static void swiglu_forward(void *p) {
+    call_data *c = p;
+    size_t D = c->in, F = c->out;
+    const metala_linear layers[3] = {{c->x[0], c->x[9], NULL, NULL, NULL, F}, {c->x[1], c->x[9] + F * D, NULL, NULL, NULL, F},
+                                     {c->x[7], c->x[9] + 2 * F * D, NULL, NULL, c->x[8], D}};
+    be->swiglu_forward(ctx, layers, sizeof(real) == sizeof(double) ? METALA_F64 : METALA_F32, c->x[2], c->x[6], c->rows, D);
+}
+static void swiglu_backward(void *p) {
+    call_data *c = p;
+    size_t D = c->in, F = c->out;
+    const metala_linear_gradient layers[3] = {{c->x[10], NULL, NULL, c->x[9], F},
+                                              {c->x[10] + F * D, NULL, NULL, c->x[9] + F * D, F},
+                                              {c->x[10] + 2 * F * D, NULL, c->x[8], c->x[9] + 2 * F * D, D}};
+    be->swiglu_backward(ctx, c->x[7], layers, c->x[2], c->x[3], c->x[4], c->x[5], c->x[0], c->x[1], c->x[6], c->rows, D);
+}
+static void bench_swiglu(call_data *c, size_t rows, size_t D, size_t F) {
+    char shape[60];
+    c->rows = rows, c->in = D, c->out = F;
+    snprintf(shape, sizeof shape, "%zu rows, D%zu F%zu", rows, D, F);
+    double products = (double)rows * (double)D * (double)F;
+    if (strstr("swiglu forward", only)) line("swiglu forward", shape, median_time(swiglu_forward, c), 6 * products, 0);
+    if (strstr("swiglu backward", only)) line("swiglu backward", shape, median_time(swiglu_backward, c), 12 * products, 0);
 }
 
 static void bench_scan(call_data *c, const size_t (*shapes)[5], size_t count) {
@@ -427,6 +452,7 @@ static void bench_gpu(call_data *c) {
     printf("%-22s %-28s %10s %8s %17s\n", "kernel", "shape", "time", "rate", "of the limit");
     bench_matmul(c, part(16384), LIST(gpu_products));
     bench_matmul(c, 1, LIST(gpu_products));
+    bench_swiglu(c, part(16384), part(1024), part(2816));
     bench_scan(c, LIST(gpu_scans));
     bench_steps(c);
     bench_kernels(c, 8, part(2048), divide > 1 ? 128 : 1024, part(32000));
@@ -443,6 +469,7 @@ static void bench_cpu(call_data *c) {
            metala_context_threads(ctx), (int)VEC_BYTES, peak, bandwidth);
     printf("%-22s %-28s %10s %8s %17s\n", "kernel", "shape", "time", "rate", "of the limit");
     bench_matmul(c, 1536, LIST(cpu_products));
+    bench_swiglu(c, 1536, 512, 1408);
     bench_scan(c, LIST(cpu_scans));
     bench_steps(c);
     bench_shapes(c, LIST(other_scans));
