@@ -499,6 +499,11 @@ __device__ gated silu_gate(float a, float b, float dy) {
     const float s = sigmoid(a);
     return {a * s * b, dy * b * s * (1 + a * (1 - s)), dy * a * s};
 }
+// weight (softmax(logits) - onehot(target)) of class i, lse the logarithm of the sum of all exponentials; 0 where ignored.
+__device__ float logit_gradient(float logit, float lse, int target, size_t i, float weight) {
+    const float p = weight * expf(logit - lse) - ((size_t)target == i ? weight : 0);
+    return target == METALA_IGNORE ? 0 : p;
+}
 
 const unsigned ALL_LANES = 0xFFFFFFFFu;
 
@@ -763,19 +768,28 @@ __device__ uint4 rounded(const float *x, unsigned stride) {
 struct as_they_are {
     enum { READS = 1, MAKES = 1 };
     const float *x[READS];
-    __device__ static void make(float *) {}
+    __device__ void make(float *, unsigned, unsigned) const {}
 };
 struct gate_products {                                           // silu(a) ⊙ b of a and b
     enum { READS = 2, MAKES = 1 };
     const float *x[READS];
-    __device__ static void make(float *n) { n[0] = silu_gate(n[0], n[1], 0).y; }
+    __device__ void make(float *n, unsigned, unsigned) const { n[0] = silu_gate(n[0], n[1], 0).y; }
 };
 struct gate_gradients {                                          // h = silu(a) ⊙ b, da and db of a, b and dh
     enum { READS = 3, MAKES = 3 };
     const float *x[READS];
-    __device__ static void make(float *n) {
+    __device__ void make(float *n, unsigned, unsigned) const {
         const gated g = silu_gate(n[0], n[1], n[2]);
         n[0] = g.y, n[1] = g.da, n[2] = g.db;
+    }
+};
+struct logit_gradients {                                         // dlogits of logits
+    enum { READS = 1, MAKES = 1 };
+    const float *x[READS], *lse;                                 // lse, targets (rows)
+    const int *targets;
+    float weight;
+    __device__ void make(float *n, unsigned row, unsigned column) const {
+        n[0] = logit_gradient(n[0], lse[row], targets[row], column, weight);
     }
 };
 
@@ -815,16 +829,18 @@ round_operands_kernel(all_copies<Numbers::MAKES> to, Numbers numbers, unsigned r
                         if (column + e < columns) here[e] = from[e];
             }
 #pragma unroll
-        for (unsigned p = 0; p < PIECES * PIECES; p++)
+        for (unsigned p = 0; p < PIECES * PIECES; p++) {
+            const unsigned row = i0 + p / PIECES * PIECE + i, column = line * SIDE + p % PIECES * PIECE + j;
 #pragma unroll
             for (unsigned e = 0; e < 4; e++) {
                 float at_place[Numbers::READS];
 #pragma unroll
                 for (unsigned n = 0; n < Numbers::READS; n++) at_place[n] = number[n][p][e];
-                Numbers::make(at_place);
+                if (row < rows && column + e < columns) numbers.make(at_place, row, column + e);         // elsewhere zeros
 #pragma unroll
                 for (unsigned n = 0; n < Numbers::MAKES; n++) number[n][p][e] = at_place[n];
             }
+        }
 #pragma unroll
         for (unsigned n = 0; n < Numbers::MAKES; n++) {
             const operand straight = to.of[n].straight, turned = to.of[n].turned;
@@ -1437,10 +1453,11 @@ void add_column_sums(metala_context *ctx, float *sums, const float *a, size_t ro
 
 // dx = Σ_layers dy W (or dx += that)      dW += dyᵀ x      dbias += Σ_rows dy
 //   dx, x (rows,in)   dw [out,in]   dbias [out]   dy (rows,out); NULL for what is not wanted
-// The rounded copies of all dy lie side by side, as those of all Wᵀ: dx is then one product, and its sum stays in registers.
-template <metala_math MATH>
-void rounded_backward(metala_context *ctx, float *dx, const metala_linear_gradient *layers, int count, const float *x, size_t rows,
-                      size_t in, int accumulate) {
+// The rounded copies of all dy, dy_of(layer), lie side by side, as those of all Wᵀ: dx is then one product, and its sum stays in
+// registers.
+template <metala_math MATH, class Of>
+void rounded_backward(metala_context *ctx, float *dx, const metala_linear_gradient *layers, int count, Of dy_of, const float *x,
+                      size_t rows, size_t in, int accumulate) {
     size_t by_rows = 0, by_out = 0, most_out = 0, most_parts = 0;
     float *parts;
     for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
@@ -1458,7 +1475,8 @@ void rounded_backward(metala_context *ctx, float *dx, const metala_linear_gradie
     for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
         turned.rows = l->out;
         if (dx || l->dw)
-            round_operand<MATH>(ctx, dx ? from_line(of_dy, at) : operand{}, l->dw ? turned : operand{}, l->dy, rows, l->out);
+            round_operands<MATH, decltype(dy_of(l))>(
+                ctx, {{{dx ? from_line(of_dy, at) : operand{}, l->dw ? turned : operand{}, NULL}}}, dy_of(l), rows, l->out);
         if (dx) round_operand<MATH>(ctx, {}, from_line(of_w, at), l->w, l->out, in);
         if (l->dw) tensor_multiply<MATH>(ctx, l->dw, turned, of_x, parts, NULL, l->dw);
         at += lines_of<MATH>(l->out);
@@ -1468,7 +1486,9 @@ void rounded_backward(metala_context *ctx, float *dx, const metala_linear_gradie
 template <metala_math MATH>
 void matmul_backward(metala_context *ctx, float *dx, const metala_linear_gradient *layers, int count, const float *x, size_t rows,
                      size_t in, int accumulate) {
-    if constexpr (MATH != METALA_EXACT) rounded_backward<MATH>(ctx, dx, layers, count, x, rows, in, accumulate);
+    if constexpr (MATH != METALA_EXACT)
+        rounded_backward<MATH>(ctx, dx, layers, count, [](const metala_linear_gradient *l) { return as_they_are{{l->dy}}; }, x,
+                               rows, in, accumulate);
     else
         for (const metala_linear_gradient *l = layers; l < layers + count; l++) {
             const float *so_far = accumulate || l > layers ? dx : NULL;
@@ -3119,16 +3139,29 @@ __global__ void cross_entropy_backward_kernel(float *dlogits, const float *logit
         const int target = targets[row];
         const float base = lse[row];
         for (size_t first = threadIdx.x; first < N; first += FEW * THREADS)
-            few(first, N, [=](size_t i) { return logits[row * N + i]; }, [=](size_t i, float logit) {
-                float p = weight * expf(logit - base) - ((size_t)target == i ? weight : 0);
-                dlogits[row * N + i] = target == METALA_IGNORE ? 0 : p;
-            });
+            few(first, N, [=](size_t i) { return logits[row * N + i]; },
+                [=](size_t i, float logit) { dlogits[row * N + i] = logit_gradient(logit, base, target, i, weight); });
     }
 }
 void cross_entropy_backward(metala_context *ctx, float *dlogits, const float *logits, const float *lse,
                             const int *targets, size_t rows, size_t N, double weight) {
     RUN(cross_entropy_backward_kernel, blocks_for(rows, 1), THREADS, 0, dlogits, logits, lse, targets, rows, N,
         (float)weight);
+}
+
+// dx = dlogits W      dW += dlogitsᵀ x: on tensor cores dlogits is never written, but for its rounded copies.
+template <metala_math MATH>
+void output_backward(metala_context *ctx, float *dx, float *dw, float *logits, const float *lse, const int *targets,
+                     const float *x, const float *w, size_t rows, size_t N, size_t in, double weight) {
+    const metala_linear_gradient layer = {dw, NULL, logits, w, N};
+    if constexpr (MATH != METALA_EXACT)
+        rounded_backward<MATH>(ctx, dx, &layer, 1, [=](const metala_linear_gradient *l) {
+            return logit_gradients{{l->dy}, lse, targets, (float)weight};
+        }, x, rows, in, 0);
+    else {
+        cross_entropy_backward(ctx, logits, logits, lse, targets, rows, N, weight);
+        matmul_backward<MATH>(ctx, dx, &layer, 1, x, rows, in, 0);
+    }
 }
 
 // Σ x², for the global norm of the gradients: blocks of 4096 numbers, then one block adds up their sums in order.
@@ -4770,7 +4803,7 @@ const metala_backend *backend() {
         multiply_forward, multiply_backward,
         sigmoid_gate_forward, sigmoid_gate_backward,
         attention_forward, attention_backward,
-        cross_entropy_forward, cross_entropy_backward,
+        cross_entropy_forward, cross_entropy_backward, output_backward<MATH>,
         sum_squares, adamw,
     };
     return &table;

@@ -2090,6 +2090,15 @@ static void cross_entropy_backward(metala_context *ctx, real *dlogits, const rea
     }
 }
 
+// The output layer, logits = x Wᵀ, with the cross-entropy behind it:  dx = dlogits W      dW += dlogitsᵀ x
+//   dx, x (rows,in)   w, dw [N,in]   logits (rows,N): room for dlogits; another device may not need it
+static void output_backward(metala_context *ctx, real *dx, real *dw, real *logits, const real *lse, const int *targets,
+                            const real *x, const real *w, size_t rows, size_t N, size_t in, double weight) {
+    const metala_linear_gradient layer = {dw, NULL, logits, w, N};
+    cross_entropy_backward(ctx, logits, logits, lse, targets, rows, N, weight);
+    matmul_backward(ctx, dx, &layer, 1, x, rows, in, 0);
+}
+
 // Σ x², for the global norm of the gradients: sums of strips, added up in order.
 static double sum_squares(metala_context *ctx, const real *x, size_t n) {
     enum { STRIP = 4096 };
@@ -3046,7 +3055,7 @@ static const metala_backend cpu_backend = {
     multiply_forward, multiply_backward,
     sigmoid_gate_forward, sigmoid_gate_backward,
     attention_forward, attention_backward,
-    cross_entropy_forward, cross_entropy_backward,
+    cross_entropy_forward, cross_entropy_backward, output_backward,
     sum_squares, adamw,
 };
 
@@ -4857,8 +4866,8 @@ static void head_loss(metala_context *ctx, metala_trainer *t, real *grads, size_
         const real *in = t->final_norm + row * D;
         linear(ctx, m, t->logits, in, m->head, ABSENT, NULL, n, N, D);
         be->cross_entropy_forward(ctx, t->loss + row, t->lse + row, t->logits, t->targets + row, n, N);
-        be->cross_entropy_backward(ctx, t->logits, t->logits, t->lse + row, t->targets + row, n, N, weight);
-        linear_backward(ctx, be, t->d_final + row * D, grads + m->head, NULL, t->logits, in, m->parameters + m->head, n, N, D, 0);
+        be->output_backward(ctx, t->d_final + row * D, grads + m->head, t->logits, t->lse + row, t->targets + row, in,
+                            m->parameters + m->head, n, N, D, weight);
     }
 }
 

@@ -605,6 +605,9 @@ struct metala_backend {
         const int *targets, size_t rows, size_t N);
     void (*cross_entropy_backward)(metala_context *ctx, metala_real *dlogits, const metala_real *logits,
         const metala_real *lse, const int *targets, size_t rows, size_t N, double weight);  // dlogits may be logits
+    void (*output_backward)(metala_context *ctx, metala_real *dx, metala_real *dw, metala_real *logits, const metala_real *lse,
+        const int *targets, const metala_real *x, const metala_real *w, size_t rows, size_t N, size_t in,
+        double weight);  // logits: room afterwards
     double (*sum_squares)(metala_context *ctx, const metala_real *x, size_t n);  // result on the host
     void (*adamw)(metala_context *ctx, metala_real *p, metala_real *m, metala_real *v, const metala_real *g, size_t n,
         const metala_adamw *adamw, uint64_t step, double gradient_scale, double weight_decay);

@@ -828,6 +828,41 @@ static void cross_entropy_backward(const shape *s, real *const *in, real *const 
     CALL(cross_entropy_backward)(ctx, din[0], in[0], out[1], token_list(s, target_at), rows_of(s), s->N, WEIGHT);
 }
 
+// The output layer with it, of K + 1 classes: x, W. Logits are small, or most slopes would be nothing.
+static shape classes_of(const shape *s) {
+    shape few = *s;
+    few.N = s->K + 1;
+    return few;
+}
+static void output_sizes(const shape *s, size_t *in, size_t *out) {
+    in[0] = rows_of(s) * s->D, in[1] = classes_of(s).N * s->D, out[0] = out[1] = rows_of(s);
+}
+static void output_fill(const shape *s, double *const *in) {
+    for (size_t i = 0; i < rows_of(s) * s->D; i++) in[0][i] /= sqrt((double)s->D);
+}
+static void output_reference(const shape *s, double *const *in, double *const *out) {
+    const shape few = classes_of(s);
+    double *logits = doubles(rows_of(s) * few.N);
+    for (size_t i = 0; i < rows_of(s) * few.N; i++)
+        for (size_t d = 0; d < s->D; d++) logits[i] += in[0][i / few.N * s->D + d] * in[1][i % few.N * s->D + d];
+    cross_entropy_reference(&few, &logits, out);
+}
+static real *output_logits(const shape *s, real *const *in) {
+    const metala_linear layer = {.y = reals(rows_of(s) * s->N), .w = in[1], .out = s->N};
+    CALL(matmul_forward)(ctx, &layer, 1, in[0], rows_of(s), s->D);
+    return layer.y;
+}
+static void output_forward(const shape *s, real *const *in, real *const *out) {
+    const shape few = classes_of(s);
+    CALL(cross_entropy_forward)(ctx, out[0], out[1], output_logits(&few, in), token_list(&few, target_at), rows_of(s), few.N);
+}
+static void output_backward(const shape *s, real *const *in, real *const *out, real *const *dout, real *const *din) {
+    const shape few = classes_of(s);
+    (void)dout;
+    CALL(output_backward)(ctx, din[0], din[1], output_logits(&few, in), out[1], token_list(&few, target_at), in[0], in[1],
+                          rows_of(s), few.N, s->D, WEIGHT);
+}
+
 static void check_kernels(void) {
     const operation operations[] = {
         {"embedding", {"E", "E"}, {"x"}, 2, 1, 1, 1, 1, 0, 1e-3, TOLERANCE(2e-7, 1e-15), TOLERANCE(3e-7, 1e-12),
@@ -863,6 +898,8 @@ static void check_kernels(void) {
         {"cross-entropy", {"logits"}, {"loss", "lse"}, 1, 1, 2, 1, 0, 1, 1e-2, TOLERANCE(3e-7, 2e-14),
          TOLERANCE(6e-5, 5e-9), cross_entropy_sizes, cross_entropy_fill, cross_entropy_reference,
          cross_entropy_forward, cross_entropy_backward},
+        {"output layer", {"x", "W"}, {"loss", "lse"}, 2, 2, 2, 1, 2, 1, 1e-3, TOLERANCE(1e-6, 2e-15), TOLERANCE(2e-5, 4e-11),
+         output_sizes, output_fill, output_reference, output_forward, output_backward},
     };
     static const shape shapes[] = {      // B T D H K V N variant
         {1, 1, 2, 1, 1, 2, 3, 0}, {2, 5, 6, 3, 1, 2, 7, 1}, {3, 19, 40, 4, 5, 10, 61, 1}, {2, 70, 48, 3, 8, 16, 300, 0},
@@ -5634,6 +5671,25 @@ static void twin_cross_entropy_backward(const shape *s) {            // variant 
     const tensor *lse = FILLED("lse", "bt", 0, uniforms(rows_of(s), 0, 3), s->B, s->T), *targets = token_tensor(s, target_at);
     ALL(cross_entropy_backward, REAL(dlogits), REAL(logits), REAL(lse), INTS(targets), rows_of(s), s->N, WEIGHT);
 }
+// The second time by its parts, as swiglu_forward.
+static void twin_output_backward(const shape *s) {
+    size_t rows = rows_of(s), N = s->N;
+    const tensor *dx = OUT("dx", "bti", s->B, s->T, s->D), *dw = ADDED("dw", "oi", N * s->D, N, s->D);
+    const tensor *logits = FILLED("logits", "btn", 1, uniforms(rows * N, -3, 3), s->B, s->T, N);
+    const tensor *lse = FILLED("lse", "bt", 0, uniforms(rows, 0, 3), s->B, s->T), *targets = token_tensor(s, target_at);
+    const tensor *x = IN("x", "bti", s->B, s->T, s->D), *w = IN("w", "oi", N, s->D);
+    for (int r = 0; r < RUNS && !*now.problem; r++) {
+        const metala_linear_gradient layer = {REAL(dw), NULL, REAL(logits), REAL(w), N};
+        if (r < AGAIN) {
+            CALL_ON(r, output_backward)(on[r].ctx, REAL(dx), REAL(dw), REAL(logits), REAL(lse), INTS(targets), REAL(x), REAL(w),
+                                        rows, N, s->D, WEIGHT);
+            continue;
+        }
+        on[r].be->cross_entropy_backward(on[r].ctx, REAL(logits), REAL(logits), REAL(lse), INTS(targets), rows, N, WEIGHT);
+        on[r].be->matmul_backward(on[r].ctx, REAL(dx), &layer, 1, REAL(x), rows, s->D, 0);
+    }
+    tensors[logits - tensors].unchecked = 1;
+}
 static void twin_sum_squares(const shape *s) {
     const tensor *x = IN("x", "btd", s->B, s->T, s->D);
     double sum[RUNS];
@@ -6015,6 +6071,8 @@ static void check_twins(void) {
     static const shape glus_quantized[] = {{1, 3, 66, 0, 0, 0, 40, 2}, {2, 5, 66, 0, 0, 0, 40, 3}, {1, 9, 37, 0, 0, 0, 70, 5}};
     static const shape glus_in_part[] = {{2, 9, 36, 0, 0, 0, 70, 2}, {1, 70, 17, 0, 0, 0, 65, 5}, {1, 9, 64, 0, 0, 0, 30, 8},
         {1, 70, 36, 0, 0, 0, 40, 17}, {1, 70, 36, 0, 0, 0, 40, 31}};
+    static const shape outputs[] = {{1, 1, 2, 0, 0, 0, 3, 1}, {3, 19, 40, 0, 0, 0, 61, 0}, {2, 70, 48, 0, 0, 0, 300, 0},
+        {1, 3, 130, 0, 0, 0, 1000, 0}, {4, 64, 66, 0, 0, 0, 97, 1}, {1, 33, 300, 0, 0, 0, 5, 0}};
     // Products large enough for the largest tiles: y, dx and dw.
     static const shape large_y[] = {{1, 2030, 200, 0, 0, 0, 1988, 1}};
     static const shape large_gradients[] = {{1, 2030, 1988, 0, 0, 0, 36, 2}, {1, 7, 1988, 0, 0, 0, 2036, 4}};
@@ -6093,7 +6151,8 @@ static void check_twins(void) {
         ENTRY(embedding_backward, 2e-7, repetitions), ENTRY(matmul_forward, 3e-6, long_rows),
         ENTRY(matmul_quantized, 3e-6, long_rows), ENTRY(swiglu_step, 6e-6, swiglus), ENTRY(conv_step, 5e-7, common),
         ENTRY(conv_step, 5e-7, wide), ENTRY(swiglu_forward, 3e-6, glus), ENTRY(swiglu_backward, 3e-6, glus),
-        ENTRY(swiglu_forward, 3e-6, glus_quantized), ENTRY(swiglu_backward, 3e-6, glus_in_part)};
+        ENTRY(swiglu_forward, 3e-6, glus_quantized), ENTRY(swiglu_backward, 3e-6, glus_in_part),
+        ENTRY(output_backward, 3e-6, outputs)};
     for (size_t e = 0; e < COUNT(entries); e++)
         for (size_t n = 0; n < 2 * entries[e].count; n++) {
             size_t i = n / 2;
@@ -6106,8 +6165,8 @@ static void check_twins(void) {
             int is_product = !strncmp(entries[e].name, "matmul_", 7) && strcmp(entries[e].name, "matmul_quantized");
             int is_scan = entries[e].shapes == scans && !strcmp(entries[e].form, "chunkwise ");
             int rounds = (is_product || is_scan) && fast > 0;
-            int is_swiglu = entries[e].shapes == glus || entries[e].shapes == glus_in_part;      // never with exact numbers
-            double tolerance = (rounds && n % 2) || (is_swiglu && fast > 0) ? product_tolerance
+            int is_fused = entries[e].shapes == glus || entries[e].shapes == glus_in_part || entries[e].shapes == outputs;
+            double tolerance = (rounds && n % 2) || (is_fused && fast > 0) ? product_tolerance       // never with exact numbers
                                : is_product && rounds ? 1e-30 : entries[e].tolerance;
             coarse = n % 2 ? FINE : is_scan ? WHOLE : COARSE;
             if (coarse && !rounds) continue;
@@ -6388,6 +6447,9 @@ STAGED(cross_entropy_forward, (ctx_t *c, real *loss, real *lse, in_t *l, const i
 STAGED(cross_entropy_backward,
        (ctx_t *c, real *dl, in_t *l, in_t *lse, const int *t, size_t r, size_t N, double w),
        (c, W(dl, r * N), R(l, r * N), R(lse, r), R(t, r), r, N, w))
+STAGED(output_backward,
+       (ctx_t *c, real *dx, real *dw, real *l, in_t *lse, const int *t, in_t *x, in_t *w, size_t r, size_t N, size_t in, double s),
+       (c, W(dx, r * in), W(dw, N * in), W(l, r * N), R(lse, r), R(t, r), R(x, r * in), R(w, N * in), r, N, in, s))
 STAGED(adamw,
        (ctx_t *c, real *p, real *m, real *v, in_t *g, size_t n, const metala_adamw *a, uint64_t step, double scale,
         double decay), (c, W(p, n), W(m, n), W(v, n), R(g, n), n, a, step, scale, decay))
@@ -6409,7 +6471,8 @@ static metala_backend staged_backend(const metala_backend *device) {
     USE(mask_rows);
     USE(gate_forward), USE(gate_backward), USE(scan_forward), USE(scan_backward), USE(mixer_step), USE(augment_forward);
     USE(augment_backward), USE(head_norm_forward), USE(head_norm_backward), USE(silu_gate_forward);
-    USE(silu_gate_backward), USE(add), USE(cross_entropy_forward), USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
+    USE(silu_gate_backward), USE(add), USE(cross_entropy_forward), USE(cross_entropy_backward);
+    USE(output_backward), USE(sum_squares), USE(adamw);
     USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward);
     USE(taylor_forward), USE(taylor_backward), USE(rotate_forward), USE(rotate_backward), USE(bounded_gate_forward);
     USE(bounded_gate_backward), USE(bounds_forward), USE(bounds_backward), USE(ssm_forward), USE(ssm_backward);

@@ -1449,6 +1449,9 @@ CLOCKED(cross_entropy_forward, CROSS_ENTROPY, 0, 0,
         (ctx_t *c, real *loss, real *lse, in_t *l, const int *t, size_t r, size_t N), (c, loss, lse, l, t, r, N))
 CLOCKED(cross_entropy_backward, CROSS_ENTROPY, 1, 0,
         (ctx_t *c, real *dl, in_t *l, in_t *lse, const int *t, size_t r, size_t N, double w), (c, dl, l, lse, t, r, N, w))
+CLOCKED(output_backward, MATMUL, 1, 4.0 * (double)r * (double)N * (double)in,
+        (ctx_t *c, real *dx, real *dw, real *l, in_t *lse, const int *t, in_t *x, in_t *w, size_t r, size_t N, size_t in, double s),
+        (c, dx, dw, l, lse, t, x, w, r, N, in, s))
 CLOCKED(adamw, ADAMW, 1, 0,
         (ctx_t *c, real *p, real *m, real *v, in_t *g, size_t n, const metala_adamw *a, uint64_t step, double scale,
          double decay), (c, p, m, v, g, n, a, step, scale, decay))
@@ -1468,7 +1471,7 @@ static metala_backend clocked_backend(const metala_backend *device) {
     USE(swiglu_step), USE(mask_rows), USE(gate_forward), USE(gate_backward);
     USE(scan_forward), USE(scan_backward), USE(mixer_step), USE(augment_forward), USE(augment_backward), USE(head_norm_forward);
     USE(head_norm_backward), USE(silu_gate_forward), USE(silu_gate_backward), USE(add), USE(cross_entropy_forward);
-    USE(cross_entropy_backward), USE(sum_squares), USE(adamw);
+    USE(cross_entropy_backward), USE(output_backward), USE(sum_squares), USE(adamw);
     USE(shift_forward), USE(shift_backward), USE(last_token), USE(map_forward), USE(map_backward);
     USE(taylor_forward), USE(taylor_backward), USE(rotate_forward), USE(rotate_backward), USE(bounded_gate_forward);
     USE(bounded_gate_backward), USE(bounds_forward), USE(bounds_backward), USE(ssm_forward), USE(ssm_backward);
