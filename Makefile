@@ -200,7 +200,7 @@ ptx-mutants: build/ptx/test
 	BUILD='$(PTX_NVCC) -I. -c -o $$dir/cuda_metala.o $$dir/cuda_metala.cu && \
 	    $(CXX) -o $$dir/test build/ptx/test.o build/ptx/metala.o $$dir/cuda_metala.o build/ptx_on_cpu.o' \
 	CHECK='try() { ./test --device cuda --math $$1 --only "$$2" --stop || exit 1; }; \
-	    try bf16 "kernel scan"; try bf16 "kernel matmul"; try tf32 "kernel matmul"; try exact recorded; \
+	    try bf16 "kernel scan"; try bf16 "kernel matmul"; try tf32 "kernel matmul"; try exact recorded; try bf16 "kernel swiglu"; \
 	    export CUDA_CAPABILITY=80; try bf16 "kernel matmul"; try tf32 "kernel matmul"' \
 	tests/mutants.sh $(COUNT)
 

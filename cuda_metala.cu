@@ -763,7 +763,7 @@ __device__ uint4 rounded(const float *x, unsigned stride) {
     return make_uint4(to[0], to[1], to[2], to[3]);
 }
 
-// What is rounded: numbers as they are, or what a kernel of their own would make of them and write as floats. Of READS arrays
+// What is rounded: numbers as they are, or what is first computed from them, which then needs no array of floats: from READS arrays
 // x (rows,columns) MAKES others, whose number at a place follows from those of x there.
 struct as_they_are {
     enum { READS = 1, MAKES = 1 };
@@ -2008,8 +2008,8 @@ void silu_gate_backward(metala_context *ctx, float *da, float *db, float *y, con
     RUN(silu_gate_backward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, da, db, y, dy, a, b, n);
 }
 
-// a = W_1 n + β_1     b = W_2 n + β_2     h = silu(a) ⊙ b     y = W_3 h + β_3 + residual: on tensor cores h is never written, but
-// for its rounded copy.
+// a = W_1 n + β_1     b = W_2 n + β_2     h = silu(a) ⊙ b     y = W_3 h + β_3 + residual: of more than a few rows h is never
+// written on tensor cores, but for its rounded copy.
 template <metala_math MATH>
 void swiglu_forward(metala_context *ctx, const metala_linear *layers, metala_dtype weights, float *h, const float *n, size_t rows,
                     size_t in) {

@@ -1061,7 +1061,7 @@ static void silu_gate_forward(metala_context *ctx, real *y, const real *a, const
     for (size_t i = 0; i < n; i++) y[i] = silu(a[i]) * b[i];
 }
 
-// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)      and y once more, which costs little here; or NULL
+// da = dy ⊙ b ⊙ silu'(a)      db = dy ⊙ silu(a)      y = silu(a) ⊙ b once more
 static void silu_gate_gradients(real *restrict da, real *restrict db, real *restrict y, const real *restrict dy,
                                 const real *restrict a, const real *restrict b, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -1071,6 +1071,7 @@ static void silu_gate_gradients(real *restrict da, real *restrict db, real *rest
         y[i] = a[i] * s * b[i];
     }
 }
+// No array may be another. y, which costs little here, may be NULL.
 static void silu_gate_backward(metala_context *ctx, real *da, real *db, real *y, const real *dy, const real *a, const real *b,
                                size_t n) {
     enum { SOME = 512 };
@@ -3809,14 +3810,15 @@ typedef struct {
     real *mixer_residual;                                     // h = x + W_o gated
     real *residual_r, *channel_norm;
     real *l1, *l2;                                            // a, b of SwiGLU
-    real *glu_prod;                                           // room for its h
+    real *glu_prod;                                           // room for silu(a) ⊙ b
     real *output;                                             // x' = mixer_residual + SwiGLU; the next layer's input
 } activations;
 
 // The members, their names for metala_trainer_activation, their numbers per token (or per layer, or states), and what it
 // would cost to compute them again, which decides who keeps them until the backward. NEEDED (the input): every layer,
-// always. COSTLY: every layer, with METALA_KEEP_COSTLY. CHEAP: only with METALA_KEEP_ALL. ROOM: never. What a layer does not keep
-// lies in one set that all layers share, where the next layer overwrites it; layer_recompute or layer_forward fills it once more.
+// always. COSTLY: every layer, with METALA_KEEP_COSTLY. CHEAP: only with METALA_KEEP_ALL. What a layer does not keep lies in
+// one set that all layers share, where the next layer overwrites it; layer_recompute or layer_forward fills it once more. ROOM: as
+// what is never kept, and the backward makes it itself.
 enum width { PER_D, PER_U, PER_SHIFT, PER_CONV, PER_Q_PROJ, PER_K_PROJ, PER_V_PROJ, PER_LOW, PER_Z, PER_G, PER_SSM, PER_Q,
              PER_K, PER_V, PER_ALPHA, PER_BONUS, PER_STATE, PER_SCAN, PER_LSE, PER_P, PER_RHO, PER_NORM, PER_GATED, PER_F,
              PER_TOKEN };
@@ -4580,10 +4582,9 @@ static void mixer_choices_backward(metala_context *ctx, const metala_model *m, i
     decay_backward(ctx, m, layer, a, d, grads, p);
 }
 
-// Do linear maps alone read u, or also what adds its part of δu before them? Then d->u must begin as zeros.
+// Do linear maps alone add to δu? Otherwise d->u begins as zeros, for what adds its part before them.
 static int only_maps_read_u(const metala_row *r, const sizes *s) {
-    return r->value != METALA_VALUE_INPUT && r->decay != METALA_DECAY_SELECTIVE &&
-           !(r->self == METALA_SELF_SKIP && s->complex_values);
+    return r->value != METALA_VALUE_INPUT && !(r->self == METALA_SELF_SKIP && s->complex_values);
 }
 
 // From the gradients of the projections to that of n, returned: it may lie in d->u.
@@ -4620,7 +4621,7 @@ static real *mixer_input_backward(metala_context *ctx, const metala_model *m, in
         be->matmul_backward(ctx, dx[i], layers, count, maps[i].x, rows, maps[i].in, !first);
         if (first) nothing_yet = 0;
     }
-    if (nothing_yet) be->zero(ctx, d->u, rows * U * sizeof(real));
+    if (nothing_yet) be->zero(ctx, d->u, rows * U * sizeof(real));          // a token shift without a gate: nobody reads u
     if (p->mask && r->value == METALA_VALUE_INPUT) be->mask_rows(ctx, d->u, p->mask, rows, U);
 
     if (on) be->conv_backward(ctx, d->n, GRAD(w->conv), d->u, a->conv_in, a->token_norm, P + w->conv, NULL, p->B, p->T, D);

@@ -328,7 +328,8 @@ typedef enum {
     METALA_KEEP_COSTLY,        // of MetaLA: the input, q, z, v, g, scan plus augmentation, x + mixer and the two GLU
                                // products: 6 D + 2 F numbers per token and layer, and the scan's states, D·V/128;
                                // norms, convolution, gate and products of two are computed again
-    METALA_KEEP_ALL,           // everything, of MetaLA 14 D + 2 F and the states; metala_trainer_activation needs it
+    METALA_KEEP_ALL,           // everything but silu(a) ⊙ b of SwiGLU, of MetaLA 14 D + 2 F and the states; metala_trainer_activation
+                               // needs it
     METALA_KEEP_INPUTS         // the input of each layer, D; every layer but the last runs forward twice, a third more work
 } metala_keep;
 
@@ -515,9 +516,9 @@ struct metala_backend {
     void (*silu_gate_forward)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b,
         size_t n);
     void (*silu_gate_backward)(metala_context *ctx, metala_real *da, metala_real *db, metala_real *y, const metala_real *dy,
-        const metala_real *a, const metala_real *b, size_t n);  // y: made once more, or NULL
+        const metala_real *a, const metala_real *b, size_t n);  // y: made once more, or NULL; no array may be another
     void (*swiglu_forward)(metala_context *ctx, const metala_linear *layers, metala_dtype weights, metala_real *h,
-        const metala_real *n, size_t rows, size_t in);
+        const metala_real *n, size_t rows, size_t in);  // h: room that it may use
     void (*swiglu_backward)(metala_context *ctx, metala_real *dn, const metala_linear_gradient *layers, metala_real *h,
         metala_real *dh, metala_real *da, metala_real *db, const metala_real *a, const metala_real *b, const metala_real *n,
         size_t rows, size_t in);  // h, dh, da, db: room that it may use

@@ -890,7 +890,8 @@ static void check_kernels(void) {
         {"silu gate", {"a", "b"}, {"y"}, 2, 2, 1, 1, 0, 0, 1e-3, TOLERANCE(3e-7, 5e-16), TOLERANCE(4e-7, 1.5e-12),
          two_sizes, NULL, silu_gate_reference, silu_gate_forward, silu_gate_backward},
         {"swiglu", {"n", "W_1", "W_2", "W_3", "bias_1", "bias_2", "bias_3", "residual"}, {"y", "a", "b"}, 8, 7, 3, 1, 0x7E, 0,
-         1e-3, TOLERANCE(2e-6, 4e-15), TOLERANCE(2e-6, 4e-11), swiglu_sizes, NULL, swiglu_reference, swiglu_forward, swiglu_backward},
+         1e-3, TOLERANCE(2e-6, 4e-15), TOLERANCE(2e-6, 4e-11), swiglu_sizes, NULL, swiglu_reference,
+         swiglu_forward, swiglu_backward},
         {"swiglu step", {"x", "W_1", "W_2", "bias_1", "bias_2"}, {"y"}, 5, 0, 1, 1, 0, 0, 0, TOLERANCE(2e-6, 4e-15), 0,
          swiglu_step_sizes, rms_fill, swiglu_step_reference, swiglu_step_forward, NULL},
         {"add", {"a", "b"}, {"y"}, 2, 0, 1, 1, 0, 0, 0, TOLERANCE(1e-7, 1e-15), 0,
@@ -5450,9 +5451,10 @@ static void twin_swiglu_forward(const shape *s) {
     }
     tensors[h - tensors].unchecked = 1;                              // what a device keeps, it need not write
 }
-// Variant 1: with biases; 2: without dW_1, 4: without dW_2, 8: without dW_3; 16: without dn.
+// Variant 1: with biases; 2: without dW_1, 4: without dW_2, 8: without dW_3; 16: without dn; 32: rooms aligned to no more than a
+// number.
 static void twin_swiglu_backward(const shape *s) {
-    size_t rows = rows_of(s), outs[3] = {s->N, s->N, s->D};
+    size_t rows = rows_of(s), outs[3] = {s->N, s->N, s->D}, odd = s->variant >> 5 & 1;
     const tensor *dw[3], *dbias[3], *w[3];
     const tensor *dn = s->variant & 16 ? NULL : OUT("dn", "bti", s->B, s->T, s->D), *dy = IN("dy", "bto", s->B, s->T, s->D);
     const tensor *n = IN("n", "bti", s->B, s->T, s->D);
@@ -5464,24 +5466,26 @@ static void twin_swiglu_backward(const shape *s) {
         dbias[l] = s->variant & 1 ? ADDED("dbias", "o", outs[l], outs[l]) : NULL;
     }
     const tensor *room[4];                                           // h, dh, da, db
-    for (int i = 0; i < 4; i++) room[i] = OUT("room", "bto", s->B, s->T, s->N);
+    for (int i = 0; i < 4; i++) room[i] = OUT("room", "n", rows * s->N + odd);
     for (int r = 0; r < RUNS && !*now.problem; r++) {
         metala_linear_gradient layers[3];
+        real *of[4];
+        for (int i = 0; i < 4; i++) of[i] = REAL(room[i]) + odd;
         for (int l = 0; l < 3; l++) {
             const metala_linear_gradient layer = {REAL(dw[l]), REAL(dbias[l]), l == 2 ? REAL(dy) : NULL, REAL(w[l]), outs[l]};
             layers[l] = layer;
         }
         if (r < AGAIN) {
-            CALL_ON(r, swiglu_backward)(on[r].ctx, REAL(dn), layers, REAL(room[0]), REAL(room[1]), REAL(room[2]), REAL(room[3]),
+            CALL_ON(r, swiglu_backward)(on[r].ctx, REAL(dn), layers, of[0], of[1], of[2], of[3],
                                         REAL(a), REAL(b), REAL(n), rows, s->D);
             continue;
         }
         const metala_backend *be = on[r].be;
         metala_linear_gradient two[2] = {layers[1], layers[0]};      // in the order in which metala.c adds them up
-        two[0].dy = REAL(room[3]), two[1].dy = REAL(room[2]);
-        be->silu_gate_forward(on[r].ctx, REAL(room[0]), REAL(a), REAL(b), rows * s->N);
-        be->matmul_backward(on[r].ctx, REAL(room[1]), layers + 2, 1, REAL(room[0]), rows, s->N, 0);
-        be->silu_gate_backward(on[r].ctx, REAL(room[2]), REAL(room[3]), NULL, REAL(room[1]), REAL(a), REAL(b), rows * s->N);
+        two[0].dy = of[3], two[1].dy = of[2];
+        be->silu_gate_forward(on[r].ctx, of[0], REAL(a), REAL(b), rows * s->N);
+        be->matmul_backward(on[r].ctx, of[1], layers + 2, 1, of[0], rows, s->N, 0);
+        be->silu_gate_backward(on[r].ctx, of[2], of[3], NULL, of[1], REAL(a), REAL(b), rows * s->N);
         be->matmul_backward(on[r].ctx, REAL(dn), two, 2, REAL(n), rows, s->D, 0);
     }
     for (int i = 0; i < 4; i++) tensors[room[i] - tensors].unchecked = 1;
@@ -6070,7 +6074,7 @@ static void check_twins(void) {
         {1, 1100, 12, 0, 0, 0, 76, 1}, {1, 70, 130, 0, 0, 0, 301, 1}};
     static const shape glus_quantized[] = {{1, 3, 66, 0, 0, 0, 40, 2}, {2, 5, 66, 0, 0, 0, 40, 3}, {1, 9, 37, 0, 0, 0, 70, 5}};
     static const shape glus_in_part[] = {{2, 9, 36, 0, 0, 0, 70, 2}, {1, 70, 17, 0, 0, 0, 65, 5}, {1, 9, 64, 0, 0, 0, 30, 8},
-        {1, 70, 36, 0, 0, 0, 40, 17}, {1, 70, 36, 0, 0, 0, 40, 31}};
+        {1, 70, 36, 0, 0, 0, 40, 17}, {1, 70, 36, 0, 0, 0, 40, 31}, {1, 9, 64, 0, 0, 0, 40, 33}};
     static const shape outputs[] = {{1, 1, 2, 0, 0, 0, 3, 1}, {3, 19, 40, 0, 0, 0, 61, 0}, {2, 70, 48, 0, 0, 0, 300, 0},
         {1, 3, 130, 0, 0, 0, 1000, 0}, {4, 64, 66, 0, 0, 0, 97, 1}, {1, 33, 300, 0, 0, 0, 5, 0}};
     // Products large enough for the largest tiles: y, dx and dw.

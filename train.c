@@ -1493,7 +1493,7 @@ static void print_spent(int kernel, int backward, double steps, double all) {
     else printf(" %10s %7s %8s", "", "", "");
 }
 
-// What is computed again for the backward counts as forward.
+// What is computed again for the backward counts as forward, but for SwiGLU's silu(a) ⊙ b.
 static void print_profile(double steps) {
     double all = 0;
     for (int k = 0; k < KERNELS; k++) all += spent[k].seconds[0] + spent[k].seconds[1];

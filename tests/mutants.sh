@@ -6,6 +6,8 @@
 #   SOURCE=file LIST=list BUILD=command CHECK=command tests/mutants.sh       another file than metala.c: the command BUILD
 #       makes $dir/test of $dir/file, and CHECK, which runs in $dir, fails when the fault is noticed (make cuda-mutants, ptx-mutants)
 #
+#   DRY=1           only looks whether the text of each fault of the list stands on one line of the file
+#
 # Two folders are worked on at a time (JOBS=2). Exit status 0 when every fault was noticed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -31,10 +33,15 @@ mkdir -p "$work/000"                     # without a fault the tests must pass, 
 cp "$SOURCE" "$work/000/$SOURCE"
 
 # One folder for each fault: its name, and the source with the fault in it.
-awk -v work="$work" -v what="$SOURCE" -v list="$LIST" -v count="${1:-0}" -v only="${ONLY:-}" '
-    function plant(   i, at, hits, folder, file) {
-        for (i = 1; i <= lines; i++) if (index(source[i], old)) { hits++; at = i }
-        if (hits != 1) { printf "%s: \"%s\": its text stands on %d lines of %s, must be 1\n", list, name, hits, what; bad = 1; exit }
+awk -v work="$work" -v what="$SOURCE" -v list="$LIST" -v count="${1:-0}" -v only="${ONLY:-}" -v dry="${DRY:-}" '
+    function find(f,   i, hits) {        # the line of a fault
+        for (i = 1; i <= lines; i++) if (index(source[i], olds[f])) { hits++; place[f] = i }
+        if (hits == 1) return
+        printf "%s: \"%s\": its text stands on %d lines of %s, must be 1\n", list, names[f], hits, what
+        bad = 1
+    }
+    function plant(   i, at, from, folder, file) {
+        at = place[number]
         folder = work "/" sprintf("%03d", number)
         file = folder "/" what
         system("mkdir -p " folder)
@@ -42,8 +49,8 @@ awk -v work="$work" -v what="$SOURCE" -v list="$LIST" -v count="${1:-0}" -v only
         for (i = 1; i <= lines; i++)
             if (i != at) print source[i] > file
             else {
-                place = index(source[i], old)
-                print substr(source[i], 1, place - 1) new substr(source[i], place + length(old)) > file
+                from = index(source[at], old)
+                print substr(source[at], 1, from - 1) new substr(source[at], from + length(old)) > file
             }
         close(folder "/name"); close(file)
     }
@@ -52,16 +59,17 @@ awk -v work="$work" -v what="$SOURCE" -v list="$LIST" -v count="${1:-0}" -v only
     /^- / { olds[total] = substr($0, 3) }
     /^\+ / { news[total] = substr($0, 3) }
     END {
-        if (bad) exit 1
+        for (f = 1; f <= total; f++) find(f)
+        if (bad || dry) exit bad
         for (f = 1; f <= total; f++) {
             if (count > 0 && int(f * count / total) == int((f - 1) * count / total)) continue
             if (only != "" && !index(names[f], only)) continue
             number = f; name = names[f]; old = olds[f]; new = news[f]
             plant()
-            if (bad) exit 1
         }
     }' "$SOURCE" "$LIST" || exit 1
 
+[ -z "${DRY:-}" ] || exit 0
 worker() {                               # takes the next folder that nobody has, until the tests fail without a fault
     for folder in "$work"/*/; do
         if [ -s "$work/000/result" ] && ! grep -q '^NOT NOTICED' "$work/000/result"; then return; fi
@@ -76,6 +84,7 @@ unfaulted=$(cat "$work/000/result")
 rm -r "$work/000"
 noticed=0 missed=0
 for folder in "$work"/*/; do
+    [ -d "$folder" ] || continue
     result=$(cat "$folder/result")
     printf '%-72s %s\n' "$(cat "$folder/name")" "$result"
     case $result in
