@@ -763,8 +763,9 @@ __device__ uint4 rounded(const float *x, unsigned stride) {
     return make_uint4(to[0], to[1], to[2], to[3]);
 }
 
-// What is rounded: numbers as they are, or what is first computed from them, which then needs no array of floats: from READS arrays
-// x (rows,columns) MAKES others, whose number at a place follows from those of x there.
+// What is rounded: numbers as they are, or what is first computed from them, which then needs no array of floats: from READS
+// arrays x (rows,columns) MAKES others, whose number at a place follows from those of x there. Beyond the edges x counts as
+// zeros, of which zeros must come.
 struct as_they_are {
     enum { READS = 1, MAKES = 1 };
     const float *x[READS];
@@ -788,8 +789,9 @@ struct logit_gradients {                                         // dlogits of l
     const float *x[READS], *lse;                                 // lse, targets (rows)
     const int *targets;
     float weight;
-    __device__ void make(float *n, unsigned row, unsigned column) const {
-        n[0] = logit_gradient(n[0], lse[row], targets[row], column, weight);
+    unsigned rows, classes;
+    __device__ void make(float *n, unsigned row, unsigned i) const {
+        n[0] = row < rows && i < classes ? logit_gradient(n[0], lse[row], targets[row], i, weight) : 0;
     }
 };
 
@@ -836,7 +838,7 @@ round_operands_kernel(all_copies<Numbers::MAKES> to, Numbers numbers, unsigned r
                 float at_place[Numbers::READS];
 #pragma unroll
                 for (unsigned n = 0; n < Numbers::READS; n++) at_place[n] = number[n][p][e];
-                if (row < rows && column + e < columns) numbers.make(at_place, row, column + e);         // elsewhere zeros
+                numbers.make(at_place, row, column + e);
 #pragma unroll
                 for (unsigned n = 0; n < Numbers::MAKES; n++) number[n][p][e] = at_place[n];
             }
@@ -3156,7 +3158,7 @@ void output_backward(metala_context *ctx, float *dx, float *dw, float *logits, c
     const metala_linear_gradient layer = {dw, NULL, logits, w, N};
     if constexpr (MATH != METALA_EXACT)
         rounded_backward<MATH>(ctx, dx, &layer, 1, [=](const metala_linear_gradient *l) {
-            return logit_gradients{{l->dy}, lse, targets, (float)weight};
+            return logit_gradients{{l->dy}, lse, targets, (float)weight, (unsigned)rows, (unsigned)N};
         }, x, rows, in, 0);
     else {
         cross_entropy_backward(ctx, logits, logits, lse, targets, rows, N, weight);
