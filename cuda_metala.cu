@@ -2010,8 +2010,8 @@ void silu_gate_backward(metala_context *ctx, float *da, float *db, float *y, con
     RUN(silu_gate_backward_kernel, blocks_for(n, FEW * THREADS), THREADS, 0, da, db, y, dy, a, b, n);
 }
 
-// a = W_1 n + β_1     b = W_2 n + β_2     h = silu(a) ⊙ b     y = W_3 h + β_3 + residual: of more than a few rows h is never
-// written on tensor cores, but for its rounded copy.
+// a = W_1 n + β_1     b = W_2 n + β_2     h = silu(a) ⊙ b     y = W_3 h + β_3 + residual: of more than a few rows, and by weights
+// that are floats, h is never written on tensor cores, but for its rounded copy.
 template <metala_math MATH>
 void swiglu_forward(metala_context *ctx, const metala_linear *layers, metala_dtype weights, float *h, const float *n, size_t rows,
                     size_t in) {

@@ -1071,7 +1071,7 @@ static void silu_gate_gradients(real *restrict da, real *restrict db, real *rest
         y[i] = a[i] * s * b[i];
     }
 }
-// No array may be another. y, which costs little here, may be NULL.
+// None that is written may be another. y, which costs little here, may be NULL.
 static void silu_gate_backward(metala_context *ctx, real *da, real *db, real *y, const real *dy, const real *a, const real *b,
                                size_t n) {
     enum { SOME = 512 };
@@ -3817,8 +3817,8 @@ typedef struct {
 // The members, their names for metala_trainer_activation, their numbers per token (or per layer, or states), and what it
 // would cost to compute them again, which decides who keeps them until the backward. NEEDED (the input): every layer,
 // always. COSTLY: every layer, with METALA_KEEP_COSTLY. CHEAP: only with METALA_KEEP_ALL. What a layer does not keep lies in
-// one set that all layers share, where the next layer overwrites it; layer_recompute or layer_forward fills it once more. ROOM: as
-// what is never kept, and the backward makes it itself.
+// one set that all layers share, where the next layer overwrites it; layer_recompute or layer_forward fills it once more. ROOM:
+// never kept, and not filled again: the backward makes it itself.
 enum width { PER_D, PER_U, PER_SHIFT, PER_CONV, PER_Q_PROJ, PER_K_PROJ, PER_V_PROJ, PER_LOW, PER_Z, PER_G, PER_SSM, PER_Q,
              PER_K, PER_V, PER_ALPHA, PER_BONUS, PER_STATE, PER_SCAN, PER_LSE, PER_P, PER_RHO, PER_NORM, PER_GATED, PER_F,
              PER_TOKEN };
@@ -4583,7 +4583,7 @@ static void mixer_choices_backward(metala_context *ctx, const metala_model *m, i
 }
 
 // Do linear maps alone add to δu? Otherwise d->u begins as zeros, for what adds its part before them.
-static int only_maps_read_u(const metala_row *r, const sizes *s) {
+static int only_maps_add_to_du(const metala_row *r, const sizes *s) {
     return r->value != METALA_VALUE_INPUT && !(r->self == METALA_SELF_SKIP && s->complex_values);
 }
 
@@ -4607,7 +4607,7 @@ static real *mixer_input_backward(metala_context *ctx, const metala_model *m, in
         [MAP_Z] = d->u};
     mixer_map maps[MIXER_MAPS];
     mixer_maps(maps, m, layer, a, p);
-    int nothing_yet = only_maps_read_u(r, s);                   // in d->u
+    int nothing_yet = only_maps_add_to_du(r, s);                   // in d->u
     for (int i = 0; i < MIXER_MAPS; i++) {
         metala_linear_gradient layers[MIXER_MAPS];
         int same_x[MIXER_MAPS], count = maps_of_x(same_x, maps, i);
@@ -4657,7 +4657,7 @@ static void layer_backward(metala_context *ctx, const metala_model *m, int layer
     be->swiglu_backward(ctx, d->n, swiglu, a->glu_prod, d->prod, d->l1, d->l2, a->l1, a->l2, a->channel_norm, rows, D);
     be->rms_backward(ctx, dx, d->n, a->mixer_residual, a->residual_r, NULL, rows, D);        // dx is now dh
 
-    if (!only_maps_read_u(&m->config.row, s)) be->zero(ctx, d->u, rows * s->u * sizeof(real));
+    if (!only_maps_add_to_du(&m->config.row, s)) be->zero(ctx, d->u, rows * s->u * sizeof(real));
     if (m->config.row.conv != METALA_CONV_ON) be->zero(ctx, d->n, rows * D * sizeof(real));     // which conv_backward sets
     if (d->shift_k) be->zero(ctx, d->shift_k, rows * D * sizeof(real));
     if (d->shift_v) be->zero(ctx, d->shift_v, rows * D * sizeof(real));

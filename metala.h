@@ -328,8 +328,8 @@ typedef enum {
     METALA_KEEP_COSTLY,        // of MetaLA: the input, q, z, v, g, scan plus augmentation, x + mixer and the two GLU
                                // products: 6 D + 2 F numbers per token and layer, and the scan's states, D·V/128;
                                // norms, convolution, gate and products of two are computed again
-    METALA_KEEP_ALL,           // everything but silu(a) ⊙ b of SwiGLU, of MetaLA 14 D + 2 F and the states; metala_trainer_activation
-                               // needs it
+    METALA_KEEP_ALL,           // everything but silu(a) ⊙ b of SwiGLU, of MetaLA 14 D + 2 F and the states;
+                               // metala_trainer_activation needs it
     METALA_KEEP_INPUTS         // the input of each layer, D; every layer but the last runs forward twice, a third more work
 } metala_keep;
 
@@ -516,7 +516,7 @@ struct metala_backend {
     void (*silu_gate_forward)(metala_context *ctx, metala_real *y, const metala_real *a, const metala_real *b,
         size_t n);
     void (*silu_gate_backward)(metala_context *ctx, metala_real *da, metala_real *db, metala_real *y, const metala_real *dy,
-        const metala_real *a, const metala_real *b, size_t n);  // y: made once more, or NULL; no array may be another
+        const metala_real *a, const metala_real *b, size_t n);  // y: made once more, or NULL; none of the three may be another
     void (*swiglu_forward)(metala_context *ctx, const metala_linear *layers, metala_dtype weights, metala_real *h,
         const metala_real *n, size_t rows, size_t in);  // h: room that it may use
     void (*swiglu_backward)(metala_context *ctx, metala_real *dn, const metala_linear_gradient *layers, metala_real *h,
@@ -608,7 +608,7 @@ struct metala_backend {
         const metala_real *lse, const int *targets, size_t rows, size_t N, double weight);  // dlogits may be logits
     void (*output_backward)(metala_context *ctx, metala_real *dx, metala_real *dw, metala_real *logits, const metala_real *lse,
         const int *targets, const metala_real *x, const metala_real *w, size_t rows, size_t N, size_t in,
-        double weight);  // logits: room afterwards
+        double weight);  // sets dx, adds to dw; logits: read, then room, of which nobody knows what it holds
     double (*sum_squares)(metala_context *ctx, const metala_real *x, size_t n);  // result on the host
     void (*adamw)(metala_context *ctx, metala_real *p, metala_real *m, metala_real *v, const metala_real *g, size_t n,
         const metala_adamw *adamw, uint64_t step, double gradient_scale, double weight_decay);

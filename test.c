@@ -5158,7 +5158,7 @@ enum { GUARD = 0 };
 #else
 enum { GUARD = 256 };                            // bytes on either side
 #endif
-enum { GUARD_BYTE = 0xA5, MOST_TENSORS = 20 };
+enum { GUARD_BYTE = 0xC5, MOST_TENSORS = 20 };         // as floats large numbers, whose exponentials are 0 or infinity
 
 typedef struct {
     const char *name, *letters;                  // "q" and "bthk": what its dimensions are called
@@ -5451,8 +5451,8 @@ static void twin_swiglu_forward(const shape *s) {
     }
     tensors[h - tensors].unchecked = 1;                              // what a device keeps, it need not write
 }
-// Variant 1: with biases; 2: without dW_1, 4: without dW_2, 8: without dW_3; 16: without dn; 32: rooms aligned to no more than a
-// number.
+// Variant 1: with biases; 2: without dW_1, 4: without dW_2, 8: without dW_3; 16: without dn; 32: da and db aligned to no more
+// than a number.
 static void twin_swiglu_backward(const shape *s) {
     size_t rows = rows_of(s), outs[3] = {s->N, s->N, s->D}, odd = s->variant >> 5 & 1;
     const tensor *dw[3], *dbias[3], *w[3];
@@ -5470,7 +5470,7 @@ static void twin_swiglu_backward(const shape *s) {
     for (int r = 0; r < RUNS && !*now.problem; r++) {
         metala_linear_gradient layers[3];
         real *of[4];
-        for (int i = 0; i < 4; i++) of[i] = REAL(room[i]) + odd;
+        for (int i = 0; i < 4; i++) of[i] = REAL(room[i]) + (i < 2 ? 0 : odd);
         for (int l = 0; l < 3; l++) {
             const metala_linear_gradient layer = {REAL(dw[l]), REAL(dbias[l]), l == 2 ? REAL(dy) : NULL, REAL(w[l]), outs[l]};
             layers[l] = layer;
@@ -5679,9 +5679,12 @@ static void twin_cross_entropy_backward(const shape *s) {            // variant 
 static void twin_output_backward(const shape *s) {
     size_t rows = rows_of(s), N = s->N;
     const tensor *dx = OUT("dx", "bti", s->B, s->T, s->D), *dw = ADDED("dw", "oi", N * s->D, N, s->D);
-    const tensor *logits = FILLED("logits", "btn", 1, uniforms(rows * N, -3, 3), s->B, s->T, N);
-    const tensor *lse = FILLED("lse", "bt", 0, uniforms(rows, 0, 3), s->B, s->T), *targets = token_tensor(s, target_at);
-    const tensor *x = IN("x", "bti", s->B, s->T, s->D), *w = IN("w", "oi", N, s->D);
+    real *numbers = uniforms(rows * N, -3, 3), *sums = uniforms(rows, 0, 3);
+    for (size_t i = 0; i < rows * N; i++) numbers[i] -= i / N % 2 ? 0 : 200;     // a gradient beyond the edges would be inf · 0
+    for (size_t row = 0; row < rows; row += 2) sums[row] -= 200;
+    const tensor *logits = FILLED("logits", "btn", 1, numbers, s->B, s->T, N), *lse = FILLED("lse", "bt", 0, sums, s->B, s->T);
+    const tensor *targets = token_tensor(s, target_at), *x = IN("x", "bti", s->B, s->T, s->D);
+    const tensor *w = IN("w", "oi", N, s->D);
     for (int r = 0; r < RUNS && !*now.problem; r++) {
         const metala_linear_gradient layer = {REAL(dw), NULL, REAL(logits), REAL(w), N};
         if (r < AGAIN) {

@@ -1450,7 +1450,8 @@ CLOCKED(cross_entropy_forward, CROSS_ENTROPY, 0, 0,
 CLOCKED(cross_entropy_backward, CROSS_ENTROPY, 1, 0,
         (ctx_t *c, real *dl, in_t *l, in_t *lse, const int *t, size_t r, size_t N, double w), (c, dl, l, lse, t, r, N, w))
 CLOCKED(output_backward, MATMUL, 1, 4.0 * (double)r * (double)N * (double)in,
-        (ctx_t *c, real *dx, real *dw, real *l, in_t *lse, const int *t, in_t *x, in_t *w, size_t r, size_t N, size_t in, double s),
+        (ctx_t *c, real *dx, real *dw, real *l, in_t *lse, const int *t, in_t *x, in_t *w, size_t r, size_t N, size_t in,
+         double s),
         (c, dx, dw, l, lse, t, x, w, r, N, in, s))
 CLOCKED(adamw, ADAMW, 1, 0,
         (ctx_t *c, real *p, real *m, real *v, in_t *g, size_t n, const metala_adamw *a, uint64_t step, double scale,
@@ -1493,7 +1494,8 @@ static void print_spent(int kernel, int backward, double steps, double all) {
     else printf(" %10s %7s %8s", "", "", "");
 }
 
-// What is computed again for the backward counts as forward, but for SwiGLU's silu(a) ⊙ b.
+// What is computed again for the backward counts as forward, but for SwiGLU's silu(a) ⊙ b. Cross-entropy's backward counts with
+// the products of the output layer.
 static void print_profile(double steps) {
     double all = 0;
     for (int k = 0; k < KERNELS; k++) all += spent[k].seconds[0] + spent[k].seconds[1];

@@ -16,8 +16,6 @@ CC=${CC:-cc} CFLAGS=${CFLAGS:--std=c99 -O1} JOBS=${JOBS:-2}
 SOURCE=${SOURCE:-metala.c} LIST=${LIST:-tests/mutants.txt}
 BUILD=${BUILD:-'$CC $CFLAGS -I. -o "$dir/test" test.c "$dir/$SOURCE" -lm'} CHECK=${CHECK:-./test --stop}
 work=build/$(basename "$LIST" .txt)
-rm -rf "$work"
-mkdir -p "$work"
 
 try() {                                  # in the folder of one fault: writes to `result` what the tests say about it
     if ! (dir=$1; eval "$BUILD") > "$1/log" 2>&1; then echo "does not compile" > "$1/result"
@@ -29,8 +27,11 @@ try() {                                  # in the folder of one fault: writes to
     rm -f "$1/test"
 }
 
-mkdir -p "$work/000"                     # without a fault the tests must pass, or noticing one would mean nothing
-cp "$SOURCE" "$work/000/$SOURCE"
+if [ -z "${DRY:-}" ]; then
+    rm -rf "$work"
+    mkdir -p "$work/000"                 # without a fault the tests must pass, or noticing one would mean nothing
+    cp "$SOURCE" "$work/000/$SOURCE"
+fi
 
 # One folder for each fault: its name, and the source with the fault in it.
 awk -v work="$work" -v what="$SOURCE" -v list="$LIST" -v count="${1:-0}" -v only="${ONLY:-}" -v dry="${DRY:-}" '
