@@ -219,6 +219,10 @@ static void head_norm_backward(void *p) {
 }
 static void loss_forward(void *p) { call_data *c = p; be->cross_entropy_forward(ctx, c->x[0], c->x[1], c->x[2], c->tokens, c->rows, c->N); }
 static void loss_backward(void *p) { call_data *c = p; be->cross_entropy_backward(ctx, c->x[3], c->x[2], c->x[1], c->tokens, c->rows, c->N, 1e-3); }
+static void output_backward(void *p) {
+    call_data *c = p;
+    be->output_backward(ctx, c->x[3], c->x[4], c->x[2], c->x[1], c->tokens, c->x[5], c->x[6], c->rows, c->N, c->D, 1e-3);
+}
 static void adamw(void *p) {
     call_data *c = p;
     const metala_adamw a = {1e-9, 0.9, 0.95, 1e-8, 0.1, 0};
@@ -251,6 +255,9 @@ static void bench_kernels(call_data *c, size_t B, size_t T, size_t D, size_t N) 
     if (strstr("cross-entropy forward", only)) line("cross-entropy forward", shape, median_time(loss_forward, c), 0, logits * sizeof(real));
     if (strstr("cross-entropy backward", only))
         line("cross-entropy backward", shape, median_time(loss_backward, c), 0, 2 * logits * sizeof(real));
+    snprintf(shape, sizeof shape, "%zu rows N%zu D%zu", c->rows, c->N, c->D);
+    if (strstr("output backward", only))
+        line("output backward", shape, median_time(output_backward, c), 4 * logits * (double)c->D, 0);
     snprintf(shape, sizeof shape, "%.1f M parameters", (double)room / 1e6);
     if (strstr("adamw", only)) line("adamw", shape, median_time(adamw, c), 0, 7.0 * (double)room * sizeof(real));
 }
