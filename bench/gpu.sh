@@ -8,7 +8,7 @@
 #   PARTS="selftest test sanitizer bench train products scans"       in this order; the last two are PyTorch's, and the scans are
 #                   flash-linear-attention's, which tries hundreds of kernels first
 #   LIMIT=600       seconds for each run
-#   SIZES="…"       of the model that trains, options of train: 380 M parameters and 45 GB (28 without its --keep-all)
+#   SIZES="…"       of the model that trains, options of train: 380 M parameters and 41 GB (28 without its --keep-all)
 #   SANITIZE="kernel "      the checks that run under compute-sanitizer, as test --only
 #   TEST, SELFTEST, BENCH, TRAIN        other programs
 # Arguments go to the test.
