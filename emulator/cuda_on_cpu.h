@@ -821,6 +821,7 @@ EMU_UNWATCHED inline void fill_shared(Block &b) {
 }
 
 EMU_UNWATCHED inline void check_shared(const Block &b) {
+    (void)b;
 #ifndef __SANITIZE_ADDRESS__
     size_t bytes = E->launch->shared_bytes;
     for (size_t i = bytes; i % SHARED_ALIGN; i++)
