@@ -111,7 +111,8 @@ __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 
 #else
 #define ASM_90A(...) __trap()                                    // in the code for other GPUs, where nobody launches it
 #endif
-#define D_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define D_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D_8(i) D_4(i), D_4(i + 4)
 #define D_64(i) D_8(i), D_8(i + 8), D_8(i + 16), D_8(i + 24), D_8(i + 32), D_8(i + 40), D_8(i + 48), D_8(i + 56)
 #define D_128 D_64(0), D_64(64)
 #define D_NAMES                                                                                             \
@@ -134,6 +135,14 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     ASM_90A("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 __device__ __forceinline__ void wgmma_show() { ASM_90A("fence.proxy.async.shared::cta;" ::: "memory"); }
+// From here on the threads of this warpgroup, all of them, have COUNT registers each, a multiple of 8: what some give back, others
+// may take, of what the block was launched with.
+template <int COUNT> __device__ __forceinline__ void give_registers() {
+    ASM_90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT) : "memory");
+}
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+    ASM_90A("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT) : "memory");
+}
 // An operand in shared memory: rows of 128 bytes, from a multiple of 1024 on, of which `bytes`, 0, 32, 64 or 96, come before
 // those to be read; the 16 bytes number p of row i lie at place p ^ i%8 ("128-byte swizzle"). Bits 0 to 13: address/16;
 // 16 to 29: 1, without meaning here; 32 to 45: the 1024 bytes from 8 rows to the next 8, /16; 62: this swizzle.
@@ -880,40 +889,62 @@ round_operands_kernel(all_copies<Numbers::MAKES> to, Numbers numbers, unsigned r
     }
 }
 
-// 16 × 64 of C to row i0, column j0: sum + bias + base. Of the numbers of a lane, sum[j][0] and [1] are neighbours in row lane/4,
-// column 8j + lane%4·2, and [2] and [3] so 8 rows further down.
-__device__ __forceinline__ void store_piece(float *c, float (*sum)[4], const float *bias, const float *base, size_t i0, size_t j0,
-                                            size_t M, size_t N) {
-    const unsigned lane = threadIdx.x % WARP;
-    const size_t i = i0 + lane / 4, j = j0 + lane % 4 * 2, at = i * N + j;
-    const bool pairs = N % 2 == 0 && (uintptr_t)c % 8 == 0 && (uintptr_t)base % 8 == 0;
-    if (pairs && i0 + 16 <= M && j0 + 64 <= N) {                     // for the whole warp: no lane asks again
-        if (bias)
+// What a warp has of C leaves it as sum + bias + base: four pieces of 16 × 64, the first at row i0, column j0, each DOWN rows and
+// ACROSS columns behind the one before. Of the numbers of a lane, sum[n][j][0] and [1] are neighbours in row lane/4, column
+// 8j + lane%4·2 of piece n, and [2] and [3] so 8 rows further down. To have neighbours stored by neighbouring lanes, a piece goes
+// through the warp's own EXCHANGE floats of shared memory; there, 8 numbers from column 8j on are at 8(j ^ row%4), so that lanes
+// do not meet in banks. A piece more of registers is free behind each, so that base comes ahead of time from the second on.
+enum { EXCHANGE = 16 * 64 };
+template <unsigned DOWN, unsigned ACROSS>
+__device__ __forceinline__ void store_pieces(float *c, const float (*sum)[8][4], float *exchange, const float *bias,
+                                             const float *base, unsigned i0, unsigned j0, unsigned M, unsigned N) {
+    const unsigned lane = threadIdx.x % WARP, row = lane / 16, column = lane % 16 * 4;
+    const unsigned pair = lane / 4 * 64 + lane / 4 % 4 * 8 + lane % 4 * 2;
+    const bool fours = N % 4 == 0 && ((uintptr_t)c | (uintptr_t)base) % 16 == 0;
+    const size_t at = (size_t)(i0 + row) * N + j0 + column;
+    auto whole = [&](unsigned n) { return fours && i0 + n * DOWN + 16 <= M && j0 + n * ACROSS + 64 <= N; };
+    float4 old[2][8] = {};                                           // of base, for this piece and the next
+    auto load = [&](unsigned n) {
+        if (base && whole(n))
 #pragma unroll
-            for (int n = 0; n < 8; n++) {
-                const float first = bias[j + 8 * n], second = bias[j + 8 * n + 1];
-                sum[n][0] += first, sum[n][1] += second, sum[n][2] += first, sum[n][3] += second;
+            for (unsigned r = 0; r < 8; r++)
+                old[n % 2][r] = *(const float4 *)(base + at + (size_t)(n * DOWN + 2 * r) * N + n * ACROSS);
+    };
+#pragma unroll
+    for (unsigned n = 0; n < 4; n++) {
+#pragma unroll
+        for (unsigned j = 0; j < 8; j++) {
+            float *to = exchange + (pair ^ j % 4 * 8) + j / 4 * 32;
+            *(float2 *)to = make_float2(sum[n][j][0], sum[n][j][1]);
+            *(float2 *)(to + 8 * 64) = make_float2(sum[n][j][2], sum[n][j][3]);
+        }
+        if (n < 2) load(n);
+        __syncwarp();                                                // the piece is there for all lanes
+        if (whole(n)) {
+            float4 add = {};
+            if (bias) {
+                const float *from = bias + j0 + n * ACROSS + column;
+                add = make_float4(from[0], from[1], from[2], from[3]);
             }
-        if (base)                                                    // before the first store, for which loads would wait
+            if (n == 1 || n == 2) load(n + 1);                       // before stores, for which loads would wait
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float2 old[8];
-#pragma unroll
-                for (int n = 0; n < 8; n++) old[n] = *(const float2 *)(base + at + 8 * half * N + 8 * n);
-#pragma unroll
-                for (int n = 0; n < 8; n++) sum[n][2 * half] += old[n].x, sum[n][2 * half + 1] += old[n].y;
+            for (unsigned r = 0; r < 8; r++) {
+                const float4 y = *(const float4 *)(exchange + (2 * r + row) * 64 + (column ^ (2 * r + row) % 4 * 8));
+                const float4 z = old[n % 2][r];
+                *(float4 *)(c + at + (size_t)(n * DOWN + 2 * r) * N + n * ACROSS) =
+                    make_float4(y.x + add.x + z.x, y.y + add.y + z.y, y.z + add.z + z.z, y.w + add.w + z.w);
             }
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-            for (int half = 0; half < 2; half++)
-                *(float2 *)(c + at + 8 * half * N + 8 * n) = make_float2(sum[n][2 * half], sum[n][2 * half + 1]);
-    } else
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-            for (int e = 0; e < 4; e++) {
-                const size_t row = i + e / 2 * 8, column = j + 8 * n + e % 2, here = row * N + column;
-                if (row < M && column < N) c[here] = sum[n][e] + (bias ? bias[column] : 0) + (base ? base[here] : 0);
+        } else
+#pragma unroll 1
+            for (unsigned e = lane; e < EXCHANGE; e += WARP) {
+                const unsigned r = e / 64, of = e % 64;
+                const unsigned i = i0 + n * DOWN + r, j = j0 + n * ACROSS + of;
+                const size_t here = (size_t)i * N + j;
+                if (i < M && j < N)
+                    c[here] = exchange[r * 64 + (of ^ r % 4 * 8)] + (bias ? bias[j] : 0) + (base ? base[here] : 0);
             }
+        __syncwarp();                                                // the next piece may be written
+    }
 }
 
 // C = A Bᵀ + bias + base of two such copies, sums in float, in two ways. This one uses what each GPU has from compute capability
@@ -997,32 +1028,33 @@ tensor_multiply_kernel(float *c, operand a, operand b, const float *bias, const 
         fetch(line + AHEAD, (stage + AHEAD) % PRODUCT_STAGES);
         multiply_line<MATH>(sum, of_a + row * LINE_PARTS, of_b + column * LINE_PARTS);
     }
+    __syncthreads();                                                 // no warp reads a line any more
     const bool alone = gridDim.z == 1;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        store_piece(c + blockIdx.z * M * N, sum[i], alone ? bias : NULL, alone ? base : NULL, tile.i + row + 16 * i,
-                    tile.j + column, M, N);
+    store_pieces<16, 0>(c + blockIdx.z * M * N, sum, (float *)memory + warp * EXCHANGE, alone ? bias : NULL,
+                        alone ? base : NULL, (unsigned)tile.i + row, (unsigned)tile.j + column, (unsigned)M, (unsigned)N);
 }
 
-// The same on an H100: two warpgroups multiply 64 × 256 each, and the first thread of a warp of its own, behind them, has the
-// lines brought for them, GROUP_STAGES ahead. Each stage has two barriers: `full`, when its lines have come, and `empty`,
-// when all warps have used them. A block stays on its multiprocessor and takes one tile after the other: while C is written, the
-// lines of the next tile come already.
+// The same on an H100: two warpgroups multiply 64 × 256 each, and the first thread of a third, which gives its registers to them,
+// has the lines brought, GROUP_STAGES ahead. Each stage has two barriers: `full`, when its lines have come, and `empty`, when all
+// warps have used them. A block stays on its multiprocessor and takes one tile after the other: while C is written, the lines of
+// the next tile come already.
 //
 // What would limit this is the L2 cache: 384 lines for 128 × 256. So two blocks form a cluster and take tiles below each other,
 // with the same lines of B: each has half of them brought to both. A stage is empty when the warps of both blocks have used it.
 //
 // The parts of a sum are tiles as well: tile number n + z·(tiles of C) sums lines from z·lines_each on.
-enum { GROUP_COLUMNS = 256, GROUP_STAGES = 4, GROUP_WARPS = 8, GROUP_THREADS = (GROUP_WARPS + 1) * WARP };
+enum { GROUP_COLUMNS = 256, GROUP_STAGES = 4, GROUP_WARPS = 8, GROUP_THREADS = (GROUP_WARPS + 4) * WARP };
 enum { GROUP_STAGE = (PRODUCT_ROWS + GROUP_COLUMNS) * LINE_PARTS };
-const size_t GROUP_BYTES = GROUP_STAGES * GROUP_STAGE * sizeof(uint4) + 1024;       // barriers; the emulator wants whole KB
+const size_t GROUP_BYTES =                                           // barriers at the end; the emulator wants whole KB
+    GROUP_STAGES * GROUP_STAGE * sizeof(uint4) + GROUP_WARPS * EXCHANGE * sizeof(float) + 1024;
 
 template <metala_math MATH>
 __global__ void __launch_bounds__(GROUP_THREADS, 1)
 warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, const float *base, unsigned lines_each,
                           unsigned splits) {
     DYNAMIC_SHARED(uint4, memory);
-    uint64_t *full = (uint64_t *)(memory + GROUP_STAGES * GROUP_STAGE), *empty = full + GROUP_STAGES;
+    float *exchange = (float *)(memory + GROUP_STAGES * GROUP_STAGE);
+    uint64_t *full = (uint64_t *)(exchange + GROUP_WARPS * EXCHANGE), *empty = full + GROUP_STAGES;
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lines = (unsigned)a.lines;
     const unsigned blocks = cluster_size(), rank = cluster_rank(), cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
     const size_t rows = blocks * PRODUCT_ROWS, my_row = rank * PRODUCT_ROWS;     // of a cluster's tile; the block's first in it
@@ -1037,9 +1069,10 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
     unsigned stage = 0, phase = 0;
     auto step = [&] { phase ^= ++stage == GROUP_STAGES, stage %= GROUP_STAGES; };
 
-    if (warp == GROUP_WARPS) {
+    if (warp >= GROUP_WARPS) {
+        give_registers<40>();
         const unsigned share = GROUP_COLUMNS / blocks, my_share = rank * share;
-        for (unsigned n = cluster; n < tiles * splits && lane == 0; n += clusters) {
+        for (unsigned n = cluster; n < tiles * splits && threadIdx.x == GROUP_WARPS * WARP; n += clusters) {
             const place tile = place_of(n % tiles, a.rows, b.rows, rows, GROUP_COLUMNS);
             const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
             const size_t row = tile.i + my_row, column = tile.j + my_share;
@@ -1055,7 +1088,8 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
                 else if (of_share) bulk_copy_to((1u << blocks) - 1, to_b, line_of(b, column, line), of_share, full + stage);
             }
         }
-    } else
+    } else {
+        take_registers<232>();
         for (unsigned n = cluster; n < tiles * splits; n += clusters) {
             const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
             float sum[4][8][4] = {};                                 // 16 × 256
@@ -1080,12 +1114,11 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
             wgmma_hold(sum[0][0]);
             if (first < last && lane < blocks) barrier_arrive_at(empty + before, lane);
             const place tile = place_of(n % tiles, a.rows, b.rows, rows, GROUP_COLUMNS);
-            float *to = c + n / tiles * a.rows * b.rows;
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                store_piece(to, sum[i], splits == 1 ? bias : NULL, splits == 1 ? base : NULL, tile.i + my_row + warp * 16,
-                            tile.j + 64 * i, a.rows, b.rows);
+            store_pieces<0, 64>(c + n / tiles * a.rows * b.rows, sum, exchange + warp * EXCHANGE, splits == 1 ? bias : NULL,
+                                splits == 1 ? base : NULL, (unsigned)(tile.i + my_row) + warp * 16, (unsigned)tile.j,
+                                (unsigned)a.rows, (unsigned)b.rows);
         }
+    }
     __syncwarp();
     cluster_wait();                                                  // nobody needs this block's memory any more
 }

@@ -1492,7 +1492,8 @@ void Translator::instruction() {
     else if (op == "ret") i.run = branch, i.control = true, frames.back().returns.push_back(here);
     else if (op == "trap") i.run = trap;
     else if (text == "griddepcontrol.wait") i.run = wait_for_before;
-    else if (op == "membar" || op == "fence" || text == "griddepcontrol.launch_dependents" || (op == "wgmma" && has("fence")))
+    else if (op == "membar" || op == "fence" || op == "setmaxnreg" || text == "griddepcontrol.launch_dependents"
+             || (op == "wgmma" && has("fence")))
         i.run = nothing;
     else if (op == "wgmma" && has("commit_group")) i.run = wgmma_commit;
     else if (op == "wgmma" && has("wait_group")) i.run = wgmma_wait, i.offset = atoi(o[0].names[0].c_str());
