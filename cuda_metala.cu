@@ -135,8 +135,8 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     ASM_90A("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 __device__ __forceinline__ void wgmma_show() { ASM_90A("fence.proxy.async.shared::cta;" ::: "memory"); }
-// From here on the threads of this warpgroup, all of them, have COUNT registers each, a multiple of 8: what some give back, others
-// may take, of what the block was launched with.
+// All threads of a warpgroup have COUNT registers each from here on, a multiple of 8 from 24 to 256. What one warpgroup of the
+// block gives back another may take, and waits for it; together they cannot have more than the block was launched with.
 template <int COUNT> __device__ __forceinline__ void give_registers() {
     ASM_90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT) : "memory");
 }
@@ -893,7 +893,7 @@ round_operands_kernel(all_copies<Numbers::MAKES> to, Numbers numbers, unsigned r
 // ACROSS columns behind the one before. Of the numbers of a lane, sum[n][j][0] and [1] are neighbours in row lane/4, column
 // 8j + lane%4·2 of piece n, and [2] and [3] so 8 rows further down. To have neighbours stored by neighbouring lanes, a piece goes
 // through the warp's own EXCHANGE floats of shared memory; there, 8 numbers from column 8j on are at 8(j ^ row%4), so that lanes
-// do not meet in banks. A piece more of registers is free behind each, so that base comes ahead of time from the second on.
+// do not meet in banks. Its registers are free then: base of the next piece comes into them before this one is stored.
 enum { EXCHANGE = 16 * 64 };
 template <unsigned DOWN, unsigned ACROSS>
 __device__ __forceinline__ void store_pieces(float *c, const float (*sum)[8][4], float *exchange, const float *bias,
@@ -901,15 +901,16 @@ __device__ __forceinline__ void store_pieces(float *c, const float (*sum)[8][4],
     const unsigned lane = threadIdx.x % WARP, row = lane / 16, column = lane % 16 * 4;
     const unsigned pair = lane / 4 * 64 + lane / 4 % 4 * 8 + lane % 4 * 2;
     const bool fours = N % 4 == 0 && ((uintptr_t)c | (uintptr_t)base) % 16 == 0;
-    const size_t at = (size_t)(i0 + row) * N + j0 + column;
-    auto whole = [&](unsigned n) { return fours && i0 + n * DOWN + 16 <= M && j0 + n * ACROSS + 64 <= N; };
+    const size_t at = ((size_t)(i0 + row) * N + j0 + column) / 4, step = N / 4;      // in fours: else nvcc would part them
+    const float4 *from = computed_once((const float4 *)base + at);                   // or it would forget that this is global
+    auto whole = [&](unsigned n) { return fours && (size_t)i0 + n * DOWN + 16 <= M && (size_t)j0 + n * ACROSS + 64 <= N; };
     float4 old[2][8] = {};                                           // of base, for this piece and the next
     auto load = [&](unsigned n) {
-        if (base && whole(n))
+        if (n < 4 && base && whole(n))
 #pragma unroll
-            for (unsigned r = 0; r < 8; r++)
-                old[n % 2][r] = *(const float4 *)(base + at + (size_t)(n * DOWN + 2 * r) * N + n * ACROSS);
+            for (unsigned r = 0; r < 8; r++) old[n % 2][r] = from[(n * DOWN + 2 * r) * step + n * ACROSS / 4];
     };
+    load(0);
 #pragma unroll
     for (unsigned n = 0; n < 4; n++) {
 #pragma unroll
@@ -918,27 +919,25 @@ __device__ __forceinline__ void store_pieces(float *c, const float (*sum)[8][4],
             *(float2 *)to = make_float2(sum[n][j][0], sum[n][j][1]);
             *(float2 *)(to + 8 * 64) = make_float2(sum[n][j][2], sum[n][j][3]);
         }
-        if (n < 2) load(n);
         __syncwarp();                                                // the piece is there for all lanes
         if (whole(n)) {
             float4 add = {};
             if (bias) {
-                const float *from = bias + j0 + n * ACROSS + column;
-                add = make_float4(from[0], from[1], from[2], from[3]);
+                const float *these = bias + j0 + n * ACROSS + column;
+                add = make_float4(these[0], these[1], these[2], these[3]);
             }
-            if (n == 1 || n == 2) load(n + 1);                       // before stores, for which loads would wait
+            load(n + 1);                                             // before stores, for which loads would wait
 #pragma unroll
             for (unsigned r = 0; r < 8; r++) {
                 const float4 y = *(const float4 *)(exchange + (2 * r + row) * 64 + (column ^ (2 * r + row) % 4 * 8));
                 const float4 z = old[n % 2][r];
-                *(float4 *)(c + at + (size_t)(n * DOWN + 2 * r) * N + n * ACROSS) =
+                ((float4 *)c)[at + (n * DOWN + 2 * r) * step + n * ACROSS / 4] =
                     make_float4(y.x + add.x + z.x, y.y + add.y + z.y, y.z + add.z + z.z, y.w + add.w + z.w);
             }
         } else
 #pragma unroll 1
             for (unsigned e = lane; e < EXCHANGE; e += WARP) {
-                const unsigned r = e / 64, of = e % 64;
-                const unsigned i = i0 + n * DOWN + r, j = j0 + n * ACROSS + of;
+                const unsigned r = e / 64, of = e % 64, i = i0 + n * DOWN + r, j = j0 + n * ACROSS + of;
                 const size_t here = (size_t)i * N + j;
                 if (i < M && j < N)
                     c[here] = exchange[r * 64 + (of ^ r % 4 * 8)] + (bias ? bias[j] : 0) + (base ? base[here] : 0);
@@ -1034,7 +1033,7 @@ tensor_multiply_kernel(float *c, operand a, operand b, const float *bias, const 
                         alone ? base : NULL, (unsigned)tile.i + row, (unsigned)tile.j + column, (unsigned)M, (unsigned)N);
 }
 
-// The same on an H100: two warpgroups multiply 64 × 256 each, and the first thread of a third, which gives its registers to them,
+// The same on an H100: two warpgroups multiply 64 × 256 each, and the first thread of a third, which gives most registers to them,
 // has the lines brought, GROUP_STAGES ahead. Each stage has two barriers: `full`, when its lines have come, and `empty`, when all
 // warps have used them. A block stays on its multiprocessor and takes one tile after the other: while C is written, the lines of
 // the next tile come already.
@@ -1045,6 +1044,8 @@ tensor_multiply_kernel(float *c, operand a, operand b, const float *bias, const 
 // The parts of a sum are tiles as well: tile number n + z·(tiles of C) sums lines from z·lines_each on.
 enum { GROUP_COLUMNS = 256, GROUP_STAGES = 4, GROUP_WARPS = 8, GROUP_THREADS = (GROUP_WARPS + 4) * WARP };
 enum { GROUP_STAGE = (PRODUCT_ROWS + GROUP_COLUMNS) * LINE_PARTS };
+enum { FEW_REGISTERS = 40, MANY_REGISTERS = 232, REGISTERS = 65536 / GROUP_THREADS / 8 * 8 };      // of a thread; as launched
+static_assert(4 * FEW_REGISTERS + GROUP_WARPS * MANY_REGISTERS <= GROUP_THREADS / WARP * REGISTERS, "or who takes waits for ever");
 const size_t GROUP_BYTES =                                           // barriers at the end; the emulator wants whole KB
     GROUP_STAGES * GROUP_STAGE * sizeof(uint4) + GROUP_WARPS * EXCHANGE * sizeof(float) + 1024;
 
@@ -1070,9 +1071,9 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
     auto step = [&] { phase ^= ++stage == GROUP_STAGES, stage %= GROUP_STAGES; };
 
     if (warp >= GROUP_WARPS) {
-        give_registers<40>();
+        give_registers<FEW_REGISTERS>();
         const unsigned share = GROUP_COLUMNS / blocks, my_share = rank * share;
-        for (unsigned n = cluster; n < tiles * splits && threadIdx.x == GROUP_WARPS * WARP; n += clusters) {
+        for (unsigned n = cluster; n < tiles * splits && warp == GROUP_WARPS && lane == 0; n += clusters) {
             const place tile = place_of(n % tiles, a.rows, b.rows, rows, GROUP_COLUMNS);
             const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
             const size_t row = tile.i + my_row, column = tile.j + my_share;
@@ -1089,7 +1090,7 @@ warpgroup_multiply_kernel(float *c, operand a, operand b, const float *bias, con
             }
         }
     } else {
-        take_registers<232>();
+        take_registers<MANY_REGISTERS>();
         for (unsigned n = cluster; n < tiles * splits; n += clusters) {
             const unsigned first = n / tiles * lines_each, last = least(lines, first + lines_each);
             float sum[4][8][4] = {};                                 // 16 × 256

@@ -5337,38 +5337,42 @@ static void twin_conv_backward(const shape *s) {
     ALL(conv_backward, REAL(dn), REAL(dw), REAL(du), REAL(c), REAL(n), REAL(w), REAL(tail), s->B, s->T, s->D);
 }
 // Products: B·T rows, D inputs, N outputs; variant 1: with a bias; variant 2: adds to dx, or y to a base; variant 4: no dx;
-// variant 8: three layers at once, the others with fewer outputs; the weights of the first are aligned to no more than a number.
+// variant 8: three layers at once, the others with fewer outputs; the weights of the first are aligned to no more than a number,
+// as are with variant 16 all y, dx and dw, behind a number that must stay, and with variant 32 the base.
 enum { TWIN_LAYERS = 3 };
 static size_t outs_of(const shape *s, int i) { return i == 0 ? s->N : i == 1 ? s->N / 2 + 1 : 3; }
 static void twin_matmul_forward(const shape *s) {
     int count = s->variant & 8 ? TWIN_LAYERS : 1, odd = count > 1 ? 0 : -1;
+    const int odd_y = s->variant >> 4 & 1, odd_base = s->variant >> 5;
     const tensor *y[TWIN_LAYERS], *w[TWIN_LAYERS], *bias[TWIN_LAYERS], *base[TWIN_LAYERS];
     const tensor *x = IN("x", "bti", s->B, s->T, s->D);
     for (int i = 0; i < count; i++) {
-        size_t N = outs_of(s, i);
-        y[i] = OUT("y", "bto", s->B, s->T, N);
+        size_t N = outs_of(s, i), n = rows_of(s) * N + 1;
+        y[i] = odd_y ? ADDED("y", "n", n, n) : OUT("y", "bto", s->B, s->T, N);
         w[i] = i == odd ? IN("w", "n", N * s->D + 1) : IN("w", "oi", N, s->D);
         bias[i] = (s->variant + i) % 2 ? IN("bias", "o", N) : NULL;
-        base[i] = s->variant & 2 ? IN("base", "bto", s->B, s->T, N) : NULL;
+        base[i] = !(s->variant & 2) ? NULL : odd_base ? IN("base", "n", n) : IN("base", "bto", s->B, s->T, N);
     }
     for (int r = 0; r < RUNS && !*now.problem; r++) {
         metala_linear layers[TWIN_LAYERS];
         for (int i = 0; i < count; i++) {
-            const metala_linear l = {REAL(y[i]), REAL(w[i]) + (i == odd), NULL, REAL(bias[i]), REAL(base[i]), outs_of(s, i)};
+            const metala_linear l = {REAL(y[i]) + odd_y, REAL(w[i]) + (i == odd), NULL, REAL(bias[i]),
+                                     base[i] ? REAL(base[i]) + odd_base : NULL, outs_of(s, i)};
             layers[i] = l;
         }
         CALL_ON(r, matmul_forward)(on[r].ctx, layers, count, REAL(x), rows_of(s), s->D);
     }
 }
 static void twin_matmul_backward(const shape *s) {
-    int adds = s->variant >> 1 & 1, count = s->variant & 8 ? TWIN_LAYERS : 1;
+    int adds = s->variant >> 1 & 1, count = s->variant & 8 ? TWIN_LAYERS : 1, odd = s->variant >> 4 & 1;
     const tensor *dw[TWIN_LAYERS], *dbias[TWIN_LAYERS], *dy[TWIN_LAYERS], *w[TWIN_LAYERS];
-    const tensor *dx = s->variant & 4 ? NULL : adds ? ADDED("dx", "bti", rows_of(s) * s->D, s->B, s->T, s->D)
-                                                    : OUT("dx", "bti", s->B, s->T, s->D);
+    const size_t of_dx = rows_of(s) * s->D;
+    const tensor *dx = s->variant & 4 ? NULL : odd ? ADDED("dx", "n", of_dx + 1, of_dx + 1)
+                       : adds ? ADDED("dx", "bti", of_dx, s->B, s->T, s->D) : OUT("dx", "bti", s->B, s->T, s->D);
     const tensor *x = NULL;
     for (int i = 0; i < count; i++) {
         size_t N = outs_of(s, i);
-        dw[i] = i == 1 ? NULL : ADDED("dw", "oi", N * s->D, N, s->D);
+        dw[i] = i == 1 ? NULL : odd ? ADDED("dw", "n", N * s->D + 1, N * s->D + 1) : ADDED("dw", "oi", N * s->D, N, s->D);
         dbias[i] = (s->variant + i) % 2 ? ADDED("dbias", "o", N, N) : NULL;
         dy[i] = IN("dy", "bto", s->B, s->T, N);
         if (!x) x = IN("x", "bti", s->B, s->T, s->D);
@@ -5377,10 +5381,11 @@ static void twin_matmul_backward(const shape *s) {
     for (int r = 0; r < RUNS && !*now.problem; r++) {
         metala_linear_gradient layers[TWIN_LAYERS];
         for (int i = 0; i < count; i++) {
-            const metala_linear_gradient l = {REAL(dw[i]), REAL(dbias[i]), REAL(dy[i]), REAL(w[i]), outs_of(s, i)};
+            const metala_linear_gradient l = {dw[i] ? REAL(dw[i]) + odd : NULL, REAL(dbias[i]), REAL(dy[i]), REAL(w[i]),
+                                              outs_of(s, i)};
             layers[i] = l;
         }
-        CALL_ON(r, matmul_backward)(on[r].ctx, REAL(dx), layers, count, REAL(x), rows_of(s), s->D, adds);
+        CALL_ON(r, matmul_backward)(on[r].ctx, dx ? REAL(dx) + odd : NULL, layers, count, REAL(x), rows_of(s), s->D, adds);
     }
 }
 static void quantized_tensors(const tensor **w, const tensor **scales, int int8, size_t N, size_t D) {
@@ -6062,7 +6067,8 @@ static void check_twins(void) {
         {1, 1025, 30, 0, 0, 0, 20, 3}, {1, 10, 0, 0, 0, 0, 6, 5}, {1, 140, 200, 0, 0, 0, 136, 1}, {1, 1100, 36, 0, 0, 0, 132, 2},
         {1, 610, 4, 0, 0, 0, 200, 0}, {1, 1300, 5, 0, 0, 0, 150, 1},
         {1, 2, 12, 0, 0, 0, 21, 8}, {1, 3, 37, 0, 0, 0, 10, 11}, {1, 70, 36, 0, 0, 0, 150, 10}, {3, 11, 65, 0, 0, 0, 40, 9},
-        {1, 3, 0, 0, 0, 0, 40, 3}, {1, 4, 0, 0, 0, 0, 9, 8}};
+        {1, 3, 0, 0, 0, 0, 40, 3}, {1, 4, 0, 0, 0, 0, 9, 8},
+        {1, 40, 68, 0, 0, 0, 76, 16}, {1, 40, 68, 0, 0, 0, 76, 34}, {2, 33, 132, 0, 0, 0, 140, 51}};
     // Few rows so long that several warps share one, and that each takes its part in more than one go
     static const shape long_rows[] = {{1, 1, 2816, 0, 0, 0, 21, 1}, {1, 3, 2820, 0, 0, 0, 5, 3}, {2, 2, 8456, 0, 0, 0, 3, 0},
         {1, 1, 1032, 0, 0, 0, 20, 11}, {1, 1, 520, 0, 0, 0, 19, 2}, {1, 2, 1027, 0, 0, 0, 9, 1}, {1, 1, 2051, 0, 0, 0, 3, 2}};

@@ -1813,8 +1813,8 @@ inline void wgmma_start() { emu::E->self->wgmma->started = true; }
 inline void wgmma_commit() { emu::E->self->wgmma->group++; }
 template <int PENDING> void wgmma_wait(EMU_HERE) { emu::wgmma_wait(PENDING, file, line); }
 inline void wgmma_show() { emu::E->self->wgmma->shown = true; }
-template <int COUNT> void give_registers() {}                    // there are enough
-template <int COUNT> void take_registers() {}
+template <int COUNT> void give_registers() { static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, ""); }
+template <int COUNT> void take_registers() { give_registers<COUNT>(); }
 
 template <class Number> const Number *computed_once(const Number *pointer) { return pointer; }        // as wgmma_hold
 inline void next_may_begin() {}                                  // kernels run one after the other
