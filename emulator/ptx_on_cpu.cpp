@@ -604,6 +604,16 @@ void insert_bits(Warp &w, const Instruction &i) {                // bfi: list[1]
     LANES(uint32_t to = std::min(at[l] & 255, 63u); uint64_t m = ((1ull << std::min(n[l] & 255, 63u)) - 1) << to;
           d[l] = (uint32_t)((b[l] & ~m) | ((uint64_t)a[l] << to & m)))
 }
+void pick_bytes(Warp &w, const Instruction &i) {                 // prmt: byte n of d is that of b:a which digit n of list[0] says;
+    const uint32_t *a = w.reg<uint32_t>(i.a), *b = w.reg<uint32_t>(i.b), *digits = w.reg<uint32_t>(i.list[0]);
+    uint32_t *d = w.reg<uint32_t>(i.d);                          // with 8 added, its sign alone
+    LANES(uint64_t both = (uint64_t)b[l] << 32 | a[l]; uint32_t all = 0;
+          for (unsigned n = 0; n < 4; n++) {
+              unsigned digit = digits[l] >> 4 * n & 15, byte = both >> digit % 8 * 8 & 255;
+              all |= (digit < 8 ? byte : byte & 128 ? 255u : 0u) << 8 * n;
+          }
+          d[l] = all)
+}
 // add, sub, mul and mad of 32 bits that pass a carry on.
 enum { TAKES = 1, GIVES = 2, SUBTRACTS = 4, LOW = 8, HIGH = 16 };
 void with_carry(Warp &w, const Instruction &i) {
@@ -1539,6 +1549,10 @@ void Translator::instruction() {
         i.run = insert_bits, i.d = slot(o[0].names[0], 4), i.a = slot(o[1].names[0], 4), i.b = slot(o[2].names[0], 4);
         i.list = {slot(o[3].names[0], 4), slot(o[4].names[0], 4)};
         known = type == "b32";
+    } else if (op == "prmt") {
+        i.run = pick_bytes, i.d = slot(o[0].names[0], 4), i.a = slot(o[1].names[0], 4), i.b = slot(o[2].names[0], 4);
+        i.list = {slot(o[3].names[0], 4)};
+        known = text == "prmt.b32";
     } else if (!access_to_memory(i, op, type, o) && !of_a_warp(i, op, type, o)) {
         string name = text.substr(0, text.size() - type.size() - 1);
         for (const char *usual : {".rn", ".approx", ".ftz"})
