@@ -894,7 +894,7 @@ round_operands_kernel(all_copies<Numbers::MAKES> to, Numbers numbers, unsigned r
 // 8j + lane%4·2 of piece n, and [2] and [3] so 8 rows further down. To have neighbours stored by neighbouring lanes, a piece goes
 // through the warp's own EXCHANGE floats of shared memory; there, 8 numbers from column 8j on are at 8(j ^ row%4), so that lanes
 // do not meet in banks. Its registers are free then: base of the next piece comes into them before this one is stored.
-enum { EXCHANGE = 16 * 64 };
+enum { EXCHANGE = 16 * 64 };                                     // c, base (M,N)   bias [N]; NULL for none, base may be c
 template <unsigned DOWN, unsigned ACROSS>
 __device__ __forceinline__ void store_pieces(float *c, const float (*sum)[8][4], float *exchange, const float *bias,
                                              const float *base, unsigned i0, unsigned j0, unsigned M, unsigned N) {

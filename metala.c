@@ -4607,7 +4607,7 @@ static real *mixer_input_backward(metala_context *ctx, const metala_model *m, in
         [MAP_Z] = d->u};
     mixer_map maps[MIXER_MAPS];
     mixer_maps(maps, m, layer, a, p);
-    int nothing_yet = only_maps_add_to_du(r, s);                   // in d->u
+    int nothing_yet = only_maps_add_to_du(r, s);                // in d->u
     for (int i = 0; i < MIXER_MAPS; i++) {
         metala_linear_gradient layers[MIXER_MAPS];
         int same_x[MIXER_MAPS], count = maps_of_x(same_x, maps, i);

@@ -604,14 +604,12 @@ void insert_bits(Warp &w, const Instruction &i) {                // bfi: list[1]
     LANES(uint32_t to = std::min(at[l] & 255, 63u); uint64_t m = ((1ull << std::min(n[l] & 255, 63u)) - 1) << to;
           d[l] = (uint32_t)((b[l] & ~m) | ((uint64_t)a[l] << to & m)))
 }
-void pick_bytes(Warp &w, const Instruction &i) {                 // prmt: byte n of d is that of b:a which digit n of list[0] says;
+void pick_bytes(Warp &w, const Instruction &i) {                 // prmt: byte n of d is that of b:a which digit n of list[0] says
     const uint32_t *a = w.reg<uint32_t>(i.a), *b = w.reg<uint32_t>(i.b), *digits = w.reg<uint32_t>(i.list[0]);
-    uint32_t *d = w.reg<uint32_t>(i.d);                          // with 8 added, its sign alone
+    uint32_t *d = w.reg<uint32_t>(i.d);
     LANES(uint64_t both = (uint64_t)b[l] << 32 | a[l]; uint32_t all = 0;
-          for (unsigned n = 0; n < 4; n++) {
-              unsigned digit = digits[l] >> 4 * n & 15, byte = both >> digit % 8 * 8 & 255;
-              all |= (digit < 8 ? byte : byte & 128 ? 255u : 0u) << 8 * n;
-          }
+          for (unsigned n = 0; n < 4; n++) all |= (uint32_t)(both >> (digits[l] >> 4 * n & 7) * 8 & 255) << 8 * n;
+          if (digits[l] & 0x8888) fail(w, i, l, "prmt of signs, which is not emulated");
           d[l] = all)
 }
 // add, sub, mul and mad of 32 bits that pass a carry on.
